@@ -1,0 +1,112 @@
+"""transformers' Auto classes with `merge=`, under the same names; `register` gives the keyword to transformers' own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+
+from .adapter import MergeAdapter
+from .backbones import families, unsupported
+from .modeling import UNSET, MergeLike, attach, merged_class, resolve_merge
+
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+_ADAPTER_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+class MergingAutoClass:
+    """Mixed into an Auto class of transformers: the same, plus `merge`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, merge: MergeLike = UNSET, **kwargs: Any
+    ) -> Any:
+        """transformers' own, plus `merge`: a config, an adapter, its Hub id or folder; None for the plain model.
+
+        Left out, the checkpoint decides: one that was saved merged comes back merged, with its learned embedding.
+        """
+        stock = super().from_pretrained  # type: ignore[misc]
+        # Read before the backbone, which is the larger download.
+        if not isinstance(merge, MergeAdapter) and merge is not UNSET:
+            options = {name: kwargs[name] for name in _ADAPTER_ARGUMENTS if name in kwargs}
+            config, adapter = resolve_merge(merge, **options)
+            merge = adapter or config
+        config = kwargs.get("config")
+        if not isinstance(config, PretrainedConfig):
+            options = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+        if merge is UNSET and getattr(config, "merge", None) is None or merge is None and not hasattr(config, "merge"):
+            return stock(pretrained_model_name_or_path, *model_args, **kwargs)
+        model_class = merged_class(cls._model_class(config))
+        return model_class.from_pretrained(pretrained_model_name_or_path, *model_args, merge=merge, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, merge: MergeLike = UNSET, **kwargs: Any) -> Any:
+        """A model with random weights, merged by `merge` or else by `config.merge`."""
+        wanted = getattr(config, "merge", None) if merge is UNSET else merge
+        plain = copy.deepcopy(config)
+        if hasattr(plain, "merge"):
+            del plain.merge
+        return attach(super().from_config(plain, **kwargs), wanted)  # type: ignore[misc]
+
+    @classmethod
+    def _model_class(cls, config: PretrainedConfig) -> type:
+        for auto_name, model_class in _supported_models():
+            if auto_name == cls.__name__ and model_class.config_class is type(config):
+                return model_class
+        raise unsupported(f"{cls.__name__} for model type {config.model_type!r}")
+
+
+def _supported_models() -> list[tuple[str, Any]]:
+    return [pair for family in families() for pair in family.models.items()]
+
+
+class AutoBackbone(MergingAutoClass, transformers.AutoBackbone):
+    """`transformers.AutoBackbone` with `merge=`."""
+
+
+class AutoModel(MergingAutoClass, transformers.AutoModel):
+    """`transformers.AutoModel` with `merge=`."""
+
+
+class AutoModelForCausalLM(MergingAutoClass, transformers.AutoModelForCausalLM):
+    """`transformers.AutoModelForCausalLM` with `merge=`."""
+
+
+class AutoModelForImageClassification(MergingAutoClass, transformers.AutoModelForImageClassification):
+    """`transformers.AutoModelForImageClassification` with `merge=`."""
+
+
+class AutoModelForImageTextToText(MergingAutoClass, transformers.AutoModelForImageTextToText):
+    """`transformers.AutoModelForImageTextToText` with `merge=`."""
+
+
+class AutoModelForZeroShotImageClassification(MergingAutoClass, transformers.AutoModelForZeroShotImageClassification):
+    """`transformers.AutoModelForZeroShotImageClassification` with `merge=`."""
+
+
+def register() -> None:
+    """Make transformers' own Auto classes (and so `pipeline(..., model_kwargs={"merge": ...})`) accept `merge=`.
+
+    Opt-in and idempotent; `unregister` undoes it.
+    """
+    for auto_name, model_class in _supported_models():
+        getattr(transformers, auto_name).register(model_class.config_class, merged_class(model_class), exist_ok=True)
+
+
+def unregister() -> None:
+    """Give transformers' Auto classes their own model classes back."""
+    for auto_name, model_class in _supported_models():
+        getattr(transformers, auto_name).register(model_class.config_class, model_class, exist_ok=True)

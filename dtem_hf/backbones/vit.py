@@ -1,0 +1,49 @@
+"""ViT, and DeiT as it is published on the Hub (without its distillation token): one CLS token, then the patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
+
+from ..token_state import TokenState
+from .base import Backbone, LayerMerging
+
+
+class ViTLayerMerging(LayerMerging):
+    """Merging between the attention and the MLP of a `ViTLayer`."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        token_state: TokenState | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if token_state is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        normed = self.layernorm_before(hidden_states)
+        bias = self.attention_bias(hidden_states, attention_mask, token_state)
+        attended, _ = self.attention(normed, bias, **kwargs)
+        hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state)
+        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
+
+
+class ViTBackbone(Backbone):
+    encoder_class = ViTModel
+    models = {"AutoModel": ViTModel, "AutoModelForImageClassification": ViTForImageClassification}
+    layer_merging = ViTLayerMerging
+
+    def layers(self, encoder: Any) -> Sequence[nn.Module]:
+        return encoder.layers
+
+    def num_prefix_tokens(self, encoder: nn.Module) -> int:
+        return 1
+
+    def attention(self, layer: Any) -> nn.Module:
+        return layer.attention
+
+    def key_linear(self, layer: Any) -> tuple[nn.Module, int]:
+        return layer.attention.k_proj, layer.attention.num_attention_heads

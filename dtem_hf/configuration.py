@@ -1,0 +1,191 @@
+"""What is merged and how: one dataclass per method, kept in `model.config.merge` and in an adapter as plain JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from dataclasses import InitVar, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from typing_extensions import Self
+
+from .errors import BadValue
+from .files import read_json, write_json
+from .schedule import FlopsSchedule, Schedule, as_schedule
+
+
+CONFIG_NAME = "merge_config.json"
+# Written into every config. A higher minor version loads with a warning, a higher major one is refused.
+FORMAT_VERSION = (1, 0)
+
+
+def _help(text: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """What all methods share. `method` names the reducer; `MergeConfig.from_dict` gives back the right subclass."""
+
+    method: ClassVar[str]
+    _methods: ClassVar[dict[str, type[MergeConfig]]] = {}
+
+    proportional_attention: bool = _help("let a token that stands for m patches count m times in attention", default=True)
+
+    def __init_subclass__(cls) -> None:
+        if "method" in cls.__dict__:
+            MergeConfig._methods[cls.method] = cls
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value makes no sense."""
+        _check_type("proportional_attention", self.proportional_attention, bool)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON with `method` and `version`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Schedule):
+                values[name] = value.to_json()
+        return {"method": self.method, "version": ".".join(map(str, FORMAT_VERSION)), **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `to_dict`'s output; keys of a newer version are dropped with a warning.
+
+        Raises ValueError for an unknown method, a newer major version, or a value that makes no sense.
+        """
+        if not isinstance(values, dict):
+            raise BadValue("merge", values, "a JSON object made by MergeConfig.to_dict()")
+        values = dict(values)
+        method = values.pop("method", getattr(cls, "method", None))
+        kind = MergeConfig._methods.get(method) if isinstance(method, str) else None
+        if kind is None:
+            raise BadValue("method", method, f"one of {', '.join(sorted(MergeConfig._methods))}")
+        if not issubclass(kind, cls):
+            raise BadValue("method", method, f"{cls.__name__} reads {cls.method!r}; use MergeConfig.from_dict for any")
+        check_version(values.pop("version", None))
+        known = {f.name for f in fields(kind)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(
+                f"{kind.__name__}: ignoring {', '.join(unknown)}, which this version of dtem_hf does not know; "
+                "upgrade dtem_hf if they matter.",
+                stacklevel=2,
+            )
+        return kind(**{name: value for name, value in values.items() if name in known})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `merge_config.json` into a folder (made if needed), whole or not at all."""
+        write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
+        """Read `merge_config.json` from a folder. Raises FileNotFoundError or ValueError."""
+        values = read_json(Path(directory) / CONFIG_NAME)
+        if isinstance(values, dict):
+            values.pop("backbone", None)  # an adapter's config also says what it was trained for
+        return cls.from_dict(values)
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+@dataclass
+class MatchingConfig(MergeConfig):
+    """What the methods that merge r tokens per layer by bipartite soft matching share."""
+
+    r: Any = _help("tokens merged per layer: an int, a list with one per layer, or a schedule", default=16)
+    flops: InitVar[float | None] = field(default=None, kw_only=True)
+
+    def __post_init__(self, flops: float | None) -> None:
+        if flops is not None:
+            self.r = FlopsSchedule(flops)
+        self.check()
+
+    def check(self) -> None:
+        super().check()
+        schedule = as_schedule(self.r)
+        if isinstance(self.r, (dict, tuple)):
+            self.r = list(self.r) if isinstance(self.r, tuple) else schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        """What `r` means, as an object that resolves to one r per layer."""
+        return as_schedule(self.r)
+
+
+@dataclass
+class ToMeConfig(MatchingConfig):
+    """ToMe: merge by the similarity of attention keys; nothing to learn (ICLR 2023, arXiv 2210.09461)."""
+
+    method: ClassVar[str] = "tome"
+
+
+@dataclass
+class DTEMConfig(MatchingConfig):
+    """DTEM: merge by the similarity of a learned, decoupled embedding (NeurIPS 2024, arXiv 2412.10569)."""
+
+    method: ClassVar[str] = "dtem"
+
+    embed_dim: int | None = _help(
+        "width of the embedding; None: the width of a head, doubled where the model is 1024 wide or more", default=None
+    )
+    top_k: int = _help("similarities that soft grouping keeps per token", default=3)
+    score_temperature: float = _help("temperature of the similarities in soft grouping", default=0.1)
+    assignment_temperature: float = _help("temperature of the rounds of soft grouping", default=0.1)
+    init: Literal["keys", "random"] = _help("start from the mean attention key (equal to ToMe), or at random", default="keys")
+    relaxation: Literal["auto", "soft", "hard"] = _help(
+        "auto: soft in .train(), hard in .eval(); soft or hard: always that", default="auto"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.embed_dim is not None:
+            _check_positive_int("embed_dim", self.embed_dim)
+        _check_positive_int("top_k", self.top_k)
+        _check_positive("score_temperature", self.score_temperature)
+        _check_positive("assignment_temperature", self.assignment_temperature)
+        _check_choice("init", self.init, ("keys", "random"))
+        _check_choice("relaxation", self.relaxation, ("auto", "soft", "hard"))
+
+
+def check_version(version: Any) -> None:
+    """Refuse a format of a newer major version, warn about a newer minor one; None is the first version."""
+    if version is None:
+        return
+    parts = str(version).split(".")
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 6 for part in parts):
+        raise BadValue("version", version, "a version like '1.0'")
+    major, minor = map(int, parts)
+    if major > FORMAT_VERSION[0]:
+        raise BadValue(
+            "version", version, f"this dtem_hf reads formats up to {FORMAT_VERSION[0]}.x; upgrade dtem_hf to read it"
+        )
+    if (major, minor) > FORMAT_VERSION:
+        warnings.warn(f"merge config of format {version}, newer than this dtem_hf knows; upgrade it.", stacklevel=3)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise BadValue(name, value, f"a {kind.__name__}")
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadValue(name, value, "a whole number, 1 or more")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise BadValue(name, value, "a number above 0")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise BadValue(name, value, f"one of {', '.join(choices)}")

@@ -1,0 +1,387 @@
+"""Put merging into a model that is in memory, and take it out again.
+
+A merged model keeps its modules and its parameters; their classes become subclasses that bear the same names (recorded
+outputs, device maps and checkpoints go by name), and the learned embedding is one more child of the encoder. `detach`
+gives the classes back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .adapter import BackboneFacts, MergeAdapter
+from .backbones import Backbone, check_attention_implementation, find_backbone, find_family
+from .configuration import MatchingConfig, MergeConfig
+from .embedding import DecoupledEmbedding
+from .errors import BadValue, UnsupportedModelError
+from .reducers import Reducer, make_reducer
+from .schedule import EncoderCost, FlopsSchedule, MergePlan
+from .token_state import MergeTrace, TokenState
+
+
+EMBEDDING_KEYS = r"(^|\.)merge_embedding\."
+MergeLike = MergeConfig | MergeAdapter | str | os.PathLike[str] | None
+# Stands for "not given", where None means "without merging".
+UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET"})()
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What a user asked of the forward passes inside a `with` block."""
+
+    merge: bool = True
+    trace: MergeTrace | None = None
+
+
+# Keyed by the identity of an encoder: threads, and models inside models, do not see each other's options.
+_PASS_OPTIONS: ContextVar[dict[int, PassOptions]] = ContextVar("dtem_hf_pass_options", default={})
+
+
+@contextmanager
+def _pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
+    current = _PASS_OPTIONS.get()
+    changed = replace(current.get(id(encoder), PassOptions()), **changes)
+    token = _PASS_OPTIONS.set({**current, id(encoder): changed})
+    try:
+        yield
+    finally:
+        _PASS_OPTIONS.reset(token)
+
+
+class Merging:
+    """How an encoder is merged: config, reducer, costs and the plan for images of the model's own size."""
+
+    def __init__(self, model: nn.Module, encoder: nn.Module, backbone: Backbone, config: MergeConfig) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.reducer: Reducer[Any] = make_reducer(config, backbone)
+        self.cost: EncoderCost = self.reducer.encoder_cost(model, encoder)
+        self.plan: MergePlan = self.plan_for(backbone.num_tokens(encoder))
+
+    def plan_for(self, num_tokens: int) -> MergePlan:
+        """Raises ValueError where the config's r does not fit the encoder."""
+        return self.cost.plan(num_tokens, self.reducer.schedule.resolve(self.cost, num_tokens))
+
+    def reductions(self, num_tokens: int) -> Sequence[int]:
+        """One r per layer for an image of `num_tokens` tokens."""
+        return self.plan.reductions if num_tokens == self.plan.num_tokens else self.plan_for(num_tokens).reductions
+
+
+class Renamed:
+    """Base of the mixins of derived classes, which pickle as what they were derived from."""
+
+    derived_from: ClassVar[tuple[type, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
+        return _new_derived, self.derived_from, *state
+
+
+@lru_cache(maxsize=None)
+def derived_class(base: type, *mixins: type) -> type:
+    """`base` with mixins in front, under the name of `base`."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (*mixins, base), {**names, "derived_from": (base, *mixins)})
+
+
+def _new_derived(base: type, *mixins: type) -> Any:
+    cls = derived_class(base, *mixins)
+    return cls.__new__(cls)
+
+
+class EncoderMerging(Renamed):
+    """Mixed into the encoder: every pass gets a token state, and the learned embedding is initialised by its method."""
+
+    merging: Merging | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        stock = super(EncoderMerging, cls).forward  # type: ignore[misc]
+        parameters = list(signature(stock).parameters)
+        mask_position = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
+
+        @wraps(stock)  # torch.export and Trainer read the signature
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            mask = kwargs.get("attention_mask")
+            if mask_position is not None and len(args) > mask_position:
+                mask = args[mask_position]
+            state = self._new_token_state(masked=mask is not None)
+            if state is not None:
+                kwargs["token_state"] = state
+            return stock(self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+    def _new_token_state(self, masked: bool) -> TokenState | None:
+        merging = self.merging
+        # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
+        options = None if torch.compiler.is_compiling() else _PASS_OPTIONS.get().get(id(self))
+        if merging is None or (options is not None and not options.merge):
+            return None
+        check_attention_implementation(self.config._attn_implementation)  # type: ignore[attr-defined]
+        trace = None if options is None else options.trace
+        if trace is not None:
+            trace.source_maps.clear()
+            trace.sizes.clear()
+        prefix = merging.cost.num_prefix_tokens
+        return TokenState(merging.reductions, prefix, _embedding(self), trace, masked)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, DecoupledEmbedding):
+            super()._init_weights(module)  # type: ignore[misc]
+        elif self.merging is not None and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+            self.merging.reducer.initialize(module, self)  # type: ignore[arg-type]
+
+
+class MergeMixin(Renamed):
+    """What a merged model can do beside what its own class can."""
+
+    def __init__(self, config: PretrainedConfig, *args: Any, merge_config: MergeConfig | None = UNSET, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        given = merge_config is not UNSET
+        # A base checkpoint has no embedding, and a plain model no place for one.
+        self._ignore_on_load("_keys_to_ignore_on_load_missing", given)
+        self._ignore_on_load("_keys_to_ignore_on_load_unexpected", True)
+        wanted = merge_config if given else resolve_merge(getattr(config, "merge", None))[0]
+        if wanted is not None:
+            _install(self, _prepare(self, wanted))  # type: ignore[arg-type]
+        else:
+            detach(self)  # type: ignore[arg-type]
+
+    def _ignore_on_load(self, name: str, ignore: bool) -> None:
+        setattr(self, name, {*(getattr(self, name, None) or ()), *([EMBEDDING_KEYS] if ignore else [])})
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, merge: MergeLike = UNSET, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained` with `merge`: a config, an adapter, its Hub id or folder, or None for none.
+
+        Left out, the checkpoint's own `config.merge` decides, and its learned embedding is loaded. Raises ValueError
+        where the merge does not fit the model, OSError where a recorded embedding is not in the checkpoint.
+        """
+        config = kwargs.get("config")
+        if merge is UNSET and not isinstance(getattr(config, "merge", {}), dict):
+            # transformers' own Auto classes read merge= as a new value for the field of that name in a merged config.
+            merge = config.merge  # type: ignore[union-attr]
+        adapter: MergeAdapter | None = None
+        if merge is not UNSET:
+            kwargs["merge_config"], adapter = resolve_merge(merge)
+        info_wanted = kwargs.pop("output_loading_info", False)
+        check_attention_implementation(kwargs.get("attn_implementation"))
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(key for key in info["missing_keys"] if "merge_embedding." in key)
+        if missing:
+            raise OSError(
+                f"{name}: its config records a merge with a learned embedding, and the checkpoint does not hold it "
+                f"({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from keys, merge='adapter' to load an "
+                "adapter, or merge=None for the plain model."
+            )
+        if adapter is not None:
+            adapter.check_fits(_facts(model))
+            adapter.load_into(_embedding(_merged_encoder(model)))
+        return (model, info) if info_wanted else model
+
+    @property
+    def merge_config(self) -> MergeConfig:
+        """The config in force."""
+        return _merging(self).config
+
+    def set_reduction(self, r: Any = None, *, flops: float | None = None) -> None:
+        """Change how much is merged: r (an int, one per layer, or a schedule) or the share of multiply-adds to reach.
+
+        Raises ValueError that names the value and what would fit; the model is unchanged then.
+        """
+        if (r is None) == (flops is None):
+            raise BadValue("r, flops", (r, flops), "exactly one of them")
+        config = self.merge_config
+        if not isinstance(config, MatchingConfig):
+            raise BadValue("method", config.method, "a method with r; attach a new config instead")
+        _set_config(self, replace(config, r=r if flops is None else FlopsSchedule(flops)))
+
+    def merge_plan(self, image_size: int | tuple[int, int] | None = None) -> MergePlan:
+        """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), without running."""
+        merging = _merging(self)
+        return merging.plan_for(merging.backbone.num_tokens(_merged_encoder(self), image_size))
+
+    @contextmanager
+    def trace_merging(self) -> Iterator[MergeTrace]:
+        """`with model.trace_merging() as trace:` fills a `MergeTrace` with each pass of this thread (the last one stays)."""
+        trace = MergeTrace()
+        with _pass_options(_merged_encoder(self), trace=trace):
+            yield trace
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Inside the block, and in this thread only, the model runs as if nothing were attached."""
+        with _pass_options(_merged_encoder(self), merge=False):
+            yield
+
+    def merge_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that modular training optimises; none where the method learns nothing."""
+        embedding = _embedding(_merged_encoder(self))
+        return iter(()) if embedding is None else embedding.parameters()
+
+    def to_merge_adapter(self, base_model: str | None = None) -> MergeAdapter:
+        """The learned embedding as an adapter; `base_model` is the backbone's Hub id where the model does not know it."""
+        encoder = _merged_encoder(self)
+        return MergeAdapter.from_embedding(self.merge_config, _embedding(encoder), _facts(self, base_model))
+
+    def save_merge_adapter(self, save_directory: str | os.PathLike[str], base_model: str | None = None) -> None:
+        """Write the learned embedding as an adapter folder, without the backbone."""
+        self.to_merge_adapter(base_model).save_pretrained(save_directory)
+
+    def push_merge_adapter(self, repo_id: str, base_model: str | None = None, **kwargs: Any) -> str:
+        """Publish the learned embedding; keyword arguments are `MergeAdapter.push_to_hub`'s. Returns the commit's URL."""
+        return self.to_merge_adapter(base_model).push_to_hub(repo_id, **kwargs)
+
+
+def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, MergeAdapter | None]:
+    """Read what a user gives for `merge`: a config, an adapter, a Hub id (`user/repo` or `user/repo@revision`), a folder."""
+    if merge is None or isinstance(merge, MergeConfig):
+        return merge, None
+    if isinstance(merge, (str, os.PathLike)):
+        merge = MergeAdapter.from_reference(merge, **hub_kwargs)
+    if isinstance(merge, MergeAdapter):
+        return merge.config, merge
+    if isinstance(merge, dict):
+        return MergeConfig.from_dict(merge), None
+    raise BadValue("merge", merge, "a config (DTEMConfig, ToMeConfig, …), a MergeAdapter, a Hub id, a folder, or None")
+
+
+def attach(model: PreTrainedModel, merge: MergeLike) -> Any:
+    """Merge tokens in a model that is in memory, and return it (the same object, under a class of the same name).
+
+    `merge` is what `from_pretrained(merge=...)` takes; None detaches. What was attached before is replaced. Raises
+    UnsupportedModelError for a family or an attention backend that cannot be merged (and lists those that can), and
+    ValueError where the merge does not fit; the model is unchanged then.
+    """
+    config, adapter = resolve_merge(merge)
+    if config is None:
+        return detach(model)
+    prepared = _prepare(model, config)
+    if adapter is not None:
+        adapter.check_fits(_facts(model))
+        adapter.load_into(prepared.embedding)
+    detach(model)
+    _install(model, prepared)
+    return model
+
+
+def detach(model: PreTrainedModel) -> Any:
+    """Take merging out of a model: classes, config and state are what they were. A plain model is returned as it is."""
+    if not isinstance(model, MergeMixin):
+        return model
+    backbone, encoder = find_backbone(model)
+    for layer in backbone.layers(encoder):
+        _restore_class(layer)
+        for name in ("merge_index", "merge_reducer"):
+            layer.__dict__.pop(name, None)
+    if _embedding(encoder) is not None:
+        del encoder.merge_embedding
+    encoder.__dict__.pop("merging", None)
+    _restore_class(encoder)
+    _restore_class(model)
+    if hasattr(model.config, "merge"):
+        del model.config.merge
+    return model
+
+
+def merged_class(model_class: type) -> type:
+    """The class of a merged model, whose `from_pretrained` takes `merge`. Raises UnsupportedModelError."""
+    is_encoder = issubclass(model_class, find_family(model_class).encoder_class)
+    return derived_class(model_class, MergeMixin, *((EncoderMerging,) if is_encoder else ()))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that attaching adds to a model, made and checked before the model is touched."""
+
+    backbone: Backbone
+    encoder: Any
+    merging: Merging
+    embedding: DecoupledEmbedding | None
+
+
+def _prepare(model: PreTrainedModel, config: MergeConfig) -> _Prepared:
+    backbone, encoder = find_backbone(model)
+    check_attention_implementation(encoder.config._attn_implementation)  # type: ignore[union-attr]
+    merging = Merging(model, encoder, backbone, config)
+    embed_dim = merging.reducer.embed_dim(encoder)
+    embedding = None
+    if embed_dim is not None:
+        layers = backbone.layers(encoder)
+        weight = backbone.key_projection(layers[0]).weight
+        embedding = DecoupledEmbedding(len(layers), weight.shape[1], embed_dim, weight.device).to(weight.dtype)
+        # On the meta device from_pretrained is at work: it fills what the checkpoint lacks when the rest is loaded.
+        if not weight.is_meta:
+            merging.reducer.initialize(embedding, encoder)
+        embedding.train(encoder.training)
+    return _Prepared(backbone, encoder, merging, embedding)
+
+
+def _install(model: PreTrainedModel, prepared: _Prepared) -> None:
+    encoder: Any = prepared.encoder
+    if not isinstance(model, MergeMixin):
+        model.__class__ = merged_class(type(model))
+    if not isinstance(encoder, EncoderMerging):
+        encoder.__class__ = derived_class(type(encoder), EncoderMerging)
+    for index, layer in enumerate(prepared.backbone.layers(encoder)):
+        layer.__class__ = derived_class(type(layer), prepared.backbone.layer_merging, Renamed)
+        layer.merge_index = index  # type: ignore[assignment]
+    if prepared.embedding is not None:
+        encoder.merge_embedding = prepared.embedding
+    _set_merging(model, prepared.backbone, encoder, prepared.merging)
+
+
+def _set_merging(model: PreTrainedModel, backbone: Backbone, encoder: Any, merging: Merging) -> None:
+    for layer in backbone.layers(encoder):
+        layer.merge_reducer = merging.reducer  # type: ignore[assignment]
+    encoder.merging = merging
+    model.config.merge = merging.config.to_dict()
+
+
+def _restore_class(module: nn.Module) -> None:
+    if isinstance(module, Renamed):
+        module.__class__ = module.derived_from[0]
+
+
+def _set_config(model: Any, config: MergeConfig) -> None:
+    """Replace the config of a merged model; the learned embedding stays."""
+    backbone, encoder = find_backbone(model)
+    _set_merging(model, backbone, encoder, Merging(model, encoder, backbone, config))
+
+
+def _merged_encoder(model: Any) -> Any:
+    return find_backbone(model)[1]
+
+
+def _merging(model: Any) -> Merging:
+    return _merged_encoder(model).merging
+
+
+def _embedding(encoder: Any) -> Any:
+    return getattr(encoder, "merge_embedding", None)
+
+
+def _facts(model: Any, base_model: str | None = None) -> BackboneFacts:
+    """What an adapter records of a backbone; the name of a local folder means nothing to anybody else."""
+    backbone, encoder = find_backbone(model)
+    layers = backbone.layers(encoder)
+    name = base_model or (None if os.path.exists(model.name_or_path) else model.name_or_path) or None
+    return BackboneFacts(
+        model_type=encoder.config.model_type,
+        num_layers=len(layers),
+        hidden_size=backbone.key_projection(layers[0]).weight.shape[1],
+        base_model=name,
+        base_revision=getattr(model.config, "_commit_hash", None) if base_model is None else None,
+    )

@@ -1,0 +1,68 @@
+"""Bipartite soft matching: which r tokens are merged, and into which partner (METHOD.md section 3).
+
+Positions are counted over the whole sequence. Even positions form A and odd ones B; the first `num_prefix_tokens`
+(CLS, distillation, registers) take part in neither, which is the same as giving their scores -inf, and needs no -inf.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Matching(NamedTuple):
+    """Who is merged into whom, as indices into the non-prefix halves A and B.
+
+    Shapes: `merged` [B, r] (rows of A that leave), `target` [B, r] (the row of B each of them joins), `kept` [B, a - r]
+    (rows of A that stay, ascending); int64. `num_prefix_tokens` is the P that the halves were cut with.
+    """
+
+    merged: Tensor
+    target: Tensor
+    kept: Tensor
+    num_prefix_tokens: int
+
+
+def split_counts(num_tokens: int, num_prefix_tokens: int) -> tuple[int, int]:
+    """Number of non-prefix tokens at even and at odd positions."""
+    even = (num_tokens + 1) // 2 - (num_prefix_tokens + 1) // 2
+    return even, num_tokens - num_prefix_tokens - even
+
+
+def split_even_odd(x: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """Views on the non-prefix tokens at even (A) and odd (B) positions: [B, N, ...] -> [B, a, ...], [B, b, ...]."""
+    first_even = num_prefix_tokens + num_prefix_tokens % 2
+    first_odd = num_prefix_tokens + 1 - num_prefix_tokens % 2
+    return x[:, first_even::2], x[:, first_odd::2]
+
+
+def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of two token sets in float32, whatever autocast says: [B, a, d], [B, b, d] -> [B, a, b]."""
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(1, 2)
+
+
+def _descending_order(x: Tensor) -> Tensor:
+    """Indices that sort the last dimension, largest first, equal values by position."""
+    if torch.compiler.is_exporting():
+        return x.topk(x.shape[-1]).indices  # ONNX has no stable sort; its TopK keeps the order of equal values
+    return x.argsort(dim=-1, descending=True, stable=True)
+
+
+def bipartite_soft_matching(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Matching:
+    """Match every A token with its most similar B token and choose the r best pairs (METHOD.md section 3).
+
+    `metric` [B, N, d], any floating dtype; r ≤ (N - P) // 2. Equal scores go to the lower position, so the result
+    depends on neither batch size nor device. Raises ValueError where r does not fit.
+    """
+    largest = (metric.shape[1] - num_prefix_tokens) // 2
+    if not 0 <= r <= largest:
+        raise ValueError(
+            f"r={r} does not fit {metric.shape[1]} tokens of which {num_prefix_tokens} are prefix: 0 to {largest} would."
+        )
+    scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
+    best, partner = scores.max(dim=-1)  # the first of equal maxima
+    order = _descending_order(best)
+    merged = order[:, :r]
+    return Matching(merged, partner.gather(1, merged), order[:, r:].sort(dim=-1).values, num_prefix_tokens)

@@ -1,0 +1,96 @@
+"""Soft grouping and soft merging: the continuous relaxation that the embedding learns through (METHOD.md section 4)."""
+
+import torch
+from torch import Tensor
+
+from .matching import cosine_scores
+
+
+_EPSILON = torch.finfo(torch.float32).eps
+
+
+def soft_grouping(
+    scores: Tensor, r: int, top_k: int = 3, score_temperature: float = 0.1, assignment_temperature: float = 0.1
+) -> Tensor:
+    """Relax "merge r rows, each into one column": scores [B, A, B'] -> assignment [B, A, B'] in [0, 1], float32.
+
+    Each row keeps its `top_k` best columns; r rounds of a softmax over the image choose rows without replacement. The
+    suppression after a round is the same for all entries of a row, so the rounds run on one number per row; values and
+    gradients equal those of the definition over all entries. Row sums are at most 1.
+    """
+    values, columns = scores.float().topk(min(top_k, scores.shape[-1]), dim=-1)  # [B, A, k]
+    logits = values / (score_temperature * assignment_temperature)
+    row_logits = logits.logsumexp(dim=-1)  # [B, A]
+    chosen = torch.zeros_like(row_logits)
+    for _ in range(r):
+        probability = row_logits.softmax(dim=-1)
+        chosen = chosen + probability
+        row_logits = row_logits + torch.log1p(-probability.clamp(max=1 - _EPSILON)) / assignment_temperature
+    chosen = chosen / chosen.detach().clamp(min=1)
+    kept = logits.softmax(dim=-1) * chosen.unsqueeze(-1)
+    return torch.zeros_like(scores, dtype=torch.float32).scatter(-1, columns, kept)
+
+
+def _clip_with_straight_gradient(x: Tensor) -> Tensor:
+    """Clip to [0, 1] going forward, identity going backward."""
+    return x + (x.clamp(0, 1) - x).detach()
+
+
+def soft_merging(
+    x: Tensor,
+    sizes: Tensor,
+    metric: Tensor,
+    num_active: int,
+    r: int,
+    num_prefix_tokens: int = 1,
+    top_k: int = 3,
+    score_temperature: float = 0.1,
+    assignment_temperature: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Merge r of the `num_active` first tokens softly: x [B, N, D], sizes [B, N], metric [B, N, d] -> x, sizes.
+
+    A is every second active token from the first after the prefix, B every second from the one after that. No token
+    leaves: one that was merged away has a size near 0. Positions are unchanged; `size_order` says how to sort them for
+    the next layer. float32 inside, `x` keeps its dtype. r ≤ (num_active - num_prefix_tokens) // 2, else ValueError.
+    """
+    largest = (num_active - num_prefix_tokens) // 2
+    if not 0 <= r <= largest:
+        raise ValueError(
+            f"r={r} does not fit {num_active} active tokens of which {num_prefix_tokens} are prefix: 0 to {largest} would."
+        )
+    a = slice(num_prefix_tokens, num_active, 2)
+    b = slice(num_prefix_tokens + 1, num_active, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        assignment = soft_grouping(
+            cosine_scores(metric[:, a], metric[:, b]), r, top_k, score_temperature, assignment_temperature
+        )
+        size_a, size_b = sizes[:, a], sizes[:, b]
+        flow = assignment.transpose(1, 2)  # [B, b, a]
+        new_size_b = size_b + (flow @ size_a.unsqueeze(-1)).squeeze(-1)
+        total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
+        # A token of B that was merged away in an earlier layer and that nobody joins now has no mass: it becomes 0.
+        new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
+        new_size_a = size_a * _clip_with_straight_gradient(1 - assignment.sum(dim=-1))
+    at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
+    x = x.index_copy(1, at_b, new_b.to(x.dtype))
+    return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)
+
+
+def size_order(sizes: Tensor, num_active: int, num_prefix_tokens: int = 1) -> Tensor:
+    """The permutation that puts the active tokens by size, largest first: [B, N] -> [B, N], int64.
+
+    Prefix tokens and tokens that are no longer active stay where they are. Most sizes are 1 but for rounding, and what
+    follows depends on their order; as published, A goes in front of B and the sort is not a stable one.
+    """
+    batch, num_tokens = sizes.shape
+    arange = torch.arange(num_tokens, device=sizes.device)
+    free = arange[num_prefix_tokens:num_active]
+    free = torch.cat([free[0::2], free[1::2]])
+    order = sizes.detach()[:, free].argsort(dim=-1, descending=True)
+    head, tail = arange[:num_prefix_tokens], arange[num_active:]
+    return torch.cat([head.expand(batch, -1), free[order], tail.expand(batch, -1)], dim=1)
+
+
+def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the tokens of each image: [B, N] or [B, N, D], order [B, N]."""
+    return x.gather(1, order if x.dim() == 2 else order.unsqueeze(-1).expand_as(x))

@@ -1,0 +1,75 @@
+"""What a reduction method is: the step between a layer's attention and its MLP."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from ..configuration import MergeConfig
+from ..embedding import DecoupledEmbedding
+from ..schedule import EncoderCost, Schedule
+from ..token_state import TokenState
+
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+
+C = TypeVar("C", bound=MergeConfig)
+
+_REDUCERS: dict[str, type[Reducer[Any]]] = {}
+
+
+class Reducer(ABC, Generic[C]):
+    """One method, set up for one backbone. Holds no tensors and nothing about a pass."""
+
+    config_class: ClassVar[type[MergeConfig]]
+
+    def __init__(self, config: C, backbone: Backbone) -> None:
+        self.config = config
+        self.backbone = backbone
+
+    def __init_subclass__(cls) -> None:
+        if "config_class" in cls.__dict__:
+            _REDUCERS[cls.config_class.method] = cls
+
+    @property
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """How many tokens each layer loses."""
+
+    def embed_dim(self, encoder: nn.Module) -> int | None:
+        """Width of the learned embedding this method adds to an encoder, None if it learns nothing."""
+        return None
+
+    @abstractmethod
+    def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
+        """Fill the learned embedding for an encoder whose own weights are in place."""
+
+    @abstractmethod
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
+        """Multiply-adds per token to compute what tokens are compared by in a layer, and its width."""
+
+    @abstractmethod
+    def reduce(self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+        """Reduce the tokens of layer `index`, behind its attention: x [B, n, D] -> [B, n', D].
+
+        `normed` [B, n, D] is what fed the layer's queries, keys and values.
+        """
+
+    def wants_bias(self, layer: nn.Module) -> bool:
+        """Whether attention in a layer weighs tokens by their sizes."""
+        return self.config.proportional_attention
+
+    def encoder_cost(self, model: nn.Module, encoder: nn.Module) -> EncoderCost:
+        """Multiply-adds of a model with this reduction."""
+        return self.backbone.encoder_cost(model, encoder, lambda layer: self.metric_cost(encoder, layer))
+
+
+def make_reducer(config: MergeConfig, backbone: Backbone) -> Reducer[Any]:
+    """The reducer that a config names."""
+    return _REDUCERS[config.method](config, backbone)
+
+

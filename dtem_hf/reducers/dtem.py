@@ -1,0 +1,72 @@
+"""DTEM: tokens are compared by a learned embedding, decoupled from the backbone (METHOD.md sections 2 to 4)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..configuration import DTEMConfig
+from ..embedding import DecoupledEmbedding, default_embed_dim, initialize_from_keys, initialize_randomly
+from ..token_state import TokenState
+from .matching import MatchingReducer
+
+
+class DTEMReducer(MatchingReducer[DTEMConfig]):
+    """Soft grouping and soft merging in `.train()`, hard matching in `.eval()`, unless the config says otherwise."""
+
+    config_class: ClassVar[type[DTEMConfig]] = DTEMConfig
+
+    def embed_dim(self, encoder: nn.Module) -> int:
+        if self.config.embed_dim is not None:
+            return self.config.embed_dim
+        keys = self.backbone.key_projection(self.backbone.layers(encoder)[0])
+        return default_embed_dim(keys.weight.shape[1], keys.head_dim)
+
+    def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
+        if self.config.init == "random":
+            initialize_randomly(embedding, std=getattr(encoder.config, "initializer_range", 0.02))  # type: ignore[arg-type]
+        else:
+            initialize_from_keys(embedding, [self.backbone.key_projection(x) for x in self.backbone.layers(encoder)])
+
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
+        width = self.embed_dim(encoder)
+        return self.backbone.key_projection(layer).weight.shape[1] * width, width
+
+    def is_soft(self, layer: nn.Module) -> bool:
+        """Whether a layer merges softly at this moment."""
+        return self.config.relaxation == "soft" or (self.config.relaxation == "auto" and layer.training)
+
+    def wants_bias(self, layer: nn.Module) -> bool:
+        # Softly merged tokens leave attention only through their sizes.
+        return self.config.proportional_attention or self.is_soft(layer)
+
+    def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+        assert state.embedding is not None
+        # Detached, so that the backbone is never taught to be easy to compare.
+        return state.embedding.layers[index](normed.detach())
+
+    def merge(self, x: Tensor, metric: Tensor, r: int, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+        if not self.is_soft(layer):
+            return super().merge(x, metric, r, layer, index, state)
+        active, _ = state.enter(index, x.shape[1])
+        sizes = state.sizes(index)
+        if sizes is None:
+            sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        x, sizes = ops.soft_merging(
+            x,
+            sizes,
+            metric,
+            active,
+            r,
+            state.num_prefix_tokens,
+            self.config.top_k,
+            self.config.score_temperature,
+            self.config.assignment_temperature,
+        )
+        order = ops.size_order(sizes, active, state.num_prefix_tokens)
+        x, sizes = ops.permute_tokens(x, order), ops.permute_tokens(sizes, order)
+        state.leave(index, x, sizes, active - r, lambda: order.argsort(dim=-1))
+        return x

@@ -1,0 +1,28 @@
+"""ToMe: tokens are compared by their attention keys, averaged over heads (METHOD.md section 2)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..configuration import ToMeConfig
+from ..embedding import DecoupledEmbedding
+from ..token_state import TokenState
+from .matching import MatchingReducer
+
+
+class ToMeReducer(MatchingReducer[ToMeConfig]):
+    """Nothing to learn; hard in training as well."""
+
+    config_class: ClassVar[type[ToMeConfig]] = ToMeConfig
+
+    def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
+        """There is nothing to fill."""
+
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
+        keys = self.backbone.key_projection(layer)
+        return keys.weight.shape[1] * keys.head_dim, keys.head_dim
+
+    def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+        return self.backbone.mean_keys(layer, normed)
