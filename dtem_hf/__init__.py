@@ -1,4 +1,4 @@
-"""Any Hugging Face vision transformer, 1.5-2x faster, by one keyword; the merge policy is a small adapter on the Hub."""
+"""Any Hugging Face vision transformer, 1.5-2x faster, by one keyword; the policy is a small adapter on the Hub."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """A merge adapter: the learned embedding of one backbone, as a folder or a Hub repository of about a megabyte.
 
-A repository holds `merge_config.json`, `merge_adapter.safetensors` and `README.md`. Nothing in it is run, no path in it is
-followed, and its tensors are checked against its config before they are read.
+A repository holds `merge_config.json`, `merge_adapter.safetensors` and `README.md`. Nothing in it is run, no path in
+it is followed, and its tensors are checked against its config before they are read.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,10 +49,12 @@ class BackboneFacts:
         """Read the `backbone` entry of an adapter's config. Raises ValueError naming what is wrong."""
         if not isinstance(values, dict):
             raise BadValue("backbone", values, f"an object with {', '.join(f.name for f in fields(cls))}")
-        for name, kind in (("model_type", str), ("num_layers", int), ("hidden_size", int)):
+        if not isinstance(values.get("model_type"), str):
+            raise BadValue("backbone.model_type", values.get("model_type"), "text")
+        for name in ("num_layers", "hidden_size"):
             value = values.get(name)
-            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 1 <= value <= 1 << 20):
-                raise BadValue(f"backbone.{name}", value, "text" if kind is str else "a whole number, 1 or more")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
+                raise BadValue(f"backbone.{name}", value, "a whole number, 1 or more")
         for name in ("base_model", "base_revision"):
             if not isinstance(values.get(name), (str, type(None))):
                 raise BadValue(f"backbone.{name}", values[name], "text or null")
@@ -56,7 +62,10 @@ class BackboneFacts:
 
 
 class MergeAdapter(ModelHubMixin):
-    """A method's config, the learned tensors `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], and their backbone."""
+    """A method's config, its learned tensors, and the backbone they were learned for.
+
+    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32.
+    """
 
     def __init__(self, config: MergeConfig, tensors: dict[str, Tensor], backbone: BackboneFacts) -> None:
         self.config = config
@@ -85,14 +94,25 @@ class MergeAdapter(ModelHubMixin):
             if ours != theirs:
                 raise AdapterError(f"{name}: the adapter was trained for {ours!r}, the model has {theirs!r}.")
 
-    def load_into(self, embedding: DecoupledEmbedding) -> None:
-        """Copy the tensors into a model's embedding of the same shape."""
+    def load_into(self, embedding: DecoupledEmbedding | None) -> None:
+        """Copy the tensors into a model's embedding of the same shape. Raises AdapterError where it has none."""
+        if embedding is None:
+            raise AdapterError(
+                f"method={self.config.method!r} learns nothing, so no model has a place for this adapter."
+            )
         if embedding.embed_dim != self.embed_dim:
-            raise AdapterError(f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.embed_dim}.")
+            raise AdapterError(
+                f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.embed_dim}."
+            )
         embedding.load_state_dict(self.tensors)
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
     ) -> str | None:
         """Write config, tensors and card into a folder (made if needed); each file whole or not at all.
 
@@ -122,8 +142,8 @@ class MergeAdapter(ModelHubMixin):
     ) -> MergeAdapter:
         """Read an adapter from a folder or from the Hub.
 
-        Raises FileNotFoundError where there is none, AdapterError (or ValueError naming a config field) where it is not
-        sound. The backbone is not downloaded.
+        Raises FileNotFoundError where there is none, AdapterError (or ValueError naming a config field) where it is
+        not sound. The backbone is not downloaded.
         """
         name = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(name):
@@ -136,22 +156,24 @@ class MergeAdapter(ModelHubMixin):
             "force_download": force_download,
         }
         try:
-            paths = [Path(hf_hub_download(name, filename, **options)) for filename in (CONFIG_NAME, WEIGHTS_NAME)]
+            config_path = Path(hf_hub_download(name, CONFIG_NAME, **options))
+            weights_path = Path(hf_hub_download(name, WEIGHTS_NAME, **options))
         except HFValidationError as error:
-            raise FileNotFoundError(f"merge={name!r} is neither a folder here nor a Hub id (user/repo): {error}") from error
+            raise FileNotFoundError(
+                f"merge={name!r} is neither a folder here nor a Hub id (user/repo): {error}"
+            ) from error
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-            raise FileNotFoundError(f"no merge adapter at {name!r} (revision {revision or 'main'}): {error}") from error
-        return cls._read(*paths, name)
+            raise FileNotFoundError(
+                f"no merge adapter at {name!r} (revision {revision or 'main'}): {error}"
+            ) from error
+        return cls._read(config_path, weights_path, name)
 
     @classmethod
     def from_reference(cls, reference: str | os.PathLike[str], **hub_kwargs: Any) -> MergeAdapter:
         """Read what `merge=` may name: a folder, `user/repo`, or `user/repo@revision`."""
-        name = os.fspath(reference)
-        if isinstance(reference, str) and not os.path.isdir(name):
-            pinned = re.fullmatch(r"([^@]+)@([^@]+)", name)
-            if pinned:
-                return cls.from_pretrained(pinned[1], revision=pinned[2], **hub_kwargs)
-        return cls.from_pretrained(name, **hub_kwargs)
+        name, revision = split_reference(reference)
+        pinned = {} if revision is None else {"revision": revision}
+        return cls.from_pretrained(name, **pinned, **hub_kwargs)
 
     @classmethod
     def _read(cls, config_path: Path, weights_path: Path, name: str) -> MergeAdapter:
@@ -165,6 +187,14 @@ class MergeAdapter(ModelHubMixin):
         return cls(config, _read_tensors(weights_path, backbone, getattr(config, "embed_dim", None)), backbone)
 
 
+def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """A folder or a Hub id, and the revision that `user/repo@revision` pins."""
+    pinned = None
+    if isinstance(reference, str) and not os.path.isdir(reference):
+        pinned = re.fullmatch(r"([^@]+)@([^@]+)", reference)
+    return (pinned[1], pinned[2]) if pinned else (os.fspath(reference), None)
+
+
 def _read_tensors(path: Path, backbone: BackboneFacts, embed_dim: int | None) -> dict[str, Tensor]:
     """Read an adapter's tensors, whose names, shapes and dtype are checked before anything is allocated."""
     expected = {f"layers.{i}.{part}" for i in range(min(backbone.num_layers, 4096)) for part in ("weight", "bias")}
@@ -175,7 +205,8 @@ def _read_tensors(path: Path, backbone: BackboneFacts, embed_dim: int | None) ->
             if names != expected:
                 odd = sorted(names ^ expected)
                 raise AdapterError(
-                    f"{path.name}: its tensors are not those of {backbone.num_layers} layers; first difference: {odd[0]!r}."
+                    f"{path.name}: its tensors are not those of {backbone.num_layers} layers; "
+                    f"first difference: {odd[0]!r}."
                 )
             width = embed_dim or file.get_slice("layers.0.bias").get_shape()[0]
             for key in sorted(names):
@@ -183,7 +214,8 @@ def _read_tensors(path: Path, backbone: BackboneFacts, embed_dim: int | None) ->
                 shape = [width, backbone.hidden_size] if key.endswith("weight") else [width]
                 if part.get_shape() != shape or part.get_dtype() != "F32":
                     raise AdapterError(
-                        f"{path.name}: {key} is {part.get_dtype()} {part.get_shape()}, and F32 {shape} would fit its config."
+                        f"{path.name}: {key} is {part.get_dtype()} {part.get_shape()}, "
+                        f"and F32 {shape} would fit its config."
                     )
             for key in sorted(names):
                 tensors[key] = file.get_tensor(key)

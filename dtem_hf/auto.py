@@ -1,4 +1,4 @@
-"""transformers' Auto classes with `merge=`, under the same names; `register` gives the keyword to transformers' own."""
+"""transformers' Auto classes with `merge=`, under the same names; `register` gives it to transformers' own."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ class MergingAutoClass:
         if not isinstance(config, PretrainedConfig):
             options = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
-        if merge is UNSET and getattr(config, "merge", None) is None or merge is None and not hasattr(config, "merge"):
+        if (merge is UNSET and getattr(config, "merge", None) is None) or (
+            merge is None and not hasattr(config, "merge")
+        ):
             return stock(pretrained_model_name_or_path, *model_args, **kwargs)
-        model_class = merged_class(cls._model_class(config))
+        model_class: Any = merged_class(cls._model_class(config))
         return model_class.from_pretrained(pretrained_model_name_or_path, *model_args, merge=merge, **kwargs)
 
     @classmethod
@@ -95,6 +97,23 @@ class AutoModelForImageTextToText(MergingAutoClass, transformers.AutoModelForIma
 
 class AutoModelForZeroShotImageClassification(MergingAutoClass, transformers.AutoModelForZeroShotImageClassification):
     """`transformers.AutoModelForZeroShotImageClassification` with `merge=`."""
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class for the model that a checkpoint was saved as, or else for one that its config can be read as.
+
+    Raises UnsupportedModelError where none of them can be merged.
+    """
+    offered = {
+        model_class.__name__: name
+        for name, model_class in _supported_models()
+        if model_class.config_class is type(config)
+    }
+    if not offered:
+        raise unsupported(f"A model of type {config.model_type!r}")
+    saved = [offered[name] for name in config.architectures or () if name in offered]
+    # Of the others, the bare encoder is the last choice.
+    return globals()[(saved or sorted(offered.values(), key="AutoModel".__eq__))[0]]
 
 
 def register() -> None:

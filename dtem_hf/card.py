@@ -1,19 +1,400 @@
-"""The model card of an adapter, made from its config and an evaluation's JSON; no figure is typed by hand."""
+"""The model card of an adapter, made from its config and the JSON of training and evaluation; nothing typed by hand.
+
+A card is published, and the names in it come from configs and records that anyone may have written. Metadata goes
+through a YAML writer; names stand in the body as code, on one line and without backticks; figures are checked to be
+numbers.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .configuration import MergeConfig
+from .errors import BadValue
+from .files import read_json, write_text
+from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
 if TYPE_CHECKING:
     from .adapter import BackboneFacts
 
 CARD_NAME = "README.md"
+TRAINING_NAME = "training.json"
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "evit": "EViT", "dtem": "DTEM"}
+_AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "image-to-text": "AutoModelForImageTextToText",
+    "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
+}
+_LONGEST_TEXT = 1000
+# What a record of a run may hold and a published card must not: Hub tokens, and folders of the machine it was made on.
+_PRIVATE = ((re.compile(r"hf_\w{8,}"), "hf_…"), (re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"]+/)+(?=[^\s/'\"])"), "…/"))
 
 
-def card_of(config: MergeConfig, backbone: BackboneFacts, evaluation: dict[str, Any] | None) -> ModelCard:
-    return ModelCard("---\nlibrary_name: dtem-hf\n---\n")
+def card_of(
+    config: MergeConfig,
+    backbone: BackboneFacts,
+    evaluation: dict[str, Any] | None,
+    *,
+    training: dict[str, Any] | None = None,
+    pictures: dict[str, str] | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """The card of an adapter, from the JSON of its evaluation and training (None: it says that there is none).
+
+    `pictures` are file names in the adapter's folder by caption; `repo_id` is the repository the card will lie in.
+    Raises ValueError that names an entry of the JSON, a picture or a repository that makes no sense.
+    """
+    if repo_id is not None and not _is_repo_id(repo_id):
+        raise BadValue("repo_id", repo_id, "a Hub id like user/repo")
+    task = _entry(evaluation or {}, "evaluation", "task", str, "image-classification")
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", task):
+        raise BadValue("evaluation.task", task, "a pipeline tag like image-classification")
+    base_model = backbone.base_model if _is_repo_id(backbone.base_model) else None
+    results = [] if evaluation is None else _rows(evaluation)
+    return ModelCard.from_template(
+        _metadata(config, backbone, base_model, task, evaluation, results, training),
+        template_path=str(_TEMPLATE),
+        method=method_name(config.method),
+        backbone=_code(backbone.base_model or backbone.model_type),
+        facts={
+            "Backbone": _code(backbone.base_model) if backbone.base_model else "not recorded",
+            "Revision": _code(backbone.base_revision) if backbone.base_revision else None,
+            "Model type": _code(backbone.model_type),
+            "Size": f"{backbone.num_layers} layers, width {backbone.hidden_size}",
+            "Merge config": _code(json.dumps(config.to_dict())),
+        },
+        auto_class=_AUTO_CLASSES.get(task, "AutoModel"),
+        base_id=json.dumps(base_model or "your/backbone"),
+        adapter_id=json.dumps(repo_id or "user/repo"),
+        placeholders=[
+            text
+            for text, is_known in (
+                ("`your/backbone` for the backbone", base_model),
+                ("`user/repo` for this repository", repo_id),
+            )
+            if not is_known
+        ],
+        evaluation=None if evaluation is None else _evaluation_text(evaluation, results),
+        training=None if training is None else _training_text(training),
+        pictures=[(_escape(caption), _picture_path(name)) for caption, name in (pictures or {}).items()],
+    )
+
+
+def write_card(
+    adapter_dir: str | os.PathLike[str],
+    evaluation_path: str | os.PathLike[str] | None = None,
+    training_path: str | os.PathLike[str] | None = None,
+    pictures: dict[str, str] | None = None,
+    overwrite: bool = False,
+    repo_id: str | None = None,
+) -> Path:
+    """Write the card of an adapter folder, whole or not at all, and return its path.
+
+    `training_path` left out, `training.json` in the folder is read if there is one; `pictures` are files in the folder
+    by caption. Raises FileExistsError where a card is there and `overwrite` is false, FileNotFoundError for what is
+    not there, and what `card_of` raises.
+    """
+    from .adapter import MergeAdapter  # adapter.py needs this module
+
+    folder = Path(adapter_dir)
+    path = folder / CARD_NAME
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no adapter folder {folder}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already; pass overwrite=True to replace it")
+    for name in (pictures or {}).values():
+        if not (folder / _picture_path(name)).is_file():
+            raise FileNotFoundError(f"there is no picture {name} in {folder}")
+    if training_path is None and (folder / TRAINING_NAME).is_file():
+        training_path = folder / TRAINING_NAME
+    adapter = MergeAdapter.from_pretrained(folder)
+    card = card_of(
+        adapter.config,
+        adapter.backbone,
+        None if evaluation_path is None else _read_record(evaluation_path),
+        training=None if training_path is None else _read_record(training_path),
+        pictures=pictures,
+        repo_id=repo_id,
+    )
+    write_text(path, f"{card}\n")
+    return path
+
+
+def method_name(method: str) -> str:
+    """How a method is called in tables and plots."""
+    return _METHOD_NAMES.get(method, method)
+
+
+def reduction_label(r: Any) -> str:
+    """What a schedule is called in tables and plots: "16", "flops=0.5", "linear r=8". ValueError if it is none."""
+    if r is None:
+        return "–"
+    schedule = as_schedule(r)
+    if isinstance(schedule, ConstantSchedule):
+        return str(schedule.r)
+    if isinstance(schedule, ListSchedule):
+        return "[" + ", ".join(map(str, schedule.reductions)) + "]"
+    values = {f.name: getattr(schedule, f.name) for f in fields(schedule) if getattr(schedule, f.name) != f.default}  # type: ignore[arg-type]
+    text = " ".join(f"{name}={value}" for name, value in values.items())
+    return text if schedule.kind in values else f"{schedule.kind} {text}"
+
+
+def multiply_adds_unit(largest: float) -> tuple[float, str]:
+    """Factor and letter of the unit in which multiply-adds of this magnitude are written."""
+    return (1e9, "G") if largest >= 1e9 else (1e6, "M")
+
+
+def _metadata(
+    config: MergeConfig,
+    backbone: BackboneFacts,
+    base_model: str | None,
+    task: str,
+    evaluation: dict[str, Any] | None,
+    results: list[dict[str, Any]],
+    training: dict[str, Any] | None,
+) -> ModelCardData:
+    model_type = backbone.model_type if re.fullmatch(r"[\w.-]{1,64}", backbone.model_type, re.ASCII) else None
+    data_name = _data_name(training, "training")
+    measured = [] if evaluation is None else _eval_results(task, evaluation, results, config.method)
+    return ModelCardData(
+        library_name="dtem-hf",
+        license="apache-2.0",
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "adapter",
+        pipeline_tag=task,
+        tags=[tag for tag in ("token-merging", config.method, model_type) if tag],
+        # What it was trained on. A name without a user is a folder's, and on the Hub nobody's.
+        datasets=[data_name] if data_name and "/" in data_name and _is_repo_id(data_name) else None,
+        metrics=["accuracy"] if measured else None,
+        model_name=f"{config.method}-{(base_model or model_type or 'adapter').split('/')[-1]}" if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def _eval_results(
+    task: str, evaluation: dict[str, Any], results: list[dict[str, Any]], method: str
+) -> list[EvalResult]:
+    """Top-1 and top-5 of the adapter's method at every r."""
+    name = _data_name(evaluation, "evaluation") or "unnamed"
+    dataset_type = name if _is_repo_id(name) else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:96] or "unnamed"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset_type,
+            dataset_name=name,
+            metric_type="accuracy",
+            metric_value=row[key],
+            metric_name=f"{title}, r={reduction_label(row['r'])} (%)",
+            metric_args={"r": row["r"], "top_k": top_k},
+        )
+        for row in results
+        for key, title, top_k in (("top1", "Top-1 accuracy", 1), ("top5", "Top-5 accuracy", 5))
+        if row["method"] == method and row[key] is not None
+    ]
+
+
+def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an evaluation, checked."""
+    rows = []
+    for i, row in enumerate(_entry(evaluation, "evaluation", "rows", list)):
+        where = f"evaluation.rows[{i}]"
+        if not isinstance(row, dict):
+            raise BadValue(where, row, "an object")
+        try:
+            reduction_label(row.get("r"))
+        except BadValue as error:
+            raise BadValue(f"{where}.r", row.get("r"), error.expected) from error
+        checked: dict[str, Any] = {"method": _entry(row, where, "method", str), "r": row.get("r")}
+        if not re.fullmatch(r"[a-z0-9_]{1,32}", checked["method"]):
+            raise BadValue(f"{where}.method", checked["method"], "the name of a method, like dtem")
+        checked |= {name: _entry(row, where, name, float, None) for name in ("top1", "top5")}
+        for name in ("agreement", "kl", "multiply_adds", "ratio", "images_per_second", "speedup"):
+            checked[name] = _entry(row, where, name, float)
+        rows.append(checked)
+    return rows
+
+
+def _evaluation_text(evaluation: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the template says of an evaluation."""
+    where = "evaluation"
+    data = _entry(evaluation, where, "data", dict)
+    num_images = _entry(data, "evaluation.data", "num_images", int)
+    size = _entry(evaluation, where, "image_size", list)
+    if len(size) != 2 or not all(isinstance(extent, int) for extent in size):
+        raise BadValue("evaluation.image_size", size, "[height, width]")
+    device, dtype, command = (_code(_entry(evaluation, where, name, str)) for name in ("device", "dtype", "command"))
+    threads, batch_size = (_entry(evaluation, where, name, int) for name in ("threads", "batch_size"))
+    conditions = {
+        "Images": f"{num_images:,} of {_code(_data_name(evaluation, where) or 'unnamed')}, {size[0]}×{size[1]} pixels",
+        "Hardware": f"{device}, {threads} threads, batch size {batch_size}, {dtype}",
+        "Versions": _versions(evaluation, where),
+        "Command": command,
+    }
+    return {"conditions": conditions, "labelled": _is_labelled(results), **_table(results)}
+
+
+def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Header and cells: the unmerged model, then r by r, so that methods stand below each other."""
+    labelled = _is_labelled(results)
+    factor, unit = multiply_adds_unit(max((row["multiply_adds"] for row in results), default=0))
+    header = ["Method", "r", *(["Top-1 (%)", "Top-5 (%)"] if labelled else []), "Agreement (%)", "KL"]
+    header += [f"Multiply-adds ({unit})", "Images/s"]
+    most: dict[str, float] = {}
+    for row in results:
+        label = reduction_label(row["r"])
+        most[label] = max(most.get(label, 0), row["multiply_adds"])
+    order = [*_METHOD_NAMES, *sorted({row["method"] for row in results} - set(_METHOD_NAMES))]
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        label = reduction_label(row["r"])
+        return row["method"] != "none", -most[label], label, order.index(row["method"])
+
+    cells = []
+    for row in sorted(results, key=place):
+        accuracy = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("top1", "top5")]
+        cells.append(
+            [
+                _escape(method_name(row["method"])),
+                _escape(reduction_label(row["r"])),
+                *(accuracy if labelled else []),
+                f"{row['agreement']:.2f}",
+                f"{row['kl']:.4f}",
+                f"{row['multiply_adds'] / factor:.3f} ({row['ratio']:.2f}×)",
+                f"{row['images_per_second']:.1f} ({row['speedup']:.2f}×)",
+            ]
+        )
+    return {"header": header, "rows": cells}
+
+
+def _is_labelled(results: list[dict[str, Any]]) -> bool:
+    return any(row["top1"] is not None for row in results)
+
+
+def _training_text(training: dict[str, Any]) -> dict[str, Any]:
+    """What the template says of a training run; what was not recorded is left out."""
+    where = "training"
+    data = _entry(training, where, "data", dict, {})
+    best = _entry(training, where, "best_validation", dict, {})
+    figures = {name: _entry(best, "training.best_validation", name, float) for name in best}
+    numbers = {
+        name: _entry(training, where, name, int, None) for name in ("steps", "images_seen", "best_step", "seed")
+    }
+    num_images = _entry(data, "training.data", "num_images", int, None)
+    seconds = _entry(training, where, "seconds", float, None)
+    hardware = _entry(training, where, "hardware", str, None)
+    command = _entry(training, where, "command", str, None)
+    name = _data_name(training, where)
+    facts = {
+        "Data": None if name is None else _code(name) + ("" if num_images is None else f", {num_images:,} images"),
+        "Steps": None if numbers["steps"] is None else f"{numbers['steps']:,}",
+        "Images seen": None if numbers["images_seen"] is None else f"{numbers['images_seen']:,}",
+        "Time": None if seconds is None else f"{seconds:,.0f} s",
+        "Best step": None if numbers["best_step"] is None else f"{numbers['best_step']:,}",
+        "Validation at the best step": ", ".join(f"{_code(key)} {value:.4g}" for key, value in figures.items())
+        or None,
+        "Seed": numbers["seed"],
+        "Hardware": None if hardware is None else _code(hardware),
+        "Versions": _versions(training, where),
+        "Command": None if command is None else _code(command),
+    }
+    arguments = _entry(training, where, "arguments", dict, {})
+    return {
+        "facts": facts,
+        "arguments": [
+            (_cell(name), _cell(json.dumps(value, ensure_ascii=False))) for name, value in arguments.items()
+        ],
+    }
+
+
+def _versions(record: Mapping[str, Any], where: str) -> str | None:
+    versions = _entry(record, where, "versions", dict, {})
+    return ", ".join(f"{_code(name)} {_code(value)}" for name, value in versions.items()) or None
+
+
+def _data_name(record: Mapping[str, Any] | None, where: str) -> str | None:
+    """The name of a record's data, on one line."""
+    data = _entry(record or {}, where, "data", dict, {})
+    return _clean(_entry(data, f"{where}.data", "name", str, "")) or None
+
+
+_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
+    str: (str, "text"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a finite number"),
+    list: (list, "a list"),
+    dict: (dict, "an object"),
+}
+
+
+def _entry(record: Mapping[str, Any], where: str, name: str, kind: type, default: Any = MISSING) -> Any:
+    """An entry of a record, checked to be of a kind; `default` where it is absent or null, if there is a default."""
+    value = record.get(name)
+    if value is None and default is not MISSING:
+        return default
+    types, expected = _KINDS[kind]
+    is_number = kind in (int, float)
+    if not isinstance(value, types) or (is_number and (isinstance(value, bool) or not math.isfinite(value))):
+        raise BadValue(f"{where}.{name}", value, expected)
+    return value
+
+
+def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise BadValue(Path(path).name, type(record).__name__, "a JSON object")
+    return record
+
+
+def _is_repo_id(name: str | None) -> bool:
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return bool(name)
+
+
+def _picture_path(name: str) -> str:
+    """A picture's path in the repository: inside the folder, and without anything special to Markdown."""
+    if not re.fullmatch(r"[A-Za-z0-9]\w*([.-]\w+)*(/[A-Za-z0-9]\w*([.-]\w+)*)*", name, re.ASCII):
+        raise BadValue(
+            "pictures", name, "the name of a file in the adapter's folder, of letters, digits, '_', '-' and '.'"
+        )
+    return name
+
+
+def _clean(value: Any) -> str:
+    """Text on one line of printable characters, without what is private."""
+    text = "".join(character if character.isprintable() else " " for character in str(value))
+    for pattern, replacement in _PRIVATE:
+        text = pattern.sub(replacement, text)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…"
+
+
+def _code(value: Any) -> str:
+    """Text as a code span, in which Markdown knows nothing but the backtick."""
+    return f"`{_clean(value).replace('`', chr(39)) or ' '}`"
+
+
+def _cell(value: Any) -> str:
+    """Text as a code span in a table, which is split at bars before anything else."""
+    return _code(value).replace("|", "\\|")
+
+
+def _escape(value: Any) -> str:
+    """Text in running Markdown, with nothing in it special."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|~&$@:!])", r"\\\1", _clean(value))

@@ -33,7 +33,9 @@ class MergeConfig:
     method: ClassVar[str]
     _methods: ClassVar[dict[str, type[MergeConfig]]] = {}
 
-    proportional_attention: bool = _help("let a token that stands for m patches count m times in attention", default=True)
+    proportional_attention: bool = _help(
+        "let a token that stands for m patches count m times in attention", default=True
+    )
 
     def __init_subclass__(cls) -> None:
         if "method" in cls.__dict__:
@@ -139,7 +141,9 @@ class DTEMConfig(MatchingConfig):
     top_k: int = _help("similarities that soft grouping keeps per token", default=3)
     score_temperature: float = _help("temperature of the similarities in soft grouping", default=0.1)
     assignment_temperature: float = _help("temperature of the rounds of soft grouping", default=0.1)
-    init: Literal["keys", "random"] = _help("start from the mean attention key (equal to ToMe), or at random", default="keys")
+    init: Literal["keys", "random"] = _help(
+        "start from the mean attention key (equal to ToMe), or at random", default="keys"
+    )
     relaxation: Literal["auto", "soft", "hard"] = _help(
         "auto: soft in .train(), hard in .eval(); soft or hard: always that", default="auto"
     )

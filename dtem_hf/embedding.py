@@ -1,4 +1,4 @@
-"""The decoupled embedding: one small affine map per layer that says what tokens are similar by (METHOD.md section 2)."""
+"""The decoupled embedding: one small affine map per layer, by which tokens are compared (METHOD.md section 2)."""
 
 from __future__ import annotations
 
@@ -44,15 +44,18 @@ def default_embed_dim(hidden_size: int, head_dim: int) -> int:
 
 
 def mean_key_projection(keys: KeyProjection, embed_dim: int | None = None) -> tuple[Tensor, Tensor]:
-    """The mean over heads of W_k and b_k, or of as many groups of heads as fill `embed_dim`: weight [d', D], bias [d'].
+    """The mean over heads of W_k and b_k, or over each of as many groups of heads as fill `embed_dim`.
 
+    Returns weight [d', D] and bias [d'].
     Raises ValueError where `embed_dim` is not a multiple of the head's width, at most one per head.
     """
     head_dim, heads = keys.head_dim, keys.num_heads
     groups, rest = divmod(head_dim if embed_dim is None else embed_dim, head_dim)
     if rest or not 1 <= groups <= heads:
         raise BadValue(
-            "embed_dim", embed_dim, f"init='keys' needs a multiple of {head_dim}, from {head_dim} to {head_dim * heads}"
+            "embed_dim",
+            embed_dim,
+            f"init='keys' needs a multiple of {head_dim}, from {head_dim} to {head_dim * heads}",
         )
     weight = keys.weight.unflatten(0, (heads, head_dim))  # [H·d, D] -> [H, d, D]
     bias = weight.new_zeros(heads, head_dim) if keys.bias is None else keys.bias.unflatten(0, (heads, head_dim))

@@ -8,12 +8,13 @@ gives the classes back.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from .adapter import BackboneFacts, MergeAdapter
 from .backbones import Backbone, check_attention_implementation, find_backbone, find_family
 from .configuration import MatchingConfig, MergeConfig
 from .embedding import DecoupledEmbedding
-from .errors import BadValue, UnsupportedModelError
+from .errors import BadValue
 from .reducers import Reducer, make_reducer
 from .schedule import EncoderCost, FlopsSchedule, MergePlan
 from .token_state import MergeTrace, TokenState
@@ -45,7 +46,7 @@ class PassOptions:
 
 
 # Keyed by the identity of an encoder: threads, and models inside models, do not see each other's options.
-_PASS_OPTIONS: ContextVar[dict[int, PassOptions]] = ContextVar("dtem_hf_pass_options", default={})
+_PASS_OPTIONS: ContextVar[Mapping[int, PassOptions]] = ContextVar("dtem_hf_pass_options", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -84,11 +85,11 @@ class Renamed:
     derived_from: ClassVar[tuple[type, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
-        return _new_derived, self.derived_from, *state
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        return _new_derived, self.derived_from, *reduced[2:]
 
 
-@lru_cache(maxsize=None)
+@cache
 def derived_class(base: type, *mixins: type) -> type:
     """`base` with mixins in front, under the name of `base`."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -96,18 +97,18 @@ def derived_class(base: type, *mixins: type) -> type:
 
 
 def _new_derived(base: type, *mixins: type) -> Any:
-    cls = derived_class(base, *mixins)
+    cls: Any = derived_class(base, *mixins)
     return cls.__new__(cls)
 
 
 class EncoderMerging(Renamed):
-    """Mixed into the encoder: every pass gets a token state, and the learned embedding is initialised by its method."""
+    """Mixed into the encoder: every pass gets a token state, and the learned embedding is filled by its method."""
 
     merging: Merging | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        stock = super(EncoderMerging, cls).forward  # type: ignore[misc]
+        stock = super().forward  # type: ignore[misc]
         parameters = list(signature(stock).parameters)
         mask_position = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
 
@@ -140,7 +141,9 @@ class EncoderMerging(Renamed):
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, DecoupledEmbedding):
             super()._init_weights(module)  # type: ignore[misc]
-        elif self.merging is not None and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+        elif self.merging is not None and not all(
+            getattr(p, "_is_hf_initialized", False) for p in module.parameters()
+        ):
             self.merging.reducer.initialize(module, self)  # type: ignore[arg-type]
 
 
@@ -183,8 +186,8 @@ class MergeMixin(Renamed):
         if missing:
             raise OSError(
                 f"{name}: its config records a merge with a learned embedding, and the checkpoint does not hold it "
-                f"({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from keys, merge='adapter' to load an "
-                "adapter, or merge=None for the plain model."
+                f"({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from keys, merge='adapter' to load "
+                "an adapter, or merge=None for the plain model."
             )
         if adapter is not None:
             adapter.check_fits(_facts(model))
@@ -209,13 +212,13 @@ class MergeMixin(Renamed):
         _set_config(self, replace(config, r=r if flops is None else FlopsSchedule(flops)))
 
     def merge_plan(self, image_size: int | tuple[int, int] | None = None) -> MergePlan:
-        """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), without running."""
+        """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), not run."""
         merging = _merging(self)
         return merging.plan_for(merging.backbone.num_tokens(_merged_encoder(self), image_size))
 
     @contextmanager
     def trace_merging(self) -> Iterator[MergeTrace]:
-        """`with model.trace_merging() as trace:` fills a `MergeTrace` with each pass of this thread (the last one stays)."""
+        """`with model.trace_merging() as trace:` fills a `MergeTrace` anew with every pass of this thread."""
         trace = MergeTrace()
         with _pass_options(_merged_encoder(self), trace=trace):
             yield trace
@@ -232,7 +235,7 @@ class MergeMixin(Renamed):
         return iter(()) if embedding is None else embedding.parameters()
 
     def to_merge_adapter(self, base_model: str | None = None) -> MergeAdapter:
-        """The learned embedding as an adapter; `base_model` is the backbone's Hub id where the model does not know it."""
+        """The learned embedding as an adapter; `base_model` is its backbone's Hub id, if the model knows none."""
         encoder = _merged_encoder(self)
         return MergeAdapter.from_embedding(self.merge_config, _embedding(encoder), _facts(self, base_model))
 
@@ -241,12 +244,12 @@ class MergeMixin(Renamed):
         self.to_merge_adapter(base_model).save_pretrained(save_directory)
 
     def push_merge_adapter(self, repo_id: str, base_model: str | None = None, **kwargs: Any) -> str:
-        """Publish the learned embedding; keyword arguments are `MergeAdapter.push_to_hub`'s. Returns the commit's URL."""
+        """Publish the learned embedding (keywords are `MergeAdapter.push_to_hub`'s). Returns the commit's URL."""
         return self.to_merge_adapter(base_model).push_to_hub(repo_id, **kwargs)
 
 
 def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, MergeAdapter | None]:
-    """Read what a user gives for `merge`: a config, an adapter, a Hub id (`user/repo` or `user/repo@revision`), a folder."""
+    """Read what `merge` may be: a config, an adapter, an adapter's Hub id (`user/repo[@revision]`) or folder, None."""
     if merge is None or isinstance(merge, MergeConfig):
         return merge, None
     if isinstance(merge, (str, os.PathLike)):
@@ -278,7 +281,7 @@ def attach(model: PreTrainedModel, merge: MergeLike) -> Any:
 
 
 def detach(model: PreTrainedModel) -> Any:
-    """Take merging out of a model: classes, config and state are what they were. A plain model is returned as it is."""
+    """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
     if not isinstance(model, MergeMixin):
         return model
     backbone, encoder = find_backbone(model)
@@ -314,7 +317,7 @@ class _Prepared:
 
 def _prepare(model: PreTrainedModel, config: MergeConfig) -> _Prepared:
     backbone, encoder = find_backbone(model)
-    check_attention_implementation(encoder.config._attn_implementation)  # type: ignore[union-attr]
+    check_attention_implementation(encoder.config._attn_implementation)
     merging = Merging(model, encoder, backbone, config)
     embed_dim = merging.reducer.embed_dim(encoder)
     embedding = None
@@ -334,9 +337,9 @@ def _install(model: PreTrainedModel, prepared: _Prepared) -> None:
     if not isinstance(model, MergeMixin):
         model.__class__ = merged_class(type(model))
     if not isinstance(encoder, EncoderMerging):
-        encoder.__class__ = derived_class(type(encoder), EncoderMerging)
+        _derive_class(encoder, EncoderMerging)
     for index, layer in enumerate(prepared.backbone.layers(encoder)):
-        layer.__class__ = derived_class(type(layer), prepared.backbone.layer_merging, Renamed)
+        _derive_class(layer, prepared.backbone.layer_merging, Renamed)
         layer.merge_index = index  # type: ignore[assignment]
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
@@ -350,6 +353,11 @@ def _set_merging(model: PreTrainedModel, backbone: Backbone, encoder: Any, mergi
     model.config.merge = merging.config.to_dict()
 
 
+def _derive_class(module: nn.Module, *mixins: type) -> None:
+    base: type = type(module)
+    module.__class__ = derived_class(base, *mixins)
+
+
 def _restore_class(module: nn.Module) -> None:
     if isinstance(module, Renamed):
         module.__class__ = module.derived_from[0]
@@ -359,6 +367,12 @@ def _set_config(model: Any, config: MergeConfig) -> None:
     """Replace the config of a merged model; the learned embedding stays."""
     backbone, encoder = find_backbone(model)
     _set_merging(model, backbone, encoder, Merging(model, encoder, backbone, config))
+
+
+def merged_layers(model: Any) -> Sequence[nn.Module]:
+    """The encoder layers in which a model merges, in order."""
+    backbone, encoder = find_backbone(model)
+    return backbone.layers(encoder)
 
 
 def _merged_encoder(model: Any) -> Any:

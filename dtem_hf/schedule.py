@@ -1,7 +1,8 @@
 """How many tokens each layer merges away: schedules, the costs they are weighed by, and the plan they come to.
 
-A schedule is what a user asks for (`ConstantSchedule(16)`, `FlopsSchedule(0.5)`); `resolve` turns it into one r per layer
-for a given encoder and number of tokens. Where a layer has too few tokens left for its r, it merges as many as it can.
+A schedule is what a user asks for (`ConstantSchedule(16)`, `FlopsSchedule(0.5)`); `resolve` turns it into one r per
+layer for a given encoder and number of tokens. Where a layer has too few tokens left for its r, it merges as many as
+it can.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from .errors import BadValue
 class LayerCost:
     """Multiply-adds of one encoder layer, as numbers that do not depend on how many tokens there are.
 
-    `before` and `after`: per token, in front of and behind the merge (projections; MLP). `per_pair`: per query-key pair
-    (scores and values). `metric` and `metric_width`: per token to compute what tokens are compared by, and its width.
+    `before` and `after`: per token, in front of and behind the merge (projections; MLP). `per_pair`: per query-key
+    pair (scores and values). `metric` and `metric_width`: per token to compute what tokens are compared by, and its
+    width.
     """
 
     before: int
@@ -94,8 +96,8 @@ class MergePlan:
         for i, (r, n, cost) in enumerate(zip(self.reductions, self.tokens, self.layer_multiply_adds, strict=True)):
             rows.append(f"{i:>5} {r:>4} {n:>7} {cost / 1e6:>16.1f}")
         rows.append(
-            f"{self.num_tokens} -> {self.tokens[-1]} tokens; {self.multiply_adds / 1e9:.3f} G multiply-adds per image, "
-            f"{self.ratio:.3f} of the unmerged {self.unmerged_multiply_adds / 1e9:.3f} G"
+            f"{self.num_tokens} -> {self.tokens[-1]} tokens; {self.multiply_adds / 1e9:.3f} G multiply-adds per "
+            f"image, {self.ratio:.3f} of the unmerged {self.unmerged_multiply_adds / 1e9:.3f} G"
         )
         return "\n".join(rows)
 
@@ -207,7 +209,7 @@ class LinearSchedule(Schedule):
 
 @dataclass(frozen=True)
 class InflectedSchedule(Schedule):
-    """ToMe's schedule: mean r, from r (1 - inflection) in the first layer to r (1 + inflection) in the last, truncated.
+    """ToMe's schedule: r (1 - inflection) in the first layer to r (1 + inflection) in the last; mean r, truncated.
 
     -1 ≤ inflection ≤ 1; -1 merges most at the start. Source: ToMe, arXiv 2210.09461.
     """
@@ -281,7 +283,9 @@ def as_schedule(r: Any) -> Schedule:
         names = {f.name for f in fields(known)}  # type: ignore[arg-type]
         unknown = set(r) - names - {"kind"}
         if unknown:
-            raise BadValue("r", r, f"a {known.kind} schedule has no {', '.join(sorted(unknown))}, only {sorted(names)}")
+            raise BadValue(
+                "r", r, f"a {known.kind} schedule has no {', '.join(sorted(unknown))}, only {sorted(names)}"
+            )
         try:
             return known(**{name: value for name, value in r.items() if name != "kind"})
         except TypeError as error:

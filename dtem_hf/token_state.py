@@ -28,8 +28,8 @@ class MergeTrace:
 class TokenState:
     """Token sizes and counts of one forward pass, by layer; made new for every pass and never kept on a module.
 
-    Entry i of a list belongs to the tokens that enter layer i. A layer that is run again (gradient checkpointing) reads
-    the entry it read before.
+    Entry i of a list belongs to the tokens that enter layer i. A layer that is run again (gradient checkpointing)
+    reads the entry it read before.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class TokenState:
         assert self._reductions is not None
         return self._active[layer], self._reductions[layer]
 
-    def leave(self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]) -> None:
+    def leave(
+        self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]
+    ) -> None:
         """Record what a layer hands on; `source` makes its source map, and is called only if somebody asked."""
         if len(self._sizes) > layer + 1:
             return
@@ -74,8 +76,10 @@ class TokenState:
             trace.source_maps.append(ops.compose_source_maps(trace.source_maps[-1], step) if layer else step)
             trace.sizes.append(torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes.detach())
 
-    def attention_bias(self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool) -> Tensor | None:
-        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own mask while all are 1."""
+    def attention_bias(
+        self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool
+    ) -> Tensor | None:
+        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own while all are 1."""
         sizes = self._sizes[layer]
         if sizes is None:
             return attention_mask
@@ -83,7 +87,7 @@ class TokenState:
             raise UnsupportedModelError(
                 "attention_mask: a mask over patches cannot follow tokens that are merged; leave it out, or use r=0."
             )
-        # What the model made itself (when it is exported) lets every token see every token, of which there are fewer now.
+        # What the model made itself (when it is exported) lets all tokens see all tokens, and now there are fewer.
         if not wanted:
             return None
         device = sizes.device.type

@@ -1,6 +1,7 @@
 """One file per family of encoders; a file that is put here is found."""
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -31,12 +32,14 @@ def find_family(model_class: type) -> Backbone:
     raise unsupported(model_class.__name__)
 
 
-def find_backbone(model: nn.Module) -> tuple[Backbone, nn.Module]:
+def find_backbone(model: nn.Module) -> tuple[Backbone, Any]:
     """The family of a model and the encoder in it that is merged. Raises UnsupportedModelError."""
     family = find_family(type(model))
     encoders = [module for module in model.modules() if isinstance(module, family.encoder_class)]
     if len(encoders) != 1:
-        raise UnsupportedModelError(f"{type(model).__name__} holds {len(encoders)} encoders; merging needs exactly one.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(encoders)} encoders; merging needs exactly one."
+        )
     return family, encoders[0]
 
 

@@ -127,7 +127,7 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
     return pair
 
 
-# The backends whose arithmetic the additive size bias goes through; others read a float mask as padding, or not at all.
+# The backends that add the size bias to their scores; others read a float mask as padding, or not at all.
 EXACT_ATTENTION = ("eager", "sdpa")
 
 
@@ -135,6 +135,6 @@ def check_attention_implementation(name: str | None) -> None:
     """Refuse an attention backend that would not add log sizes to the scores."""
     if name is not None and name not in EXACT_ATTENTION:
         raise UnsupportedModelError(
-            f"attn_implementation={name!r}: token sizes enter attention as an additive mask, which this backend does not "
-            f"add; use one of {', '.join(EXACT_ATTENTION)}."
+            f"attn_implementation={name!r}: token sizes enter attention as an additive mask, which this backend does "
+            f"not add; use one of {', '.join(EXACT_ATTENTION)}."
         )

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 class Matching(NamedTuple):
     """Who is merged into whom, as indices into the non-prefix halves A and B.
 
-    Shapes: `merged` [B, r] (rows of A that leave), `target` [B, r] (the row of B each of them joins), `kept` [B, a - r]
-    (rows of A that stay, ascending); int64. `num_prefix_tokens` is the P that the halves were cut with.
+    Shapes: `merged` [B, r] (rows of A that leave), `target` [B, r] (the row of B each of them joins), `kept`
+    [B, a - r] (rows of A that stay, ascending); int64. `num_prefix_tokens` is the P that the halves were cut with.
     """
 
     merged: Tensor
@@ -59,7 +59,8 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix_tokens: int = 1) 
     largest = (metric.shape[1] - num_prefix_tokens) // 2
     if not 0 <= r <= largest:
         raise ValueError(
-            f"r={r} does not fit {metric.shape[1]} tokens of which {num_prefix_tokens} are prefix: 0 to {largest} would."
+            f"r={r} does not fit {metric.shape[1]} tokens of which {num_prefix_tokens} are prefix: "
+            f"0 to {largest} would."
         )
     scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
     best, partner = scores.max(dim=-1)  # the first of equal maxima

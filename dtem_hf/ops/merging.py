@@ -26,9 +26,9 @@ def _add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
     """Merge the matched tokens: size-weighted mean of features, sum of sizes (METHOD.md section 3).
 
-    `x` [B, N, D], `sizes` [B, N] float32 or None where every token stands for one patch. Returns x [B, N - r, D] in its
-    own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32. Tokens that
-    nobody joined are copied, bit for bit.
+    `x` [B, N, D], `sizes` [B, N] float32 or None where every token stands for one patch. Returns x [B, N - r, D] in
+    its own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32. Tokens
+    that nobody joined are copied, bit for bit.
     """
     prefix = matching.num_prefix_tokens
     if sizes is None:

@@ -1,4 +1,4 @@
-"""Soft grouping and soft merging: the continuous relaxation that the embedding learns through (METHOD.md section 4)."""
+"""Soft grouping and soft merging: the relaxation that the embedding learns through (METHOD.md section 4)."""
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def soft_merging(
     largest = (num_active - num_prefix_tokens) // 2
     if not 0 <= r <= largest:
         raise ValueError(
-            f"r={r} does not fit {num_active} active tokens of which {num_prefix_tokens} are prefix: 0 to {largest} would."
+            f"r={r} does not fit {num_active} active tokens of which {num_prefix_tokens} are prefix: "
+            f"0 to {largest} would."
         )
     a = slice(num_prefix_tokens, num_active, 2)
     b = slice(num_prefix_tokens + 1, num_active, 2)

@@ -71,5 +71,3 @@ class Reducer(ABC, Generic[C]):
 def make_reducer(config: MergeConfig, backbone: Backbone) -> Reducer[Any]:
     """The reducer that a config names."""
     return _REDUCERS[config.method](config, backbone)
-
-

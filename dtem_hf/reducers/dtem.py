@@ -27,7 +27,7 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
 
     def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
         if self.config.init == "random":
-            initialize_randomly(embedding, std=getattr(encoder.config, "initializer_range", 0.02))  # type: ignore[arg-type]
+            initialize_randomly(embedding, std=getattr(encoder.config, "initializer_range", 0.02))
         else:
             initialize_from_keys(embedding, [self.backbone.key_projection(x) for x in self.backbone.layers(encoder)])
 

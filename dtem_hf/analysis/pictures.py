@@ -1,0 +1,204 @@
+"""Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..backbones import find_backbone
+from ..errors import BadValue
+from ..modeling import MergeMixin
+from .plots import check_figure_format, save_figure
+
+
+BORDER = (1.0, 1.0, 1.0)
+_CELL_INCHES = 2.4
+_CELL_PIXELS = 480
+_MODES = {1: "L", 3: "RGB"}
+
+
+def token_groups(source_map: Any, num_prefix_tokens: int, grid: tuple[int, int]) -> NDArray[np.int64]:
+    """Which final token every patch ended in: source map [N], prefix tokens first -> [rows, columns] int64.
+
+    Raises ValueError where the source map does not cover prefix and grid.
+    """
+    source = np.asarray(source_map)
+    rows, columns = grid
+    if source.shape != (num_prefix_tokens + rows * columns,):
+        raise BadValue(
+            "source_map",
+            source.shape,
+            f"one entry for each of {num_prefix_tokens} prefix tokens and {rows}×{columns} patches",
+        )
+    return source[num_prefix_tokens:].reshape(rows, columns).astype(np.int64)
+
+
+def merged_token_image(
+    pixels: Any, source_map: Any, num_prefix_tokens: int, patch_size: int | Sequence[int]
+) -> NDArray[np.float64]:
+    """Draw every final token over its patches, in their mean colour: pixels [H, W, 3] in 0..1 -> [H, W, 3] in 0..1.
+
+    Where two neighbouring patches ended in different tokens, the first row or column of pixels of the lower or right
+    one is a white border. Pixels at the right and lower edge that fill no patch stay as they are. Raises ValueError
+    where the source map [N] does not cover the patches.
+    """
+    pixels = np.asarray(pixels, dtype=np.float64)
+    height, width = _pair(patch_size)
+    rows, columns = pixels.shape[0] // height, pixels.shape[1] // width
+    groups = token_groups(source_map, num_prefix_tokens, (rows, columns))
+    covered = pixels[: rows * height, : columns * width]
+
+    # [rows · h, columns · w, 3] -> [rows, h, columns, w, 3] -> [rows, columns, 3]
+    patches = covered.reshape(rows, height, columns, width, 3).mean(axis=(1, 3))
+    _, token, count = np.unique(groups, return_inverse=True, return_counts=True)
+    token = token.reshape(rows, columns)
+    colours = np.zeros((len(count), 3))
+    np.add.at(colours, token, patches)
+    colours /= count[:, None]
+
+    token = token.repeat(height, axis=0).repeat(width, axis=1)  # [rows, columns] -> [rows · h, columns · w]
+    drawn = colours[token]
+    drawn[1:][token[1:] != token[:-1]] = BORDER
+    drawn[:, 1:][token[:, 1:] != token[:, :-1]] = BORDER
+    picture = pixels.copy()
+    picture[: rows * height, : columns * width] = drawn
+    return picture
+
+
+def displayed_pixels(pixel_values: Tensor, processor: Any) -> NDArray[np.float64]:
+    """Undo a processor's normalisation: [C, H, W], C of 1 or 3, as a model takes it -> [H, W, 3] in 0..1."""
+    pixels = pixel_values.detach().float().cpu().permute(1, 2, 0).numpy().astype(np.float64)  # [C, H, W] -> [H, W, C]
+    if getattr(processor, "do_normalize", False):
+        pixels = pixels * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    pixels /= 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 255
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).clip(0, 1)
+
+
+def draw_merged_tokens(
+    images: Sequence[Image],
+    models: Mapping[str, PreTrainedModel],
+    processor: Any,
+    path: str | os.PathLike[str],
+    titles: Sequence[str] | None = None,
+) -> None:
+    """Write one figure: a row per image (named by `titles`): what the model sees, then a column per merged model.
+
+    `models` are named by their keys. The suffix of `path` is the format; the file is written whole or not at all.
+    Models run on one image at a time, in eval mode, and are left as they were. Raises ValueError where a model is not
+    merged, or where there is nothing to draw.
+    """
+    check_figure_format(path)
+    if not images or not models:
+        raise BadValue("images, models", (len(images), len(models)), "at least one of each")
+    if titles is not None and len(titles) != len(images):
+        raise BadValue("titles", list(titles), f"one for each of the {len(images)} images")
+    for label, model in models.items():
+        if not isinstance(model, MergeMixin):
+            raise BadValue(
+                f"models[{label!r}]", type(model).__name__, "a merged model: from_pretrained(merge=…) or attach"
+            )
+    processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
+    rows = [_draw_row(image, models.values(), processor) for image in images]
+
+    # A row is as high as its image, and leaves room for the number of tokens.
+    heights = [row[0][0].shape[0] / row[0][0].shape[1] + 0.1 for row in rows]
+    columns = 1 + len(models)
+    figure = Figure(
+        figsize=(_CELL_INCHES * columns + 0.3, _CELL_INCHES * sum(heights) + 0.35), dpi=150, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, row_axes in zip(rows, axes, strict=True):
+        for (picture, caption), axis in zip(row, row_axes, strict=True):
+            axis.imshow(picture, interpolation="antialiased", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            axis.set_xlabel(caption, fontsize=8, labelpad=3, color="0.35")
+    for label, axis in zip(["input", *models], axes[0], strict=True):
+        axis.set_title(label, fontsize=10, parse_math=False)
+    for title, axis in zip(titles or (), axes[:, 0], strict=False):
+        axis.set_ylabel(title, fontsize=9, parse_math=False)
+    save_figure(figure, path)
+
+
+def _draw_row(image: Image, models: Any, processor: Any) -> list[tuple[NDArray[np.float64], str]]:
+    """What the models see of an image and what each makes of it, with what to write below."""
+    row: list[tuple[NDArray[np.float64], str]] = []
+    for model in models:
+        backbone, encoder = find_backbone(model)
+        config: Any = encoder.config
+        pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
+        source_map = _final_source_map(model, encoder, pixel_values)
+        pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
+        prefix = backbone.num_prefix_tokens(encoder)
+        # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
+        scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
+        enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+        if not row:
+            row.append((pixels, f"{pixels.shape[0]}×{pixels.shape[1]} pixels"))
+        picture = merged_token_image(enlarged, source_map, prefix, [extent * scale for extent in patch])
+        tokens = len(np.unique(source_map[prefix:]))
+        row.append((picture, f"{len(source_map) - prefix} patches → {tokens} tokens"))
+    return row
+
+
+def _final_source_map(model: Any, encoder: nn.Module, pixel_values: Tensor) -> NDArray[np.int64]:
+    """The token that each of an image's tokens ends in: [1, C, H, W] -> [N]."""
+    part: Any = _image_part(model, encoder)
+    config: Any = encoder.config
+    parameter = next(encoder.parameters())
+    kwargs: dict[str, Any] = {}
+    # Families whose position embeddings fit any size have no such argument.
+    if tuple(pixel_values.shape[2:]) != _pair(config.image_size):
+        kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
+    with _evaluating(model), torch.no_grad(), model.trace_merging() as trace:
+        part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
+    return trace.source_maps[-1][0].cpu().numpy()
+
+
+def _image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
+    """The largest part of a model that holds the encoder and needs nothing but pixels: of CLIP, its vision tower."""
+    for module in model.modules():
+        takes_pixels = isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
+        if takes_pixels and any(child is encoder for child in module.modules()):
+            return module
+    return encoder
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model is in eval mode; behind it every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _in_mode(image: Image, num_channels: int) -> Image:
+    if num_channels not in _MODES:
+        raise BadValue("num_channels", num_channels, f"one of {sorted(_MODES)}")
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value / 256)  # which would be cut off at 255, not scaled
+    return image.convert(_MODES[num_channels])
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

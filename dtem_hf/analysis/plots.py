@@ -1,0 +1,109 @@
+"""Plots of what merging costs and saves, from the rows of an evaluation's JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..card import method_name, multiply_adds_unit, reduction_label
+from ..errors import BadValue
+from ..files import replacing
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.
+_STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
+_SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+_UNMERGED = "none"
+
+
+def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot top-1 accuracy against multiply-adds: a line per method, r at its points, and the unmerged model.
+
+    `rows` are those of an evaluation's JSON; where one has no top-1 (there were no labels), agreement with the
+    unmerged model is drawn. The suffix of `path` is the format; the file is written whole or not at all. Raises
+    ValueError where there are no rows.
+    """
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    labelled = all(row["top1"] is not None for row in rows)
+    measure = "top1" if labelled else "agreement"
+    factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for row in rows:
+        if row["method"] == _UNMERGED:
+            axis.axhline(row[measure], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+            label = f"{method_name(_UNMERGED)} ({row[measure]:.1f} %)"
+            axis.plot(
+                row["multiply_adds"] / factor, row[measure], "*", color="0.2", markersize=13, label=label, zorder=3
+            )
+
+    # The better method's labels stand above its line, the others' below theirs.
+    methods = sorted({row["method"] for row in rows} - {_UNMERGED}, key=lambda method: -_mean(rows, method, measure))
+    spare = iter(_SPARE_STYLES)
+    for place, method in enumerate(methods):
+        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["multiply_adds"])
+        colour, marker = _STYLES.get(method) or next(spare, ("0.3", "x"))
+        x, y = [row["multiply_adds"] / factor for row in points], [row[measure] for row in points]
+        axis.plot(
+            x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=method_name(method), zorder=4
+        )
+        for row, *point in zip(points, x, y, strict=True):
+            axis.annotate(
+                _point_label(row["r"]),
+                point,
+                xytext=(-4, 6) if place == 0 else (4, -6),
+                textcoords="offset points",
+                ha="right" if place == 0 else "left",
+                va="bottom" if place == 0 else "top",
+                fontsize=8,
+                color=colour,
+                zorder=5,
+            )
+
+    axis.set_xlabel(f"Multiply-adds per image ({unit})")
+    axis.set_ylabel("Top-1 accuracy (%)" if labelled else "Agreement with the unmerged model (%)")
+    axis.margins(x=0.08, y=0.12)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    for text in axis.legend(loc="lower right", frameon=False).get_texts():
+        text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def check_figure_format(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the suffix of a path is no format that figures are written in."""
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if _format(path) not in formats:
+        raise BadValue("path", os.fspath(path), f"a name that ends in one of .{', .'.join(sorted(formats))}")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format of its suffix, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=_format(path))
+
+
+def _format(path: str | os.PathLike[str]) -> str:
+    return Path(path).suffix[1:].lower()
+
+
+def _mean(rows: Sequence[dict[str, Any]], method: str, measure: str) -> float:
+    values = [row[measure] for row in rows if row["method"] == method]
+    return sum(values) / len(values)
+
+
+def _point_label(r: Any) -> str:
+    label = reduction_label(r)
+    return f"r={label}" if label.isdecimal() else label

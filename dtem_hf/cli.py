@@ -1,0 +1,331 @@
+"""The `dtem-hf` command.
+
+    dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5
+    dtem-hf quickstart   # a laptop's CPU
+
+What a command needs is imported when it runs, so that `dtem-hf --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__
+from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from transformers import PretrainedConfig
+
+_SHOWN_RESULTS = 5
+
+
+class OneLineErrors(TyperGroup):
+    """Errors that a user can mend are one red line on stderr: exit code 2 for a bad value, 1 for what was not found."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            if ctx.params["traceback"]:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+app = typer.Typer(
+    name="dtem-hf",
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Merge tokens in Hugging Face vision transformers.
+
+    \b
+    Examples:
+      dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5
+      dtem-hf train --help
+    """
+
+
+_R_HELP = next(f.metadata["help"] for f in fields(MatchingConfig) if f.name == "r")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's Hub id or local folder.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(sorted(MergeConfig._methods)),
+        help="Reduction method; left out: the one that the model was saved with, or dtem.",
+    ),
+]
+Reduction = Annotated[str | None, typer.Option("--r", metavar="R", help=f"{_R_HELP.capitalize()}, as JSON.")]
+Flops = Annotated[
+    float | None, typer.Option(metavar="SHARE", help="Merge until this share of the multiply-adds is left.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: Method = None,
+    r: Reduction = None,
+    flops: Flops = None,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Height and width; left out: the model's own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the tokens per layer and the multiply-adds per image; only the model's config is downloaded.
+
+    \b
+    Examples:
+      dtem-hf plan facebook/deit-small-patch16-224 --method tome --r 13
+      dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5 --json
+    """
+    import torch
+
+    from .auto import auto_class
+
+    config = _read_config(model)
+    with torch.device("meta"):
+        merged = auto_class(config).from_config(config, merge=_merge_of(config, method))
+    _set_reduction(merged, r, flops)
+    merge_plan = merged.merge_plan(image_size)
+    if as_json:
+        _print_json({"model": model, "merge": merged.merge_config.to_dict(), **merge_plan.to_dict()})
+        return
+
+    rows = []
+    entering = merge_plan.num_tokens
+    for index, (merges, leaving, cost) in enumerate(
+        zip(merge_plan.reductions, merge_plan.tokens, merge_plan.layer_multiply_adds, strict=True)
+    ):
+        rows.append((str(index), str(entering), str(merges), str(leaving), f"{cost / 1e6:.1f}"))
+        entering = leaving
+    title = f"{model} ({type(merged).__name__}), {merged.merge_config.method}"
+    _print_table(title, ("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
+    typer.echo(str(merge_plan).splitlines()[-1])
+
+
+@app.command()
+def info(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, Hub id, or id@revision.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what an adapter holds: its method, the backbone it was trained for, and the results in its card.
+
+    \b
+    Examples:
+      dtem-hf info runs/deit_tiny
+      dtem-hf info user/dtem-deit-small@main --json
+    """
+    from .adapter import MergeAdapter
+
+    loaded = MergeAdapter.from_reference(adapter)
+    values = {
+        "adapter": adapter,
+        "merge": loaded.config.to_dict(),
+        "embed_dim": loaded.embed_dim,
+        "backbone": asdict(loaded.backbone),
+        "parameters": sum(tensor.numel() for tensor in loaded.tensors.values()),
+        "size_bytes": sum(tensor.nbytes for tensor in loaded.tensors.values()),
+        "results": [_as_values(result) for result in _card_results(adapter)],
+    }
+    if as_json:
+        _print_json(values)
+        return
+
+    merge = {name: value for name, value in values["merge"].items() if name not in ("version", "embed_dim")}
+    results = values["results"][:_SHOWN_RESULTS]
+    facts = {
+        **merge,
+        "embed_dim": loaded.embed_dim,
+        **{name: value for name, value in values["backbone"].items() if value is not None},
+        "parameters": f"{values['parameters']:,}",
+        "size": f"{values['size_bytes']:,} bytes",
+        **{f"{result['dataset']}, {result['metric']}": result["value"] for result in results},
+    }
+    _print_table(adapter, ("", ""), [(name, str(value)) for name, value in facts.items()])
+
+
+@app.command()
+def visualize(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to draw.")],
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADAPTER", help=f"An adapter's folder or Hub id, or a {CONFIG_NAME}; several give several columns."
+        ),
+    ] = None,
+    method: Method = None,
+    r: Reduction = None,
+    flops: Flops = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the picture.")] = Path(
+        "merged_tokens.png"
+    ),
+) -> None:
+    """Draw which patches of an image end in the same token.
+
+    \b
+    Examples:
+      dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg dog.jpg --method tome --r 13
+      dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
+    """
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    from .analysis.pictures import draw_merged_tokens
+    from .auto import auto_class
+    from .errors import BadValue
+
+    if merge and method is not None:
+        raise BadValue("method", method, "nothing beside --merge, which says its own")
+    pictures = [Image.open(path).convert("RGB") for path in images]
+    config = _read_config(model)
+    merges = {reference: _read_merge(reference) for reference in merge or ()}
+    models = {}
+    for label, wanted in (merges or {"": _merge_of(config, method)}).items():
+        merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
+        _set_reduction(merged, r, flops)
+        models[label or merged.merge_config.method] = merged
+    draw_merged_tokens(pictures, models, AutoImageProcessor.from_pretrained(model), output)
+    typer.echo(f"written: {output}")
+
+
+# Programs that read their own arguments, `--help` included: the module whose `main` they are, and what they do.
+_PROGRAMS = {
+    "quickstart": ("quickstart", "Train, merge, measure, save and load a small model on a CPU, in a few minutes."),
+    "train": ("training", "Learn a merge embedding for a frozen backbone."),
+    "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
+}
+
+
+def _add_program(name: str, module: str, summary: str) -> None:
+    @app.command(
+        name,
+        help=f"{summary} Example: dtem-hf {name} --help",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+    )
+    def run(ctx: typer.Context) -> None:
+        import_module(f".{module}", __package__).main(ctx.args)
+
+
+for _name, (_module, _summary) in _PROGRAMS.items():
+    _add_program(_name, _module, _summary)
+
+
+def _read_config(model: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def _merge_of(config: PretrainedConfig, method: str | None) -> Any:
+    """A method with its defaults; if none is named, what the checkpoint was saved with, or DTEM."""
+    from .modeling import UNSET
+
+    if method is None and getattr(config, "merge", None) is not None:
+        return UNSET
+    return MergeConfig.from_dict({"method": method or "dtem"})
+
+
+def _read_merge(reference: str) -> MergeConfig | str:
+    """A config's file is read; an adapter's folder or Hub id is left to `from_pretrained`."""
+    path = Path(reference)
+    return MergeConfig.from_pretrained(path.parent) if path.name == CONFIG_NAME else reference
+
+
+def _set_reduction(model: Any, r: str | None, flops: float | None) -> None:
+    from .arguments import parse_reduction
+
+    if r is not None or flops is not None:
+        model.set_reduction(None if r is None else parse_reduction(r), flops=flops)
+
+
+def _card_results(reference: str) -> list[EvalResult]:
+    """The evaluation results in an adapter's card; none where it has no card, or one that cannot be read."""
+    import yaml
+    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from .adapter import split_reference
+    from .card import CARD_NAME
+
+    name, revision = split_reference(reference)
+    try:
+        path = (
+            Path(name, CARD_NAME) if Path(name).is_dir() else Path(hf_hub_download(name, CARD_NAME, revision=revision))
+        )
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except (EntryNotFoundError, ValueError, yaml.YAMLError):
+        return []
+    return card.data.eval_results or []
+
+
+def _as_values(result: EvalResult) -> dict[str, Any]:
+    return {
+        "task": result.task_type,
+        "dataset": result.dataset_name,
+        "split": result.dataset_split,
+        "metric": result.metric_name or result.metric_type,
+        "value": result.metric_value,
+    }
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    typer.echo(json.dumps(values, indent=2))
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=any(header))
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if any(header) and index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command with the arguments of the process."""
+    app(prog_name="dtem-hf")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Images to train on and to measure with: a Hub dataset, a folder of class folders, or a folder with a `labels.csv`."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from .errors import BadValue
+
+
+LABELS_NAME = "labels.csv"
+AUGMENTATIONS = ("none", "flip", "crop_flip")
+
+
+def load_images(data: str, split: str = "train", limit: int | None = None) -> Dataset:
+    """A dataset with columns `image` and `label` (-1 where there is none).
+
+    `data` is a local folder with a `labels.csv` (columns `file` and `label`, empty for none), a local folder of class
+    folders, or a Hub dataset id, of which `split` is read. `limit` keeps the first so many. Raises FileNotFoundError or
+    ValueError that names what is wrong.
+    """
+    folder = Path(data)
+    if (folder / LABELS_NAME).is_file():
+        dataset = _from_csv(folder)
+    elif folder.is_dir():
+        dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    elif folder.exists() or data.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"data={data!r}: there is no such folder")
+    else:
+        dataset = load_dataset(data, split=split)
+    for column in ("image", "label"):
+        if column not in dataset.column_names and column == "label":
+            dataset = dataset.add_column("label", [-1] * len(dataset))
+        elif column not in dataset.column_names:
+            raise BadValue("data", data, f"a dataset with a column 'image', not {dataset.column_names}")
+    if len(dataset) == 0:
+        raise BadValue("data", data, "at least one image")
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def _from_csv(folder: Path) -> Dataset:
+    files, labels = [], []
+    with open(folder / LABELS_NAME, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"file", "label"} <= set(reader.fieldnames or ()):
+            raise BadValue(LABELS_NAME, reader.fieldnames, "a header with the columns file and label")
+        for line, row in enumerate(reader, start=2):
+            path = (folder / row["file"]).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise BadValue(f"{LABELS_NAME} line {line}", row["file"], "a file inside the folder")
+            if not path.is_file():
+                raise FileNotFoundError(f"{LABELS_NAME} line {line}: there is no {row['file']} in {folder}")
+            try:
+                labels.append(int(row["label"]) if row["label"] else -1)
+            except ValueError as error:
+                raise BadValue(f"{LABELS_NAME} line {line}", row["label"], "a whole number, or nothing") from error
+            files.append(str(path))
+    return Dataset.from_dict({"image": files, "label": labels}).cast_column("image", ImageFeature())
+
+
+def load_processor(model: str) -> Any:
+    """The image processor of a model, on PIL, which needs no torchvision."""
+    return AutoImageProcessor.from_pretrained(model, backend="pil")
+
+
+@dataclass
+class ProcessedImages(torch.utils.data.Dataset):
+    """Images as a model takes them: item i, or (epoch, i), is {"pixel_values": [C, H, W], "labels": int, "index": int}.
+
+    What augmentation draws depends on seed, epoch and i alone, so a run that is resumed sees what it would have seen.
+    """
+
+    images: Dataset
+    processor: Any
+    augmentation: str = "none"
+    seed: int = 0
+    num_labels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.augmentation not in AUGMENTATIONS:
+            raise BadValue("augmentation", self.augmentation, f"one of {', '.join(AUGMENTATIONS)}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = item if isinstance(item, tuple) else (0, int(item))
+        row = self.images[index]
+        label = -1 if row["label"] is None else int(row["label"])
+        if self.num_labels is not None and label >= self.num_labels:
+            raise BadValue("label", label, f"image {index} needs one below the model's {self.num_labels} classes")
+        return {"pixel_values": self._pixels(row["image"].convert("RGB"), epoch, index), "labels": label, "index": index}
+
+    def _pixels(self, image: Any, epoch: int, index: int) -> Tensor:
+        crops = self.augmentation == "crop_flip" and getattr(self.processor, "do_center_crop", False)
+        options = {"do_center_crop": False} if crops else {}
+        pixels = self.processor(image, return_tensors="pt", **options).pixel_values[0]
+        if self.augmentation == "none":
+            return pixels
+        draw = np.random.default_rng((self.seed, epoch, index))
+        if crops:
+            size = self.processor.crop_size
+            top, left = (int(draw.integers(0, extent + 1)) for extent in _slack(pixels, size["height"], size["width"]))
+            pixels = pixels[:, top : top + size["height"], left : left + size["width"]]
+        return pixels.flip(-1) if draw.random() < 0.5 else pixels
+
+
+def _slack(pixels: Tensor, height: int, width: int) -> tuple[int, int]:
+    return max(pixels.shape[1] - height, 0), max(pixels.shape[2] - width, 0)
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch: pixel_values [B, C, H, W], labels [B], index [B]. Raises ValueError where sizes differ."""
+    shapes = {tuple(item["pixel_values"].shape) for item in items}
+    if len(shapes) > 1:
+        raise BadValue("pixel_values", sorted(shapes), "images of one size; use a processor that crops or resizes")
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]).contiguous(),
+        "labels": torch.tensor([item["labels"] for item in items]),
+        "index": torch.tensor([item["index"] for item in items]),
+    }

@@ -1,0 +1,1 @@
+"""Measure merged models: accuracy, agreement with the unmerged model, multiply-adds, speed."""

@@ -1,0 +1,205 @@
+"""The whole way in a few minutes on a laptop's CPU: train a ViT, learn what to merge, measure, save, load again.
+
+    make quickstart
+    python recipes/quickstart.py --output_dir runs/quickstart
+
+The images are scikit-learn's handwritten digits, which come with it: 1,797 real scans of 8×8 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from .analysis.pictures import draw_merged_tokens
+from .analysis.plots import plot_accuracy
+from .arguments import option, parse_arguments
+from .auto import AutoModelForImageClassification
+from .card import write_card
+from .configuration import ToMeConfig
+from .data import LABELS_NAME
+from .evaluation.classification import EvaluateArguments, evaluate, print_table
+from .files import write_json, write_text
+from .modeling import attach
+from .training.arguments import TrainArguments
+from .training.program import train
+
+
+REDUCTIONS = (4, 6, 8, 10)
+LEARNED_AT = 8
+_TEST_IMAGES = 450
+# Upscaled so that one pixel of a scan is one patch.
+_SCALE = 4
+
+
+@dataclass(kw_only=True)
+class QuickstartArguments:
+    """Train, merge, measure, save and load on handwritten digits."""
+
+    output_dir: str = option("folder for everything that is made", default="runs/quickstart")
+    epochs: int = option("passes over the digits when the plain ViT is trained", default=40)
+    steps: int = option("steps of learning the merge embedding", default=300)
+    seed: int = option("of everything that is drawn", default=0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the quickstart; each part says what it did and where to look."""
+    arguments = parse_arguments(QuickstartArguments, argv, __doc__ or "")
+    output = Path(arguments.output_dir)
+    torch.manual_seed(arguments.seed)
+
+    print("1/5  a small ViT learns handwritten digits")
+    write_digits(output / "digits")
+    accuracy = train_backbone(output, arguments)
+    print(f"     plain model: {accuracy:.1f} % of {_TEST_IMAGES} held-out digits")
+
+    print(f"2/5  a merge embedding learns from the plain model alone, without labels (r = {LEARNED_AT})")
+    train(
+        TrainArguments(
+            model=str(output / "vit"),
+            data=str(output / "digits" / "train"),
+            output_dir=str(output / "merge"),
+            r=str(LEARNED_AT),
+            steps=arguments.steps,
+            batch_size=64,
+            lr=2e-3,
+            validation_size=192,
+            validate_every=50,
+            checkpoint_every=50,
+            num_workers=0,
+            seed=arguments.seed,
+        )
+    )
+    adapter = output / "merge" / "adapter"
+
+    print("3/5  none, ToMe and DTEM at several r")
+    result = evaluate(
+        EvaluateArguments(
+            model=str(output / "vit"),
+            data=str(output / "digits" / "test"),
+            r=[str(r) for r in REDUCTIONS],
+            adapter=str(adapter),
+            num_workers=0,
+        )
+    )
+    print_table(result)
+
+    print("4/5  pictures and the card")
+    draw(output, result, adapter)
+
+    print("5/5  the adapter comes back with merge=")
+    check_round_trip(output, adapter)
+    print(f"done; look at {output / 'accuracy.png'}, {output / 'merged_tokens.png'} and {adapter / 'README.md'}")
+
+
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's digits as PNGs with a labels.csv, split into train and test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    for name, members in (("test", order[:_TEST_IMAGES]), ("train", order[_TEST_IMAGES:])):
+        lines = ["file,label"]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in members:
+            scan = Image.fromarray((digits.images[i] * 255 / 16).round().astype(np.uint8))
+            scan.resize((8 * _SCALE, 8 * _SCALE), Image.Resampling.BICUBIC).save(folder / name / f"{i:04d}.png")
+            lines.append(f"{i:04d}.png,{digits.target[i]}")
+        write_text(folder / name / LABELS_NAME, "\n".join(lines) + "\n")
+
+
+def train_backbone(output: Path, arguments: QuickstartArguments) -> float:
+    """Train a small ViT on the digits and save it with its processor; returns its accuracy on the test digits, percent."""
+    from .data import ProcessedImages, collate, load_images
+
+    size = 8 * _SCALE
+    processor = ViTImageProcessorPil(
+        size={"height": size, "width": size}, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    config = ViTConfig(
+        image_size=size,
+        patch_size=_SCALE,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=128,
+        num_labels=10,
+    )
+    model = ViTForImageClassification(config)
+    sets = {}
+    for name in ("train", "test"):
+        images = ProcessedImages(load_images(str(output / "digits" / name)), processor)
+        sets[name] = collate([images[i] for i in range(len(images))])
+    steps = list(_batches(sets["train"], 64, arguments.epochs))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(steps))
+    model.train()
+    for pixels, labels in tqdm(steps, desc="train the plain ViT", unit="step"):
+        loss = F.cross_entropy(model(pixel_values=_jitter(pixels)).logits, labels, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.inference_mode():
+        predicted = model(pixel_values=sets["test"]["pixel_values"]).logits.argmax(-1)
+    model.save_pretrained(output / "vit")
+    processor.save_pretrained(output / "vit")
+    return 100 * (predicted == sets["test"]["labels"]).double().mean().item()
+
+
+def _batches(data: dict[str, Tensor], size: int, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data["labels"])).split(size):
+            yield data["pixel_values"][rows], data["labels"][rows]
+
+
+def _jitter(pixels: Tensor) -> Tensor:
+    """Shift a batch by up to one pixel of the scan in each direction, edges repeated."""
+    dx, dy = (int(torch.randint(-_SCALE, _SCALE + 1, ())) for _ in range(2))
+    padded = F.pad(pixels, [_SCALE] * 4, mode="replicate")
+    size = pixels.shape[-1]
+    return padded[..., _SCALE + dy : _SCALE + dy + size, _SCALE + dx : _SCALE + dx + size]
+
+
+def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
+    """Write evaluation.json, the plot, the picture of merged tokens and the adapter's card."""
+    write_json(adapter / "evaluation.json", result)
+    plot_accuracy(result["rows"], output / "accuracy.png", title="Handwritten digits, small ViT")
+    test = output / "digits" / "test"
+    names = [line.split(",")[0] for line in (test / LABELS_NAME).read_text().splitlines()[1:]]
+    models = {
+        f"ToMe, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(
+            output / "vit", merge=ToMeConfig(r=LEARNED_AT)
+        ),
+        f"DTEM, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(output / "vit", merge=adapter),
+    }
+    processor = ViTImageProcessorPil.from_pretrained(output / "vit")
+    draw_merged_tokens([Image.open(test / name) for name in names[:4]], models, processor, output / "merged_tokens.png")
+    write_card(adapter, evaluation_path=adapter / "evaluation.json", training_path=adapter / "training.json", overwrite=True)
+
+
+def check_round_trip(output: Path, adapter: Path) -> None:
+    """Load the adapter in both ways and a merged checkpoint, and compare the logits bit for bit."""
+    name = output / "vit"
+    pixels = torch.randn(8, 3, 8 * _SCALE, 8 * _SCALE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        merged = AutoModelForImageClassification.from_pretrained(name, merge=str(adapter))
+        expected = merged(pixel_values=pixels).logits
+        attached = attach(ViTForImageClassification.from_pretrained(name), str(adapter))
+        merged.save_pretrained(output / "vit-merged")
+        again = AutoModelForImageClassification.from_pretrained(output / "vit-merged")
+        for way, model in (("attach", attached), ("save_pretrained", again)):
+            if not torch.equal(model(pixel_values=pixels).logits, expected):
+                raise RuntimeError(f"the logits differ after {way}")
+    print("     merge=, attach and save_pretrained give the same logits, bit for bit")

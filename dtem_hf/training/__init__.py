@@ -1,0 +1,12 @@
+"""Learn a merge embedding for a frozen backbone; `main` is the program behind `recipes/train.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run training with command-line arguments (None: those of the process)."""
+    from .program import main as run
+
+    run(argv)

@@ -1,0 +1,79 @@
+"""The options of training; those that describe the embedding are DTEMConfig's own."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any, Literal, get_type_hints
+
+from ..arguments import option, parse_reduction
+from ..configuration import DTEMConfig
+from ..data import AUGMENTATIONS
+from ..errors import BadValue
+from .tasks import task_names
+
+
+def _merge_options() -> list[tuple[str, Any, Any]]:
+    """DTEMConfig's fields as command-line options; r is text there, as it may be a number, a list or a schedule."""
+    hints, options = get_type_hints(DTEMConfig), []
+    for f in fields(DTEMConfig):
+        assert f.default is not MISSING
+        kind, default = (str, str(f.default)) if f.name == "r" else (hints[f.name], f.default)
+        options.append((f.name, kind, field(default=default, metadata=dict(f.metadata))))
+    return options
+
+
+MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only=True)
+
+
+@dataclass(kw_only=True)
+class TrainArguments(MergeArguments):
+    """Learn a merge embedding for a frozen backbone."""
+
+    model: str = option("backbone: Hub id or local folder")
+    data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
+    split: str = option("split of a Hub dataset", default="train")
+    validation_data: str | None = option("images to validate on; left out, some are held out of the data", default=None)
+    validation_split: str = option("split of a Hub dataset to validate on", default="validation")
+    validation_size: int = option("images held out, or taken from validation_data", default=256)
+    output_dir: str = option("folder for checkpoints, metrics and the adapter", default="runs/train")
+    task: str = option("what teaches the embedding: " + " or ".join(task_names()), default="distillation")
+    steps: int = option("optimiser steps", default=400)
+    batch_size: int = option("images per process and step", default=32)
+    gradient_accumulation_steps: int = option("batches added up per optimiser step", default=1)
+    lr: float = option("learning rate at the start", default=5e-4)
+    min_lr: float = option("learning rate at the end of the half cosine", default=1e-6)
+    warmup_steps: int = option("steps of linear warm-up", default=0)
+    weight_decay: float = option("AdamW's weight decay", default=1e-4)
+    max_grad_norm: float = option("gradients are clipped to this norm", default=5.0)
+    augmentation: str = option("of the training images: " + ", ".join(AUGMENTATIONS), default="none")
+    seed: int = option("of everything that is drawn", default=0)
+    validate_every: int = option("steps between validations of the hard model", default=100)
+    checkpoint_every: int = option("steps between checkpoints", default=50)
+    keep_checkpoints: int = option("checkpoints that are kept", default=2)
+    resume: Literal["auto", "never"] = option(
+        "auto: go on where the run in output_dir stopped; never: start over", default="auto"
+    )
+    num_workers: int = option("processes that decode images", default=1)
+    gradient_checkpointing: bool = option("recompute activations to save memory", default=False)
+    base_model: str | None = option("the backbone's Hub id, for the adapter's record, if model is a folder", default=None)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "validation_size", "validate_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "num_workers"):
+            _at_least(name, getattr(self, name), 0)
+        if self.max_grad_norm <= 0:
+            raise BadValue("max_grad_norm", self.max_grad_norm, "a number above 0")
+        self.merge_config()
+
+    def merge_config(self) -> DTEMConfig:
+        """The config of the embedding to learn. Raises ValueError for an option that makes no sense."""
+        values = {f.name: getattr(self, f.name) for f in fields(DTEMConfig)}
+        return DTEMConfig.from_dict({**values, "r": parse_reduction(str(values["r"]))})
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise BadValue(name, value, f"{low} or more")

@@ -1,0 +1,266 @@
+"""The training program: arguments in, an adapter folder out.
+
+    accelerate launch recipes/train.py --config recipes/configs/deit_small_imagenet1k.yaml
+    python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from ..arguments import parse_arguments
+from ..auto import AutoModelForImageClassification
+from ..conditions import hardware, versions
+from ..data import ProcessedImages, collate, load_images, load_processor
+from ..errors import BadValue
+from ..files import write_json, write_text
+from ..modeling import merged_layers
+from . import checkpoints
+from .arguments import TrainArguments
+from .stream import ImageStream
+from .tasks import make_task
+from .validation import Validation
+
+
+# Options that change how a run is carried out and not what comes out of it.
+_NOT_PART_OF_A_RUN = {"resume", "num_workers", "keep_checkpoints", "checkpoint_every", "gradient_checkpointing", "output_dir"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    train(parse_arguments(TrainArguments, argv, __doc__ or ""))
+
+
+def train(arguments: TrainArguments) -> dict[str, Any]:
+    """Train, and return what is written to `training.json`: the best step, its validation figures, and the conditions."""
+    return _Run(arguments).train()
+
+
+def freeze_backbone(model: Any) -> None:
+    """Leave only the learned embedding to be trained, and relax the layers without waking the backbone's dropout."""
+    model.requires_grad_(False)
+    for parameter in model.merge_parameters():
+        parameter.requires_grad_(True)
+    relax(model, True)
+
+
+def relax(model: Any, soft: bool) -> None:
+    """Merge softly or hard, with everything else as in evaluation: the frozen backbone is one fixed function."""
+    model.eval()
+    for layer in merged_layers(model):
+        layer.training = soft
+
+
+class _Run:
+    def __init__(self, arguments: TrainArguments) -> None:
+        self.arguments = arguments
+        self.output = Path(arguments.output_dir)
+        self.accelerator = Accelerator(gradient_accumulation_steps=arguments.gradient_accumulation_steps)
+        self.task = make_task(arguments.task)
+        set_seed(arguments.seed)
+        self.model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=arguments.merge_config())
+        freeze_backbone(self.model)
+        if arguments.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self._load_data()
+        self._prepare()
+        self.step, self.seconds = 0, 0.0
+        self.best: dict[str, Any] = {}
+
+    def _load_data(self) -> None:
+        a = self.arguments
+        processor = load_processor(a.model)
+        images = load_images(a.data, a.split)
+        if a.validation_data is None:
+            if a.validation_size >= len(images):
+                raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} images of the data")
+            # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
+            parts = images.train_test_split(test_size=a.validation_size, seed=0)
+            images, held_out = parts["train"], parts["test"]
+        else:
+            held_out = load_images(a.validation_data, a.validation_split, limit=a.validation_size)
+        options: dict[str, Any] = {"processor": processor, "num_labels": self.model.config.num_labels, "seed": a.seed}
+        self.images = ProcessedImages(images, augmentation=a.augmentation, **options)
+        loader = DataLoader(
+            ProcessedImages(held_out, **options), batch_size=a.batch_size, collate_fn=collate, num_workers=a.num_workers
+        )
+        self.validation = Validation(self.accelerator, loader)
+
+    def _prepare(self) -> None:
+        a = self.arguments
+        optimizer = torch.optim.AdamW(self.model.merge_parameters(), lr=a.lr, weight_decay=a.weight_decay)
+        self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, num_warmup_steps=a.warmup_steps, num_training_steps=a.steps, min_lr=min(a.min_lr, a.lr)
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        # Not prepared: accelerate would step it once per process.
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.accelerator.register_save_state_pre_hook(checkpoints.keep_only_learned)
+
+    def train(self) -> dict[str, Any]:
+        self._enter_output()
+        a = self.arguments
+        if self.step == 0 and not self.best:
+            self._validate()
+        started, before = time.perf_counter(), self.seconds
+        progress = tqdm(
+            total=a.steps, initial=self.step, desc="train", unit="step", disable=not self.accelerator.is_main_process
+        )
+        losses: list[torch.Tensor] = []
+        for batch in self._batches():
+            losses.append(self._backward(batch))
+            if not self.accelerator.sync_gradients:
+                continue
+            self.step += 1
+            self.seconds = before + time.perf_counter() - started
+            loss = self._finite_mean(losses, batch)
+            losses = []
+            images = self.step * a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{images / self.seconds:.1f}")
+            self._log({"step": self.step, "loss": loss, "lr": self.scheduler.get_last_lr()[0]})
+            if self.step % a.validate_every == 0 or self.step == a.steps:
+                self._validate()
+            if self.step % a.checkpoint_every == 0 or self.step == a.steps:
+                self._checkpoint()
+        progress.close()
+        return self._finish()
+
+    def _batches(self) -> Any:
+        a = self.arguments
+        per_step = a.gradient_accumulation_steps * self.accelerator.num_processes
+        stream = ImageStream(len(self.images), a.batch_size, self.step * per_step, a.steps * per_step, a.seed)
+        loader = DataLoader(self.images, batch_sampler=stream, collate_fn=collate, num_workers=a.num_workers)
+        return self.accelerator.prepare_data_loader(loader)
+
+    def _backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.autocast():
+                loss = self.task.loss(self.wrapped, self.model, batch)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.merge_parameters(), self.arguments.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.scheduler.step()
+        return loss.detach()
+
+    def _finite_mean(self, losses: list[torch.Tensor], batch: dict[str, torch.Tensor]) -> float:
+        loss = self.accelerator.gather(torch.stack(losses)).mean().item()
+        if not math.isfinite(loss):
+            kept = checkpoints.complete(self.output / "checkpoints")
+            raise FloatingPointError(
+                f"loss is {loss} at step {self.step}, images {batch['index'].tolist()}; "
+                f"last good checkpoint: {kept[-1].name if kept else 'none'}. Lower lr, or start from init='keys'."
+            )
+        return loss
+
+    def _validate(self) -> None:
+        relax(self.model, False)
+        figures = self.validation(self.model)
+        relax(self.model, True)
+        if self.task.ranked_by not in figures:
+            raise BadValue("task", self.task.name, "validation images with labels")
+        self._log({"step": self.step, "validation": figures})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.accelerator.print(f"step {self.step}: hard model on {len(self.validation.loader.dataset)} images: {shown}")
+        if not self.best or figures[self.task.ranked_by] < self.best["validation"][self.task.ranked_by]:
+            self.best = {"step": self.step, "validation": figures}
+            self._save_adapter()
+
+    def _save_adapter(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = self.output / "adapter"
+            self.model.save_merge_adapter(folder, base_model=self.arguments.base_model)
+            write_json(folder / "training.json", self._summary())
+
+    def _checkpoint(self) -> None:
+        state = {"step": self.step, "seconds": self.seconds, "best": self.best, "arguments": asdict(self.arguments)}
+        checkpoints.save(
+            self.accelerator, self.output / "checkpoints", self.step, state, self.arguments.keep_checkpoints
+        )
+
+    def _enter_output(self) -> None:
+        folder = self.output / "checkpoints"
+        if self.arguments.resume == "never":
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+                (self.output / "metrics.jsonl").unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+        found = checkpoints.complete(folder)
+        if not found:
+            if self.accelerator.is_main_process:
+                (self.output / "metrics.jsonl").unlink(missing_ok=True)
+            return
+        state = checkpoints.load(self.accelerator, found[-1])
+        self._check_same_run(state["arguments"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self._forget_metrics_after(self.step)
+        self.accelerator.print(f"going on from {found[-1]} (step {self.step} of {self.arguments.steps})")
+
+    def _check_same_run(self, before: dict[str, Any]) -> None:
+        for name, value in asdict(self.arguments).items():
+            if name not in _NOT_PART_OF_A_RUN and before.get(name, value) != value:
+                raise BadValue(
+                    name,
+                    value,
+                    f"the run in {self.output} was started with {before[name]!r}; go on with that, choose another "
+                    "output_dir, or pass --resume never to start over",
+                )
+
+    def _forget_metrics_after(self, step: int) -> None:
+        path = self.output / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_text(path, "".join(line + "\n" for line in lines))
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
+
+    def _summary(self) -> dict[str, Any]:
+        a = self.arguments
+        processes = self.accelerator.num_processes
+        return {
+            "command": "recipes/train.py " + " ".join(sys.argv[1:]),
+            "arguments": asdict(a),
+            "data": {"name": os.path.basename(os.path.normpath(a.data)), "num_images": len(self.images)},
+            "steps": self.step,
+            "images_seen": self.step * a.batch_size * a.gradient_accumulation_steps * processes,
+            "seconds": round(self.seconds, 1),
+            "best_step": self.best["step"],
+            "best_validation": self.best["validation"],
+            "seed": a.seed,
+            "versions": versions(),
+            "hardware": f"{processes} × {hardware(self.accelerator.device)}",
+        }
+
+    def _finish(self) -> dict[str, Any]:
+        summary = self._summary()
+        if self.accelerator.is_main_process:
+            write_json(self.output / "adapter" / "training.json", summary)
+        self.accelerator.print(
+            f"best step {self.best['step']}: {self.task.ranked_by} {self.best['validation'][self.task.ranked_by]:.4f}; "
+            f"adapter in {self.output / 'adapter'}"
+        )
+        self.accelerator.end_training()
+        return summary

@@ -1,0 +1,96 @@
+"""Fixtures of the whole suite. `../shared` (oracles and real material) is optional: what needs it skips without it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+
+HERE = Path(__file__).resolve().parent
+# `slow_reference` is read by several test files, and pytest's importlib mode leaves sys.path alone.
+sys.path.insert(0, str(HERE))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with oracles and assets beside the repository; tests that ask for it skip where it is absent."""
+    folder = HERE.parent.parent / "shared"
+    if not (folder / "oracles" / "reference.npz").is_file():
+        pytest.skip("the folder ../shared (oracles and assets) is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle(shared: Path) -> dict[str, torch.Tensor]:
+    """What the authors' own programs computed, by name: float32, and int64 for positions."""
+    with np.load(shared / "oracles" / "reference.npz") as arrays:
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def deit_tiny_folder(shared: Path) -> Path:
+    """A real ImageNet DeiT-tiny checkpoint."""
+    return shared / "assets" / "deit_tiny"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., ViTConfig]:
+    """Makes configs of a ViT of 4 layers and 65 tokens, with weights large enough that attention is not flat."""
+
+    def make(**changes: object) -> ViTConfig:
+        values = {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": 32,
+            "patch_size": 4,
+            "num_labels": 10,
+            "initializer_range": 0.2,
+        }
+        return ViTConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_classifier(tiny_config: Callable[..., ViTConfig]) -> Callable[..., ViTForImageClassification]:
+    """Makes small classifiers with random weights, the same ones for the same arguments."""
+
+    def make(**changes: object) -> ViTForImageClassification:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return ViTForImageClassification(tiny_config(**changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bare(tiny_config: Callable[..., ViTConfig]) -> Callable[..., ViTModel]:
+    """Makes small encoders (with a pooler) with random weights, the same ones for the same arguments."""
+
+    def make(**changes: object) -> ViTModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return ViTModel(tiny_config(**changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pixels() -> torch.Tensor:
+    """Three images for the small models: [3, 3, 32, 32]."""
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))

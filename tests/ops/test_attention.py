@@ -1,0 +1,101 @@
+"""The size bias against attention whose exponentials are multiplied by the sizes, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import slow_reference as slow
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtem_hf import ops
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> Tensor:
+    """As a backbone runs it: [B, H, N, d], sizes [B, N] -> [B, H, N, d]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=ops.size_bias(sizes, q.dtype))
+
+
+def multiplied_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> Tensor:
+    """The definition, in float64, image by image and head by head."""
+    images = []
+    for image in range(q.shape[0]):
+        heads = [
+            slow.attention(*(t[image, h].double() for t in (q, k, v)), 1, q.shape[-1] ** -0.5, sizes[image].double())
+            for h in range(q.shape[1])
+        ]
+        images.append(torch.stack(heads))
+    return torch.stack(images)
+
+
+def inputs(dtype: torch.dtype = torch.float32, num_tokens: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(2, 3, num_tokens, 8, dtype=dtype) for _ in range(3))
+    return q, k, v, torch.randint(1, 9, (2, num_tokens)).float()
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def test_bias_is_log_sizes_on_the_keys() -> None:
+    sizes = torch.tensor([[1.0, 2.0, 7.5]])
+    bias = ops.size_bias(sizes, torch.float32)
+    assert bias.shape == (1, 1, 1, 3)
+    torch.testing.assert_close(bias.flatten().exp(), sizes[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("empty", [[], [3, 5, 11]], ids=["no empty token", "empty tokens"])
+def test_attention_and_all_gradients_are_exact(dtype: torch.dtype, tolerance: float, empty: list[int]) -> None:
+    """Also for sizes of exactly 0, where log m has no gradient and the definition does."""
+    q, k, v, sizes = inputs(dtype)
+    sizes[:, empty] = 0
+    ours_in = [t.requires_grad_() for t in (q, k, v, sizes)]
+    upstream = torch.randn(q.shape, dtype=torch.float64)
+    out = biased_attention(*ours_in)
+    ours = torch.autograd.grad((out.double() * upstream).sum(), ours_in)
+    expected_out = multiplied_attention(*ours_in)
+    theirs = torch.autograd.grad((expected_out * upstream).sum(), ours_in)
+    assert relative_error(out, expected_out) < tolerance
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert relative_error(gradient, expected) < 5 * tolerance
+    for token in empty:
+        assert relative_error(ours[3][:, token], theirs[3][:, token]) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zeros", [1, 11], ids=["one empty token", "all but one"])
+def test_empty_tokens_leave_everything_finite(dtype: torch.dtype, zeros: int) -> None:
+    q, k, v, sizes = inputs(dtype)
+    sizes[:, 1 : 1 + zeros] = 0
+    ours_in = [t.requires_grad_() for t in (q, k, v, sizes)]
+    out = biased_attention(*ours_in)
+    gradients = torch.autograd.grad(out.float().square().sum(), ours_in)
+    assert out.dtype == dtype
+    assert all(t.isfinite().all() for t in (out, *gradients))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_low_precision_gradients_of_sizes_are_those_of_float32(dtype: torch.dtype, tolerance: float) -> None:
+    """Within what the dtype resolves, also for an empty token."""
+    q, k, v, sizes = inputs(dtype, num_tokens=6)
+    sizes[:, 4] = 0
+    gradients = []
+    for cast in (dtype, torch.float32):
+        leaf = sizes.clone().requires_grad_()
+        out = biased_attention(q.to(cast), k.to(cast), v.to(cast), leaf)
+        gradients.append(torch.autograd.grad(out.float()[..., 0].sum(), leaf)[0])
+    assert relative_error(gradients[0], gradients[1]) < tolerance
+    assert relative_error(gradients[0][:, 4], gradients[1][:, 4]) < 5 * tolerance
+
+
+@pytest.mark.parametrize("dtype, weight", [(torch.float32, 1e-6), (torch.bfloat16, 1e-4), (torch.float16, 1e-2)])
+def test_an_empty_token_weighs_next_to_nothing(dtype: torch.dtype, weight: float) -> None:
+    """Behind equal keys, a token's share of attention is its size over the sum of sizes."""
+    sizes = torch.ones(1, 12)
+    sizes[0, 5] = 0
+    q = k = torch.zeros(1, 1, 12, 8, dtype=dtype)
+    v = torch.zeros(1, 1, 12, 1, dtype=dtype)
+    v[0, 0, 5] = 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=ops.size_bias(sizes, dtype))
+    assert 0 <= out.max().item() < weight / 11

@@ -1,0 +1,125 @@
+"""METHOD.md written out with Python loops, one image at a time: what the fast code is tested against.
+
+Nothing here calls the package. A matching is a list of pairs (position that leaves, position that it joins).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+FLOAT32_EPSILON = 2.0**-23
+
+
+def cosine(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v).sum() / (u.norm() * v.norm())
+
+
+def hard_matching(metric: Tensor, r: int, prefix: int) -> list[tuple[int, int]]:
+    """Section 3, for one image [N, d]: the r best pairs, equal scores to the lower position."""
+    metric = metric.double()
+    free = range(prefix, len(metric))
+    best = []
+    for i in (i for i in free if i % 2 == 0):
+        scores = [(cosine(metric[i], metric[j]).item(), -j) for j in free if j % 2 == 1]
+        if scores:
+            score, minus_j = max(scores)
+            best.append((-score, i, -minus_j))
+    return [(i, j) for _, i, j in sorted(best)[:r]]
+
+
+def hard_merge(
+    x: Tensor, sizes: Tensor, pairs: list[tuple[int, int]], prefix: int
+) -> tuple[Tensor, Tensor, list[int], dict[int, int]]:
+    """Section 3, for one image: features, sizes, the source map, and {output: input} of the tokens nobody joined."""
+    x, sizes = x.double(), sizes.double()
+    free = range(prefix, len(x))
+    leaving = {i for i, _ in pairs}
+    order = [
+        *range(prefix),
+        *(i for i in free if i % 2 == 0 and i not in leaving),
+        *(i for i in free if i % 2 == 1),
+    ]
+    rows, new_sizes, source, alone = [], [], [-1] * len(x), {}
+    for position, i in enumerate(order):
+        members = [i, *(a for a, b in pairs if b == i)]
+        mass = sum(sizes[k] for k in members)
+        rows.append(sum(sizes[k] * x[k] for k in members) / mass)
+        new_sizes.append(mass)
+        for k in members:
+            source[k] = position
+        if len(members) == 1:
+            alone[position] = i
+    return torch.stack(rows), torch.stack(new_sizes), source, alone
+
+
+def soft_grouping(scores: Tensor, r: int, top_k: int = 3, t1: float = 0.1, t2: float = 0.1) -> Tensor:
+    """Section 4, for one image [A, B'], over all kept entries (no shortcut); differentiable, in the dtype of `scores`."""
+    num_a, num_b = scores.shape
+    kept = [
+        (i, j) for i in range(num_a) for j in sorted(range(num_b), key=lambda j: (-scores[i, j].item(), j))[:top_k]
+    ]
+    rows, columns = (torch.tensor(index) for index in zip(*kept, strict=True))
+
+    def row_sums(entries: Tensor) -> Tensor:
+        return torch.zeros(num_a, dtype=entries.dtype).index_add(0, rows, entries)
+
+    x = scores[rows, columns] / t1
+    khot = torch.zeros_like(x)
+    for _ in range(r):
+        p = (x / t2).softmax(dim=0)
+        khot = khot + p
+        x = x + (1 - row_sums(p)).clamp(min=FLOAT32_EPSILON).log()[rows]
+    khot = khot / row_sums(khot).detach().clamp(min=1)[rows]
+    return torch.zeros_like(scores).index_put((rows, columns), khot)
+
+
+def soft_merge(
+    x: Tensor,
+    sizes: Tensor,
+    metric: Tensor,
+    active: int,
+    r: int,
+    prefix: int,
+    top_k: int = 3,
+    t1: float = 0.1,
+    t2: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Section 4, for one image, before the tokens are sorted; differentiable."""
+    a, b = list(range(prefix, active, 2)), list(range(prefix + 1, active, 2))
+    scores = torch.stack([torch.stack([cosine(metric[i], metric[j]) for j in b]) for i in a])
+    assignment = soft_grouping(scores, r, top_k, t1, t2)
+    new_x, new_sizes = list(x), list(sizes)
+    for column, j in enumerate(b):
+        gained = sum(assignment[row, column] * sizes[i] for row, i in enumerate(a))
+        features = sum(assignment[row, column] * sizes[i] * x[i] for row, i in enumerate(a))
+        new_sizes[j] = sizes[j] + gained
+        new_x[j] = (sizes[j] * x[j] + features) / new_sizes[j]
+    for row, i in enumerate(a):
+        left = 1 - assignment[row].sum()
+        new_sizes[i] = sizes[i] * (left + (left.clamp(0, 1) - left).detach())
+    return torch.stack(new_x), torch.stack(new_sizes)
+
+
+def sort_by_size(sizes: Tensor, active: int, prefix: int) -> list[int]:
+    """Section 4, for one image: positions by size, descending; A in front of B among equals."""
+    free = [*range(prefix, active, 2), *range(prefix + 1, active, 2)]
+    return [*range(prefix), *sorted(free, key=lambda i: -sizes[i].item()), *range(active, len(sizes))]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scaling: float, sizes: Tensor | None) -> Tensor:
+    """Section 1, for one image: the exponentials are multiplied by the sizes. q, k, v [N, H·d] -> [N, H·d]."""
+    width = q.shape[-1] // heads
+    rows = []
+    for i in range(len(q)):
+        parts = []
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = k[:, part] @ q[i, part] * scaling
+            weights = (scores - scores.max().detach()).exp()
+            if sizes is not None:
+                weights = weights * sizes
+            parts.append((weights / weights.sum()) @ v[:, part])
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)

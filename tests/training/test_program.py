@@ -1,0 +1,212 @@
+"""The training program: what it leaves alone, what it learns, and that an interruption changes nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTForImageClassification
+
+from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
+from dtem_hf.training.arguments import TrainArguments
+from dtem_hf.training.program import _Run, freeze_backbone, train
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def learned(output_dir):
+    """The embedding in the last checkpoint of a run (the adapter is the best, which may be an earlier one)."""
+    newest = sorted(Path(output_dir, "checkpoints").glob("step-*"))[-1]
+    return newest.name, load_file(newest / "model.safetensors")
+
+
+def test_backbone_is_untouched_and_gets_no_gradients(options):
+    run = _Run(TrainArguments(**options))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters() if "merge_embedding" not in name}
+    run.train()
+    for name, parameter in run.model.named_parameters():
+        if "merge_embedding" in name:
+            assert parameter.requires_grad, name
+        else:
+            assert torch.equal(parameter, before[name]), name
+            assert parameter.grad is None and not parameter.requires_grad, name
+
+
+def test_no_activation_in_front_of_the_first_merge_is_kept_for_backward(vit_folder):
+    """Nothing of the embeddings and of the first layer's attention needs a gradient when the backbone is frozen."""
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=2))
+    freeze_backbone(model)
+    seen = {}
+    model.vit.layers[0].attention.register_forward_hook(lambda m, i, o: seen.update(first=o[0].requires_grad))
+    model.vit.layers[1].attention.register_forward_hook(lambda m, i, o: seen.update(second=o[0].requires_grad))
+    model(torch.randn(2, 3, 32, 32))
+    assert seen == {"first": False, "second": True}
+
+
+def test_frozen_backbone_is_one_fixed_function_while_merging_is_soft(vit_folder):
+    """The fixture's dropout must not fire, and the merge must be the soft one."""
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=2))
+    plain = ViTForImageClassification.from_pretrained(vit_folder)
+    freeze_backbone(model)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        soft, again = model(pixels).logits, model(pixels).logits
+        with model.unmerged():
+            unmerged = model(pixels).logits
+        assert torch.equal(soft, again)
+        assert torch.equal(unmerged, plain(pixels).logits)
+        with model.trace_merging() as trace:
+            model(pixels)
+    assert trace.sizes[-1].shape[1] == 17  # softly merged tokens stay
+
+
+@pytest.mark.parametrize("task", ["distillation", "classification"])
+def test_loss_falls(options, task, image_folder, tmp_path):
+    if task == "classification":  # every image needs a label there
+        data = tmp_path / "labelled"
+        data.mkdir()
+        lines = (image_folder / "labels.csv").read_text().splitlines()[1:]
+        kept = [line for line in lines if not line.endswith(",")]
+        (data / "labels.csv").write_text("file,label\n" + "\n".join(kept) + "\n")
+        for line in kept:
+            name = line.split(",")[0]
+            (data / name).symlink_to(image_folder / name)
+            (data / name).unlink()
+            (data / name).write_bytes((image_folder / name).read_bytes())
+        options["data"] = str(data)
+    summary = train(TrainArguments(**{**options, "steps": 60, "task": task, "init": "random", "lr": 0.02}))
+    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 60 and summary["steps"] == 60
+    assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_best_adapter_is_the_one_kept(options):
+    summary = train(TrainArguments(**{**options, "steps": 9, "lr": 0.5}))
+    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line["validation"]["kl"] for line in lines if "validation" in line}
+    assert sorted(by_step) == [0, 3, 6, 9]
+    assert summary["best_step"] == min(by_step, key=by_step.get)
+    assert summary["best_validation"]["kl"] == min(by_step.values())
+    adapter = MergeAdapter.from_pretrained(Path(options["output_dir"], "adapter"))
+    assert adapter.config.r == 2 and adapter.backbone.num_layers == 4
+
+
+def test_learning_rate_is_half_a_cosine(options):
+    train(TrainArguments(**options))
+    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    cosine = 0.5 * (1 + torch.cos(torch.pi * torch.arange(1, 7) / 6))
+    assert rates == pytest.approx((1e-6 + (0.01 - 1e-6) * cosine).tolist(), rel=1e-5)
+
+
+def test_accumulated_batches_learn_what_one_large_batch_learns(options, tmp_path):
+    train(TrainArguments(**options))
+    split = {**options, "output_dir": str(tmp_path / "split"), "batch_size": 2, "gradient_accumulation_steps": 2}
+    train(TrainArguments(**split))
+    (_, whole), (_, parts) = learned(options["output_dir"]), learned(split["output_dir"])
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoints_hold_the_embedding_only_and_are_thinned_out(options):
+    train(TrainArguments(**options))
+    folder = Path(options["output_dir"], "checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
+    assert all("merge_embedding" in key for key in learned(options["output_dir"])[1])
+
+
+def test_killed_run_resumes_to_the_same_bits(options, tmp_path):
+    """SIGKILL at a random moment, twice, against a run that was left alone."""
+    options["steps"], options["augmentation"] = 24, "flip"
+
+    def command(output_dir):
+        listed = {**options, "output_dir": str(output_dir)}
+        flags = [part for name, value in listed.items() for part in (f"--{name}", str(value))]
+        return [sys.executable, str(ROOT / "recipes" / "train.py"), *flags]
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole), env=env, check=True, capture_output=True)
+    for _ in range(2):
+        process = subprocess.Popen(command(cut), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list(cut.glob("checkpoints/step-*")))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            steps = sorted(cut.glob("checkpoints/step-*"))
+            if len(steps) > before or (steps and before):
+                time.sleep(random.uniform(0, 0.3))
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert list(cut.glob("checkpoints/step-*")), "killed before the first checkpoint"
+    finished = subprocess.run(command(cut), env=env, check=True, capture_output=True, text=True)
+    assert "going on from" in finished.stdout
+    (name, expected), (resumed_name, resumed) = learned(whole), learned(cut)
+    assert name == resumed_name == "step-00000024"
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    best = [load_file(folder / "adapter" / "merge_adapter.safetensors") for folder in (whole, cut)]
+    assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
+    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, cut)]
+    assert logs[0] == logs[1]
+
+
+def test_run_with_other_options_is_not_mixed_in(options):
+    train(TrainArguments(**options))
+    with pytest.raises(BadValue, match=r"lr=0\.5.*started with 0\.01.*--resume never"):
+        train(TrainArguments(**{**options, "lr": 0.5}))
+    assert train(TrainArguments(**{**options, "lr": 0.5, "resume": "never"}))["steps"] == 6
+
+
+def test_loss_that_is_not_finite_stops_the_run(options):
+    with pytest.raises(FloatingPointError, match=r"step \d+, images \[.*last good checkpoint"):
+        train(TrainArguments(**{**options, "lr": 1e30, "steps": 40, "validate_every": 40}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"r": "-1"}, "r=-1"),
+        ({"r": "[1, 2]"}, "r=.*2 layers and the model has 4"),
+        ({"r": "many"}, "r='many'"),
+        ({"task": "guessing"}, "task='guessing'.*classification, distillation"),
+        ({"augmentation": "blur"}, "augmentation='blur'"),
+        ({"validation_size": 48}, "validation_size=48.*fewer than the 48"),
+        ({"embed_dim": 5}, "embed_dim=5.*multiple of 16"),
+        ({"data": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_options_are_named(options, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(TrainArguments(**{**options, **change}))
+
+
+def test_classification_needs_labels(options):
+    with pytest.raises(BadValue, match=r"image \d+ has no label"):
+        train(TrainArguments(**{**options, "task": "classification", "steps": 20}))
+
+
+def test_recipe_runs_under_accelerate_launch_with_a_yaml_file(options, tmp_path):
+    """One value is overridden on the command line."""
+    config = tmp_path / "run.yaml"
+    config.write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        + [str(ROOT / "recipes" / "train.py"), "--config", str(config), "--steps", "4"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads(Path(options["output_dir"], "adapter", "training.json").read_text())
+    assert summary["steps"] == 4 and summary["arguments"]["lr"] == 0.01
