@@ -172,7 +172,7 @@ class MergeAdapter(ModelHubMixin):
     def from_reference(cls, reference: str | os.PathLike[str], **hub_kwargs: Any) -> MergeAdapter:
         """Read what `merge=` may name: a folder, `user/repo`, or `user/repo@revision`."""
         name, revision = split_reference(reference)
-        pinned = {} if revision is None else {"revision": revision}
+        pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         return cls.from_pretrained(name, **pinned, **hub_kwargs)
 
     @classmethod

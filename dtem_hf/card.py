@@ -8,7 +8,6 @@ numbers.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .configuration import MergeConfig
 from .errors import BadValue
@@ -40,8 +39,12 @@ _AUTO_CLASSES = {
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
 _LONGEST_TEXT = 1000
+_LARGEST_NUMBER = 1e18  # which no record holds, nor infinity, nor NaN
 # What a record of a run may hold and a published card must not: Hub tokens, and folders of the machine it was made on.
-_PRIVATE = ((re.compile(r"hf_\w{8,}"), "hf_…"), (re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"]+/)+(?=[^\s/'\"])"), "…/"))
+_PRIVATE = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
+    (re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"]+/)+(?=[^\s/'\"])"), "…/"),
+)
 
 
 def card_of(
@@ -65,11 +68,16 @@ def card_of(
         raise BadValue("evaluation.task", task, "a pipeline tag like image-classification")
     base_model = backbone.base_model if _is_repo_id(backbone.base_model) else None
     results = [] if evaluation is None else _rows(evaluation)
+    measured = [row for row in results if row["method"] == config.method]
+    if measured and _entry(evaluation or {}, "evaluation", "adapter", str, None) is None:
+        raise BadValue(
+            "evaluation.adapter", None, f"its {config.method} rows were measured with no adapter; name this one"
+        )
     return ModelCard.from_template(
         _metadata(config, backbone, base_model, task, evaluation, results, training),
         template_path=str(_TEMPLATE),
         method=method_name(config.method),
-        backbone=_code(backbone.base_model or backbone.model_type),
+        backbone=_code(backbone.base_model) if backbone.base_model else f"a {_code(backbone.model_type)} backbone",
         facts={
             "Backbone": _code(backbone.base_model) if backbone.base_model else "not recorded",
             "Revision": _code(backbone.base_revision) if backbone.base_revision else None,
@@ -81,12 +89,8 @@ def card_of(
         base_id=json.dumps(base_model or "your/backbone"),
         adapter_id=json.dumps(repo_id or "user/repo"),
         placeholders=[
-            text
-            for text, is_known in (
-                ("`your/backbone` for the backbone", base_model),
-                ("`user/repo` for this repository", repo_id),
-            )
-            if not is_known
+            *([] if base_model else ["`your/backbone` by the backbone's"]),
+            *([] if repo_id else ["`user/repo` by this repository's"]),
         ],
         evaluation=None if evaluation is None else _evaluation_text(evaluation, results),
         training=None if training is None else _training_text(training),
@@ -140,14 +144,12 @@ def method_name(method: str) -> str:
 
 
 def reduction_label(r: Any) -> str:
-    """What a schedule is called in tables and plots: "16", "flops=0.5", "linear r=8". ValueError if it is none."""
+    """What a schedule is called in tables and plots: "r=16", "flops=0.5", "linear r=8". ValueError if it is none."""
     if r is None:
         return "–"
     schedule = as_schedule(r)
-    if isinstance(schedule, ConstantSchedule):
-        return str(schedule.r)
-    if isinstance(schedule, ListSchedule):
-        return "[" + ", ".join(map(str, schedule.reductions)) + "]"
+    if isinstance(schedule, (ConstantSchedule, ListSchedule)):
+        return f"r={schedule.to_json()}"
     values = {f.name: getattr(schedule, f.name) for f in fields(schedule) if getattr(schedule, f.name) != f.default}  # type: ignore[arg-type]
     text = " ".join(f"{name}={value}" for name, value in values.items())
     return text if schedule.kind in values else f"{schedule.kind} {text}"
@@ -167,7 +169,7 @@ def _metadata(
     results: list[dict[str, Any]],
     training: dict[str, Any] | None,
 ) -> ModelCardData:
-    model_type = backbone.model_type if re.fullmatch(r"[\w.-]{1,64}", backbone.model_type, re.ASCII) else None
+    model_type = backbone.model_type if re.fullmatch(r"[a-z]\w*([.-]\w+)*", backbone.model_type, re.ASCII) else None
     data_name = _data_name(training, "training")
     measured = [] if evaluation is None else _eval_results(task, evaluation, results, config.method)
     return ModelCardData(
@@ -198,7 +200,7 @@ def _eval_results(
             dataset_name=name,
             metric_type="accuracy",
             metric_value=row[key],
-            metric_name=f"{title}, r={reduction_label(row['r'])} (%)",
+            metric_name=f"{title}, {reduction_label(row['r'])} (%)",
             metric_args={"r": row["r"], "top_k": top_k},
         )
         for row in results
@@ -221,9 +223,11 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         checked: dict[str, Any] = {"method": _entry(row, where, "method", str), "r": row.get("r")}
         if not re.fullmatch(r"[a-z0-9_]{1,32}", checked["method"]):
             raise BadValue(f"{where}.method", checked["method"], "the name of a method, like dtem")
-        checked |= {name: _entry(row, where, name, float, None) for name in ("top1", "top5")}
-        for name in ("agreement", "kl", "multiply_adds", "ratio", "images_per_second", "speedup"):
+        for name in ("agreement", "kl", "multiply_adds", "ratio"):
             checked[name] = _entry(row, where, name, float)
+        # No labels; too few images to time.
+        for name in ("top1", "top5", "images_per_second", "speedup"):
+            checked[name] = _entry(row, where, name, float, None)
         rows.append(checked)
     return rows
 
@@ -238,9 +242,11 @@ def _evaluation_text(evaluation: dict[str, Any], results: list[dict[str, Any]]) 
         raise BadValue("evaluation.image_size", size, "[height, width]")
     device, dtype, command = (_code(_entry(evaluation, where, name, str)) for name in ("device", "dtype", "command"))
     threads, batch_size = (_entry(evaluation, where, name, int) for name in ("threads", "batch_size"))
+    hardware = _entry(evaluation, where, "hardware", str, None)
+    machine = f"{device}, {threads} threads" if hardware is None else _code(hardware)
     conditions = {
         "Images": f"{num_images:,} of {_code(_data_name(evaluation, where) or 'unnamed')}, {size[0]}×{size[1]} pixels",
-        "Hardware": f"{device}, {threads} threads, batch size {batch_size}, {dtype}",
+        "Hardware": f"{machine}, batch size {batch_size}, {dtype}",
         "Versions": _versions(evaluation, where),
         "Command": command,
     }
@@ -251,7 +257,7 @@ def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Header and cells: the unmerged model, then r by r, so that methods stand below each other."""
     labelled = _is_labelled(results)
     factor, unit = multiply_adds_unit(max((row["multiply_adds"] for row in results), default=0))
-    header = ["Method", "r", *(["Top-1 (%)", "Top-5 (%)"] if labelled else []), "Agreement (%)", "KL"]
+    header = ["Method", "Reduction", *(["Top-1 (%)", "Top-5 (%)"] if labelled else []), "Agreement (%)", "KL"]
     header += [f"Multiply-adds ({unit})", "Images/s"]
     most: dict[str, float] = {}
     for row in results:
@@ -265,19 +271,23 @@ def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
 
     cells = []
     for row in sorted(results, key=place):
-        accuracy = ["–" if row[name] is None else f"{row[name]:.2f}" for name in ("top1", "top5")]
         cells.append(
             [
                 _escape(method_name(row["method"])),
                 _escape(reduction_label(row["r"])),
-                *(accuracy if labelled else []),
+                *([_figure(row["top1"], ".2f"), _figure(row["top5"], ".2f")] if labelled else []),
                 f"{row['agreement']:.2f}",
                 f"{row['kl']:.4f}",
                 f"{row['multiply_adds'] / factor:.3f} ({row['ratio']:.2f}×)",
-                f"{row['images_per_second']:.1f} ({row['speedup']:.2f}×)",
+                _figure(row["images_per_second"], ".1f")
+                + ("" if row["speedup"] is None else f" ({row['speedup']:.2f}×)"),
             ]
         )
     return {"header": header, "rows": cells}
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _is_labelled(results: list[dict[str, Any]]) -> bool:
@@ -315,7 +325,7 @@ def _training_text(training: dict[str, Any]) -> dict[str, Any]:
     return {
         "facts": facts,
         "arguments": [
-            (_cell(name), _cell(json.dumps(value, ensure_ascii=False))) for name, value in arguments.items()
+            (_code(name), _code(json.dumps(value, ensure_ascii=False))) for name, value in arguments.items()
         ],
     }
 
@@ -334,7 +344,7 @@ def _data_name(record: Mapping[str, Any] | None, where: str) -> str | None:
 _KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
     str: (str, "text"),
     int: (int, "a whole number"),
-    float: ((int, float), "a finite number"),
+    float: ((int, float), "a number"),
     list: (list, "a list"),
     dict: (dict, "an object"),
 }
@@ -346,8 +356,10 @@ def _entry(record: Mapping[str, Any], where: str, name: str, kind: type, default
     if value is None and default is not MISSING:
         return default
     types, expected = _KINDS[kind]
-    is_number = kind in (int, float)
-    if not isinstance(value, types) or (is_number and (isinstance(value, bool) or not math.isfinite(value))):
+    fits = isinstance(value, types)
+    if kind in (int, float):
+        fits = fits and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER  # type: ignore[arg-type]
+    if not fits:
         raise BadValue(f"{where}.{name}", value, expected)
     return value
 
@@ -386,13 +398,8 @@ def _clean(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Text as a code span, in which Markdown knows nothing but the backtick."""
+    """Text as a code span, in which Markdown knows nothing but the backtick. (In a table it would also know bars.)"""
     return f"`{_clean(value).replace('`', chr(39)) or ' '}`"
-
-
-def _cell(value: Any) -> str:
-    """Text as a code span in a table, which is split at bars before anything else."""
-    return _code(value).replace("|", "\\|")
 
 
 def _escape(value: Any) -> str:

@@ -9,6 +9,7 @@ What a command needs is imported when it runs, so that `dtem-hf --help` answers 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
@@ -30,7 +31,7 @@ _SHOWN_RESULTS = 5
 
 
 class OneLineErrors(TyperGroup):
-    """Errors that a user can mend are one red line on stderr: exit code 2 for a bad value, 1 for what was not found."""
+    """What a user can mend is one red line on stderr: exit code 2 for a bad value, 1 for what was not found."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -48,6 +49,7 @@ class OneLineErrors(TyperGroup):
 app = typer.Typer(
     name="dtem-hf",
     cls=OneLineErrors,
+    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -105,7 +107,9 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the tokens per layer and the multiply-adds per image; only the model's config is downloaded.
+    """Show tokens per layer and multiply-adds per image.
+
+    Only the model's config is downloaded.
 
     \b
     Examples:
@@ -132,8 +136,8 @@ def plan(
     ):
         rows.append((str(index), str(entering), str(merges), str(leaving), f"{cost / 1e6:.1f}"))
         entering = leaving
-    title = f"{model} ({type(merged).__name__}), {merged.merge_config.method}"
-    _print_table(title, ("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
+    typer.echo(f"{model} ({type(merged).__name__}), {merged.merge_config.method}")
+    _print_table(("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
     typer.echo(str(merge_plan).splitlines()[-1])
 
 
@@ -142,7 +146,7 @@ def info(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, Hub id, or id@revision.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter holds: its method, the backbone it was trained for, and the results in its card.
+    """Show an adapter's method, backbone, size and results.
 
     \b
     Examples:
@@ -152,30 +156,31 @@ def info(
     from .adapter import MergeAdapter
 
     loaded = MergeAdapter.from_reference(adapter)
-    values = {
-        "adapter": adapter,
-        "merge": loaded.config.to_dict(),
-        "embed_dim": loaded.embed_dim,
-        "backbone": asdict(loaded.backbone),
-        "parameters": sum(tensor.numel() for tensor in loaded.tensors.values()),
-        "size_bytes": sum(tensor.nbytes for tensor in loaded.tensors.values()),
-        "results": [_as_values(result) for result in _card_results(adapter)],
-    }
+    merge = {**loaded.config.to_dict(), "embed_dim": loaded.embed_dim}
+    backbone = asdict(loaded.backbone)
+    parameters = sum(tensor.numel() for tensor in loaded.tensors.values())
+    size_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
+    results = [_as_values(result) for result in _card_results(adapter)]
     if as_json:
-        _print_json(values)
+        _print_json(
+            {
+                "adapter": adapter,
+                "merge": merge,
+                "backbone": backbone,
+                "parameters": parameters,
+                "size_bytes": size_bytes,
+                "results": results,
+            }
+        )
         return
 
-    merge = {name: value for name, value in values["merge"].items() if name not in ("version", "embed_dim")}
-    results = values["results"][:_SHOWN_RESULTS]
-    facts = {
-        **merge,
-        "embed_dim": loaded.embed_dim,
-        **{name: value for name, value in values["backbone"].items() if value is not None},
-        "parameters": f"{values['parameters']:,}",
-        "size": f"{values['size_bytes']:,} bytes",
-        **{f"{result['dataset']}, {result['metric']}": result["value"] for result in results},
-    }
-    _print_table(adapter, ("", ""), [(name, str(value)) for name, value in facts.items()])
+    facts = [(name, str(value)) for name, value in {**merge, **backbone}.items() if value is not None]
+    facts += [("parameters", f"{parameters:,}"), ("size", f"{size_bytes:,} bytes")]
+    facts += [
+        (f"{result['dataset']}, {result['metric']}", str(result["value"])) for result in results[:_SHOWN_RESULTS]
+    ]
+    typer.echo(adapter)
+    _print_table((), facts)
 
 
 @app.command()
@@ -225,7 +230,7 @@ def visualize(
 
 # Programs that read their own arguments, `--help` included: the module whose `main` they are, and what they do.
 _PROGRAMS = {
-    "quickstart": ("quickstart", "Train, merge, measure, save and load a small model on a CPU, in a few minutes."),
+    "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
 }
@@ -239,6 +244,7 @@ def _add_program(name: str, module: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
     )
     def run(ctx: typer.Context) -> None:
+        sys.argv[0] = ctx.command_path  # argparse names a program by it
         import_module(f".{module}", __package__).main(ctx.args)
 
 
@@ -308,15 +314,16 @@ def _print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(values, indent=2))
 
 
-def _print_table(title: str, header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+def _print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of text; numbers under a header go to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=any(header))
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if any(header) and index else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, show_header=bool(header))
+    for name in header:
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

@@ -27,7 +27,7 @@ from .arguments import option, parse_arguments
 from .auto import AutoModelForImageClassification
 from .card import write_card
 from .configuration import ToMeConfig
-from .data import LABELS_NAME
+from .data import LABELS_NAME, ProcessedImages, collate, load_images
 from .evaluation.classification import EvaluateArguments, evaluate, print_table
 from .files import write_json, write_text
 from .modeling import attach
@@ -35,8 +35,8 @@ from .training.arguments import TrainArguments
 from .training.program import train
 
 
-REDUCTIONS = (4, 6, 8, 10)
-LEARNED_AT = 8
+REDUCTIONS = (6, 10, 14, 18)
+LEARNED_AT = 14
 _TEST_IMAGES = 450
 # Upscaled so that one pixel of a scan is one patch.
 _SCALE = 4
@@ -47,8 +47,8 @@ class QuickstartArguments:
     """Train, merge, measure, save and load on handwritten digits."""
 
     output_dir: str = option("folder for everything that is made", default="runs/quickstart")
-    epochs: int = option("passes over the digits when the plain ViT is trained", default=40)
-    steps: int = option("steps of learning the merge embedding", default=300)
+    epochs: int = option("passes over the digits when the plain ViT is trained", default=15)
+    steps: int = option("steps of learning the merge embedding", default=150)
     seed: int = option("of everything that is drawn", default=0)
 
 
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data=str(output / "digits" / "test"),
             r=[str(r) for r in REDUCTIONS],
             adapter=str(adapter),
+            batch_size=90,
             num_workers=0,
         )
     )
@@ -120,8 +121,6 @@ def write_digits(folder: Path) -> None:
 
 def train_backbone(output: Path, arguments: QuickstartArguments) -> float:
     """Train a small ViT on the digits and save it with its processor; returns its accuracy on the test digits, percent."""
-    from .data import ProcessedImages, collate, load_images
-
     size = 8 * _SCALE
     processor = ViTImageProcessorPil(
         size={"height": size, "width": size}, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -129,24 +128,26 @@ def train_backbone(output: Path, arguments: QuickstartArguments) -> float:
     config = ViTConfig(
         image_size=size,
         patch_size=_SCALE,
-        hidden_size=64,
+        hidden_size=96,
         num_hidden_layers=6,
         num_attention_heads=4,
-        intermediate_size=128,
+        intermediate_size=192,
         num_labels=10,
+        initializer_range=0.1,
     )
     model = ViTForImageClassification(config)
     sets = {}
     for name in ("train", "test"):
         images = ProcessedImages(load_images(str(output / "digits" / name)), processor)
         sets[name] = collate([images[i] for i in range(len(images))])
-    steps = list(_batches(sets["train"], 64, arguments.epochs))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    steps = list(_batches(sets["train"], 32, arguments.epochs))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(steps))
     model.train()
     for pixels, labels in tqdm(steps, desc="train the plain ViT", unit="step"):
-        loss = F.cross_entropy(model(pixel_values=_jitter(pixels)).logits, labels, label_smoothing=0.1)
+        loss = F.cross_entropy(model(pixel_values=_jitter(pixels)).logits, labels)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -177,7 +178,8 @@ def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
     write_json(adapter / "evaluation.json", result)
     plot_accuracy(result["rows"], output / "accuracy.png", title="Handwritten digits, small ViT")
     test = output / "digits" / "test"
-    names = [line.split(",")[0] for line in (test / LABELS_NAME).read_text().splitlines()[1:]]
+    labelled = [line.split(",") for line in (test / LABELS_NAME).read_text().splitlines()[1:]]
+    first = {label: name for name, label in reversed(labelled)}
     models = {
         f"ToMe, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(
             output / "vit", merge=ToMeConfig(r=LEARNED_AT)
@@ -185,7 +187,7 @@ def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
         f"DTEM, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(output / "vit", merge=adapter),
     }
     processor = ViTImageProcessorPil.from_pretrained(output / "vit")
-    draw_merged_tokens([Image.open(test / name) for name in names[:4]], models, processor, output / "merged_tokens.png")
+    draw_merged_tokens([Image.open(test / first[digit]) for digit in "2358"], models, processor, output / "merged_tokens.png")
     write_card(adapter, evaluation_path=adapter / "evaluation.json", training_path=adapter / "training.json", overwrite=True)
 
 

@@ -55,7 +55,7 @@ def hard_merge(
 
 
 def soft_grouping(scores: Tensor, r: int, top_k: int = 3, t1: float = 0.1, t2: float = 0.1) -> Tensor:
-    """Section 4, for one image [A, B'], over all kept entries (no shortcut); differentiable, in the dtype of `scores`."""
+    """Section 4, for one image [A, B'], over all kept entries (no shortcut); differentiable."""
     num_a, num_b = scores.shape
     kept = [
         (i, j) for i in range(num_a) for j in sorted(range(num_b), key=lambda j: (-scores[i, j].item(), j))[:top_k]
@@ -88,14 +88,14 @@ def soft_merge(
 ) -> tuple[Tensor, Tensor]:
     """Section 4, for one image, before the tokens are sorted; differentiable."""
     a, b = list(range(prefix, active, 2)), list(range(prefix + 1, active, 2))
-    scores = torch.stack([torch.stack([cosine(metric[i], metric[j]) for j in b]) for i in a])
+    directions = [row / row.norm() for row in metric]
+    scores = torch.stack([torch.stack([directions[i] @ directions[j] for j in b]) for i in a])
     assignment = soft_grouping(scores, r, top_k, t1, t2)
     new_x, new_sizes = list(x), list(sizes)
     for column, j in enumerate(b):
-        gained = sum(assignment[row, column] * sizes[i] for row, i in enumerate(a))
-        features = sum(assignment[row, column] * sizes[i] * x[i] for row, i in enumerate(a))
-        new_sizes[j] = sizes[j] + gained
-        new_x[j] = (sizes[j] * x[j] + features) / new_sizes[j]
+        flow = assignment[:, column] * sizes[a]
+        new_sizes[j] = sizes[j] + flow.sum()
+        new_x[j] = (sizes[j] * x[j] + flow @ x[a]) / new_sizes[j]
     for row, i in enumerate(a):
         left = 1 - assignment[row].sum()
         new_sizes[i] = sizes[i] * (left + (left.clamp(0, 1) - left).detach())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from ..modeling import MergeMixin
 from .plots import check_figure_format, save_figure
 
 
-BORDER = (1.0, 1.0, 1.0)
+# Above this luminance a border is black, as white would be lost.
+_BRIGHT = 0.75
+_LUMINANCE = (0.299, 0.587, 0.114)
 _CELL_INCHES = 2.4
 _CELL_PIXELS = 480
 _MODES = {1: "L", 3: "RGB"}
@@ -52,8 +55,8 @@ def merged_token_image(
     """Draw every final token over its patches, in their mean colour: pixels [H, W, 3] in 0..1 -> [H, W, 3] in 0..1.
 
     Where two neighbouring patches ended in different tokens, the first row or column of pixels of the lower or right
-    one is a white border. Pixels at the right and lower edge that fill no patch stay as they are. Raises ValueError
-    where the source map [N] does not cover the patches.
+    one is a border: white, or black on a bright token. Pixels at the right and lower edge that fill no patch stay as
+    they are. Raises ValueError where the source map [N] does not cover the patches.
     """
     pixels = np.asarray(pixels, dtype=np.float64)
     height, width = _pair(patch_size)
@@ -71,8 +74,10 @@ def merged_token_image(
 
     token = token.repeat(height, axis=0).repeat(width, axis=1)  # [rows, columns] -> [rows · h, columns · w]
     drawn = colours[token]
-    drawn[1:][token[1:] != token[:-1]] = BORDER
-    drawn[:, 1:][token[:, 1:] != token[:, :-1]] = BORDER
+    border = np.zeros(token.shape, dtype=bool)
+    border[1:] |= token[1:] != token[:-1]
+    border[:, 1:] |= token[:, 1:] != token[:, :-1]
+    drawn[border] = (drawn[border] @ _LUMINANCE <= _BRIGHT)[:, None]
     picture = pixels.copy()
     picture[: rows * height, : columns * width] = drawn
     return picture
@@ -117,16 +122,17 @@ def draw_merged_tokens(
     heights = [row[0][0].shape[0] / row[0][0].shape[1] + 0.1 for row in rows]
     columns = 1 + len(models)
     figure = Figure(
-        figsize=(_CELL_INCHES * columns + 0.3, _CELL_INCHES * sum(heights) + 0.35), dpi=150, layout="constrained"
+        figsize=(_CELL_INCHES * columns + 0.3, _CELL_INCHES * sum(heights) + 0.35),
+        dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01),
     )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, row_axes in zip(rows, axes, strict=True):
         for (picture, caption), axis in zip(row, row_axes, strict=True):
             axis.imshow(picture, interpolation="antialiased", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            axis.spines[:].set(linewidth=0.5, color="0.8")
             axis.set_xlabel(caption, fontsize=8, labelpad=3, color="0.35")
     for label, axis in zip(["input", *models], axes[0], strict=True):
         axis.set_title(label, fontsize=10, parse_math=False)
@@ -149,7 +155,7 @@ def _draw_row(image: Image, models: Any, processor: Any) -> list[tuple[NDArray[n
         scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
         enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
         if not row:
-            row.append((pixels, f"{pixels.shape[0]}×{pixels.shape[1]} pixels"))
+            row.append((pixels, ""))
         picture = merged_token_image(enlarged, source_map, prefix, [extent * scale for extent in patch])
         tokens = len(np.unique(source_map[prefix:]))
         row.append((picture, f"{len(source_map) - prefix} patches → {tokens} tokens"))

@@ -56,9 +56,9 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
         axis.plot(
             x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=method_name(method), zorder=4
         )
-        for row, *point in zip(points, x, y, strict=True):
+        for row, point in zip(points, zip(x, y, strict=True), strict=True):
             axis.annotate(
-                _point_label(row["r"]),
+                "" if row["r"] is None else reduction_label(row["r"]),
                 point,
                 xytext=(-4, 6) if place == 0 else (4, -6),
                 textcoords="offset points",
@@ -66,6 +66,12 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
                 va="bottom" if place == 0 else "top",
                 fontsize=8,
                 color=colour,
+                bbox={
+                    "boxstyle": "square,pad=0.1",
+                    "facecolor": axis.get_facecolor(),
+                    "edgecolor": "none",
+                    "alpha": 0.75,
+                },
                 zorder=5,
             )
 
@@ -102,8 +108,3 @@ def _format(path: str | os.PathLike[str]) -> str:
 def _mean(rows: Sequence[dict[str, Any]], method: str, measure: str) -> float:
     values = [row[measure] for row in rows if row["method"] == method]
     return sum(values) / len(values)
-
-
-def _point_label(r: Any) -> str:
-    label = reduction_label(r)
-    return f"r={label}" if label.isdecimal() else label

@@ -125,7 +125,7 @@ def test_compose_follows_two_merges_in_a_row() -> None:
 def test_unmerge_gives_every_input_its_own_token() -> None:
     x = torch.randn(2, 20, 3)
     matching = ops.bipartite_soft_matching(torch.randn(2, 20, 6), 7, 1)
-    merged, sizes = ops.merge_tokens(x, None, matching)
+    merged, _ = ops.merge_tokens(x, None, matching)
     source = ops.source_map(matching, 20)
     back = ops.unmerge_tokens(merged, source)
     assert back.shape == x.shape

@@ -81,7 +81,7 @@ def test_assignments_are_in_the_unit_interval_and_rows_give_at_most_themselves(s
 
 
 def test_cold_grouping_chooses_what_hard_matching_chooses() -> None:
-    """At an assignment temperature near 0 the relaxation is the thing itself: r rows, each wholly into its best column."""
+    """At an assignment temperature near 0 the relaxation is the thing itself: r rows, wholly into their best."""
     scores = torch.stack([torch.randperm(144) for _ in range(4)]).view(4, 12, 12) / 144 - 0.5  # no two nearly equal
     assignment = ops.soft_grouping(scores, 5, 3, 0.1, 0.0005)
     best, column = scores.max(-1)

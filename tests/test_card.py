@@ -1,0 +1,463 @@
+"""Model cards, read back by huggingface_hub, PyYAML and a Markdown parser, against the JSON they are made of."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+
+import dtem_hf
+from dtem_hf.adapter import BackboneFacts
+from dtem_hf.card import card_of, reduction_label, write_card
+
+
+BASE = "facebook/deit-tiny-patch16-224"
+EVIL = [
+    "x\n---\nlicense: evil\n---\n# Hacked",
+    "x\r\n\r\n## Hacked\r\n\r\n- a",
+    "x\u2028# Hacked\u2029\x85# b\x0b\x0c\x00\x1b[31m",
+    "`` ` ``` <script>alert(1)</script> ```",
+    "a | b | c \\| d || e",
+    "---",
+    "[click](http://evil.example) ![x](http://evil.example/p.png) <http://evil.example>",
+    "{{ 7 * 7 }}{% raw %}{{ card_data }}",
+    "*b* _i_ ~~s~~ # h $$x$$ @user",
+    "\ud800\u202eabc\ufffe",
+    "",
+    ": !!python/object:os.system [",
+]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Whoever reaches for the network fails."""
+
+    def refuse(*_):
+        raise AssertionError("a card must be made without the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def facts(**changes) -> BackboneFacts:
+    values = {"model_type": "vit", "num_layers": 12, "hidden_size": 192, "base_model": BASE, "base_revision": "1a2b3c"}
+    return BackboneFacts(**{**values, **changes})
+
+
+def row(method, r, top1, multiply_adds, **changes) -> dict:
+    values = {
+        "method": method,
+        "r": r,
+        "top1": top1,
+        "top5": None if top1 is None else top1 + 11.123456789,
+        "agreement": 91.25,
+        "kl": 0.0123456,
+        "multiply_adds": multiply_adds,
+        "ratio": multiply_adds / 1_258_000_000,
+        "tokens": 50,
+        "images_per_second": 123.456,
+        "speedup": 1.5,
+    }
+    return {**values, **changes}
+
+
+def evaluation(**changes) -> dict:
+    rows = [row("none", None, 78.5, 1_258_000_000)]
+    for r, madds in ((8, 927_000_000), (16, 636_000_000), ({"kind": "flops", "flops": 0.4}, 503_200_000)):
+        rows += [row("dtem", r, 75.123456789 + madds / 1e10, madds + 1000), row("tome", r, 74.5, madds)]
+    values = {
+        "command": "recipes/evaluate.py --model m --r 8 16",
+        "model": {"name": "deit-tiny", "model_type": "vit", "num_parameters": 5_717_416},
+        "adapter": "runs/adapter",
+        "data": {"name": "ILSVRC/imagenet-1k", "num_images": 50_000, "labelled": True},
+        "image_size": [224, 320],
+        "batch_size": 16,
+        "device": "cpu",
+        "threads": 2,
+        "dtype": "float32",
+        "versions": {"dtem_hf": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        "rows": rows,
+    }
+    return {**values, **changes}
+
+
+def training(**changes) -> dict:
+    values = {
+        "command": "recipes/train.py --steps 400",
+        "arguments": {"lr": 5e-4, "r": "16", "betas": [0.9, 0.999], "data": "me/photos"},
+        "data": {"name": "me/photos", "num_images": 3080},
+        "steps": 400,
+        "images_seen": 12_800,
+        "seconds": 310.4,
+        "best_step": 300,
+        "best_validation": {"kl": 0.123456},
+        "seed": 7,
+        "versions": {"torch": "2.13.0"},
+        "hardware": "x86_64 CPU, 2 threads",
+    }
+    return {**values, **changes}
+
+
+def saved(card: ModelCard, tmp_path) -> ModelCard:
+    """A card written and read back, with the metadata parsed by PyYAML alone as a witness."""
+    card.save(tmp_path / "card.md")
+    text = (tmp_path / "card.md").read_text(encoding="utf-8")
+    read = ModelCard.load(tmp_path / "card.md")
+    assert yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1]) == read.data.to_dict()
+    return read
+
+
+def table(text: str, first: str) -> list[list[str]]:
+    """The cells of the Markdown table whose first header is `first`."""
+    lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def structure(text: str) -> list[str]:
+    """The kinds of Markdown elements in a text, in order, without their content."""
+    markdown_it = pytest.importorskip("markdown_it")
+    kinds = []
+    for token in markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text):
+        kinds += [token.type, *(child.type for child in token.children or ())]
+    # A run of plain text may be split at characters that turned out not to be special.
+    return [kind for i, kind in enumerate(kinds) if kind not in ("text", "text_special") or kinds[i - 1] != kind]
+
+
+def test_metadata_reads_back(tmp_path):
+    card = saved(card_of(dtem_hf.DTEMConfig(), facts(), evaluation(), training=training()), tmp_path)
+    assert card.data.library_name == "dtem-hf"
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == BASE
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.tags == ["token-merging", "dtem", "vit"]
+    assert card.data.datasets == ["me/photos"]
+    for name in (card.data.base_model, *card.data.datasets):
+        validate_repo_id(name)
+
+
+def test_model_index_holds_the_figures_of_the_json(tmp_path):
+    record = evaluation()
+    card = saved(card_of(dtem_hf.DTEMConfig(), facts(), record), tmp_path)
+    name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert name == "dtem-deit-tiny-patch16-224"
+    found = {(json.dumps(x.metric_args["r"]), x.metric_args["top_k"]): x.metric_value for x in results}
+    assert found == {
+        (json.dumps(x["r"]), top_k): x[key]
+        for x in record["rows"]
+        if x["method"] == "dtem"
+        for key, top_k in (("top1", 1), ("top5", 5))
+    }
+    assert len(results) == 6 and len({x.metric_name for x in results}) == 6
+    assert {(x.task_type, x.dataset_type, x.dataset_name, x.metric_type) for x in results} == {
+        ("image-classification", "ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k", "accuracy")
+    }
+
+
+def test_the_table_holds_every_row(tmp_path):
+    record = evaluation()
+    header, rule, *cells = table(card_of(dtem_hf.DTEMConfig(), facts(), record).text, "Method")
+    assert header[:4] == ["Method", "Reduction", "Top-1 (%)", "Top-5 (%)"] and len(rule) == len(header) == 8
+    names = {"none": "unmerged", "tome": "ToMe", "dtem": "DTEM"}
+    labels = {"null": "–", "8": "r=8", "16": "r=16", '{"kind": "flops", "flops": 0.4}': "flops=0.4"}
+    expected = [
+        [
+            names[x["method"]],
+            labels[json.dumps(x["r"])],
+            f"{x['top1']:.2f}",
+            f"{x['top5']:.2f}",
+            "91.25",
+            "0.0123",
+            f"{x['multiply_adds'] / 1e9:.3f} ({x['ratio']:.2f}×)",
+            "123.5 (1.50×)",
+        ]
+        for x in record["rows"]
+    ]
+    assert sorted(cells) == sorted(expected)
+    assert [cell[0] for cell in cells] == ["unmerged", *["ToMe", "DTEM"] * 3]
+    assert [cell[1] for cell in cells] == ["–", "r=8", "r=8", "r=16", "r=16", "flops=0.4", "flops=0.4"]
+
+
+def test_the_body_holds_the_conditions_and_the_training_record():
+    text = card_of(dtem_hf.DTEMConfig(r=16), facts(), evaluation(), training=training()).text
+    for part in (
+        "50,000 of `ILSVRC/imagenet-1k`, 224×320 pixels",
+        "`cpu`, 2 threads, batch size 16, `float32`",
+        "`recipes/evaluate.py --model m --r 8 16`",
+        "`recipes/train.py --steps 400`",
+        "`me/photos`, 3,080 images",
+        "- Seed: 7",
+        "- Steps: 400",
+        "- Images seen: 12,800",
+        "- Best step: 300",
+        "`kl` 0.1235",
+        "`x86_64 CPU, 2 threads`",
+        "`torch` `2.13.0`",
+        "- `lr`: `0.0005`",
+        "- `betas`: `[0.9, 0.999]`",
+        "12 layers, width 192",
+        "`1a2b3c`",
+        '"r": 16',
+    ):
+        assert part in text, part
+
+
+def test_the_usage_is_three_lines_of_python():
+    def usage(**kwargs) -> str:
+        card = card_of(dtem_hf.DTEMConfig(), facts(base_model=kwargs.pop("base", BASE)), None, **kwargs)
+        return re.search(r"```python\n(.*?)\n```", card.text, re.DOTALL)[1]
+
+    code = usage(repo_id="me/my-adapter")
+    compile(code, "card", "exec")
+    assert len(code.splitlines()) == 3
+    assert f'AutoModelForImageClassification.from_pretrained("{BASE}", merge="me/my-adapter")' in code
+    assert 'from_pretrained("your/backbone", merge="user/repo")' in usage(base=None)
+    with pytest.raises(ValueError, match="repo_id"):
+        usage(repo_id='x", trust_remote_code=True) #')
+
+
+@pytest.mark.parametrize(
+    ("task", "auto_class"),
+    [
+        ("zero-shot-image-classification", "AutoModelForZeroShotImageClassification"),
+        ("image-text-to-text", "AutoModelForImageTextToText"),
+        ("image-feature-extraction", "AutoModel"),
+    ],
+)
+def test_the_task_of_the_evaluation_is_the_pipeline_tag(tmp_path, task, auto_class):
+    card = saved(card_of(dtem_hf.DTEMConfig(), facts(), evaluation(task=task)), tmp_path)
+    assert card.data.pipeline_tag == task
+    assert card.data.eval_results[0].task_type == task
+    assert f"from dtem_hf import {auto_class}\n" in card.text
+    assert hasattr(dtem_hf, auto_class)
+
+
+def test_an_adapter_that_was_not_evaluated_says_so(tmp_path):
+    card = saved(card_of(dtem_hf.DTEMConfig(), facts(), None), tmp_path)
+    assert "\nNot evaluated.\n" in card.text and "\nNot recorded.\n" in card.text
+    assert card.data.eval_results is None and card.data.datasets is None
+    assert (
+        "Top-1" not in card.text and "Not evaluated" not in card_of(dtem_hf.DTEMConfig(), facts(), evaluation()).text
+    )
+
+
+def test_without_labels_there_is_no_accuracy(tmp_path):
+    rows = [{**x, "top1": None, "top5": None} for x in evaluation()["rows"]]
+    card = saved(card_of(dtem_hf.DTEMConfig(), facts(), evaluation(rows=rows)), tmp_path)
+    assert card.data.eval_results is None and card.data.metrics is None
+    assert "Top-1" not in card.text and "no labels" in card.text
+    assert len(table(card.text, "Method")) == 2 + len(rows)
+
+
+def test_rows_that_were_not_timed_have_no_speed():
+    rows = [row("none", None, 78.5, 10**9, images_per_second=None, speedup=None)]
+    assert table(card_of(dtem_hf.DTEMConfig(), facts(), evaluation(rows=rows)).text, "Method")[2][-1] == "–"
+
+
+def test_a_training_record_with_gaps():
+    text = card_of(dtem_hf.DTEMConfig(), facts(), None, training={"steps": 3}).text
+    assert "- Steps: 3" in text and "None" not in text and "Seed" not in text
+
+
+@pytest.mark.parametrize("name", ["/home/me/deit", "../deit", "deit tiny", "a/b/c", "x.git"])
+def test_a_backbone_that_is_no_hub_id_is_not_in_the_metadata(tmp_path, name):
+    card = saved(card_of(dtem_hf.DTEMConfig(), facts(base_model=name), evaluation()), tmp_path)
+    assert card.data.base_model is None and "base_model_relation" not in card.data.to_dict()
+
+
+def test_names_of_folders_are_no_datasets(tmp_path):
+    record = training(data={"name": "photos", "num_images": 10})
+    assert saved(card_of(dtem_hf.DTEMConfig(), facts(), None, training=record), tmp_path).data.datasets is None
+
+
+def test_tokens_and_folders_of_the_machine_are_not_published():
+    record = training(
+        command="train.py --data /home/alice/My/data --hub_token hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345",
+        arguments={
+            "output_dir": "~/runs/secret/x",
+            "token": "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345",
+            "url": "https://a.example/b/c",
+        },
+    )
+    text = str(card_of(dtem_hf.DTEMConfig(), facts(), evaluation(command="evaluate.py /srv/alice/d"), training=record))
+    assert "AbCdEf" not in text and "alice" not in text and "secret" not in text
+    assert "--data …/data" in text and "https://a.example/b/c" in text
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_no_name_changes_the_structure(tmp_path, evil):
+    def card(text: str) -> ModelCard:
+        record = evaluation(
+            command=text,
+            data={"name": text, "num_images": 3, "labelled": True},
+            device=text,
+            dtype=text,
+            hardware=text,
+            versions={"torch": text, text: "1"},
+        )
+        trained = training(
+            command=text,
+            arguments={text: text, "list": [text]},
+            data={"name": text or "-", "num_images": 3},
+            hardware=text,
+            best_validation={text: 1.0},
+            versions={text: text},
+        )
+        backbone = facts(model_type=text, base_model=text or "-", base_revision=text or "-")
+        pictures = {text or "-": "accuracy.png"}
+        made = card_of(dtem_hf.DTEMConfig(), backbone, record, training=trained, pictures=pictures)
+        return saved(made, tmp_path)
+
+    plain, injected = card("a plain name"), card(evil)
+    assert injected.data.to_dict().keys() == plain.data.to_dict().keys()
+    for name in ("license", "library_name", "pipeline_tag", "metrics"):
+        assert injected.data.get(name) == plain.data.get(name)
+    assert injected.data.tags == ["token-merging", "dtem"]
+    assert injected.data.datasets is None and injected.data.base_model is None
+    assert structure(injected.text) == structure(plain.text)
+    assert "html_block" not in structure(injected.text) and "html_inline" not in structure(injected.text)
+    assert [x.metric_value for x in injected.data.eval_results] == [x.metric_value for x in plain.data.eval_results]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [row("dtem\n---", 8, 1.0, 1)]}, r"evaluation\.rows\[0\]\.method"),
+        ({"rows": [row("dtem", "| x |", 1.0, 1)]}, r"evaluation\.rows\[0\]\.r"),
+        ({"rows": [row("dtem", {"kind": "x\n"}, 1.0, 1)]}, r"evaluation\.rows\[0\]\.r"),
+        ({"rows": [row("dtem", 8, None, 1, top5="78\n---")]}, r"evaluation\.rows\[0\]\.top5.*a number"),
+        ({"rows": [row("dtem", 8, float("nan"), 1)]}, r"evaluation\.rows\[0\]\.top1=nan"),
+        ({"rows": [row("dtem", 8, 1.0, 1, kl=None)]}, r"evaluation\.rows\[0\]\.kl"),
+        ({"rows": ["x"]}, r"evaluation\.rows\[0\]"),
+        ({"rows": None}, r"evaluation\.rows"),
+        ({"image_size": ["a", "b"]}, r"evaluation\.image_size"),
+        ({"batch_size": "8 |"}, r"evaluation\.batch_size"),
+        ({"data": {"name": 3, "num_images": 1}}, r"evaluation\.data\.name"),
+        ({"data": None}, r"evaluation\.data"),
+        ({"task": "x\n---"}, r"evaluation\.task"),
+        ({"adapter": None}, r"evaluation\.adapter"),
+    ],
+)
+def test_an_evaluation_that_makes_no_sense_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        card_of(dtem_hf.DTEMConfig(), facts(), evaluation(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "400 |"}, r"training\.steps"),
+        ({"seconds": float("inf")}, r"training\.seconds"),
+        ({"steps": 10**400}, r"training\.steps"),
+        ({"seed": 1.5}, r"training\.seed"),
+        ({"best_validation": {"kl": "x"}}, r"training\.best_validation\.kl"),
+        ({"arguments": []}, r"training\.arguments"),
+    ],
+)
+def test_a_training_record_that_makes_no_sense_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        card_of(dtem_hf.DTEMConfig(), facts(), None, training=training(**changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.png", "/x.png", "a b.png", "x.png) [y](z", "x\n.png", "", "a//b.png", ".x.png"]
+)
+def test_a_picture_stays_in_the_folder(name):
+    with pytest.raises(ValueError, match="pictures="):
+        card_of(dtem_hf.DTEMConfig(), facts(), None, pictures={"A picture": name})
+
+
+def test_pictures_are_shown():
+    text = card_of(
+        dtem_hf.DTEMConfig(), facts(), None, pictures={"Merged [tokens]": "pictures/merged_tokens.v2.png"}
+    ).text
+    assert r"![Merged \[tokens\]](pictures/merged_tokens.v2.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("r", "label"),
+    [
+        (None, "–"),
+        (16, "r=16"),
+        ([4, 3, 2], "r=[4, 3, 2]"),
+        ({"kind": "flops", "flops": 0.5}, "flops=0.5"),
+        ({"kind": "flops", "flops": 0.5, "slope": 0.25}, "flops=0.5 slope=0.25"),
+        ({"kind": "linear", "r": 8}, "linear r=8"),
+        ({"kind": "inflected", "r": 13, "inflection": 0.5}, "inflected r=13 inflection=0.5"),
+    ],
+)
+def test_labels_of_schedules(r, label):
+    assert reduction_label(r) == label
+
+
+@pytest.fixture
+def adapter_folder(make_classifier, tmp_path):
+    """An adapter of a small model, with the card that saving gives it."""
+    dtem_hf.attach(make_classifier(), dtem_hf.DTEMConfig(r=4)).save_merge_adapter(
+        tmp_path / "adapter", base_model=BASE
+    )
+    return tmp_path / "adapter"
+
+
+def test_saving_an_adapter_writes_a_card(adapter_folder):
+    card = ModelCard.load(adapter_folder / "README.md")
+    assert card.data.base_model == BASE and "Not evaluated." in card.text
+
+
+def test_write_card_does_not_overwrite_unless_told(adapter_folder, tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation()))
+    (adapter_folder / "README.md").write_text("mine")
+    before = sorted(path.name for path in adapter_folder.iterdir())
+    with pytest.raises(FileExistsError, match=r"README\.md is there already; pass overwrite=True"):
+        write_card(adapter_folder, tmp_path / "evaluation.json")
+    assert (adapter_folder / "README.md").read_text() == "mine"
+    written = write_card(adapter_folder, tmp_path / "evaluation.json", overwrite=True)
+    assert written == adapter_folder / "README.md"
+    assert sorted(path.name for path in adapter_folder.iterdir()) == before
+    assert written.read_text(encoding="utf-8").endswith(".\n")
+    assert len(ModelCard.load(written).data.eval_results) == 6
+    dtem_hf.MergeAdapter.from_pretrained(adapter_folder)
+
+
+def test_write_card_is_what_card_of_says(adapter_folder, tmp_path):
+    (adapter_folder / "README.md").unlink()
+    (adapter_folder / "accuracy.png").write_bytes(b"")
+    for name, record in (("evaluation", evaluation()), ("training", training())):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    pictures = {"Accuracy": "accuracy.png"}
+    written = write_card(
+        adapter_folder, tmp_path / "evaluation.json", tmp_path / "training.json", pictures, repo_id="me/adapter"
+    )
+    adapter = dtem_hf.MergeAdapter.from_pretrained(adapter_folder)
+    expected = card_of(
+        adapter.config, adapter.backbone, evaluation(), training=training(), pictures=pictures, repo_id="me/adapter"
+    )
+    assert written.read_text(encoding="utf-8").strip() == str(expected).strip()
+
+
+def test_the_training_record_beside_the_adapter_is_read(adapter_folder):
+    assert "Not recorded." in write_card(adapter_folder, overwrite=True).read_text(encoding="utf-8")
+    (adapter_folder / "training.json").write_text(json.dumps(training()))
+    assert "- Seed: 7" in write_card(adapter_folder, overwrite=True).read_text(encoding="utf-8")
+
+
+def test_what_is_not_there_is_named_and_the_card_stays(adapter_folder, tmp_path):
+    before = (adapter_folder / "README.md").read_bytes()
+    with pytest.raises(FileNotFoundError, match="no adapter folder"):
+        write_card(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"evaluation\.json"):
+        write_card(adapter_folder, tmp_path / "evaluation.json", overwrite=True)
+    with pytest.raises(FileNotFoundError, match=r"no picture plot\.png"):
+        write_card(adapter_folder, pictures={"Plot": "plot.png"}, overwrite=True)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"list\.json='list': a JSON object"):
+        write_card(adapter_folder, tmp_path / "list.json", overwrite=True)
+    (tmp_path / "bad.json").write_text(json.dumps(evaluation(rows=[row("dtem", 8, 1.0, -1, kl="x")])))
+    with pytest.raises(ValueError, match="kl"):
+        write_card(adapter_folder, tmp_path / "bad.json", overwrite=True)
+    assert (adapter_folder / "README.md").read_bytes() == before

@@ -1,0 +1,91 @@
+"""The decoupled embedding's initialisations, against loops over heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtem_hf.embedding import (
+    DecoupledEmbedding,
+    KeyProjection,
+    default_embed_dim,
+    initialize_from_keys,
+    initialize_randomly,
+    mean_key_projection,
+)
+from dtem_hf.errors import BadValue
+
+
+def projection(heads: int, head_dim: int, width: int, bias: bool = True) -> KeyProjection:
+    return KeyProjection(torch.randn(heads * head_dim, width), torch.randn(heads * head_dim) if bias else None, heads)
+
+
+def keys_of_head(keys: KeyProjection, h: Tensor, head: int) -> Tensor:
+    rows = slice(head * keys.head_dim, (head + 1) * keys.head_dim)
+    out = h @ keys.weight[rows].T
+    return out if keys.bias is None else out + keys.bias[rows]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "heads, embed_dim, groups",
+    [
+        (4, None, [[0, 1, 2, 3]]),
+        (4, 6, [[0, 1, 2, 3]]),
+        (4, 12, [[0, 1], [2, 3]]),
+        (3, 12, [[0, 1], [2]]),
+        (4, 24, [[0], [1], [2], [3]]),
+        (1, 6, [[0]]),
+    ],
+)
+def test_key_mean_is_the_mean_key_of_each_group_of_heads(
+    heads: int, embed_dim: int | None, groups: list[list[int]], bias: bool
+) -> None:
+    keys, h = projection(heads, 6, 10, bias), torch.randn(7, 10)
+    weight, offset = mean_key_projection(keys, embed_dim)
+    expected = [sum(keys_of_head(keys, h, head) for head in group) / len(group) for group in groups]
+    torch.testing.assert_close(h @ weight.T + offset, torch.cat(expected, dim=-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("embed_dim", [1, 5, 7, 13, 30])
+def test_a_width_that_heads_do_not_fill_says_which_would(embed_dim: int) -> None:
+    with pytest.raises(BadValue, match=rf"embed_dim={embed_dim}: init='keys' needs a multiple of 6, from 6 to 24"):
+        mean_key_projection(projection(4, 6, 10), embed_dim)
+
+
+@pytest.mark.parametrize(
+    "hidden_size, head_dim, expected", [(192, 64, 64), (1023, 33, 33), (1024, 64, 128), (1664, 104, 208)]
+)
+def test_default_width_doubles_from_1024_on(hidden_size: int, head_dim: int, expected: int) -> None:
+    assert default_embed_dim(hidden_size, head_dim) == expected
+
+
+def test_every_layer_takes_its_own_keys() -> None:
+    embedding = DecoupledEmbedding(3, 10, 6)
+    keys = [projection(4, 6, 10) for _ in range(3)]
+    initialize_from_keys(embedding, keys)
+    assert [name for name, _ in embedding.named_parameters()] == [
+        f"layers.{i}.{part}" for i in range(3) for part in ("weight", "bias")
+    ]
+    for layer, theirs in zip(embedding.layers, keys, strict=True):
+        weight, bias = mean_key_projection(theirs)
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer.bias, bias)
+        assert layer.weight.requires_grad
+
+
+def test_another_number_of_layers_is_refused() -> None:
+    with pytest.raises(ValueError):
+        initialize_from_keys(DecoupledEmbedding(3, 10, 6), [projection(4, 6, 10)] * 2)
+
+
+def test_random_initialisation_has_the_given_deviation_and_no_bias() -> None:
+    embedding = DecoupledEmbedding(2, 100, 50)
+    initialize_randomly(embedding, std=0.3)
+    first, second = embedding.layers
+    assert isinstance(first, nn.Linear)
+    assert first.weight.std().item() == pytest.approx(0.3, rel=0.05)
+    assert abs(first.weight.mean().item()) < 0.02
+    assert not first.bias.any()
+    assert not torch.equal(first.weight, second.weight)

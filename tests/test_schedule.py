@@ -1,0 +1,289 @@
+"""Schedules against lists worked out by hand; plans against hand counts and torch's own FLOP counter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, attach
+from dtem_hf.errors import BadValue
+from dtem_hf.schedule import (
+    ConstantSchedule,
+    EncoderCost,
+    FlopsSchedule,
+    InflectedSchedule,
+    LayerCost,
+    LinearSchedule,
+    ListSchedule,
+    Schedule,
+    as_schedule,
+    clamp_reductions,
+)
+
+
+def encoder(num_layers: int, prefix: int = 1) -> EncoderCost:
+    """Round numbers, with a metric that costs something."""
+    layer = LayerCost(before=400, per_pair=20, after=800, metric=50, metric_width=5)
+    return EncoderCost((layer,) * num_layers, stem=300, head=1000, num_prefix_tokens=prefix)
+
+
+@pytest.mark.parametrize(
+    "schedule, num_layers, expected",
+    [
+        (ConstantSchedule(16), 3, [16, 16, 16]),
+        (ConstantSchedule(0), 2, [0, 0]),
+        (ListSchedule((3, 0, 5)), 3, [3, 0, 5]),
+        # ToMe's own: r (1 - inflection) at the start, r (1 + inflection) at the end, truncated.
+        (InflectedSchedule(8, -1.0), 5, [16, 12, 8, 4, 0]),
+        (InflectedSchedule(8, 1.0), 5, [0, 4, 8, 12, 16]),
+        (InflectedSchedule(8, 0.0), 5, [8, 8, 8, 8, 8]),
+        (InflectedSchedule(16), 12, [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]),
+        (InflectedSchedule(5, 0.5), 4, [2, 4, 6, 8]),
+        (InflectedSchedule(8, -1.0), 1, [16]),
+        # Weights 1.5, 1.25, 1, 0.75, 0.5 of 20; then 2, 4/3, 2/3, 0 of 8, rounded so that they add up.
+        (LinearSchedule(4), 5, [6, 5, 4, 3, 2]),
+        (LinearSchedule(2, slope=1.0), 4, [4, 3, 1, 0]),
+        (LinearSchedule(1.5, slope=0.0), 4, [2, 1, 2, 1]),
+        (LinearSchedule(7), 1, [7]),
+    ],
+    ids=str,
+)
+def test_schedules_equal_lists_worked_out_by_hand(schedule: Schedule, num_layers: int, expected: list[int]) -> None:
+    assert schedule.resolve(encoder(num_layers), 1000) == expected
+
+
+@pytest.mark.parametrize("r", [0, 0.5, 3, 7.25, 16])
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_layers", [1, 2, 12, 24])
+def test_linear_schedule_has_its_mean_and_never_rises_by_more_than_rounding(
+    r: float, slope: float, num_layers: int
+) -> None:
+    reductions = LinearSchedule(r, slope).resolve(encoder(num_layers), 1000)
+    assert sum(reductions) == round(r * num_layers)
+    assert all(later <= earlier + 1 for earlier, later in pairwise(reductions))
+    assert min(reductions) >= 0
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_clamping_takes_at_most_half_of_what_is_free(prefix: int) -> None:
+    # 20 free tokens: half of 20, of 10, of 5, of 3, of 2, of 1.
+    assert clamp_reductions([50] * 6, 20 + prefix, prefix) == [10, 5, 2, 1, 1, 0]
+    assert clamp_reductions([4, 0, 7, 50], 20 + prefix, prefix) == [4, 0, 7, 4]
+    assert clamp_reductions([3, 3], prefix, prefix) == [0, 0]
+
+
+def test_plan_adds_up_the_costs_of_every_layer() -> None:
+    """Three layers from 11 tokens, one of them prefix, r = 3, 0, 50; every number by hand."""
+    plan = encoder(3).plan(11, [3, 0, 50])
+    assert plan.num_tokens == 11
+    assert plan.reductions == [3, 0, 3]  # 8 tokens reach the last layer, 7 of them free
+    assert plan.tokens == [8, 8, 5]
+    assert plan.layer_multiply_adds == [
+        11 * 400 + 121 * 20 + 8 * 800 + 11 * 50 + 5 * 5 * 5,
+        8 * 400 + 64 * 20 + 8 * 800,
+        8 * 400 + 64 * 20 + 5 * 800 + 8 * 50 + 3 * 4 * 5,
+    ]
+    around = 10 * 300 + 1000
+    assert plan.multiply_adds == around + sum(plan.layer_multiply_adds)
+    assert plan.unmerged_multiply_adds == around + 3 * (11 * 1200 + 121 * 20)
+    assert plan.ratio == plan.multiply_adds / plan.unmerged_multiply_adds
+    assert json.loads(json.dumps(plan.to_dict()))["ratio"] == plan.ratio
+    assert [line.split()[:3] for line in str(plan).splitlines()[1:4]] == [
+        ["0", "3", "8"],
+        ["1", "0", "8"],
+        ["2", "3", "5"],
+    ]
+
+
+def spread_evenly(total: int, num_layers: int) -> list[int]:
+    """Layer i has handed on round(total (i + 1) / layers) merges, halves upwards."""
+    upto = [0, *((2 * total * (i + 1) + num_layers) // (2 * num_layers) for i in range(num_layers))]
+    return [later - earlier for earlier, later in pairwise(upto)]
+
+
+@pytest.mark.parametrize("num_layers, num_tokens", [(4, 65), (12, 197), (3, 33)])
+@pytest.mark.parametrize("flops", [0.999, 0.9, 0.75, 0.65, 0.5])
+def test_flops_schedule_merges_the_fewest_tokens_that_meet_the_share(
+    num_layers: int, num_tokens: int, flops: float
+) -> None:
+    """Against trying every number of merged tokens in turn."""
+    cost = encoder(num_layers)
+    found = FlopsSchedule(flops).resolve(cost, num_tokens)
+    assert cost.plan(num_tokens, found).ratio <= flops
+    total = 0
+    while cost.plan(num_tokens, spread_evenly(total, num_layers)).ratio > flops:
+        total += 1
+    assert found == spread_evenly(total, num_layers)
+
+
+@pytest.mark.parametrize("slope", [0.25, 1.0])
+@pytest.mark.parametrize("flops", [0.9, 0.65, 0.5])
+def test_sloped_flops_schedule_meets_the_share_by_merging_more_at_the_start(slope: float, flops: float) -> None:
+    cost = encoder(12)
+    sloped = FlopsSchedule(flops, slope).resolve(cost, 197)
+    assert cost.plan(197, sloped).ratio <= flops
+    one_fewer = LinearSchedule((sum(sloped) - 1) / 12, slope).resolve(cost, 197)
+    assert cost.plan(197, one_fewer).ratio > flops
+    assert sum(sloped) < sum(FlopsSchedule(flops).resolve(cost, 197))
+    assert sloped[0] > sloped[-1]
+
+
+def test_all_of_the_flops_merges_nothing() -> None:
+    assert FlopsSchedule(1.0).resolve(encoder(4), 65) == [0, 0, 0, 0]
+
+
+def test_a_share_that_cannot_be_met_says_what_can() -> None:
+    with pytest.raises(BadValue, match=r"flops=0\.01: merging everything still leaves 0\.\d+ of the multiply-adds"):
+        FlopsSchedule(0.01).resolve(encoder(4), 65)
+
+
+@pytest.mark.parametrize(
+    "make, field, value, expected",
+    [
+        (lambda v: ConstantSchedule(v), "r", -1, "0 or more"),
+        (lambda v: ConstantSchedule(v), "r", 2.0, "whole number"),
+        (lambda v: ConstantSchedule(v), "r", True, "whole number"),
+        (lambda v: ListSchedule((1, v)), "r[1]", -3, "0 or more"),
+        (lambda v: ListSchedule((v, 1)), "r[0]", "8", "whole number"),
+        (lambda v: LinearSchedule(v), "r", -0.5, "≥ 0"),
+        (lambda v: LinearSchedule(v), "r", float("nan"), "≥ 0"),
+        (lambda v: LinearSchedule(v), "r", float("inf"), "≥ 0"),
+        (lambda v: LinearSchedule(4, v), "slope", 1.1, "0 to 1"),
+        (lambda v: LinearSchedule(4, v), "slope", -0.1, "0 to 1"),
+        (lambda v: LinearSchedule(4, v), "slope", "steep", "0 to 1"),
+        (lambda v: InflectedSchedule(v), "r", 1.5, "whole number"),
+        (lambda v: InflectedSchedule(8, v), "inflection", -1.5, "-1 to 1"),
+        (lambda v: InflectedSchedule(8, v), "inflection", 2, "-1 to 1"),
+        (lambda v: FlopsSchedule(v), "flops", 1.5, "to 1"),
+        (lambda v: FlopsSchedule(v), "flops", -0.5, "to 1"),
+        (lambda v: FlopsSchedule(v), "flops", 0, "to 1"),
+        (lambda v: FlopsSchedule(v), "flops", float("nan"), "to 1"),
+        (lambda v: FlopsSchedule(v), "flops", False, "to 1"),
+        (lambda v: FlopsSchedule(0.5, v), "slope", 3, "0 to 1"),
+    ],
+)
+def test_bad_values_name_the_field_the_value_and_what_fits(
+    make: Callable[[Any], Schedule], field: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        make(value)
+    message = str(raised.value)
+    assert message.startswith(f"{field}={value!r}: ")
+    assert expected in message
+
+
+def test_a_list_for_another_number_of_layers_names_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"r=\[1, 2, 3\]: it lists 3 layers and the model has 4"):
+        ListSchedule((1, 2, 3)).resolve(encoder(4), 65)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ConstantSchedule(7),
+        ListSchedule((1, 2, 3)),
+        LinearSchedule(4.5, 0.25),
+        InflectedSchedule(8, 0.5),
+        FlopsSchedule(0.65, 0.5),
+    ],
+    ids=str,
+)
+def test_schedules_survive_json(schedule: Schedule) -> None:
+    assert as_schedule(json.loads(json.dumps(schedule.to_json()))) == schedule
+    assert as_schedule(schedule) is schedule
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ({"kind": "zigzag", "r": 3}, "constant, flops, inflected, linear, list"),
+        ({"r": 3}, "constant, flops, inflected, linear, list"),
+        ({"kind": "linear"}, "['r', 'slope']"),
+        ({"kind": "linear", "r": 3, "slop": 1}, "has no slop"),
+        ("16", "whole number"),
+        (None, "whole number"),
+        (16.0, "whole number"),
+    ],
+    ids=str,
+)
+def test_what_is_no_schedule_is_refused_with_what_would_be(value: Any, expected: str) -> None:
+    with pytest.raises(BadValue) as raised:
+        as_schedule(value)
+    assert raised.value.field == "r"
+    assert expected in str(raised.value)
+
+
+def counted(model: torch.nn.Module, pixels: torch.Tensor, **kwargs: Any) -> int:
+    """Multiply-adds of a forward pass for one image, as torch counts them where attention is two matrix products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("kind", ["bare", "classifier"])
+@pytest.mark.parametrize("method", [ToMeConfig, DTEMConfig])
+@pytest.mark.parametrize("r", [0, 6, 50, [9, 0, 5, 3]], ids=str)
+def test_plan_equals_what_torch_counts(
+    make_bare: Callable[..., ViTModel],
+    make_classifier: Callable[..., ViTForImageClassification],
+    kind: str,
+    method: Callable[[Any], MergeConfig],
+    r: Any,
+) -> None:
+    make = make_bare if kind == "bare" else make_classifier
+    model = attach(make(attn_implementation="eager"), method(r))
+    plan = model.merge_plan()
+    assert plan.multiply_adds == counted(model, torch.randn(1, 3, 32, 32))
+    with model.unmerged():
+        assert plan.unmerged_multiply_adds == counted(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (24, 40), (35, 38)], ids=str)
+def test_plan_for_another_image_size_equals_what_torch_counts(
+    make_classifier: Callable[..., ViTForImageClassification], size: tuple[int, int]
+) -> None:
+    """Also for a size that is no whole number of patches."""
+    model = attach(make_classifier(attn_implementation="eager"), DTEMConfig(r=7))
+    measured = counted(model, torch.randn(1, 3, *size), interpolate_pos_encoding=True)
+    assert model.merge_plan(image_size=size).multiply_adds == measured
+    if size[0] == size[1]:
+        assert model.merge_plan(image_size=size[0]).multiply_adds == measured
+
+
+@pytest.mark.parametrize("value", [0, -32, 32.0, (32,), (32, 32, 3), "32", True, 3, (32, 3)], ids=repr)
+def test_a_bad_image_size_is_refused(make_classifier: Callable[..., ViTForImageClassification], value: Any) -> None:
+    model = attach(make_classifier(), ToMeConfig(r=4))
+    with pytest.raises(BadValue, match="image_size="):
+        model.merge_plan(image_size=value)
+
+
+@pytest.mark.parametrize("width, heads, giga", [(192, 3, 1.26), (384, 6, 4.60), (768, 12, 17.6)])
+def test_unmerged_deit_costs_what_is_published(width: int, heads: int, giga: float) -> None:
+    config = ViTConfig(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000, image_size=224
+    )
+    with torch.device("meta"):
+        model = attach(ViTForImageClassification(config), ToMeConfig(r=16))
+    plan = model.merge_plan()
+    assert plan.unmerged_multiply_adds == pytest.approx(giga * 1e9, rel=0.01)
+    by_hand = 12 * (197 * 12 * width**2 + 2 * 197**2 * width) + 196 * 768 * width + 1000 * width
+    assert plan.unmerged_multiply_adds == by_hand
+
+
+def test_deit_small_at_r_16_costs_what_the_authors_count() -> None:
+    """Their 2.294 G leave out the keys' mean, which is one more product here."""
+    config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000, image_size=224)
+    with torch.device("meta"):
+        model = attach(ViTForImageClassification(config), ToMeConfig(r=16))
+    plan = model.merge_plan()
+    tokens = [197, *plan.tokens]
+    assert tokens == [197, 181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]
+    mean_keys = sum(n * 384 * 64 for n in tokens[:-1])
+    assert plan.multiply_adds - mean_keys == pytest.approx(2.294e9, rel=0.0005)
