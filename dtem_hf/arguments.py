@@ -30,8 +30,11 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
     Raises ValueError for a key in the file that is not an option, and exits with argparse's message for a bad option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(  # type: ignore[arg-type]
-        kind, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = HfArgumentParser(
+        kind,  # type: ignore[arg-type]
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     first, _ = _only_config().parse_known_args(argv)
@@ -75,4 +78,6 @@ def parse_reduction(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise BadValue("r", text, 'an int, a JSON list, or a JSON schedule like {"kind": "linear", "r": 13}') from error
+        raise BadValue(
+            "r", text, 'an int, a JSON list, or a JSON schedule like {"kind": "linear", "r": 13}'
+        ) from error

@@ -208,10 +208,10 @@ def visualize(
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
     """
     from PIL import Image
-    from transformers import AutoImageProcessor
 
     from .analysis.pictures import draw_merged_tokens
     from .auto import auto_class
+    from .data import load_processor
     from .errors import BadValue
 
     if merge and method is not None:
@@ -224,7 +224,7 @@ def visualize(
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
         _set_reduction(merged, r, flops)
         models[label or merged.merge_config.method] = merged
-    draw_merged_tokens(pictures, models, AutoImageProcessor.from_pretrained(model), output)
+    draw_merged_tokens(pictures, models, load_processor(model), output)
     typer.echo(f"written: {output}")
 
 

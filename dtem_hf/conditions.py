@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
+from pathlib import Path
 
 import accelerate
 import torch
@@ -27,3 +30,15 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def command() -> str:
+    """The command line that is running, without the folder the program lies in."""
+    program = Path(sys.argv[0])
+    name = f"recipes/{program.name}" if program.suffix == ".py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
+
+
+def data_name(data: str) -> str:
+    """What images are called in a record: a Hub id as it is, a local folder by its last two parts."""
+    return f"local folder {'/'.join(Path(data).parts[-2:])}" if Path(data).is_dir() else data

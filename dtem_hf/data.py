@@ -1,4 +1,4 @@
-"""Images to train on and to measure with: a Hub dataset, a folder of class folders, or a folder with a `labels.csv`."""
+"""Images to train on and to measure with: a Hub dataset, a folder of class folders, or one with a `labels.csv`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from torch import Tensor
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
 from .errors import BadValue
 
@@ -26,8 +26,8 @@ def load_images(data: str, split: str = "train", limit: int | None = None) -> Da
     """A dataset with columns `image` and `label` (-1 where there is none).
 
     `data` is a local folder with a `labels.csv` (columns `file` and `label`, empty for none), a local folder of class
-    folders, or a Hub dataset id, of which `split` is read. `limit` keeps the first so many. Raises FileNotFoundError or
-    ValueError that names what is wrong.
+    folders, or a Hub dataset id, of which `split` is read. `limit` keeps the first so many. Raises FileNotFoundError
+    or ValueError that names what is wrong.
     """
     folder = Path(data)
     if (folder / LABELS_NAME).is_file():
@@ -75,7 +75,7 @@ def load_processor(model: str) -> Any:
 
 @dataclass
 class ProcessedImages(torch.utils.data.Dataset):
-    """Images as a model takes them: item i, or (epoch, i), is {"pixel_values": [C, H, W], "labels": int, "index": int}.
+    """Images as a model takes them: {"pixel_values": [C, H, W], "labels": int, "index": int} for i or (epoch, i).
 
     What augmentation draws depends on seed, epoch and i alone, so a run that is resumed sees what it would have seen.
     """
@@ -99,7 +99,11 @@ class ProcessedImages(torch.utils.data.Dataset):
         label = -1 if row["label"] is None else int(row["label"])
         if self.num_labels is not None and label >= self.num_labels:
             raise BadValue("label", label, f"image {index} needs one below the model's {self.num_labels} classes")
-        return {"pixel_values": self._pixels(row["image"].convert("RGB"), epoch, index), "labels": label, "index": index}
+        return {
+            "pixel_values": self._pixels(row["image"].convert("RGB"), epoch, index),
+            "labels": label,
+            "index": index,
+        }
 
     def _pixels(self, image: Any, epoch: int, index: int) -> Tensor:
         crops = self.augmentation == "crop_flip" and getattr(self.processor, "do_center_crop", False)

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print("5/5  the adapter comes back with merge=")
     check_round_trip(output, adapter)
-    print(f"done; look at {output / 'accuracy.png'}, {output / 'merged_tokens.png'} and {adapter / 'README.md'}")
+    print(f"done; look at {adapter}: accuracy.png, merged_tokens.png, and README.md, the adapter's card")
 
 
 def write_digits(folder: Path) -> None:
@@ -120,7 +120,7 @@ def write_digits(folder: Path) -> None:
 
 
 def train_backbone(output: Path, arguments: QuickstartArguments) -> float:
-    """Train a small ViT on the digits and save it with its processor; returns its accuracy on the test digits, percent."""
+    """Train a small ViT on the digits, save it with its processor, and return its test accuracy in percent."""
     size = 8 * _SCALE
     processor = ViTImageProcessorPil(
         size={"height": size, "width": size}, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -132,8 +132,8 @@ def train_backbone(output: Path, arguments: QuickstartArguments) -> float:
         num_hidden_layers=6,
         num_attention_heads=4,
         intermediate_size=192,
-        num_labels=10,
         initializer_range=0.1,
+        id2label={i: str(i) for i in range(10)},
     )
     model = ViTForImageClassification(config)
     sets = {}
@@ -174,21 +174,26 @@ def _jitter(pixels: Tensor) -> Tensor:
 
 
 def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
-    """Write evaluation.json, the plot, the picture of merged tokens and the adapter's card."""
+    """Write evaluation.json, the plot, the picture of merged tokens and the card into the adapter's folder."""
     write_json(adapter / "evaluation.json", result)
-    plot_accuracy(result["rows"], output / "accuracy.png", title="Handwritten digits, small ViT")
+    plot_accuracy(result["rows"], adapter / "accuracy.png", title="Handwritten digits, small ViT")
     test = output / "digits" / "test"
     labelled = [line.split(",") for line in (test / LABELS_NAME).read_text().splitlines()[1:]]
     first = {label: name for name, label in reversed(labelled)}
     models = {
-        f"ToMe, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(
-            output / "vit", merge=ToMeConfig(r=LEARNED_AT)
-        ),
-        f"DTEM, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(output / "vit", merge=adapter),
+        f"{name}, r = {LEARNED_AT}": AutoModelForImageClassification.from_pretrained(output / "vit", merge=merge)
+        for name, merge in (("ToMe", ToMeConfig(r=LEARNED_AT)), ("DTEM", adapter))
     }
     processor = ViTImageProcessorPil.from_pretrained(output / "vit")
-    draw_merged_tokens([Image.open(test / first[digit]) for digit in "2358"], models, processor, output / "merged_tokens.png")
-    write_card(adapter, evaluation_path=adapter / "evaluation.json", training_path=adapter / "training.json", overwrite=True)
+    scans = [Image.open(test / first[digit]) for digit in "2358"]
+    draw_merged_tokens(scans, models, processor, adapter / "merged_tokens.png")
+    write_card(
+        adapter,
+        evaluation_path=adapter / "evaluation.json",
+        training_path=adapter / "training.json",
+        pictures={"Accuracy against multiply-adds": "accuracy.png", "Merged tokens": "merged_tokens.png"},
+        overwrite=True,
+    )
 
 
 def check_round_trip(output: Path, adapter: Path) -> None:

@@ -1,7 +1,7 @@
 """Train a small ViT on real handwritten digits, learn what to merge, measure, save and load it again.
 
-    make quickstart
-    python recipes/quickstart.py --output_dir runs/quickstart
+make quickstart
+python recipes/quickstart.py --output_dir runs/quickstart
 """
 
 from dtem_hf.quickstart import main

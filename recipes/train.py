@@ -1,7 +1,7 @@
 """Learn a merge embedding for a frozen vision transformer.
 
-    accelerate launch recipes/train.py --config recipes/configs/deit_tiny_sample.yaml
-    python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
+accelerate launch recipes/train.py --config recipes/configs/deit_tiny_sample.yaml
+python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
 """
 
 from dtem_hf.training import main

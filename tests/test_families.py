@@ -1,8 +1,8 @@
 """Every promise, for every backbone and every method.
 
-A new backbone is one entry of `ROWS`, a new method one of `METHODS`. What a row brings: how to make its model, small and
-with random weights; the Auto class that yields it; the outputs that are compared; and its layers taken apart for the
-slow reference, which runs one image at a time through the plain model's own submodules.
+A new backbone is one entry of `ROWS`, a new method one of `METHODS`. What a row brings: how to make its model, small
+and with random weights; the Auto class that yields it; the outputs that are compared; and its layers taken apart for
+the slow reference, which runs one image at a time through the plain model's own submodules.
 """
 
 from __future__ import annotations
@@ -139,9 +139,18 @@ class Method:
 
 METHODS = [Method("tome", ToMeConfig, learns=False), Method("dtem", DTEMConfig, learns=True)]
 REDUCTIONS = [9, [11, 0, 14, 3]]
-# Softly merged tokens are sorted by size. At the published temperatures most sizes are equal but for rounding, so their
-# order, and all that follows, is left to chance; at these no two are.
+# Softly merged tokens are sorted by size. At the published temperatures most sizes are equal but for rounding, so
+# their order, and all that follows, is left to chance; at these no two are.
 MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_cpu_thread() -> Iterator[None]:
+    """These models are too small to share out; threads that wait for each other are most of the time then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ROWS, ids=lambda row: row.name)
@@ -510,13 +519,6 @@ def test_gradient_checkpointing_changes_no_gradient(row: Row, method: Method, us
         torch.testing.assert_close({name: found[name]}, {name: expected[name]}, atol=1e-6, rtol=1e-5)
 
 
-@pytest.fixture
-def two_threads_afterwards() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def prediction(row: Row, outputs: dict[str, Tensor]) -> list[int]:
     return outputs[row.outputs[-1]].flatten(1).argmax(-1).tolist()
 
@@ -529,7 +531,6 @@ def test_batch_of_one_and_of_64_predict_the_same(row: Row, method: Method) -> No
     close({name: torch.cat([outputs[name] for outputs in alone]) for name in row.outputs}, together, 1e-4)
 
 
-@pytest.mark.usefixtures("two_threads_afterwards")
 def test_one_and_two_cpu_threads_predict_the_same(row: Row, method: Method) -> None:
     model, pixel_values = merged(row, method), images(row, 64)
     results = []

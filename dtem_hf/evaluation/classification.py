@@ -1,7 +1,7 @@
 """Image classification: what merging costs in accuracy and saves in time, in one pass over the images.
 
-    python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
-    python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
+python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
+python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from ..adapter import MergeAdapter
 from ..analysis.plots import plot_accuracy
 from ..arguments import option, parse_arguments, parse_reduction
 from ..auto import AutoModelForImageClassification
-from ..conditions import hardware, versions
+from ..conditions import command, data_name, hardware, versions
 from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
@@ -46,7 +45,9 @@ class EvaluateArguments:
     methods: list[str] = option("some of none, tome, dtem", default_factory=lambda: ["none", "tome", "dtem"])
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
     flops: list[float] = option("shares of the multiply-adds to reach, one row each", default_factory=list)
-    adapter: str | None = option("trained adapter for dtem; left out, dtem starts from keys and equals tome", default=None)
+    adapter: str | None = option(
+        "trained adapter for dtem; left out, dtem starts from keys and equals tome", default=None
+    )
     batch_size: int = option("images per batch", default=32)
     num_workers: int = option("processes that decode images", default=1)
     device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
@@ -125,15 +126,17 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     )
     rows = measure(variants, tqdm(loader, desc="evaluate", unit="batch"), device)
     return {
-        "command": "recipes/evaluate.py " + " ".join(sys.argv[1:]),
+        "command": command(),
         "model": {
-            "name": os.path.basename(os.path.normpath(arguments.model)) if os.path.isdir(arguments.model) else arguments.model,
+            "name": os.path.basename(os.path.normpath(arguments.model))
+            if os.path.isdir(arguments.model)
+            else arguments.model,
             "model_type": model.config.model_type,
             "num_parameters": model.num_parameters(),
         },
         "adapter": arguments.adapter,
         "data": {
-            "name": "/".join(Path(arguments.data).parts[-2:]) if os.path.isdir(arguments.data) else arguments.data,
+            "name": data_name(arguments.data),
             "num_images": len(images),
             "labelled": rows[0]["top1"] is not None,
         },
@@ -149,10 +152,12 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure(variants: Sequence[Variant], batches: Iterable[dict[str, Tensor]], device: torch.device) -> list[dict[str, Any]]:
+def measure(
+    variants: Sequence[Variant], batches: Iterable[dict[str, Tensor]], device: torch.device
+) -> list[dict[str, Any]]:
     """Run all rows on each batch in turn, so that what else the machine does falls on all of them; one dict per row.
 
-    The first row is the reference. The first batch warms up and is not timed, and neither is a last one of another size.
+    The first row is the reference. The first batch warms up and is not timed, nor is a last one of another size.
     """
     tallies = [Tally() for _ in variants]
     full = None
@@ -199,7 +204,9 @@ def _rows(variants: Sequence[Variant], tallies: Sequence[Tally]) -> list[dict[st
 
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation."""
-    table = Table(title=f"{result['model']['name']} on {result['data']['num_images']} images of {result['data']['name']}")
+    table = Table(
+        title=f"{result['model']['name']} on {result['data']['num_images']} images of {result['data']['name']}"
+    )
     for column in ("method", "r", "top-1", "top-5", "agreement", "KL", "G mult-adds", "share", "images/s", "speed-up"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in result["rows"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..adapter import MergeAdapter
@@ -70,16 +70,11 @@ def make_variants(
         if method == "tome":
             attach(merged, ToMeConfig(r=0))
         else:
-            attach(merged, with_reduction(adapter, 0) if adapter is not None else DTEMConfig(r=0))
+            attach(merged, DTEMConfig(r=0) if adapter is None else adapter)
         for r in amounts:
             merged.set_reduction(r)
             rows.append(Variant(method, r, merged, merged.merge_plan()))
     return rows
-
-
-def with_reduction(adapter: MergeAdapter, r: Any) -> MergeAdapter:
-    """The same adapter for another r; one adapter serves them all."""
-    return MergeAdapter(replace(adapter.config, r=r), adapter.tensors, adapter.backbone)  # type: ignore[type-var]
 
 
 def share_weights(model: Any) -> Any:

@@ -32,7 +32,9 @@ class TrainArguments(MergeArguments):
     model: str = option("backbone: Hub id or local folder")
     data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
     split: str = option("split of a Hub dataset", default="train")
-    validation_data: str | None = option("images to validate on; left out, some are held out of the data", default=None)
+    validation_data: str | None = option(
+        "images to validate on; left out, some are held out of the data", default=None
+    )
     validation_split: str = option("split of a Hub dataset to validate on", default="validation")
     validation_size: int = option("images held out, or taken from validation_data", default=256)
     output_dir: str = option("folder for checkpoints, metrics and the adapter", default="runs/train")
@@ -55,7 +57,9 @@ class TrainArguments(MergeArguments):
     )
     num_workers: int = option("processes that decode images", default=1)
     gradient_checkpointing: bool = option("recompute activations to save memory", default=False)
-    base_model: str | None = option("the backbone's Hub id, for the adapter's record, if model is a folder", default=None)
+    base_model: str | None = option(
+        "the backbone's Hub id, for the adapter's record, if model is a folder", default=None
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "validation_size", "validate_every"):

@@ -1,16 +1,14 @@
 """The training program: arguments in, an adapter folder out.
 
-    accelerate launch recipes/train.py --config recipes/configs/deit_small_imagenet1k.yaml
-    python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
+accelerate launch recipes/train.py --config recipes/configs/deit_small_imagenet1k.yaml
+python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +24,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..arguments import parse_arguments
 from ..auto import AutoModelForImageClassification
-from ..conditions import hardware, versions
+from ..conditions import command, data_name, hardware, versions
 from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json, write_text
@@ -39,7 +37,14 @@ from .validation import Validation
 
 
 # Options that change how a run is carried out and not what comes out of it.
-_NOT_PART_OF_A_RUN = {"resume", "num_workers", "keep_checkpoints", "checkpoint_every", "gradient_checkpointing", "output_dir"}
+_NOT_PART_OF_A_RUN = {
+    "resume",
+    "num_workers",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "gradient_checkpointing",
+    "output_dir",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(arguments: TrainArguments) -> dict[str, Any]:
-    """Train, and return what is written to `training.json`: the best step, its validation figures, and the conditions."""
+    """Train, and return what is written to `training.json`: best step, its validation figures, conditions."""
     return _Run(arguments).train()
 
 
@@ -89,16 +94,22 @@ class _Run:
         images = load_images(a.data, a.split)
         if a.validation_data is None:
             if a.validation_size >= len(images):
-                raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} images of the data")
+                raise BadValue(
+                    "validation_size", a.validation_size, f"fewer than the {len(images)} images of the data"
+                )
             # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
             parts = images.train_test_split(test_size=a.validation_size, seed=0)
             images, held_out = parts["train"], parts["test"]
         else:
-            held_out = load_images(a.validation_data, a.validation_split, limit=a.validation_size)
+            held_out = load_images(a.validation_data, a.validation_split).shuffle(seed=0)
+            held_out = held_out.select(range(min(a.validation_size, len(held_out))))
         options: dict[str, Any] = {"processor": processor, "num_labels": self.model.config.num_labels, "seed": a.seed}
         self.images = ProcessedImages(images, augmentation=a.augmentation, **options)
         loader = DataLoader(
-            ProcessedImages(held_out, **options), batch_size=a.batch_size, collate_fn=collate, num_workers=a.num_workers
+            ProcessedImages(held_out, **options),
+            batch_size=a.batch_size,
+            collate_fn=collate,
+            num_workers=a.num_workers,
         )
         self.validation = Validation(self.accelerator, loader)
 
@@ -180,7 +191,9 @@ class _Run:
             raise BadValue("task", self.task.name, "validation images with labels")
         self._log({"step": self.step, "validation": figures})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.accelerator.print(f"step {self.step}: hard model on {len(self.validation.loader.dataset)} images: {shown}")
+        self.accelerator.print(
+            f"step {self.step}: hard model on {len(self.validation.loader.dataset)} images: {shown}"
+        )
         if not self.best or figures[self.task.ranked_by] < self.best["validation"][self.task.ranked_by]:
             self.best = {"step": self.step, "validation": figures}
             self._save_adapter()
@@ -241,9 +254,9 @@ class _Run:
         a = self.arguments
         processes = self.accelerator.num_processes
         return {
-            "command": "recipes/train.py " + " ".join(sys.argv[1:]),
+            "command": command(),
             "arguments": asdict(a),
-            "data": {"name": os.path.basename(os.path.normpath(a.data)), "num_images": len(self.images)},
+            "data": {"name": data_name(a.data), "num_images": len(self.images)},
             "steps": self.step,
             "images_seen": self.step * a.batch_size * a.gradient_accumulation_steps * processes,
             "seconds": round(self.seconds, 1),
@@ -259,7 +272,8 @@ class _Run:
         if self.accelerator.is_main_process:
             write_json(self.output / "adapter" / "training.json", summary)
         self.accelerator.print(
-            f"best step {self.best['step']}: {self.task.ranked_by} {self.best['validation'][self.task.ranked_by]:.4f}; "
+            f"best step {self.best['step']}: {self.task.ranked_by} "
+            f"{self.best['validation'][self.task.ranked_by]:.4f}; "
             f"adapter in {self.output / 'adapter'}"
         )
         self.accelerator.end_training()

@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 class ImageStream(Sampler[list[tuple[int, int]]]):
     """Batches `first` to `last` of the stream, as lists of (epoch, index).
 
-    Image g of the stream is image g mod n of permutation g // n, so cutting the stream into other batches, or over more
-    processes, changes nothing about it.
+    Image g of the stream is image g mod n of permutation g // n, so cutting the stream into other batches, or over
+    more processes, changes nothing about it.
     """
 
     drop_last = True  # read by accelerate, which deals the batches out to the processes

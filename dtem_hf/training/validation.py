@@ -22,7 +22,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
-        """Means over the images: KL to the unmerged model (nats), agreement and, if labelled, top-1 (percent), loss."""
+        """Means over the images: KL to the unmerged model (nats), agreement and, if labelled, top-1 (%), loss."""
         columns: dict[str, list[torch.Tensor]] = {}
         for number, batch in enumerate(self.loader):
             if number == len(self._references):

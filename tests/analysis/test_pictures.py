@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pytest
@@ -68,6 +72,11 @@ def patch_centres(panel: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     y = ((np.arange(rows) + 0.5) * panel.shape[0] / rows).astype(int)
     x = ((np.arange(columns) + 0.5) * panel.shape[1] / columns).astype(int)
     return panel[y[:, None], x[None, :]]
+
+
+def rc_settings() -> dict[str, object]:
+    """matplotlib's settings, without asking for the backend in the way that chooses one."""
+    return {name: dict.__getitem__(matplotlib.rcParams, name) for name in dict.keys(matplotlib.rcParams)}
 
 
 def flat_patches(rows: int, columns: int, patch: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -258,7 +267,7 @@ def test_models_and_matplotlib_are_left_as_they_were(make_classifier, tmp_path):
     model = dtem_hf.attach(make_classifier(hidden_dropout_prob=0.5), dtem_hf.DTEMConfig(r=8)).train()
     model.classifier.eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    settings, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
+    settings = rc_settings()
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     image = Image.fromarray(flat_patches(8, 8, 4))
     draw_merged_tokens([image], {"$x": model}, processor, tmp_path / "a.png", titles=["50 % of $y_"])
@@ -266,8 +275,12 @@ def test_models_and_matplotlib_are_left_as_they_were(make_classifier, tmp_path):
     draw_merged_tokens([image], {"$x": model.eval()}, processor, tmp_path / "b.png", titles=["50 % of $y_"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert matplotlib.get_backend(auto_select=False) == backend
-    assert dict(matplotlib.rcParams) == settings
+    assert rc_settings() == settings
+
+
+def test_pyplot_and_its_global_state_stay_out():
+    code = "import sys, dtem_hf.analysis.pictures; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_what_cannot_be_drawn_is_named_and_nothing_is_written(make_classifier, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -114,9 +113,3 @@ def test_nothing_to_plot_and_unknown_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match="path="):
         plot_accuracy(ROWS, tmp_path / "p")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"] and (tmp_path / "p.png").read_bytes() == b"old"
-
-
-def test_matplotlib_is_left_as_it_was(tmp_path):
-    settings, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
-    plot_accuracy(ROWS, tmp_path / "p.png")
-    assert matplotlib.get_backend(auto_select=False) == backend and dict(matplotlib.rcParams) == settings

@@ -201,8 +201,10 @@ def test_recipe_runs_under_accelerate_launch_with_a_yaml_file(options, tmp_path)
     config = tmp_path / "run.yaml"
     config.write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        + [str(ROOT / "recipes" / "train.py"), "--config", str(config), "--steps", "4"],
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *(str(ROOT / "recipes" / "train.py"), "--config", str(config), "--steps", "4"),
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -26,7 +26,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss over a batch. `model` is what to run (perhaps wrapped), `plain_model` the merged model inside it."""
+        """Mean loss over a batch. `model` is what to run (perhaps wrapped), `plain_model` the merged model in it."""
 
 
 def task_names() -> list[str]:
@@ -50,4 +50,6 @@ def unmerged_logits(model: Any, pixel_values: Tensor) -> Tensor:
 
 def kl_to(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference ‖ model) in nats, per image: logits [B, classes] twice -> [B]."""
-    return F.kl_div(logits.float().log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return F.kl_div(logits.float().log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none").sum(
+        -1
+    )

@@ -1,0 +1,154 @@
+"""Evaluation: figures against a brute force on the same images, rows that share weights, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import ViTForImageClassification
+
+from dtem_hf import (
+    AutoModelForImageClassification,
+    BadValue,
+    DTEMConfig,
+    FlopsSchedule,
+    MergeAdapter,
+    ToMeConfig,
+    attach,
+)
+from dtem_hf.data import ProcessedImages, load_images, load_processor
+from dtem_hf.evaluation.classification import EvaluateArguments, Tally, evaluate, main
+from dtem_hf.evaluation.variants import make_variants, share_weights
+
+
+@pytest.fixture
+def adapter(vit_folder, tmp_path):
+    """A DTEM adapter with random weights, learned at r = 2."""
+    torch.manual_seed(3)
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=2, init="random"))
+    model.save_merge_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def options(vit_folder, image_folder, adapter, tmp_path):
+    return {
+        "model": str(vit_folder),
+        "data": str(image_folder),
+        "adapter": str(adapter),
+        "r": ["1", "[4, 0, 3, 0]"],
+        "flops": [0.7],
+        "batch_size": 7,
+        "num_workers": 0,
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def brute_force(vit_folder, image_folder, merge):
+    """One image at a time, with a model of its own; figures by hand."""
+    plain = ViTForImageClassification.from_pretrained(vit_folder)
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=merge)
+    images = ProcessedImages(load_images(str(image_folder)), load_processor(str(vit_folder)))
+    agree, kl, right, labelled = 0, 0.0, 0, 0
+    for i in range(len(images)):
+        item = images[i]
+        with torch.no_grad():
+            p = plain(item["pixel_values"][None]).logits[0].double().softmax(-1).numpy()
+            q = model(item["pixel_values"][None]).logits[0].double().softmax(-1).numpy()
+        agree += p.argmax() == q.argmax()
+        kl += float(np.sum(p * (np.log(p) - np.log(q))))
+        if item["labels"] >= 0:
+            labelled += 1
+            right += q.argmax() == item["labels"]
+    return {"agreement": 100 * agree / 48, "kl": kl / 48, "top1": 100 * right / labelled}
+
+
+def test_rows_equal_a_brute_force(options, vit_folder, image_folder, adapter):
+    result = evaluate(EvaluateArguments(**options))
+    assert [(row["method"], row["r"]) for row in result["rows"]] == [
+        ("none", None),
+        *[(method, r) for method in ("tome", "dtem") for r in (1, [4, 0, 3, 0], FlopsSchedule(0.7).to_json())],
+    ]
+    learned = MergeAdapter.from_pretrained(adapter)
+    for row in result["rows"]:
+        merge = None
+        if row["method"] == "tome":
+            merge = ToMeConfig(r=row["r"])
+        elif row["method"] == "dtem":
+            merge = MergeAdapter(DTEMConfig(r=row["r"]), learned.tensors, learned.backbone)
+        for name, value in brute_force(vit_folder, image_folder, merge).items():
+            assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (row["method"], row["r"], name)
+    assert result["rows"][0]["agreement"] == 100 and result["rows"][0]["kl"] == 0 and result["rows"][0]["ratio"] == 1
+    assert all(row["ratio"] <= 0.7 for row in result["rows"] if isinstance(row["r"], dict))
+    assert result["data"] == {"name": result["data"]["name"], "num_images": 48, "labelled": True}
+
+
+def test_methods_differ_with_a_learned_embedding(options):
+    rows = {(row["method"], str(row["r"])): row for row in evaluate(EvaluateArguments(**options))["rows"]}
+    assert rows["tome", "1"]["kl"] != rows["dtem", "1"]["kl"]
+
+
+def test_dtem_without_an_adapter_is_tome(options):
+    rows = evaluate(EvaluateArguments(**{**options, "adapter": None}))["rows"]
+    for tome, dtem in zip(rows[1:4], rows[4:7], strict=True):
+        assert dtem["kl"] == pytest.approx(tome["kl"], abs=1e-6) and dtem["top1"] == tome["top1"]
+
+
+def test_top5_is_a_hit_among_the_five_largest():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(200, 12), torch.randint(-1, 12, (200,))
+    tally = Tally()
+    tally.add(logits, logits, labels)
+    order = np.argsort(-logits.numpy(), axis=1)
+    known = [i for i in range(200) if labels[i] >= 0]
+    figures = tally.figures()
+    assert figures["top1"] == pytest.approx(100 * np.mean([order[i, 0] == labels[i] for i in known]))
+    assert figures["top5"] == pytest.approx(100 * np.mean([int(labels[i]) in order[i, :5] for i in known]))
+    assert figures["agreement"] == 100
+
+
+def test_images_without_labels_give_no_accuracy(options, image_folder, tmp_path):
+    (tmp_path / "bare").mkdir()
+    for i in range(3):
+        (tmp_path / "bare" / f"{i}.png").write_bytes((image_folder / f"{i}.png").read_bytes())
+    (tmp_path / "bare" / "labels.csv").write_text("file,label\n0.png,\n1.png,\n2.png,\n")
+    result = evaluate(EvaluateArguments(**{**options, "data": str(tmp_path / "bare")}))
+    assert all(row["top1"] is None and row["top5"] is None for row in result["rows"])
+    assert not result["data"]["labelled"]
+
+
+def test_rows_share_the_weights_of_one_model(vit_folder):
+    model = ViTForImageClassification.from_pretrained(vit_folder)
+    rows = make_variants(model, ["none", "tome", "dtem"], [1, 2], [], None)
+    assert [row.label for row in rows] == ["none", "tome r=1", "tome r=2", "dtem r=1", "dtem r=2"]
+    for row in rows:
+        for name, parameter in row.model.named_parameters():
+            if "merge_embedding" not in name:
+                assert parameter is model.get_parameter(name)
+    copied = share_weights(attach(model, DTEMConfig(r=1)))
+    assert copied.vit.merge_embedding.layers[0].weight is model.vit.merge_embedding.layers[0].weight
+
+
+def test_program_writes_json_and_plot(options, tmp_path, capsys):
+    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
+    main([*flags, "--r", "1", "3", "--limit", "9"])
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(result["rows"]) == 5 and result["data"]["num_images"] == 9
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "dtem" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["none", "magic"]}, "methods=.*not magic"),
+        ({"r": [], "flops": []}, "at least one r"),
+        ({"r": ["-3"]}, "r=-3"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"limit": 0}, "limit=0"),
+    ],
+)
+def test_bad_options_are_named(options, change, message):
+    with pytest.raises(BadValue, match=message):
+        evaluate(EvaluateArguments(**{**options, **change}))
