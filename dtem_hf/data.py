@@ -26,14 +26,14 @@ def load_images(data: str, split: str = "train", limit: int | None = None) -> Da
     """A dataset with columns `image` and `label` (-1 where there is none).
 
     `data` is a local folder with a `labels.csv` (columns `file` and `label`, empty for none), a local folder of class
-    folders, or a Hub dataset id, of which `split` is read. `limit` keeps the first so many. Raises FileNotFoundError
-    or ValueError that names what is wrong.
+    folders or parquet files, or a Hub dataset id, of which `split` is read. `limit` keeps the first so many. Raises
+    FileNotFoundError or ValueError that names what is wrong.
     """
     folder = Path(data)
     if (folder / LABELS_NAME).is_file():
         dataset = _from_csv(folder)
     elif folder.is_dir():
-        dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        dataset = _one_split(load_dataset(str(folder)), split)
     elif folder.exists() or data.startswith((".", "/", "~")):
         raise FileNotFoundError(f"data={data!r}: there is no such folder")
     else:
@@ -46,6 +46,13 @@ def load_images(data: str, split: str = "train", limit: int | None = None) -> Da
     if len(dataset) == 0:
         raise BadValue("data", data, "at least one image")
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def _one_split(splits: Any, split: str) -> Dataset:
+    """The split that was asked for, or the only one: a folder of class folders has just one."""
+    if split not in splits and len(splits) > 1:
+        raise BadValue("split", split, f"one of {', '.join(splits)}")
+    return splits[split] if split in splits else next(iter(splits.values()))
 
 
 def _from_csv(folder: Path) -> Dataset:

@@ -40,6 +40,12 @@ def deit_tiny_folder(shared: Path) -> Path:
     return shared / "assets" / "deit_tiny"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_cpu_thread() -> None:
+    """Small models are not worth sharing out: on a busy machine, most of the time goes to waiting for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test draws the same random numbers, alone or among others."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -142,15 +142,6 @@ REDUCTIONS = [9, [11, 0, 14, 3]]
 # Softly merged tokens are sorted by size. At the published temperatures most sizes are equal but for rounding, so
 # their order, and all that follows, is left to chance; at these no two are.
 MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_cpu_thread() -> Iterator[None]:
-    """These models are too small to share out; threads that wait for each other are most of the time then."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ROWS, ids=lambda row: row.name)
@@ -533,10 +524,13 @@ def test_batch_of_one_and_of_64_predict_the_same(row: Row, method: Method) -> No
 
 def test_one_and_two_cpu_threads_predict_the_same(row: Row, method: Method) -> None:
     model, pixel_values = merged(row, method), images(row, 64)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(run(row, model, pixel_values))
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run(row, model, pixel_values))
+    finally:
+        torch.set_num_threads(before)
     assert prediction(row, results[0]) == prediction(row, results[1])
     close(*results, 1e-4)
 

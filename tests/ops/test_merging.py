@@ -91,6 +91,17 @@ def test_merge_is_differentiable_as_the_slow_reference_is() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_merge_of_empty_tokens_is_finite_with_gradients() -> None:
+    """Soft merging leaves sizes of exactly 0; a hard merge behind it meets some that nobody joins."""
+    x, sizes = torch.randn(1, 17, 5), torch.ones(1, 17)
+    sizes[:, 2:12] = 0
+    x, sizes = x.requires_grad_(), sizes.requires_grad_()
+    matching = ops.bipartite_soft_matching(torch.randn(1, 17, 6), 5, 1)
+    merged, new_sizes = ops.merge_tokens(x, sizes, matching)
+    gradients = torch.autograd.grad(merged.square().sum() + new_sizes.square().sum(), (x, sizes))
+    assert all(t.isfinite().all() for t in (merged, new_sizes, *gradients))
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 def test_source_map_counts_are_the_sizes(prefix: int) -> None:
     matching = ops.bipartite_soft_matching(torch.randn(3, 30, 6), 11, prefix)

@@ -1,0 +1,381 @@
+"""Adapters on disk: what is written, and every way in which what is read can be wrong."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dtem_hf import (
+    AdapterError,
+    AutoModelForImageClassification,
+    DTEMConfig,
+    LinearSchedule,
+    MergeAdapter,
+    ToMeConfig,
+    attach,
+)
+from dtem_hf.adapter import WEIGHTS_NAME, BackboneFacts
+from dtem_hf.configuration import CONFIG_NAME
+
+
+Make = Callable[..., Any]
+KEYS = {f"layers.{i}.{part}" for i in range(4) for part in ("weight", "bias")}
+
+
+def logits(model: Any, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(pixels).logits
+
+
+@pytest.fixture
+def model(make_classifier: Make) -> Any:
+    """A small classifier whose DTEM is no longer where it started."""
+    model = attach(make_classifier(), DTEMConfig(r=LinearSchedule(9), top_k=2))
+    for parameter in model.merge_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def folder(model: Any, tmp_path: Path) -> Path:
+    """Its adapter."""
+    model.save_merge_adapter(tmp_path / "adapter", base_model="google/vit-tiny")
+    return tmp_path / "adapter"
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    edit(values)
+    (folder / CONFIG_NAME).write_text(json.dumps(values))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def test_a_folder_holds_what_the_contract_says(folder: Path, model: Any) -> None:
+    assert {path.name for path in folder.iterdir()} == {"merge_config.json", "merge_adapter.safetensors", "README.md"}
+    tensors = load_file(folder / "merge_adapter.safetensors")
+    assert set(tensors) == KEYS
+    for i, layer in enumerate(model.vit.merge_embedding.layers):
+        assert tensors[f"layers.{i}.weight"].shape == (8, 32)
+        assert tensors[f"layers.{i}.bias"].shape == (8,)
+        assert {tensors[f"layers.{i}.{part}"].dtype for part in ("weight", "bias")} == {torch.float32}
+        assert torch.equal(tensors[f"layers.{i}.weight"], layer.weight)
+        assert torch.equal(tensors[f"layers.{i}.bias"], layer.bias)
+    config = json.loads((folder / "merge_config.json").read_text())
+    backbone = config.pop("backbone")
+    assert config == model.merge_config.to_dict()
+    assert backbone == {
+        "model_type": "vit",
+        "num_layers": 4,
+        "hidden_size": 32,
+        "base_model": "google/vit-tiny",
+        "base_revision": None,
+    }
+
+
+def test_what_is_read_is_what_was_written(folder: Path, model: Any, tmp_path: Path) -> None:
+    adapter = MergeAdapter.from_pretrained(folder)
+    assert adapter.config == model.merge_config
+    assert adapter.embed_dim == 8
+    assert adapter.backbone == BackboneFacts("vit", 4, 32, "google/vit-tiny", None)
+    adapter.save_pretrained(tmp_path / "again")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_low_precision_model_writes_float32_that_comes_back_to_it_bit_for_bit(
+    make_classifier: Make, tmp_path: Path
+) -> None:
+    model = attach(make_classifier().bfloat16(), DTEMConfig(r=9))
+    for parameter in model.merge_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_merge_adapter(tmp_path)
+    assert {value.dtype for value in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.float32}
+    loaded = attach(make_classifier().bfloat16(), tmp_path)
+    for ours, theirs in zip(loaded.merge_parameters(), model.merge_parameters(), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs)
+
+
+def test_an_adapter_of_another_width_of_embedding_says_so_itself(make_classifier: Make, tmp_path: Path) -> None:
+    """Its config carries embed_dim, so it attaches wherever the backbone fits."""
+    model = attach(make_classifier(), DTEMConfig(r=9, embed_dim=24, init="random"))
+    model.save_merge_adapter(tmp_path)
+    loaded = attach(make_classifier(), tmp_path)
+    assert [p.shape for p in loaded.merge_parameters()] == [p.shape for p in model.merge_parameters()]
+
+
+def test_a_local_folder_is_not_recorded_as_the_backbone(make_classifier: Make, tmp_path: Path) -> None:
+    """A path means nothing to anybody else, and may say what it should not."""
+    make_classifier().save_pretrained(tmp_path / "base")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "base", merge=DTEMConfig(r=4))
+    model.save_merge_adapter(tmp_path / "adapter")
+    assert MergeAdapter.from_pretrained(tmp_path / "adapter").backbone.base_model is None
+    for file in (CONFIG_NAME, "README.md"):
+        assert str(tmp_path) not in (tmp_path / "adapter" / file).read_text()
+
+
+def test_a_method_that_learns_nothing_has_no_adapter(make_classifier: Make, tmp_path: Path) -> None:
+    model = attach(make_classifier(), ToMeConfig(r=4))
+    with pytest.raises(AdapterError, match="method='tome' learns nothing"):
+        model.save_merge_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+# Saving
+
+
+def test_other_files_and_a_card_of_ones_own_are_kept(folder: Path, model: Any) -> None:
+    (folder / "README.md").write_text("mine")
+    (folder / "notes.txt").write_text("also mine")
+    model.save_merge_adapter(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "also mine"
+
+
+@pytest.mark.parametrize("failure", ["tensors", "config"])
+def test_a_failing_write_leaves_the_old_file_and_nothing_temporary(folder: Path, failure: str) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adapter = MergeAdapter.from_pretrained(folder)
+    if failure == "tensors":
+        adapter.tensors["layers.3.weight"] = torch.zeros(32, 8).T  # safetensors refuses what is not contiguous
+    else:
+        adapter.backbone = BackboneFacts("vit", 4, 32, base_model={"not", "JSON"})  # type: ignore[arg-type]
+    with pytest.raises((ValueError, TypeError)):
+        adapter.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        model.save_merge_adapter(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# Backbones that do not fit
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": 64}, "hidden_size: the adapter was trained for 32, the model has 64"),
+        ({"num_hidden_layers": 6}, "num_layers: the adapter was trained for 4, the model has 6"),
+    ],
+    ids=str,
+)
+def test_another_backbone_is_told_which_number_differs(
+    folder: Path, make_classifier: Make, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    model = make_classifier(**changes)
+    with pytest.raises(AdapterError) as raised:
+        attach(model, folder)
+    assert message in str(raised.value)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError) as raised:
+        AutoModelForImageClassification.from_pretrained(tmp_path / "base", merge=folder)
+    assert message in str(raised.value)
+
+
+def test_another_model_type_is_told(folder: Path, make_classifier: Make) -> None:
+    edit_config(folder, lambda values: values["backbone"].update(model_type="dinov2"))
+    with pytest.raises(AdapterError, match="model_type: the adapter was trained for 'dinov2', the model has 'vit'"):
+        attach(make_classifier(), folder)
+
+
+def test_another_number_of_heads_is_told(folder: Path, make_classifier: Make) -> None:
+    """The same width in other heads gives the embedding another width."""
+    with pytest.raises(AdapterError, match="embed_dim: the adapter has 8, the model's embedding 16"):
+        attach(make_classifier(num_attention_heads=2), folder)
+
+
+def test_a_list_of_r_for_another_depth_is_told(folder: Path, make_classifier: Make) -> None:
+    edit_config(folder, lambda values: values.update(r=[1, 2]))
+    with pytest.raises(ValueError, match="2 layers and the model has 4"):
+        attach(make_classifier(), folder)
+
+
+# Folders that are not sound
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        MergeAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/here", "./nowhere", "", "a b", "user/repo/extra@main"])
+def test_what_is_neither_folder_nor_hub_id_is_not_found(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        MergeAdapter.from_reference(name)
+
+
+def test_what_is_not_in_the_cache_is_not_found_without_asking_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        MergeAdapter.from_pretrained("user/repo", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_folder_whose_name_has_an_at_sign_is_a_folder(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(folder.parent)
+    folder.rename(folder.parent / "adapter@v2")
+    assert MergeAdapter.from_reference("adapter@v2").embed_dim == 8
+
+
+def header(tensors: dict[str, Any]) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 7,
+        b"not a safetensors file, but long enough to look at",
+        struct.pack("<Q", 1 << 62) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        header({"layers.0.weight": {"dtype": "F32", "shape": [8, 32], "data_offsets": [0, 1 << 40]}}),
+        header({"layers.0.weight": {"dtype": "F99", "shape": [8, 32], "data_offsets": [0, 1024]}}) + b"\x00" * 1024,
+        b"\x80\x04}q\x00.",
+    ],
+    ids=["empty", "short", "text", "header without end", "list", "offsets past the end", "unknown dtype", "pickle"],
+)
+def test_what_is_no_safetensors_file_is_refused_by_name(folder: Path, content: bytes) -> None:
+    (folder / WEIGHTS_NAME).write_bytes(content)
+    with pytest.raises(AdapterError, match=WEIGHTS_NAME):
+        MergeAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_truncated_file_is_refused(folder: Path, share: float) -> None:
+    content = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(AdapterError, match=WEIGHTS_NAME):
+        MergeAdapter.from_pretrained(folder)
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    tensors["blocks.3.weight"] = tensors.pop("layers.3.weight")
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (rename, "blocks.3.weight"),
+        (lambda t: t.pop("layers.2.bias"), "layers.2.bias"),
+        (lambda t: t.update({"layers.4.weight": torch.zeros(8, 32)}), "layers.4.weight"),
+        (lambda t: t.update({"layers.1.weight": t["layers.1.weight"].half()}), "layers.1.weight is F16"),
+        (lambda t: t.update({"layers.1.bias": t["layers.1.bias"].double()}), "layers.1.bias is F64"),
+        (lambda t: t.update({"layers.1.weight": torch.zeros(32, 8)}), "layers.1.weight is F32 [32, 8]"),
+        (lambda t: t.update({"layers.0.bias": torch.zeros(())}), WEIGHTS_NAME),
+        (lambda t: t.update({"layers.0.bias": torch.zeros(9)}), "layers.0."),
+        (lambda t: t["layers.3.weight"].view(-1)[7].fill_(float("nan")), "layers.3.weight holds NaN"),
+        (lambda t: t["layers.3.bias"][0].fill_(float("inf")), "layers.3.bias holds NaN or infinity"),
+    ],
+    ids=["renamed", "lost", "too many", "half", "double", "transposed", "scalar", "other width", "NaN", "infinity"],
+)
+def test_tensors_that_do_not_fit_the_config_are_refused_by_name(
+    folder: Path, edit: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    edit_tensors(folder, edit)
+    with pytest.raises(AdapterError) as raised:
+        MergeAdapter.from_pretrained(folder)
+    assert message in str(raised.value)
+
+
+def test_tensors_narrower_than_the_config_says_are_refused(folder: Path) -> None:
+    edit_config(folder, lambda values: values.update(embed_dim=16))
+    with pytest.raises(AdapterError, match=r"F32 \[8\], and F32 \[16\] would fit its config"):
+        MergeAdapter.from_pretrained(folder)
+
+
+def test_an_embedding_of_no_width_is_refused(folder: Path, make_classifier: Make) -> None:
+    edit_tensors(folder, lambda t: t.update({key: t[key][:0].clone() for key in t}))
+    with pytest.raises(AdapterError):
+        attach(make_classifier(), folder)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda v: v.pop("backbone"), "backbone=None"),
+        (lambda v: v.update(backbone=[1]), "backbone=[1]"),
+        (lambda v: v["backbone"].pop("model_type"), "backbone.model_type=None"),
+        (lambda v: v["backbone"].update(num_layers=0), "backbone.num_layers=0"),
+        (lambda v: v["backbone"].update(num_layers="4"), "backbone.num_layers='4'"),
+        (lambda v: v["backbone"].update(num_layers=1 << 40), "backbone.num_layers="),
+        (lambda v: v["backbone"].update(num_layers=4096), "4096 layers"),
+        (lambda v: v["backbone"].update(hidden_size=True), "backbone.hidden_size=True"),
+        (lambda v: v["backbone"].update(hidden_size=16), "F32 [8, 16] would fit"),
+        (lambda v: v["backbone"].update(base_model=7), "backbone.base_model=7"),
+        (lambda v: v.update(version="2.0"), "version='2.0'"),
+        (lambda v: v.update(method="evitt"), "method='evitt'"),
+        (lambda v: v.update(r=-1), "r=-1"),
+        (lambda v: v.update(embed_dim=0), "embed_dim=0"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_field(
+    folder: Path, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit_config(folder, edit)
+    with pytest.raises(ValueError) as raised:
+        MergeAdapter.from_pretrained(folder)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{", ""])
+def test_a_config_that_is_no_object_is_refused(folder: Path, content: str) -> None:
+    (folder / CONFIG_NAME).write_text(content)
+    with pytest.raises(ValueError, match=CONFIG_NAME):
+        MergeAdapter.from_pretrained(folder)
+
+
+def test_a_config_of_a_newer_minor_version_is_read_with_warnings(folder: Path, model: Any, pixels: Tensor) -> None:
+    edit_config(folder, lambda values: values.update(version="1.9", sharpness=3))
+    with pytest.warns(UserWarning) as caught:
+        adapter = MergeAdapter.from_pretrained(folder)
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert "1.9" in messages
+    assert "sharpness" in messages
+    assert adapter.config == model.merge_config
+
+
+def test_a_sound_folder_is_read_without_a_warning(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MergeAdapter.from_pretrained(folder)
+
+
+def test_tensors_for_a_method_that_learns_nothing_are_refused(
+    folder: Path, make_classifier: Make, pixels: Tensor, tmp_path: Path
+) -> None:
+    """A config edited to say "tome" beside an embedding: an AdapterError, and the model is as it was."""
+    (folder / CONFIG_NAME).write_text(
+        json.dumps(
+            {**ToMeConfig(r=4).to_dict(), "backbone": {"model_type": "vit", "num_layers": 4, "hidden_size": 32}}
+        )
+    )
+    model = make_classifier()
+    before = logits(model, pixels)
+    with pytest.raises(AdapterError, match="learns nothing"):
+        attach(model, folder)
+    assert torch.equal(logits(model, pixels), before)
+    assert not hasattr(model, "merge_config")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError, match="learns nothing"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "base", merge=folder)

@@ -1,0 +1,428 @@
+"""Attaching, changing and detaching on models in memory; what every backbone promises is in `test_families.py`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, ViTForImageClassification, ViTModel
+
+from dtem_hf import (
+    BadValue,
+    ConstantSchedule,
+    DTEMConfig,
+    FlopsSchedule,
+    LinearSchedule,
+    MergeAdapter,
+    ToMeConfig,
+    UnsupportedModelError,
+    attach,
+    detach,
+)
+
+
+Make = Callable[..., Any]
+
+
+def logits(model: Any, pixels: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(pixels, **kwargs).logits
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    """All of a model that attaching could change: classes, attributes, parameters and config."""
+    modules = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    parameters = {name: (id(parameter), parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    return modules, parameters, json.dumps(model.config.to_dict(), default=str)
+
+
+def assert_unchanged(model: nn.Module, before: tuple[Any, ...]) -> None:
+    modules, parameters, config = snapshot(model)
+    assert modules == before[0]
+    assert config == before[2]
+    assert parameters.keys() == before[1].keys()
+    for name, (identity, value) in parameters.items():
+        assert identity == before[1][name][0]
+        assert torch.equal(value, before[1][name][1])
+
+
+# Attaching and detaching
+
+
+def test_attaching_again_replaces_what_was_attached(make_classifier: Make, pixels: Tensor) -> None:
+    model = make_classifier()
+    for config in (DTEMConfig(r=5), ToMeConfig(r=9), DTEMConfig(r=9, embed_dim=16), DTEMConfig(r=3, init="random")):
+        torch.manual_seed(0)
+        assert attach(model, config) is model
+        torch.manual_seed(0)
+        fresh = attach(make_classifier(), config)
+        assert model.merge_config is config
+        assert list(model.state_dict()) == list(fresh.state_dict())
+        assert type(model) is type(fresh)
+        assert torch.equal(logits(model, pixels), logits(fresh, pixels))
+    assert torch.equal(logits(detach(model), pixels), logits(make_classifier(), pixels))
+
+
+def test_attaching_anew_starts_the_embedding_anew(make_classifier: Make) -> None:
+    model = attach(make_classifier(), DTEMConfig(r=9))
+    start = [parameter.clone() for parameter in model.merge_parameters()]
+    for parameter in model.merge_parameters():
+        parameter.data.normal_()
+    attach(model, DTEMConfig(r=9))
+    assert all(torch.equal(a, b) for a, b in zip(start, model.merge_parameters(), strict=True))
+
+
+def test_none_detaches_and_a_plain_model_stays_as_it_is(make_classifier: Make) -> None:
+    model = make_classifier()
+    before = snapshot(model)
+    assert detach(model) is model
+    assert attach(model, None) is model
+    attach(model, DTEMConfig(r=9))
+    assert attach(model, None) is model
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("config", [ToMeConfig(r=4), DTEMConfig(r=4)], ids=["tome", "dtem"])
+def test_detach_takes_a_loaded_model_back_as_well(make_classifier: Make, tmp_path: Path, config: Any) -> None:
+    """One that was built merged, and not merged in memory: nothing of it stays either."""
+    from dtem_hf import AutoModelForImageClassification
+
+    make_classifier().save_pretrained(tmp_path)
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(plain) is ViTForImageClassification
+    loaded = detach(AutoModelForImageClassification.from_pretrained(tmp_path, merge=config))
+    ours, theirs = snapshot(loaded), snapshot(plain)
+    assert ours[0] == theirs[0]
+    assert ours[2] == theirs[2]
+
+
+def misfits(make_classifier: Make, folder: Path) -> dict[str, tuple[Any, type[Exception], str]]:
+    """What cannot be attached to the small classifier: the merge, the error, and a part of its message."""
+    wide, deep = make_classifier(hidden_size=64), make_classifier(num_hidden_layers=5)
+    for name, model in (("wide", wide), ("deep", deep)):
+        attach(model, DTEMConfig(r=4)).save_merge_adapter(folder / name)
+    return {
+        "list": (ToMeConfig(r=[1, 2, 3]), BadValue, "3 layers and the model has 4"),
+        "flops": (DTEMConfig(flops=0.001), BadValue, "flops=0.001"),
+        "embed_dim": (
+            DTEMConfig(embed_dim=9),
+            BadValue,
+            "embed_dim=9: init='keys' needs a multiple of 8, from 8 to 32",
+        ),
+        "wide adapter": (folder / "wide", ValueError, "hidden_size: the adapter was trained for 64, the model has 32"),
+        "deep adapter": (
+            str(folder / "deep"),
+            ValueError,
+            "num_layers: the adapter was trained for 5, the model has 4",
+        ),
+        "no adapter": (folder / "nowhere" / "at" / "all", FileNotFoundError, "nowhere"),
+        "number": (16, BadValue, "merge=16: a config"),
+        "unknown method": ({"method": "evitt"}, BadValue, "method='evitt'"),
+    }
+
+
+@pytest.mark.parametrize("attached", [None, DTEMConfig(r=5), ToMeConfig(r=5)], ids=["plain", "dtem", "tome"])
+@pytest.mark.parametrize(
+    "misfit", ["list", "flops", "embed_dim", "wide adapter", "deep adapter", "no adapter", "number", "unknown method"]
+)
+def test_a_failed_attach_leaves_the_model_as_it_was(
+    make_classifier: Make, pixels: Tensor, tmp_path: Path, attached: Any, misfit: str
+) -> None:
+    model = attach(make_classifier(), attached)
+    before, expected = snapshot(model), logits(model, pixels)
+    merge, error, message = misfits(make_classifier, tmp_path)[misfit]
+    with pytest.raises(error) as raised:
+        attach(model, merge)
+    assert message in str(raised.value)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, pixels), expected)
+
+
+def test_an_unsupported_model_stays_as_it_was() -> None:
+    model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"supported are .*ViTForImageClassification, ViTModel"):
+        attach(model, DTEMConfig(r=1))
+    assert_unchanged(model, before)
+
+
+def test_attach_follows_the_models_dtype_mode_and_trainability(make_classifier: Make) -> None:
+    model = attach(make_classifier().bfloat16().train().requires_grad_(False), DTEMConfig(r=4))
+    assert {parameter.dtype for parameter in model.merge_parameters()} == {torch.bfloat16}
+    assert all(parameter.requires_grad for parameter in model.merge_parameters())
+    assert all(module.training for module in model.modules())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"vit.merge_embedding.layers.{i}.{part}" for i in range(4) for part in ("weight", "bias")
+    }
+
+
+def test_hooks_signature_and_configured_names_survive(make_classifier: Make, make_bare: Make, pixels: Tensor) -> None:
+    """What transformers, Trainer and torch.export read off a model."""
+    model, seen = make_classifier(), []
+    model.vit.layers[2].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    attach(model, ToMeConfig(r=9))
+    logits(model, pixels)
+    assert seen == [65 - 27]
+    for make in (make_classifier, make_bare):
+        plain, merged = make(), attach(make(), DTEMConfig(r=9))
+        assert inspect.signature(merged.forward) == inspect.signature(plain.forward)
+        assert merged.main_input_name == plain.main_input_name
+        assert merged._no_split_modules == plain._no_split_modules
+
+
+def test_two_models_of_one_class_share_their_merged_class(make_classifier: Make) -> None:
+    first, second = (attach(make_classifier(), DTEMConfig(r=4)) for _ in range(2))
+    assert type(first) is type(second)
+    assert type(first.vit.layers[0]) is type(second.vit.layers[3])
+
+
+def test_a_pickled_model_runs_in_another_process(make_classifier: Make, pixels: Tensor, tmp_path: Path) -> None:
+    """Which knows of dtem_hf only by what the pickle says."""
+    model = attach(make_classifier(), DTEMConfig(r=[9, 0, 4, 3]))
+    torch.save({"model": model, "pixels": pixels}, tmp_path / "model.pt")
+    program = (
+        "import sys, torch\n"
+        "loaded = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad():\n"
+        "    torch.save(loaded['model'](loaded['pixels']).logits, sys.argv[2])\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.pt"), str(tmp_path / "logits.pt")],
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, pixels), atol=1e-6, rtol=1e-6)
+
+
+# The config
+
+
+def test_the_config_holds_plain_json(make_classifier: Make, tmp_path: Path) -> None:
+    model = attach(make_classifier(), DTEMConfig(r=LinearSchedule(4.5), top_k=2))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["merge"] == model.merge_config.to_dict() == model.config.merge
+    assert saved["merge"]["r"] == {"kind": "linear", "r": 4.5, "slope": 0.5}
+    assert saved["architectures"] == ["ViTForImageClassification"]
+
+
+@pytest.mark.parametrize(
+    "arguments, schedule",
+    [
+        ({"r": 3}, ConstantSchedule(3)),
+        ({"r": 0}, ConstantSchedule(0)),
+        ({"r": LinearSchedule(2)}, LinearSchedule(2)),
+        ({"flops": 0.7}, FlopsSchedule(0.7)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [ToMeConfig(r=9), DTEMConfig(r=9, top_k=2)], ids=["tome", "dtem"])
+def test_set_reduction_changes_how_much_and_nothing_else(
+    make_classifier: Make, pixels: Tensor, config: Any, arguments: dict[str, Any], schedule: Any
+) -> None:
+    model = attach(make_classifier(), config)
+    for parameter in model.merge_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    parameters = dict(model.named_parameters())
+    model.set_reduction(**arguments)
+    assert model.merge_config.schedule == schedule
+    assert {**model.merge_config.to_dict(), "r": None} == {**config.to_dict(), "r": None}
+    assert model.config.merge == model.merge_config.to_dict()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    with model.trace_merging() as trace:
+        logits(model, pixels)
+    assert [sizes.shape[1] for sizes in trace.sizes] == model.merge_plan().tokens
+    assert config.r == 9  # the user's own object is left alone
+
+
+def test_a_share_of_flops_is_met(make_classifier: Make) -> None:
+    model = attach(make_classifier(), DTEMConfig(flops=0.6))
+    assert 0.5 < model.merge_plan().ratio <= 0.6
+    model.set_reduction(flops=0.8)
+    assert 0.7 < model.merge_plan().ratio <= 0.8
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"r": -1}, "r=-1"),
+        ({"r": [1, 2]}, "2 layers and the model has 4"),
+        ({"r": "16"}, "r='16'"),
+        ({"flops": 2}, "flops=2"),
+        ({"flops": 0.001}, "flops=0.001: merging everything still leaves"),
+        ({}, "exactly one of them"),
+        ({"r": 3, "flops": 0.5}, "exactly one of them"),
+    ],
+    ids=str,
+)
+def test_a_bad_set_reduction_leaves_the_model_as_it_was(
+    make_classifier: Make, pixels: Tensor, arguments: dict[str, Any], message: str
+) -> None:
+    model = attach(make_classifier(), DTEMConfig(r=9))
+    before, expected, config = snapshot(model), logits(model, pixels), model.merge_config
+    with pytest.raises(BadValue) as raised:
+        model.set_reduction(**arguments)
+    assert message in str(raised.value)
+    assert_unchanged(model, before)
+    assert model.merge_config is config
+    assert torch.equal(logits(model, pixels), expected)
+
+
+# Attention that would not add the sizes
+
+
+def test_other_attention_is_refused_when_attaching(make_classifier: Make) -> None:
+    model = make_classifier()
+    for name in ("flash_attention_2", "flex_attention"):
+        model.config._attn_implementation = name
+        before = snapshot(model)
+        with pytest.raises(UnsupportedModelError, match=rf"attn_implementation='{name}'.*eager, sdpa"):
+            attach(model, DTEMConfig(r=4))
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("config", [ToMeConfig(r=4), DTEMConfig(r=4)], ids=["tome", "dtem"])
+def test_other_attention_is_refused_when_set_afterwards(make_classifier: Make, pixels: Tensor, config: Any) -> None:
+    """At the next pass; and the way back is open."""
+    model = attach(make_classifier(), config)
+    expected = logits(model, pixels)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='flash_attention_2'"):
+        model(pixels)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='flex_attention'"):
+        model(pixels)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(model, pixels), expected)
+
+
+def mask(count: int) -> Tensor:
+    """Which of the 65 tokens the model may look at."""
+    allowed = torch.ones(count, 65, dtype=torch.long)
+    allowed[:, 40:] = 0
+    return allowed
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("config", [ToMeConfig(r=4), DTEMConfig(r=[0, 4, 0, 0])], ids=["tome", "dtem"])
+def test_a_mask_over_patches_is_refused_by_name(
+    make_classifier: Make, make_bare: Make, pixels: Tensor, config: Any, training: bool
+) -> None:
+    classifier, bare = (attach(make(), config).train(training) for make in (make_classifier, make_bare))
+    with pytest.raises(UnsupportedModelError, match="attention_mask"):
+        classifier(pixels, attention_mask=mask(3))
+    with pytest.raises(UnsupportedModelError, match="attention_mask"):
+        bare(pixels, None, None, mask(3))
+    assert classifier(pixels).logits.isfinite().all()
+
+
+def test_a_mask_works_as_ever_where_nothing_is_merged(make_classifier: Make, pixels: Tensor) -> None:
+    plain, model = make_classifier(), attach(make_classifier(), DTEMConfig(r=0))
+    expected = logits(plain, pixels, attention_mask=mask(3))
+    assert not torch.equal(expected, logits(plain, pixels))
+    assert torch.equal(logits(model, pixels, attention_mask=mask(3)), expected)
+    model.set_reduction(5)
+    with model.unmerged():
+        assert torch.equal(logits(model, pixels, attention_mask=mask(3)), expected)
+
+
+# Options of a pass
+
+
+def test_options_end_with_their_block_also_on_an_error(make_classifier: Make, pixels: Tensor) -> None:
+    model = attach(make_classifier(), DTEMConfig(r=9))
+    expected = logits(model, pixels)
+    with pytest.raises(KeyError), model.unmerged():
+        raise KeyError
+    assert torch.equal(logits(model, pixels), expected)
+    with model.trace_merging() as trace:
+        logits(model, pixels)
+    sizes = list(trace.sizes)
+    logits(model, pixels[:1])
+    assert all(a is b for a, b in zip(trace.sizes, sizes, strict=True))
+
+
+def test_blocks_nest(make_classifier: Make, pixels: Tensor) -> None:
+    model = attach(make_classifier(), DTEMConfig(r=9))
+    with model.trace_merging() as outer:
+        with model.unmerged(), model.trace_merging() as inner:
+            assert torch.equal(logits(model, pixels), logits(make_classifier(), pixels))
+        assert outer.sizes == inner.sizes == []
+        with model.trace_merging() as inner:
+            logits(model, pixels)
+        assert len(inner.sizes) == 4
+        assert outer.sizes == []
+        logits(model, pixels)
+        assert len(outer.sizes) == 4
+
+
+def test_a_trace_sees_its_own_model_only(make_classifier: Make, pixels: Tensor) -> None:
+    """Also where both run in the same pass, as a teacher inside a student does."""
+    ours, other = (attach(make_classifier(), ToMeConfig(r=r)) for r in (9, 5))
+    inside = []
+    ours.vit.layers[1].register_forward_hook(lambda *_: inside.append(logits(other, pixels)))
+    with ours.trace_merging() as trace:
+        logits(ours, pixels)
+        logits(other, pixels)
+    assert [sizes.shape[1] for sizes in trace.sizes] == ours.merge_plan().tokens
+    assert torch.equal(inside[0], logits(other, pixels))
+
+
+def test_a_new_thread_starts_with_no_options(make_classifier: Make, pixels: Tensor) -> None:
+    model = attach(make_classifier(), ToMeConfig(r=9))
+    expected, found = logits(model, pixels), []
+    with model.unmerged():
+        thread = threading.Thread(target=lambda: found.append(logits(model, pixels)))
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_layer_called_on_its_own_is_the_stock_layer(make_classifier: Make) -> None:
+    plain, model = make_classifier(), attach(make_classifier(), ToMeConfig(r=9))
+    x = torch.randn(2, 65, 32)
+    assert torch.equal(model.vit.layers[0](x), plain.vit.layers[0](x))
+
+
+def test_layers_of_different_modes_stay_finite(make_classifier: Make, pixels: Tensor) -> None:
+    """Freezing a layer by `.eval()` puts a hard merge behind a soft one, whose merged tokens have sizes near 0."""
+    model = attach(make_classifier(), DTEMConfig(r=20)).train()
+    model.vit.layers[1].eval()
+    output = model(pixels).logits
+    output.square().sum().backward()
+    assert output.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler")
+def test_the_default_backend_of_torch_compile_equals_eager(make_classifier: Make, pixels: Tensor) -> None:
+    """Inductor's generated code; that there is one graph for every backbone is tested with a quicker backend."""
+    model = attach(make_classifier(num_hidden_layers=2), DTEMConfig(r=9))
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, pixels), logits(model, pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_in_memory_is_a_copy(make_classifier: Make) -> None:
+    """Training on does not change what was taken out."""
+    model = attach(make_classifier(), DTEMConfig(r=4))
+    adapter: MergeAdapter = model.to_merge_adapter()
+    before = {key: value.clone() for key, value in adapter.tensors.items()}
+    for parameter in model.merge_parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(adapter.tensors[key], value) for key, value in before.items())
+
+
+def test_the_bare_encoder_holds_its_embedding_itself(make_bare: Make) -> None:
+    model = attach(make_bare(), DTEMConfig(r=4))
+    assert isinstance(model, ViTModel)
+    assert next(key for key in model.state_dict() if "merge" in key) == "merge_embedding.layers.0.weight"
