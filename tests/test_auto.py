@@ -142,16 +142,28 @@ def test_merge_none_gives_the_plain_model_of_a_merged_checkpoint(
     assert "merge" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("config", [ToMeConfig(r=3), DTEMConfig(r=3, embed_dim=16)], ids=str)
-def test_a_given_merge_wins_over_the_saved_one(
-    checkpoint: Path, make_classifier: Make, pixels: Tensor, config: Any
+def test_a_given_merge_wins_over_the_saved_one(checkpoint: Path, make_classifier: Make, pixels: Tensor) -> None:
+    """A method that learns nothing: the embedding in the checkpoint plays no part."""
+    loaded = AutoModelForImageClassification.from_pretrained(checkpoint, merge=ToMeConfig(r=3))
+    assert loaded.merge_config == ToMeConfig(r=3)
+    assert torch.equal(logits(loaded, pixels), logits(attach(make_classifier(), ToMeConfig(r=3)), pixels))
+
+
+@pytest.mark.parametrize("embed_dim", [8, 16])
+def test_a_given_adapter_wins_over_the_saved_embedding(
+    checkpoint: Path, make_classifier: Make, pixels: Tensor, embed_dim: int
 ) -> None:
-    """A method without, or with another, embedding: what was saved for it plays no part."""
-    if config.method == "dtem":
-        pytest.skip("an embedding of another width in the checkpoint is the next test's")
-    loaded = AutoModelForImageClassification.from_pretrained(checkpoint, merge=config)
-    assert loaded.merge_config == config
-    assert torch.equal(logits(loaded, pixels), logits(attach(make_classifier(), config), pixels))
+    """Of the same width or of another."""
+    other = attach(make_classifier(), DTEMConfig(r=9, embed_dim=embed_dim, init="random"))
+    other.save_merge_adapter(checkpoint.parent / "adapter")
+    loaded = AutoModelForImageClassification.from_pretrained(checkpoint, merge=checkpoint.parent / "adapter")
+    assert torch.equal(logits(loaded, pixels), logits(other, pixels))
+
+
+def test_a_given_width_that_the_saved_embedding_has_not_is_named(checkpoint: Path) -> None:
+    """Neither an untrained embedding in its place, nor an error that does not say why."""
+    with pytest.raises(ValueError, match="embed_dim"):
+        AutoModelForImageClassification.from_pretrained(checkpoint, merge=DTEMConfig(r=9, embed_dim=16))
 
 
 def test_a_given_config_keeps_the_learned_embedding_that_fits_it(
