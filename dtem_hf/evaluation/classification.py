@@ -26,6 +26,7 @@ from ..adapter import MergeAdapter
 from ..analysis.plots import plot_accuracy
 from ..arguments import option, parse_arguments, parse_reduction
 from ..auto import AutoModelForImageClassification
+from ..card import write_card
 from ..conditions import command, data_name, hardware, versions
 from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
@@ -53,12 +54,15 @@ class EvaluateArguments:
     device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
     dtype: str = option("float32, bfloat16 or float16", default="float32")
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
+    write_card: bool = option("put the results into the adapter's folder and write its card anew", default=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise BadValue("batch_size", self.batch_size, "1 or more")
         if self.limit is not None and self.limit < 1:
             raise BadValue("limit", self.limit, "1 or more")
+        if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
+            raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise BadValue("dtype", self.dtype, "float32, bfloat16 or float16")
 
@@ -103,9 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
     result = evaluate(arguments)
-    output = Path(arguments.output_dir)
+    output = Path(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
     write_json(output / "evaluation.json", result)
     plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+    if arguments.write_card:
+        pictures = {"Accuracy against multiply-adds": "accuracy.png"}
+        write_card(output, evaluation_path=output / "evaluation.json", pictures=pictures, overwrite=True)
     print_table(result)
     print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
 

@@ -152,3 +152,15 @@ def test_program_writes_json_and_plot(options, tmp_path, capsys):
 def test_bad_options_are_named(options, change, message):
     with pytest.raises(BadValue, match=message):
         evaluate(EvaluateArguments(**{**options, **change}))
+
+
+def test_results_go_into_the_card_of_a_local_adapter(options, adapter):
+    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
+    main([*flags, "--r", "1", "--write_card", "True"])
+    result = json.loads((adapter / "evaluation.json").read_text())
+    card = (adapter / "README.md").read_text()
+    assert (
+        f"{result['rows'][2]['agreement']:.1f}" in card and "![Accuracy against multiply-adds](accuracy.png)" in card
+    )
+    with pytest.raises(BadValue, match="write_card=True"):
+        EvaluateArguments(model="m", data="d", write_card=True)
