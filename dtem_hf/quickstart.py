@@ -28,7 +28,8 @@ from .auto import AutoModelForImageClassification
 from .card import write_card
 from .configuration import ToMeConfig
 from .data import LABELS_NAME, ProcessedImages, collate, load_images
-from .evaluation.classification import EvaluateArguments, evaluate, print_table
+from .evaluation.classification import EvaluateArguments, evaluate
+from .evaluation.tables import print_table
 from .files import write_json, write_text
 from .modeling import attach
 from .training.arguments import TrainArguments

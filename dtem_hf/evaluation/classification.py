@@ -6,7 +6,6 @@ python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limi
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -32,6 +29,7 @@ from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..training.tasks.base import kl_to
+from .tables import print_table
 from .variants import Variant, make_variants
 
 
@@ -207,33 +205,6 @@ def _rows(variants: Sequence[Variant], tallies: Sequence[Tally]) -> list[dict[st
             }
         )
     return rows
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Show the rows of an evaluation."""
-    table = Table(
-        title=f"{result['model']['name']} on {result['data']['num_images']} images of {result['data']['name']}"
-    )
-    for column in ("method", "r", "top-1", "top-5", "agreement", "KL", "G mult-adds", "share", "images/s", "speed-up"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in result["rows"]:
-        table.add_row(
-            row["method"],
-            "" if row["r"] is None else json.dumps(row["r"]),
-            _shown(row["top1"], "{:.1f}"),
-            _shown(row["top5"], "{:.1f}"),
-            f"{row['agreement']:.1f}",
-            f"{row['kl']:.4f}",
-            f"{row['multiply_adds'] / 1e9:.3g}",
-            f"{row['ratio']:.3f}",
-            _shown(row["images_per_second"], "{:.1f}"),
-            _shown(row["speedup"], "{:.2f}×"),
-        )
-    Console(width=120).print(table)
-
-
-def _shown(value: float | None, template: str) -> str:
-    return "–" if value is None else template.format(value)
 
 
 def _device(name: str) -> str:
