@@ -218,14 +218,20 @@ class MergeMixin(Renamed):
 
     @contextmanager
     def trace_merging(self) -> Iterator[MergeTrace]:
-        """`with model.trace_merging() as trace:` fills a `MergeTrace` anew with every pass of this thread."""
+        """`with model.trace_merging() as trace:` fills a `MergeTrace` anew with every pass of this thread.
+
+        A model compiled by torch.compile takes no notice: trace the model itself.
+        """
         trace = MergeTrace()
         with _pass_options(_merged_encoder(self), trace=trace):
             yield trace
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:
-        """Inside the block, and in this thread only, the model runs as if nothing were attached."""
+        """Inside the block, and in this thread only, the model runs as if nothing were attached.
+
+        A model compiled by torch.compile takes no notice: run the model itself.
+        """
         with _pass_options(_merged_encoder(self), merge=False):
             yield
 
