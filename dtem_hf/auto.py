@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from .adapter import MergeAdapter
-from .backbones import families, unsupported
+from .backbones import check_attention_implementation, families, unsupported
 from .modeling import UNSET, MergeLike, attach, merged_class, resolve_merge
 
 
@@ -51,6 +51,8 @@ class MergingAutoClass:
             merge is None and not hasattr(config, "merge")
         ):
             return stock(pretrained_model_name_or_path, *model_args, **kwargs)
+        if merge is not None:
+            check_attention_implementation(kwargs.get("attn_implementation"))
         model_class: Any = merged_class(cls._model_class(config))
         return model_class.from_pretrained(pretrained_model_name_or_path, *model_args, merge=merge, **kwargs)
 
@@ -118,6 +120,9 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 def register() -> None:
     """Make transformers' own Auto classes (and so `pipeline(..., model_kwargs={"merge": ...})`) accept `merge=`.
+
+    For a checkpoint that was saved merged they take a folder, a Hub id, `config.to_dict()` or None, as they write what
+    they are given into a config that is printed as JSON.
 
     Opt-in and idempotent; `unregister` undoes it.
     """

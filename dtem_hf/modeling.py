@@ -25,7 +25,7 @@ from .adapter import BackboneFacts, MergeAdapter
 from .backbones import Backbone, check_attention_implementation, find_backbone, find_family
 from .configuration import MatchingConfig, MergeConfig
 from .embedding import DecoupledEmbedding
-from .errors import BadValue
+from .errors import BadValue, UnsupportedModelError
 from .reducers import Reducer, make_reducer
 from .schedule import EncoderCost, FlopsSchedule, MergePlan
 from .token_state import MergeTrace, TokenState
@@ -131,12 +131,24 @@ class EncoderMerging(Renamed):
         if merging is None or (options is not None and not options.merge):
             return None
         check_attention_implementation(self.config._attn_implementation)  # type: ignore[attr-defined]
+        self._check_checkpointing(merging)
         trace = None if options is None else options.trace
         if trace is not None:
             trace.source_maps.clear()
             trace.sizes.clear()
         prefix = merging.cost.num_prefix_tokens
         return TokenState(merging.reductions, prefix, _embedding(self), trace, masked)
+
+    def _check_checkpointing(self, merging: Merging) -> None:
+        """Reentrant checkpointing differentiates a layer's first output only, and would lose what sizes carry."""
+        layer: Any = merging.backbone.layers(self)[0]  # type: ignore[arg-type]
+        if getattr(layer, "gradient_checkpointing", False) and merging.reducer.sizes_carry_gradient(layer):
+            options = getattr(layer._gradient_checkpointing_func, "keywords", {})
+            if layer.training and options.get("use_reentrant"):
+                raise UnsupportedModelError(
+                    "gradient_checkpointing_kwargs: use_reentrant=True loses the gradient of token sizes; "
+                    "use_reentrant=False, transformers' default, keeps it."
+                )
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, DecoupledEmbedding):
@@ -150,23 +162,32 @@ class EncoderMerging(Renamed):
 class MergeMixin(Renamed):
     """What a merged model can do beside what its own class can."""
 
-    def __init__(self, config: PretrainedConfig, *args: Any, merge_config: MergeConfig | None = UNSET, **kwargs: Any):
+    def __init__(self, config: PretrainedConfig, *args: Any, merge_config: MergeLike = UNSET, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         given = merge_config is not UNSET
         # A base checkpoint has no embedding, and a plain model no place for one.
         self._ignore_on_load("_keys_to_ignore_on_load_missing", given)
         self._ignore_on_load("_keys_to_ignore_on_load_unexpected", True)
-        wanted = merge_config if given else resolve_merge(getattr(config, "merge", None))[0]
-        if wanted is not None:
-            _install(self, _prepare(self, wanted))  # type: ignore[arg-type]
-        else:
+        saved, _ = resolve_merge(getattr(config, "merge", None))
+        wanted, adapter = resolve_merge(merge_config) if given else (saved, None)
+        if wanted is None:
             detach(self)  # type: ignore[arg-type]
+            return
+        prepared = _prepare(self, wanted)  # type: ignore[arg-type]
+        if adapter is not None:
+            # It brings an embedding of its own, which need not be as wide as one in the checkpoint.
+            prepared = replace(prepared, embedding=None)
+        elif saved is not None:
+            _check_width(prepared, _prepare(self, saved))  # type: ignore[arg-type]
+        _install(self, prepared)  # type: ignore[arg-type]
 
     def _ignore_on_load(self, name: str, ignore: bool) -> None:
         setattr(self, name, {*(getattr(self, name, None) or ()), *([EMBEDDING_KEYS] if ignore else [])})
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, merge: MergeLike = UNSET, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, merge: MergeLike = UNSET, **kwargs: Any
+    ) -> Any:
         """transformers' `from_pretrained` with `merge`: a config, an adapter, its Hub id or folder, or None for none.
 
         Left out, the checkpoint's own `config.merge` decides, and its learned embedding is loaded. Raises ValueError
@@ -178,20 +199,23 @@ class MergeMixin(Renamed):
             merge = config.merge  # type: ignore[union-attr]
         adapter: MergeAdapter | None = None
         if merge is not UNSET:
-            kwargs["merge_config"], adapter = resolve_merge(merge)
+            merge_config, adapter = resolve_merge(merge)
+            if merge_config is not None:
+                check_attention_implementation(kwargs.get("attn_implementation"))
+            kwargs["merge_config"] = adapter or merge_config
         info_wanted = kwargs.pop("output_loading_info", False)
-        check_attention_implementation(kwargs.get("attn_implementation"))
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
         missing = sorted(key for key in info["missing_keys"] if "merge_embedding." in key)
         if missing:
             raise OSError(
-                f"{name}: its config records a merge with a learned embedding, and the checkpoint does not hold it "
-                f"({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from keys, merge='adapter' to load "
+                f"{pretrained_model_name_or_path}: its config records a merge with a learned embedding, and the "
+                f"checkpoint does not hold it ({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from keys, merge='adapter' to load "
                 "an adapter, or merge=None for the plain model."
             )
         if adapter is not None:
-            adapter.check_fits(_facts(model))
-            adapter.load_into(_embedding(_merged_encoder(model)))
+            attach(model, adapter)
         return (model, info) if info_wanted else model
 
     @property
@@ -336,6 +360,16 @@ def _prepare(model: PreTrainedModel, config: MergeConfig) -> _Prepared:
             merging.reducer.initialize(embedding, encoder)
         embedding.train(encoder.training)
     return _Prepared(backbone, encoder, merging, embedding)
+
+
+def _check_width(wanted: _Prepared, saved: _Prepared) -> None:
+    """The embedding in a checkpoint is kept under another config, and so must be as wide as that one says."""
+    if wanted.embedding is not None and saved.embedding is not None:
+        width, saved_width = wanted.embedding.embed_dim, saved.embedding.embed_dim
+        if width != saved_width:
+            raise BadValue(
+                "embed_dim", width, f"the embedding in the checkpoint is {saved_width} wide; give that width"
+            )
 
 
 def _install(model: PreTrainedModel, prepared: _Prepared) -> None:

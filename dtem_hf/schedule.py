@@ -242,21 +242,29 @@ class FlopsSchedule(Schedule):
 
     def __post_init__(self) -> None:
         _check_number("flops", self.flops, 0, 1)
+        if self.flops == 0:
+            raise BadValue("flops", self.flops, "a number above 0, up to 1")
         _check_number("slope", self.slope, 0, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         weights = _falling(len(cost.layers), self.slope)
+
+        def ratio(total: int) -> float:
+            return cost.plan(num_tokens, _spread(weights, total)).ratio
+
         fewest, most = 0, num_tokens * len(cost.layers)
-        smallest = cost.plan(num_tokens, _spread(weights, most)).ratio
-        if smallest > self.flops:
-            raise BadValue("flops", self.flops, f"merging everything still leaves {smallest:.3f} of the multiply-adds")
+        if ratio(most) > self.flops:
+            raise BadValue(
+                "flops", self.flops, f"merging everything still leaves {ratio(most):.3f} of the multiply-adds"
+            )
         while fewest < most:
             middle = (fewest + most) // 2
-            if cost.plan(num_tokens, _spread(weights, middle)).ratio <= self.flops:
+            if ratio(middle) <= self.flops:
                 most = middle
             else:
                 fewest = middle + 1
-        return _spread(weights, most)
+        # A layer's first merged token costs more than it saves: bisection cannot see that none at all would do.
+        return _spread(weights, 0 if ratio(0) <= self.flops else most)
 
 
 def _check_reduction(name: str, value: Any) -> None:

@@ -135,9 +135,6 @@ def test_a_method_that_learns_nothing_has_no_adapter(make_classifier: Make, tmp_
     assert not (tmp_path / "adapter").exists()
 
 
-# Saving
-
-
 def test_other_files_and_a_card_of_ones_own_are_kept(folder: Path, model: Any) -> None:
     (folder / "README.md").write_text("mine")
     (folder / "notes.txt").write_text("also mine")
@@ -164,9 +161,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(model: Any, tmp_path: Path) ->
     with pytest.raises(OSError):
         model.save_merge_adapter(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
-
-
-# Backbones that do not fit
 
 
 @pytest.mark.parametrize(
@@ -206,9 +200,6 @@ def test_a_list_of_r_for_another_depth_is_told(folder: Path, make_classifier: Ma
     edit_config(folder, lambda values: values.update(r=[1, 2]))
     with pytest.raises(ValueError, match="2 layers and the model has 4"):
         attach(make_classifier(), folder)
-
-
-# Folders that are not sound
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])

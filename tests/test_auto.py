@@ -316,9 +316,6 @@ def test_from_config_merges_random_weights(tiny_config: Make, pixels: Tensor) ->
     assert recorded.merge == DTEMConfig(r=9).to_dict()
 
 
-# transformers' own Auto classes
-
-
 @pytest.mark.usefixtures("registered")
 def test_registered_auto_classes_take_merge_for_a_base_checkpoint(
     base: Path, learned: Any, make_classifier: Make, pixels: Tensor
@@ -337,7 +334,7 @@ def test_registered_auto_classes_take_merge_for_a_base_checkpoint(
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("kind", ["left out", "none", "config", "folder", "adapter"])
+@pytest.mark.parametrize("kind", ["left out", "none", "config", "folder"])
 def test_registered_auto_classes_take_merge_for_a_merged_checkpoint(
     checkpoint: Path, learned: Any, make_classifier: Make, pixels: Tensor, kind: str
 ) -> None:
@@ -346,9 +343,8 @@ def test_registered_auto_classes_take_merge_for_a_merged_checkpoint(
     arguments: dict[str, Any] = {
         "left out": {},
         "none": {"merge": None},
-        "config": {"merge": ToMeConfig(r=5)},
+        "config": {"merge": ToMeConfig(r=5).to_dict()},
         "folder": {"merge": str(checkpoint.parent / "adapter")},
-        "adapter": {"merge": learned.to_merge_adapter()},
     }[kind]
     expected = {"none": make_classifier(), "config": attach(make_classifier(), ToMeConfig(r=5))}.get(kind, learned)
     loaded = stock.from_pretrained(checkpoint, **arguments)

@@ -52,7 +52,7 @@ class SlowModel:
 
 @dataclass(frozen=True)
 class Row:
-    """One backbone; `make` takes changes to its config, `outputs` are those that `take_apart`'s head computes."""
+    """One backbone: `make` takes changes to its config and gives it four layers; `take_apart` makes `outputs`."""
 
     name: str
     make: Callable[..., Any]
@@ -201,9 +201,6 @@ def weigh(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
 
 
-# r = 0, detaching, and what a model is
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_r_zero_is_the_plain_model_bit_for_bit(row: Row, method: Method, training: bool) -> None:
     plain, model = row.make().train(training), merged(row, method, r=0).train(training)
@@ -260,9 +257,6 @@ def test_a_merged_model_is_one_of_its_own_class(row: Row, method: Method) -> Non
     else:
         assert extra == []
         assert list(model.merge_parameters()) == []
-
-
-# What merging computes
 
 
 def slow_outputs(
@@ -366,9 +360,6 @@ def test_eager_attention_equals_sdpa(row: Row, method: Method, training: bool) -
             assert (ours[name] - theirs[name]).norm() < 1e-3 * theirs[name].norm() + 1e-5, name
 
 
-# What comes out
-
-
 @pytest.mark.parametrize("r", REDUCTIONS, ids=str)
 def test_recorded_states_have_the_plans_lengths(row: Row, method: Method, r: Any) -> None:
     model = merged(row, method, r=r, model=row.make(attn_implementation="eager"))
@@ -438,9 +429,6 @@ def test_a_wrong_image_size_is_refused_as_the_plain_model_refuses_it(row: Row, m
             model(pixel_values=images(row, 1, row.image_size + 16))
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
-
-
-# Numerics
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -550,9 +538,6 @@ def test_one_and_two_cpu_threads_predict_the_same(row: Row, method: Method) -> N
     close(*results, 1e-4)
 
 
-# Saving, copying, sharing
-
-
 def test_saved_and_loaded_is_the_same_bit_for_bit(row: Row, method: Method, tmp_path: Path) -> None:
     """The merge and what it has learned come back by themselves."""
     model = merged(row, method, r=[11, 0, 14, 3])
@@ -643,9 +628,6 @@ def test_threads_on_one_model_do_not_see_each_others_options(row: Row, method: M
     for thread in threads:
         thread.join()
     assert not failures
-
-
-# Graphs
 
 
 def test_one_graph_of_torch_compile_equals_eager(row: Row, method: Method) -> None:

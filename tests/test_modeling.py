@@ -56,9 +56,6 @@ def assert_unchanged(model: nn.Module, before: tuple[Any, ...]) -> None:
         assert torch.equal(value, before[1][name][1])
 
 
-# Attaching and detaching
-
-
 def test_attaching_again_replaces_what_was_attached(make_classifier: Make, pixels: Tensor) -> None:
     model = make_classifier()
     for config in (DTEMConfig(r=5), ToMeConfig(r=9), DTEMConfig(r=9, embed_dim=16), DTEMConfig(r=3, init="random")):
@@ -204,9 +201,6 @@ def test_a_pickled_model_runs_in_another_process(make_classifier: Make, pixels: 
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, pixels), atol=1e-6, rtol=1e-6)
 
 
-# The config
-
-
 def test_the_config_holds_plain_json(make_classifier: Make, tmp_path: Path) -> None:
     model = attach(make_classifier(), DTEMConfig(r=LinearSchedule(4.5), top_k=2))
     model.save_pretrained(tmp_path)
@@ -278,9 +272,6 @@ def test_a_bad_set_reduction_leaves_the_model_as_it_was(
     assert torch.equal(logits(model, pixels), expected)
 
 
-# Attention that would not add the sizes
-
-
 def test_other_attention_is_refused_when_attaching(make_classifier: Make) -> None:
     model = make_classifier()
     for name in ("flash_attention_2", "flex_attention"):
@@ -334,9 +325,6 @@ def test_a_mask_works_as_ever_where_nothing_is_merged(make_classifier: Make, pix
     model.set_reduction(5)
     with model.unmerged():
         assert torch.equal(logits(model, pixels, attention_mask=mask(3)), expected)
-
-
-# Options of a pass
 
 
 def test_options_end_with_their_block_also_on_an_error(make_classifier: Make, pixels: Tensor) -> None:

@@ -62,6 +62,11 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix_tokens: int = 1) 
             f"r={r} does not fit {metric.shape[1]} tokens of which {num_prefix_tokens} are prefix: "
             f"0 to {largest} would."
         )
+    if r == 0:  # also where there is nothing to compare with
+        batch, (even, _) = metric.shape[0], split_counts(metric.shape[1], num_prefix_tokens)
+        nobody = torch.empty(batch, 0, dtype=torch.int64, device=metric.device)
+        everybody = torch.arange(even, device=metric.device).expand(batch, -1)
+        return Matching(nobody, nobody, everybody, num_prefix_tokens)
     scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
     best, partner = scores.max(dim=-1)  # the first of equal maxima
     order = _descending_order(best)

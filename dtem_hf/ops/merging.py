@@ -6,6 +6,9 @@ from torch import Tensor
 from .matching import Matching, split_counts, split_even_odd
 
 
+_SMALLEST_TOTAL = 1e-12
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: [B, N, D], [B, n] -> [B, n, D]."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -41,7 +44,8 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
         leaving = _take(a, matching.merged).float() * leaving_size.unsqueeze(-1)
         total = _add_rows(b.float() * size_b.unsqueeze(-1), matching.target, leaving)
         new_size_b = _add_rows(size_b.unsqueeze(-1), matching.target, leaving_size.unsqueeze(-1)).squeeze(-1)
-        mean = (total / new_size_b.unsqueeze(-1)).to(x.dtype)
+        # A hard merge behind a soft one meets tokens of no size at all.
+        mean = (total / new_size_b.clamp(min=_SMALLEST_TOTAL).unsqueeze(-1)).to(x.dtype)
     merged_b = torch.where((new_size_b == size_b).unsqueeze(-1), b, mean)
 
     x = torch.cat([x[:, :prefix], _take(a, matching.kept), merged_b], dim=1)

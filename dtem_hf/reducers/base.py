@@ -63,6 +63,10 @@ class Reducer(ABC, Generic[C]):
         """Whether attention in a layer weighs tokens by their sizes."""
         return self.config.proportional_attention
 
+    def sizes_carry_gradient(self, layer: nn.Module) -> bool:
+        """Whether gradients flow from one layer to the next through token sizes."""
+        return False
+
     def encoder_cost(self, model: nn.Module, encoder: nn.Module) -> EncoderCost:
         """Multiply-adds of a model with this reduction."""
         return self.backbone.encoder_cost(model, encoder, lambda layer: self.metric_cost(encoder, layer))

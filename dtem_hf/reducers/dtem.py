@@ -43,6 +43,9 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
         # Softly merged tokens leave attention only through their sizes.
         return self.config.proportional_attention or self.is_soft(layer)
 
+    def sizes_carry_gradient(self, layer: nn.Module) -> bool:
+        return self.is_soft(layer)
+
     def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
         assert state.embedding is not None
         # Detached, so that the backbone is never taught to be easy to compare.
