@@ -211,8 +211,8 @@ class MergeMixin(Renamed):
         if missing:
             raise OSError(
                 f"{pretrained_model_name_or_path}: its config records a merge with a learned embedding, and the "
-                f"checkpoint does not hold it ({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from keys, merge='adapter' to load "
-                "an adapter, or merge=None for the plain model."
+                f"checkpoint does not hold it ({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from "
+                "keys, merge='adapter' to load an adapter, or merge=None for the plain model."
             )
         if adapter is not None:
             attach(model, adapter)
