@@ -17,11 +17,14 @@ _HOMES = {
         "AutoModelForCausalLM",
         "AutoModelForImageClassification",
         "AutoModelForImageTextToText",
+        "AutoModelForPreTraining",
+        "AutoModelForSemanticSegmentation",
+        "AutoModelForVisualQuestionAnswering",
         "AutoModelForZeroShotImageClassification",
         "register",
         "unregister",
     ),
-    "configuration": ("DTEMConfig", "MergeConfig", "ToMeConfig"),
+    "configuration": ("DTEMConfig", "EViTConfig", "MergeConfig", "ToMeConfig"),
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
     "modeling": ("attach", "detach"),
     "schedule": (
@@ -43,11 +46,14 @@ if TYPE_CHECKING:
         AutoModelForCausalLM,
         AutoModelForImageClassification,
         AutoModelForImageTextToText,
+        AutoModelForPreTraining,
+        AutoModelForSemanticSegmentation,
+        AutoModelForVisualQuestionAnswering,
         AutoModelForZeroShotImageClassification,
         register,
         unregister,
     )
-    from .configuration import DTEMConfig, MergeConfig, ToMeConfig
+    from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
     from .errors import AdapterError, BadValue, UnsupportedModelError
     from .modeling import attach, detach
     from .schedule import ConstantSchedule, FlopsSchedule, InflectedSchedule, LinearSchedule, MergePlan
@@ -71,10 +77,14 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForImageClassification",
     "AutoModelForImageTextToText",
+    "AutoModelForPreTraining",
+    "AutoModelForSemanticSegmentation",
+    "AutoModelForVisualQuestionAnswering",
     "AutoModelForZeroShotImageClassification",
     "BadValue",
     "ConstantSchedule",
     "DTEMConfig",
+    "EViTConfig",
     "FlopsSchedule",
     "InflectedSchedule",
     "LinearSchedule",

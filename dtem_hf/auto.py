@@ -67,14 +67,21 @@ class MergingAutoClass:
 
     @classmethod
     def _model_class(cls, config: PretrainedConfig) -> type:
-        for auto_name, model_class in _supported_models():
-            if auto_name == cls.__name__ and model_class.config_class is type(config):
+        fitting = [
+            model_class
+            for auto_name, model_class in _supported_models()
+            if auto_name == cls.__name__ and model_class.config_class is type(config)
+        ]
+        for model_class in fitting:
+            if model_class.__name__ in (config.architectures or ()):
                 return model_class
+        if fitting:
+            return fitting[0]
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}")
 
 
 def _supported_models() -> list[tuple[str, Any]]:
-    return [pair for family in families() for pair in family.models.items()]
+    return [(name, cls) for family in families() for name, group in family.models.items() for cls in group]
 
 
 class AutoBackbone(MergingAutoClass, transformers.AutoBackbone):
@@ -91,6 +98,18 @@ class AutoModelForCausalLM(MergingAutoClass, transformers.AutoModelForCausalLM):
 
 class AutoModelForImageClassification(MergingAutoClass, transformers.AutoModelForImageClassification):
     """`transformers.AutoModelForImageClassification` with `merge=`."""
+
+
+class AutoModelForPreTraining(MergingAutoClass, transformers.AutoModelForPreTraining):
+    """`transformers.AutoModelForPreTraining` with `merge=`."""
+
+
+class AutoModelForSemanticSegmentation(MergingAutoClass, transformers.AutoModelForSemanticSegmentation):
+    """`transformers.AutoModelForSemanticSegmentation` with `merge=`."""
+
+
+class AutoModelForVisualQuestionAnswering(MergingAutoClass, transformers.AutoModelForVisualQuestionAnswering):
+    """`transformers.AutoModelForVisualQuestionAnswering` with `merge=`."""
 
 
 class AutoModelForImageTextToText(MergingAutoClass, transformers.AutoModelForImageTextToText):

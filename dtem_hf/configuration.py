@@ -6,7 +6,8 @@ import json
 import math
 import os
 import warnings
-from dataclasses import InitVar, dataclass, field, fields
+from abc import ABC, abstractmethod
+from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from typing_extensions import Self
 
 from .errors import BadValue
 from .files import read_json, write_json
-from .schedule import FlopsSchedule, Schedule, as_schedule
+from .schedule import EncoderCost, FlopsSchedule, KeepRateSchedule, Schedule, as_schedule
 
 
 CONFIG_NAME = "merge_config.json"
@@ -27,7 +28,7 @@ def _help(text: str, **kwargs: Any) -> Any:
 
 
 @dataclass(kw_only=True)
-class MergeConfig:
+class MergeConfig(ABC):
     """What all methods share. `method` names the reducer; `MergeConfig.from_dict` gives back the right subclass."""
 
     method: ClassVar[str]
@@ -36,6 +37,7 @@ class MergeConfig:
     proportional_attention: bool = _help(
         "let a token that stands for m patches count m times in attention", default=True
     )
+    unmerge: bool = _help("hand all tokens on, in place, for whoever reads them on their grid", default=False)
 
     def __init_subclass__(cls) -> None:
         if "method" in cls.__dict__:
@@ -47,6 +49,19 @@ class MergeConfig:
     def check(self) -> None:
         """Raise ValueError for the first field whose value makes no sense."""
         _check_type("proportional_attention", self.proportional_attention, bool)
+        _check_type("unmerge", self.unmerge, bool)
+
+    @property
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """How many tokens each layer loses, as an object that resolves to one r per layer."""
+
+    @abstractmethod
+    def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
+        """The same config with another amount of merging, for an encoder of given cost and number of tokens.
+
+        Raises ValueError for an r that this method has no use for.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON with `method` and `version`."""
@@ -118,8 +133,10 @@ class MatchingConfig(MergeConfig):
 
     @property
     def schedule(self) -> Schedule:
-        """What `r` means, as an object that resolves to one r per layer."""
         return as_schedule(self.r)
+
+    def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
+        return replace(self, r=r)
 
 
 @dataclass
@@ -157,6 +174,40 @@ class DTEMConfig(MatchingConfig):
         _check_positive("assignment_temperature", self.assignment_temperature)
         _check_choice("init", self.init, ("keys", "random"))
         _check_choice("relaxation", self.relaxation, ("auto", "soft", "hard"))
+
+
+@dataclass
+class EViTConfig(MergeConfig):
+    """EViT: keep the patches that the CLS token attends to most, fuse the others (ICLR 2022, arXiv 2202.07800)."""
+
+    method: ClassVar[str] = "evit"
+
+    keep_rate: float = _help("share of the patch tokens that a reducing layer keeps", default=0.7)
+    layers: list[int] | None = _help(
+        "layers that reduce, counted from 0; None: those at one, two and three quarters of the depth", default=None
+    )
+    proportional_attention: bool = _help(
+        "let a token that stands for m patches count m times in attention", default=False, kw_only=True
+    )
+
+    def check(self) -> None:
+        super().check()
+        layers = self.schedule.layers
+        self.layers = None if layers is None else list(layers)
+
+    @property
+    def schedule(self) -> KeepRateSchedule:
+        return KeepRateSchedule(self.keep_rate, self.layers)  # type: ignore[arg-type]
+
+    def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
+        schedule = as_schedule(r)
+        if isinstance(schedule, FlopsSchedule):
+            schedule = self.schedule.for_flops(cost, num_tokens, schedule.flops)
+        if not isinstance(schedule, KeepRateSchedule):
+            raise BadValue("r", r, "a KeepRateSchedule, or a share of the multiply-adds in flops: EViT has no r")
+        return replace(
+            self, keep_rate=schedule.keep_rate, layers=None if schedule.layers is None else list(schedule.layers)
+        )
 
 
 def check_version(version: Any) -> None:

@@ -8,12 +8,11 @@ gives the classes back.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, wraps
-from inspect import signature
+from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -23,11 +22,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapter import BackboneFacts, MergeAdapter
 from .backbones import Backbone, check_attention_implementation, find_backbone, find_family
-from .configuration import MatchingConfig, MergeConfig
+from .backbones.readers import ScopedForward, finish_output
+from .configuration import MergeConfig
 from .embedding import DecoupledEmbedding
 from .errors import BadValue, UnsupportedModelError
 from .reducers import Reducer, make_reducer
 from .schedule import EncoderCost, FlopsSchedule, MergePlan
+from .scope import Scope, current_scope, open_scope
 from .token_state import MergeTrace, TokenState
 
 
@@ -66,13 +67,15 @@ class Merging:
     def __init__(self, model: nn.Module, encoder: nn.Module, backbone: Backbone, config: MergeConfig) -> None:
         self.config = config
         self.backbone = backbone
+        self.unmerge = config.unmerge or isinstance(model, backbone.dense)
         self.reducer: Reducer[Any] = make_reducer(config, backbone)
+        self.reducer.check(encoder)
         self.cost: EncoderCost = self.reducer.encoder_cost(model, encoder)
         self.plan: MergePlan = self.plan_for(backbone.num_tokens(encoder))
 
     def plan_for(self, num_tokens: int) -> MergePlan:
         """Raises ValueError where the config's r does not fit the encoder."""
-        return self.cost.plan(num_tokens, self.reducer.schedule.resolve(self.cost, num_tokens))
+        return self.cost.plan(num_tokens, self.config.schedule.resolve(self.cost, num_tokens))
 
     def reductions(self, num_tokens: int) -> Sequence[int]:
         """One r per layer for an image of `num_tokens` tokens."""
@@ -101,30 +104,25 @@ def _new_derived(base: type, *mixins: type) -> Any:
     return cls.__new__(cls)
 
 
-class EncoderMerging(Renamed):
+class EncoderMerging(Renamed, ScopedForward):
     """Mixed into the encoder: every pass gets a token state, and the learned embedding is filled by its method."""
 
     merging: Merging | None = None
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        stock = super().forward  # type: ignore[misc]
-        parameters = list(signature(stock).parameters)
-        mask_position = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        outer = current_scope()
+        unmerge = self.merging is not None and (self.merging.unmerge or (outer is not None and outer.unmerges))
+        state = self._new_token_state(inputs, unmerge)
+        with open_scope(Scope(state)):
+            output = stock()
+        if state is not None and state.changed:
+            output = finish_output(output, state, unmerge, average=outer is not None and outer.averages)
+        if outer is not None:
+            outer.state, outer.unmerged = state, unmerge
+            outer.num_tokens += output[0].shape[1]
+        return output
 
-        @wraps(stock)  # torch.export and Trainer read the signature
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            mask = kwargs.get("attention_mask")
-            if mask_position is not None and len(args) > mask_position:
-                mask = args[mask_position]
-            state = self._new_token_state(masked=mask is not None)
-            if state is not None:
-                kwargs["token_state"] = state
-            return stock(self, *args, **kwargs)
-
-        cls.forward = forward  # type: ignore[attr-defined]
-
-    def _new_token_state(self, masked: bool) -> TokenState | None:
+    def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool) -> TokenState | None:
         merging = self.merging
         # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
         options = None if torch.compiler.is_compiling() else _PASS_OPTIONS.get().get(id(self))
@@ -136,8 +134,15 @@ class EncoderMerging(Renamed):
         if trace is not None:
             trace.source_maps.clear()
             trace.sizes.clear()
-        prefix = merging.cost.num_prefix_tokens
-        return TokenState(merging.reductions, prefix, _embedding(self), trace, masked)
+        return TokenState(
+            merging.reductions,
+            merging.cost.num_prefix_tokens,
+            _embedding(self),
+            trace,
+            masked=inputs.get("attention_mask") is not None,
+            sizes=merging.backbone.padding_sizes(self, inputs),  # type: ignore[arg-type]
+            keep_sources=keep_sources,
+        )
 
     def _check_checkpointing(self, merging: Merging) -> None:
         """Reentrant checkpointing differentiates a layer's first output only, and would lose what sizes carry."""
@@ -230,15 +235,16 @@ class MergeMixin(Renamed):
         """
         if (r is None) == (flops is None):
             raise BadValue("r, flops", (r, flops), "exactly one of them")
-        config = self.merge_config
-        if not isinstance(config, MatchingConfig):
-            raise BadValue("method", config.method, "a method with r; attach a new config instead")
-        _set_config(self, replace(config, r=r if flops is None else FlopsSchedule(flops)))
+        merging = _merging(self)
+        wanted = r if flops is None else FlopsSchedule(flops)
+        _set_config(self, merging.config.with_reduction(wanted, merging.cost, merging.plan.num_tokens))
 
     def merge_plan(self, image_size: int | tuple[int, int] | None = None) -> MergePlan:
         """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), not run."""
         merging = _merging(self)
-        return merging.plan_for(merging.backbone.num_tokens(_merged_encoder(self), image_size))
+        plan = merging.plan_for(merging.backbone.num_tokens(_merged_encoder(self), image_size))
+        handed_on = plan.num_tokens if merging.unmerge else plan.tokens[-1]
+        return replace(plan, output_tokens=handed_on * merging.backbone.frames(self))  # type: ignore[arg-type]
 
     @contextmanager
     def trace_merging(self) -> Iterator[MergeTrace]:
@@ -291,16 +297,19 @@ def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, Me
     raise BadValue("merge", merge, "a config (DTEMConfig, ToMeConfig, …), a MergeAdapter, a Hub id, a folder, or None")
 
 
-def attach(model: PreTrainedModel, merge: MergeLike) -> Any:
+def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = None) -> Any:
     """Merge tokens in a model that is in memory, and return it (the same object, under a class of the same name).
 
-    `merge` is what `from_pretrained(merge=...)` takes; None detaches. What was attached before is replaced. Raises
-    UnsupportedModelError for a family or an attention backend that cannot be merged (and lists those that can), and
-    ValueError where the merge does not fit; the model is unchanged then.
+    `merge` is what `from_pretrained(merge=...)` takes; None detaches. `unmerge` overrides the config's field of that
+    name: True hands all tokens on, in place. What was attached before is replaced. Raises UnsupportedModelError for a
+    family or an attention backend that cannot be merged (and lists those that can), and ValueError where the merge
+    does not fit; the model is unchanged then.
     """
     config, adapter = resolve_merge(merge)
     if config is None:
         return detach(model)
+    if unmerge is not None:
+        config = replace(config, unmerge=unmerge)
     prepared = _prepare(model, config)
     if adapter is not None:
         adapter.check_fits(_facts(model))
@@ -316,14 +325,13 @@ def detach(model: PreTrainedModel) -> Any:
         return model
     backbone, encoder = find_backbone(model)
     for layer in backbone.layers(encoder):
-        _restore_class(layer)
         for name in ("merge_index", "merge_reducer"):
             layer.__dict__.pop(name, None)
     if _embedding(encoder) is not None:
         del encoder.merge_embedding
     encoder.__dict__.pop("merging", None)
-    _restore_class(encoder)
-    _restore_class(model)
+    for module in model.modules():
+        _restore_class(module)
     if hasattr(model.config, "merge"):
         del model.config.merge
     return model
@@ -331,8 +339,9 @@ def detach(model: PreTrainedModel) -> Any:
 
 def merged_class(model_class: type) -> type:
     """The class of a merged model, whose `from_pretrained` takes `merge`. Raises UnsupportedModelError."""
-    is_encoder = issubclass(model_class, find_family(model_class).encoder_class)
-    return derived_class(model_class, MergeMixin, *((EncoderMerging,) if is_encoder else ()))
+    family = find_family(model_class)
+    is_encoder, mixins = issubclass(model_class, family.encoder_class), family.model_mixins(model_class)
+    return derived_class(model_class, MergeMixin, *((EncoderMerging,) if is_encoder else ()), *mixins)
 
 
 @dataclass(frozen=True)
@@ -348,6 +357,7 @@ class _Prepared:
 def _prepare(model: PreTrainedModel, config: MergeConfig) -> _Prepared:
     backbone, encoder = find_backbone(model)
     check_attention_implementation(encoder.config._attn_implementation)
+    backbone.check(model, encoder)
     merging = Merging(model, encoder, backbone, config)
     embed_dim = merging.reducer.embed_dim(encoder)
     embedding = None
@@ -381,6 +391,8 @@ def _install(model: PreTrainedModel, prepared: _Prepared) -> None:
     for index, layer in enumerate(prepared.backbone.layers(encoder)):
         _derive_class(layer, prepared.backbone.layer_merging, Renamed)
         layer.merge_index = index  # type: ignore[assignment]
+    for module, mixin in prepared.backbone.readers(model, encoder):
+        _derive_class(module, mixin, Renamed)
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
     _set_merging(model, prepared.backbone, encoder, prepared.merging)

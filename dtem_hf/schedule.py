@@ -7,6 +7,7 @@ it can.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -40,16 +41,23 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """Multiply-adds of a model in its encoder's layers and around them: `stem` per patch, `head` per image."""
+    """Multiply-adds of a model in its encoder's layers and around them.
+
+    `stem` per patch, `head` per image, `tail` per token that the encoder hands on. `pairwise`: a layer can merge at
+    most half of its free tokens, as each of them needs a partner that stays.
+    """
 
     layers: tuple[LayerCost, ...]
     stem: int
     head: int
     num_prefix_tokens: int
+    tail: int = 0
+    pairwise: bool = True
 
     def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
         """The plan that the given r per layer come to for `num_tokens` tokens (clamped where too few are left)."""
-        reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
+        if self.pairwise:
+            reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
         tokens, costs, plain, n = [], [], [], num_tokens
         for layer, r in zip(self.layers, reductions, strict=True):
             costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens))
@@ -62,8 +70,9 @@ class EncoderCost:
             reductions=list(reductions),
             tokens=tokens,
             layer_multiply_adds=costs,
-            multiply_adds=around + sum(costs),
-            unmerged_multiply_adds=around + sum(plain),
+            multiply_adds=around + self.tail * n + sum(costs),
+            unmerged_multiply_adds=around + self.tail * num_tokens + sum(plain),
+            output_tokens=n,
         )
 
 
@@ -72,7 +81,9 @@ class MergePlan:
     """What merging does to one image, known without running the model.
 
     `num_tokens` enter the first layer (prefix included); layer i merges `reductions[i]` away and hands `tokens[i]` on.
-    `layer_multiply_adds` are the encoder layers', `multiply_adds` the whole model's.
+    `layer_multiply_adds` are the encoder layers', `multiply_adds` the whole model's, or of a model that does more than
+    see (a captioner, a dual encoder) its image encoder's. `output_tokens` reach whoever reads the encoder: a decoder,
+    say, for all frames of an input together.
     """
 
     num_tokens: int
@@ -81,6 +92,7 @@ class MergePlan:
     layer_multiply_adds: list[int]
     multiply_adds: int
     unmerged_multiply_adds: int
+    output_tokens: int
 
     @property
     def ratio(self) -> float:
@@ -265,6 +277,59 @@ class FlopsSchedule(Schedule):
                 fewest = middle + 1
         # A layer's first merged token costs more than it saves: bisection cannot see that none at all would do.
         return _spread(weights, 0 if ratio(0) <= self.flops else most)
+
+
+@dataclass(frozen=True)
+class KeepRateSchedule(Schedule):
+    """EViT's: the given layers keep a share of their patch tokens and fuse the others into one (arXiv 2202.07800).
+
+    `layers` count from 0; None stands for those at one, two and three quarters of the depth.
+    """
+
+    keep_rate: float
+    layers: tuple[int, ...] | None = None
+    kind: ClassVar[str] = "keep_rate"
+
+    def __post_init__(self) -> None:
+        _check_number("keep_rate", self.keep_rate, 0, 1)
+        if self.keep_rate == 0:
+            raise BadValue("keep_rate", self.keep_rate, "a number above 0, up to 1")
+        if self.layers is not None:
+            if not isinstance(self.layers, (list, tuple)):
+                raise BadValue("layers", self.layers, "a list of layers, counted from 0, or null")
+            for i, layer in enumerate(self.layers):
+                _check_reduction(f"layers[{i}]", layer)
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
+        depth = len(cost.layers)
+        layers = {depth // 4, depth // 2, 3 * depth // 4} if self.layers is None else set(self.layers)
+        if layers and max(layers) >= depth:
+            raise BadValue("layers", sorted(layers), f"layers from 0 to {depth - 1}, as the model has {depth}")
+        reductions = []
+        for layer in range(depth):
+            patches = num_tokens - cost.num_prefix_tokens
+            kept = math.ceil(self.keep_rate * patches - 1e-9) if layer in layers else patches
+            # The fused token takes a place of its own.
+            reductions.append(max(patches - kept - 1, 0))
+            num_tokens -= reductions[-1]
+        return reductions
+
+    def for_flops(self, cost: EncoderCost, num_tokens: int, flops: float) -> KeepRateSchedule:
+        """The highest keep rate, in thousandths, that brings the model to a share of its multiply-adds."""
+        FlopsSchedule(flops)  # checks it
+
+        def fits(thousandths: int) -> bool:
+            schedule = KeepRateSchedule(thousandths / 1000, self.layers)
+            return cost.plan(num_tokens, schedule.resolve(cost, num_tokens)).ratio <= flops
+
+        if not fits(1):
+            raise BadValue("flops", flops, "more, or merge in more or earlier layers: no keep rate is low enough")
+        low, high = 1, 1000
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return KeepRateSchedule(low / 1000, self.layers)
 
 
 def _check_reduction(name: str, value: Any) -> None:

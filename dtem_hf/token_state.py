@@ -30,6 +30,9 @@ class TokenState:
 
     Entry i of a list belongs to the tokens that enter layer i. A layer that is run again (gradient checkpointing)
     reads the entry it read before.
+
+    `resolve` maps a number of tokens to one r per layer. `sizes` [B, N] are given where the tokens come with padding,
+    which has size 0. With `keep_sources`, every layer's source map is kept.
     """
 
     def __init__(
@@ -39,20 +42,68 @@ class TokenState:
         embedding: DecoupledEmbedding | None = None,
         trace: MergeTrace | None = None,
         masked: bool = False,
+        sizes: Tensor | None = None,
+        keep_sources: bool = False,
     ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.embedding = embedding
         self._masked = masked
+        self._padded = sizes is not None
         self._resolve = resolve
         self._reductions: Sequence[int] | None = None
         self._trace = trace
+        self._keep_sources = keep_sources or trace is not None
         # None stands for "every token is one patch": then attention needs no bias.
-        self._sizes: list[Tensor | None] = [None]
+        self._sizes: list[Tensor | None] = [sizes]
         self._active: list[int] = []
+        self._positions: list[Tensor | None] = [None]
+        self._sources: list[Tensor] = []
+        self._first_merge: int | None = None
 
     def sizes(self, layer: int) -> Tensor | None:
         """Sizes of the tokens that enter a layer: [B, n] float32, or None while all are 1."""
         return self._sizes[layer]
+
+    @property
+    def final_sizes(self) -> Tensor | None:
+        """Sizes of the tokens that the encoder hands on: [B, n] float32, or None where nothing was merged."""
+        return None if self._first_merge is None else self._sizes[-1]
+
+    def source(self, layer: int) -> Tensor:
+        """Where the original tokens are behind a layer (-1: the last), if source maps are kept: int64 [B, N]."""
+        return self._sources[layer]
+
+    def padding(self, layer: int) -> Tensor | None:
+        """Which tokens that enter a layer stand for nothing: bool [B, n], or None where none can."""
+        sizes = self._sizes[layer]
+        return sizes.detach() <= 0 if self._padded and sizes is not None else None
+
+    def has_merged(self, layer: int) -> bool:
+        """Whether a layer in front of this one has changed the tokens."""
+        return self._first_merge is not None and self._first_merge < layer
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens entered the first layer."""
+        return self._active[0]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers have run."""
+        return len(self._sizes) - 1
+
+    @property
+    def changed(self) -> bool:
+        """Whether any layer has changed the tokens."""
+        return self._first_merge is not None
+
+    def positions(self, layer: int) -> Tensor | None:
+        """Where the tokens that enter a layer lie, as the family counts it: [B, n, k] float32, or None."""
+        return self._positions[layer]
+
+    def place(self, positions: Tensor) -> None:
+        """Say where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""
+        self._positions[0] = positions
 
     def enter(self, layer: int, num_tokens: int) -> tuple[int, int]:
         """How many of the tokens that enter a layer still take part, and how many of them it merges away."""
@@ -62,33 +113,77 @@ class TokenState:
         assert self._reductions is not None
         return self._active[layer], self._reductions[layer]
 
+    def pass_on(self, layer: int, x: Tensor) -> None:
+        """Record that a layer hands on all that entered it: x [B, n, D]."""
+        if len(self._sizes) == layer + 1:
+            self._record(layer, x, self._sizes[layer], self._active[layer], lambda: _identity(x))
+            self._positions.append(self._positions[layer])
+
     def leave(
-        self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]
+        self,
+        layer: int,
+        x: Tensor,
+        sizes: Tensor,
+        num_active: int,
+        source: Callable[[], Tensor],
+        carry: Callable[[Tensor], Tensor],
     ) -> None:
-        """Record what a layer hands on; `source` makes its source map, and is called only if somebody asked."""
+        """Record what a layer hands on: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
+
+        `source` makes its source map, and is called only if somebody asked; `carry` merges positions as the tokens.
+        """
         if len(self._sizes) > layer + 1:
             return
+        if self._first_merge is None:
+            self._first_merge = layer
+        self._record(layer, x, sizes, num_active, source)
+        positions = self._positions[layer]
+        self._positions.append(None if positions is None else carry(positions))
+
+    def _record(
+        self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]
+    ) -> None:
         self._sizes.append(sizes)
         self._active.append(num_active)
-        if self._trace is not None:
-            trace = self._trace
+        if self._keep_sources:
             step = source().detach()
-            trace.source_maps.append(ops.compose_source_maps(trace.source_maps[-1], step) if layer else step)
-            trace.sizes.append(torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes.detach())
+            self._sources.append(ops.compose_source_maps(self._sources[-1], step) if layer else step)
+        if self._trace is not None:
+            self._trace.source_maps.append(self._sources[-1])
+            self._trace.sizes.append(torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes.detach())
 
     def attention_bias(
         self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool
     ) -> Tensor | None:
-        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own while all are 1."""
+        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own while none merged.
+
+        Where sizes are not `wanted`, only padding is left out.
+        """
         sizes = self._sizes[layer]
-        if sizes is None:
+        if not self.has_merged(layer) or sizes is None:
             return attention_mask
         if self._masked:
             raise UnsupportedModelError(
                 "attention_mask: a mask over patches cannot follow tokens that are merged; leave it out, or use r=0."
             )
         # What the model made itself (when it is exported) lets all tokens see all tokens, and now there are fewer.
-        if not wanted:
+        if not wanted and not self._padded:
             return None
-        device = sizes.device.type
-        return ops.size_bias(sizes, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype)
+        bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), _attention_dtype(sizes, dtype))
+        if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
+            bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)
+        return bias
+
+    def final_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask for whoever attends to the tokens that the encoder hands on; None where none is needed."""
+        return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True)
+
+
+def _attention_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+
+
+def _identity(x: Tensor) -> Tensor:
+    """The source map of a layer that merges nothing: [B, n]."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)

@@ -15,19 +15,23 @@ import_all(sys.modules[__name__])
 
 def families() -> list[Backbone]:
     """All families that are known."""
-    return [family() for family in Backbone.__subclasses__()]
+    return [family() for family in _subclasses(Backbone) if hasattr(family, "encoder_class")]
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]
 
 
 def unsupported(name: str) -> UnsupportedModelError:
     """The error for a model that no family knows; it lists those that are known."""
-    supported = sorted({cls.__name__ for family in families() for cls in family.models.values()})
+    supported = sorted({cls.__name__ for family in families() for cls in family.all_models()})
     return UnsupportedModelError(f"{name} cannot be merged; supported are {', '.join(supported)}.")
 
 
 def find_family(model_class: type) -> Backbone:
     """The family whose models a class belongs to. Raises UnsupportedModelError, listing what is known."""
     for family in families():
-        if issubclass(model_class, tuple(family.models.values())):
+        if issubclass(model_class, family.all_models()):
             return family
     raise unsupported(model_class.__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,41 +11,71 @@ from torch.nn import functional as F
 
 from ..embedding import KeyProjection, mean_key_projection
 from ..errors import BadValue, UnsupportedModelError
-from ..reducers import Reducer
+from ..reducers import AttentionInputs, Reducer
 from ..schedule import EncoderCost, LayerCost
+from ..scope import current_state
 from ..token_state import TokenState
+from .readers import Averaging
 
 
 class LayerMerging:
     """Mixed into a family's own layer class; the family's subclass writes the forward pass with `merge_step` in it.
 
-    `merge_index` is the layer's place in the encoder, `merge_reducer` what happens between attention and MLP.
+    `merge_index` is the layer's place in the encoder, `merge_reducer` what happens between attention and MLP. The
+    forward pass gets `token_state`, which is None where the encoder runs unmerged.
     """
 
     merge_index: int
     merge_reducer: Reducer[Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Handed to the forward pass, as one that is run again (gradient checkpointing) finds no scope.
+        if kwargs.get("token_state") is None and (state := current_state()) is not None:
+            kwargs["token_state"] = state
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def attention_bias(self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState) -> Tensor | None:
         """The additive mask to hand to the layer's attention."""
         wanted = self.merge_reducer.wants_bias(self)  # type: ignore[arg-type]
         return state.attention_bias(self.merge_index, hidden_states.dtype, attention_mask, wanted)
 
-    def merge_step(self, hidden_states: Tensor, normed: Tensor, state: TokenState) -> Tensor:
-        """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]."""
-        return self.merge_reducer.reduce(hidden_states, normed, self, self.merge_index, state)  # type: ignore[arg-type]
+    def merge_step(
+        self,
+        hidden_states: Tensor,
+        normed: Tensor,
+        state: TokenState,
+        bias: Tensor | Callable[[], Tensor | None] | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. `bias`, `rotate`: see `AttentionInputs`."""
+        inputs = AttentionInputs(bias, rotate)
+        return self.merge_reducer.reduce(hidden_states, normed, self, self.merge_index, state, inputs)  # type: ignore[arg-type]
 
 
 class Backbone(ABC):
     """One family. Stateless: everything is read off the encoder that is passed in.
 
-    `encoder_class` is the stock module that runs the layers and hands its keyword arguments on to them, `models` the
-    whole models in which that encoder may be merged, by the Auto class that yields them, `layer_merging` the mixin for
-    its layers.
+    `encoder_class` is the stock module that runs the layers, `layer_merging` the mixin for them. `models` are the
+    whole models in which that encoder may be merged, by the Auto class that yields them; `other_models` those that no
+    Auto class yields. Of these, `composites` do more than see, and are costed by their encoder alone; `averaging`
+    average the tokens that the encoder hands on, without knowing their sizes; `dense` read all tokens in place.
     """
 
     encoder_class: ClassVar[type[nn.Module]]
-    models: ClassVar[dict[str, type[nn.Module]]]
     layer_merging: ClassVar[type[LayerMerging]]
+    models: ClassVar[Mapping[str, tuple[type[nn.Module], ...]]]
+    other_models: ClassVar[tuple[type[nn.Module], ...]] = ()
+    composites: ClassVar[tuple[type[nn.Module], ...]] = ()
+    averaging: ClassVar[tuple[type[nn.Module], ...]] = ()
+    dense: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    def all_models(self) -> tuple[type[nn.Module], ...]:
+        """Every model class of the family, once."""
+        return tuple(dict.fromkeys([*(cls for group in self.models.values() for cls in group), *self.other_models]))
+
+    def model_mixins(self, model_class: type) -> tuple[type, ...]:
+        """Mixins for a merged model of a class, in front of the class itself."""
+        return (Averaging,) if issubclass(model_class, self.averaging) else ()
 
     @abstractmethod
     def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
@@ -63,6 +93,30 @@ class Backbone(ABC):
     def key_linear(self, layer: nn.Module) -> tuple[nn.Module, int]:
         """The module that maps a layer's normalised input to keys, and the number of heads."""
 
+    @abstractmethod
+    def query_linear(self, layer: nn.Module) -> nn.Module:
+        """The module that maps a layer's normalised input to queries."""
+
+    def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+        """Modules that read merged tokens or their number, each with the mixin that makes it read them right."""
+        yield from ()
+
+    def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Sizes [B, N] for inputs that come with padding (size 0), read off the encoder's arguments; None: no such."""
+        return None
+
+    def check(self, model: nn.Module, encoder: nn.Module) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise UnsupportedModelError for a model of the family that is set up in a way that cannot be merged."""
+
+    def keys(self, layer: nn.Module, normed: Tensor) -> Tensor:
+        """Attention keys as the layer computes them: [B, n, D] -> [B, n, H, d]."""
+        linear, heads = self.key_linear(layer)
+        return linear(normed).unflatten(-1, (heads, -1))
+
+    def queries(self, layer: nn.Module, normed: Tensor) -> Tensor:
+        """Attention queries as the layer computes them: [B, n, D] -> [B, n, H, d]."""
+        return self.query_linear(layer)(normed).unflatten(-1, (self.key_linear(layer)[1], -1))
+
     def key_projection(self, layer: nn.Module) -> KeyProjection:
         """The map to attention keys, as weights."""
         linear, heads = self.key_linear(layer)
@@ -70,11 +124,25 @@ class Backbone(ABC):
 
     def mean_keys(self, layer: nn.Module, normed: Tensor) -> Tensor:
         """Attention keys averaged over heads: [B, n, D] -> [B, n, d]."""
-        linear, heads = self.key_linear(layer)
-        if type(linear) is nn.Linear:
+        if type(self.key_linear(layer)[0]) is nn.Linear:
             return F.linear(normed, *mean_key_projection(self.key_projection(layer)))
         # Whatever else stands there (LoRA, quantised weights) knows its own keys; its weight alone may not.
-        return linear(normed).unflatten(-1, (heads, -1)).mean(dim=-2)
+        return self.keys(layer, normed).mean(dim=-2)
+
+    def first_token_attention(self, layer: nn.Module, normed: Tensor, inputs: AttentionInputs) -> Tensor:
+        """How much the first token attends to each token, averaged over heads: [B, n, D] -> [B, n], float32.
+
+        From the layer's own projections, whatever the attention implementation. The first token is never rotated.
+        """
+        query = self.queries(layer, normed[:, :1]).transpose(1, 2)  # [B, H, 1, d]
+        keys = self.keys(layer, normed).transpose(1, 2)  # [B, H, n, d]
+        if inputs.rotate is not None:
+            keys = inputs.rotate(keys)
+        scores = (query @ keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+        bias = inputs.bias() if callable(inputs.bias) else inputs.bias
+        if bias is not None:
+            scores = scores + bias[:, :, :1].float()
+        return scores.softmax(dim=-1).mean(dim=1).squeeze(1)
 
     def num_tokens(self, encoder: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
         """Tokens that enter the first layer for an image of a size in pixels (None: the model's own)."""
@@ -85,38 +153,49 @@ class Backbone(ABC):
             raise BadValue("image_size", image_size, f"at least one patch of {patch_height}×{patch_width} pixels")
         return (height // patch_height) * (width // patch_width) + self.num_prefix_tokens(encoder)
 
+    def frames(self, model: nn.Module) -> int:
+        """How many images a model sees at once; their tokens are handed on together."""
+        return 1
+
     def encoder_cost(
         self, model: nn.Module, encoder: nn.Module, metric_cost: Callable[[nn.Module], tuple[int, int]]
     ) -> EncoderCost:
         """Count the multiply-adds of matrix products and convolutions, as `torch.utils.flop_counter` does."""
         layers = self.layers(encoder)
         inside = {id(module) for layer in layers for module in layer.modules()}
-        outside = [module for module in model.modules() if id(module) not in inside]
         merge_embedding = getattr(encoder, "merge_embedding", None)
         if merge_embedding is not None:
-            learned = {id(module) for module in merge_embedding.modules()}
-            outside = [module for module in outside if id(module) not in learned]
+            inside |= {id(module) for module in merge_embedding.modules()}
+        seeing = encoder if isinstance(model, self.composites) else model
+        outside = [module for module in seeing.modules() if id(module) not in inside]
+        stem, head, tail = self.outside_cost(outside)
         return EncoderCost(
             layers=tuple(self._layer_cost(layer, *metric_cost(layer)) for layer in layers),
-            stem=sum(m.weight.numel() for m in outside if isinstance(m, nn.Conv2d)),
-            head=_linear_cost(outside),
+            stem=stem,
+            head=head,
+            tail=tail,
             num_prefix_tokens=self.num_prefix_tokens(encoder),
         )
+
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
+        """Multiply-adds of the modules around the layers: per patch, per image, and per token handed on."""
+        return sum(m.weight.numel() for m in modules if isinstance(m, nn.Conv2d)), linear_cost(modules), 0
 
     def _layer_cost(self, layer: nn.Module, metric: int, metric_width: int) -> LayerCost:
         before = list(self.attention(layer).modules())
         seen = {id(module) for module in before}
         after = [module for module in layer.modules() if id(module) not in seen]
         return LayerCost(
-            before=_linear_cost(before),
+            before=linear_cost(before),
             per_pair=2 * self.key_projection(layer).weight.shape[0],
-            after=_linear_cost(after),
+            after=linear_cost(after),
             metric=metric,
             metric_width=metric_width,
         )
 
 
-def _linear_cost(modules: Sequence[nn.Module]) -> int:
+def linear_cost(modules: Sequence[nn.Module]) -> int:
+    """Multiply-adds of all linear maps among modules, each applied to one token."""
     return sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
 
 

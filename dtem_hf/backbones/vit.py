@@ -27,13 +27,13 @@ class ViTLayerMerging(LayerMerging):
         normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         attended, _ = self.attention(normed, bias, **kwargs)
-        hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state)
+        hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
         return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
 
 
-class ViTBackbone(Backbone):
-    encoder_class = ViTModel
-    models = {"AutoModel": ViTModel, "AutoModelForImageClassification": ViTForImageClassification}
+class ViTLike(Backbone):
+    """Families whose layers are built like those of ViT."""
+
     layer_merging = ViTLayerMerging
 
     def layers(self, encoder: Any) -> Sequence[nn.Module]:
@@ -47,3 +47,11 @@ class ViTBackbone(Backbone):
 
     def key_linear(self, layer: Any) -> tuple[nn.Module, int]:
         return layer.attention.k_proj, layer.attention.num_attention_heads
+
+    def query_linear(self, layer: Any) -> nn.Module:
+        return layer.attention.q_proj
+
+
+class ViTFamily(ViTLike):
+    encoder_class = ViTModel
+    models = {"AutoModel": (ViTModel,), "AutoModelForImageClassification": (ViTForImageClassification,)}

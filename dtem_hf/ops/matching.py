@@ -43,18 +43,31 @@ def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(1, 2)
 
 
-def _descending_order(x: Tensor) -> Tensor:
+def descending_order(x: Tensor) -> Tensor:
     """Indices that sort the last dimension, largest first, equal values by position."""
     if torch.compiler.is_exporting():
         return x.topk(x.shape[-1]).indices  # ONNX has no stable sort; its TopK keeps the order of equal values
     return x.argsort(dim=-1, descending=True, stable=True)
 
 
-def bipartite_soft_matching(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Matching:
+def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
+    """Let tokens that stand for nothing (padding) be merged first: scores [B, A, B'], bool [B, A] and [B, B'].
+
+    Merging one changes nothing, so it outranks every cosine, whatever its partner; and nothing but padding is merged
+    into padding while there is a choice, where two tokens would meet for no reason of their own.
+    """
+    scores = scores.masked_fill(empty_b.unsqueeze(1), -2.0)
+    return scores.masked_fill(empty_a.unsqueeze(2), 2.0)
+
+
+def bipartite_soft_matching(
+    metric: Tensor, r: int, num_prefix_tokens: int = 1, empty: Tensor | None = None
+) -> Matching:
     """Match every A token with its most similar B token and choose the r best pairs (METHOD.md section 3).
 
     `metric` [B, N, d], any floating dtype; r ≤ (N - P) // 2. Equal scores go to the lower position, so the result
-    depends on neither batch size nor device. Raises ValueError where r does not fit.
+    depends on neither batch size nor device. `empty` [B, N] marks padding, which is merged before all else. Raises
+    ValueError where r does not fit.
     """
     largest = (metric.shape[1] - num_prefix_tokens) // 2
     if not 0 <= r <= largest:
@@ -68,7 +81,9 @@ def bipartite_soft_matching(metric: Tensor, r: int, num_prefix_tokens: int = 1) 
         everybody = torch.arange(even, device=metric.device).expand(batch, -1)
         return Matching(nobody, nobody, everybody, num_prefix_tokens)
     scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
+    if empty is not None:
+        scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
     best, partner = scores.max(dim=-1)  # the first of equal maxima
-    order = _descending_order(best)
+    order = descending_order(best)
     merged = order[:, :r]
     return Matching(merged, partner.gather(1, merged), order[:, r:].sort(dim=-1).values, num_prefix_tokens)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .matching import cosine_scores
+from .matching import cosine_scores, put_empty_first
 
 
 _EPSILON = torch.finfo(torch.float32).eps
@@ -36,6 +36,62 @@ def _clip_with_straight_gradient(x: Tensor) -> Tensor:
     return x + (x.clamp(0, 1) - x).detach()
 
 
+def soft_assignment(
+    metric: Tensor,
+    num_active: int,
+    r: int,
+    num_prefix_tokens: int = 1,
+    top_k: int = 3,
+    score_temperature: float = 0.1,
+    assignment_temperature: float = 0.1,
+    empty: Tensor | None = None,
+) -> Tensor:
+    """Which share of every A token goes into which B token: metric [B, N, d] -> [B, a, b] in [0, 1], float32.
+
+    A is every second of the `num_active` first tokens from the first after the prefix, B every second from the one
+    after that. `empty` [B, N] marks padding, which is merged before all else. r ≤ (num_active - num_prefix_tokens) //
+    2, else ValueError.
+    """
+    largest = (num_active - num_prefix_tokens) // 2
+    if not 0 <= r <= largest:
+        raise ValueError(
+            f"r={r} does not fit {num_active} active tokens of which {num_prefix_tokens} are prefix: "
+            f"0 to {largest} would."
+        )
+    a, b = _soft_split(num_active, num_prefix_tokens)
+    with torch.autocast(metric.device.type, enabled=False):
+        scores = cosine_scores(metric[:, a], metric[:, b])
+        if empty is not None:
+            scores = put_empty_first(scores, empty[:, a], empty[:, b])
+        return soft_grouping(scores, r, top_k, score_temperature, assignment_temperature)
+
+
+def _soft_split(num_active: int, num_prefix_tokens: int) -> tuple[slice, slice]:
+    return slice(num_prefix_tokens, num_active, 2), slice(num_prefix_tokens + 1, num_active, 2)
+
+
+def move_mass(
+    x: Tensor, sizes: Tensor, assignment: Tensor, num_active: int, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Merge softly along an assignment: x [B, N, D], sizes [B, N], assignment [B, a, b] -> x, sizes.
+
+    No token leaves: one that was merged away has a size near 0. Positions are unchanged; `size_order` says how to sort
+    them for the next layer. float32 inside, `x` keeps its dtype.
+    """
+    a, b = _soft_split(num_active, num_prefix_tokens)
+    with torch.autocast(x.device.type, enabled=False):
+        size_a, size_b = sizes[:, a], sizes[:, b]
+        flow = assignment.transpose(1, 2)  # [B, b, a]
+        new_size_b = size_b + (flow @ size_a.unsqueeze(-1)).squeeze(-1)
+        total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
+        # A token of B that was merged away in an earlier layer and that nobody joins now has no mass: it becomes 0.
+        new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
+        new_size_a = size_a * _clip_with_straight_gradient(1 - assignment.sum(dim=-1))
+    at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
+    x = x.index_copy(1, at_b, new_b.to(x.dtype))
+    return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)
+
+
 def soft_merging(
     x: Tensor,
     sizes: Tensor,
@@ -49,32 +105,12 @@ def soft_merging(
 ) -> tuple[Tensor, Tensor]:
     """Merge r of the `num_active` first tokens softly: x [B, N, D], sizes [B, N], metric [B, N, d] -> x, sizes.
 
-    A is every second active token from the first after the prefix, B every second from the one after that. No token
-    leaves: one that was merged away has a size near 0. Positions are unchanged; `size_order` says how to sort them for
-    the next layer. float32 inside, `x` keeps its dtype. r ≤ (num_active - num_prefix_tokens) // 2, else ValueError.
+    `soft_assignment` says what goes where, `move_mass` moves it. Raises ValueError where r does not fit.
     """
-    largest = (num_active - num_prefix_tokens) // 2
-    if not 0 <= r <= largest:
-        raise ValueError(
-            f"r={r} does not fit {num_active} active tokens of which {num_prefix_tokens} are prefix: "
-            f"0 to {largest} would."
-        )
-    a = slice(num_prefix_tokens, num_active, 2)
-    b = slice(num_prefix_tokens + 1, num_active, 2)
-    with torch.autocast(x.device.type, enabled=False):
-        assignment = soft_grouping(
-            cosine_scores(metric[:, a], metric[:, b]), r, top_k, score_temperature, assignment_temperature
-        )
-        size_a, size_b = sizes[:, a], sizes[:, b]
-        flow = assignment.transpose(1, 2)  # [B, b, a]
-        new_size_b = size_b + (flow @ size_a.unsqueeze(-1)).squeeze(-1)
-        total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
-        # A token of B that was merged away in an earlier layer and that nobody joins now has no mass: it becomes 0.
-        new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
-        new_size_a = size_a * _clip_with_straight_gradient(1 - assignment.sum(dim=-1))
-    at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
-    x = x.index_copy(1, at_b, new_b.to(x.dtype))
-    return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)
+    assignment = soft_assignment(
+        metric, num_active, r, num_prefix_tokens, top_k, score_temperature, assignment_temperature
+    )
+    return move_mass(x, sizes, assignment, num_active, num_prefix_tokens)
 
 
 def size_order(sizes: Tensor, num_active: int, num_prefix_tokens: int = 1) -> Tensor:

@@ -3,9 +3,9 @@
 import sys
 
 from ..discovery import import_all
-from .base import Reducer, make_reducer
+from .base import AttentionInputs, Reducer, make_reducer
 
 
 import_all(sys.modules[__name__])
 
-__all__ = ["Reducer", "make_reducer"]
+__all__ = ["AttentionInputs", "Reducer", "make_reducer"]

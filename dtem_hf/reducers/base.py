@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from ..configuration import MergeConfig
 from ..embedding import DecoupledEmbedding
-from ..schedule import EncoderCost, Schedule
+from ..schedule import EncoderCost
 from ..token_state import TokenState
 
 
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=MergeConfig)
 
+
+class AttentionInputs(NamedTuple):
+    """What a layer's scores depend on beside its projections.
+
+    `bias` [B or 1, 1 or H, 1 or n, n] is added to them, and may be a function that makes it; `rotate` maps keys
+    [B, H, n, d] to rotated ones.
+    """
+
+    bias: Tensor | Callable[[], Tensor | None] | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
+
+
 _REDUCERS: dict[str, type[Reducer[Any]]] = {}
 
 
@@ -26,6 +40,8 @@ class Reducer(ABC, Generic[C]):
     """One method, set up for one backbone. Holds no tensors and nothing about a pass."""
 
     config_class: ClassVar[type[MergeConfig]]
+    # Whether each token that leaves a layer joins one that stays, and so at most half of them can leave.
+    pairwise: ClassVar[bool] = True
 
     def __init__(self, config: C, backbone: Backbone) -> None:
         self.config = config
@@ -35,10 +51,8 @@ class Reducer(ABC, Generic[C]):
         if "config_class" in cls.__dict__:
             _REDUCERS[cls.config_class.method] = cls
 
-    @property
-    @abstractmethod
-    def schedule(self) -> Schedule:
-        """How many tokens each layer loses."""
+    def check(self, encoder: nn.Module) -> None:
+        """Raise UnsupportedModelError for an encoder that has not what the method needs."""
 
     def embed_dim(self, encoder: nn.Module) -> int | None:
         """Width of the learned embedding this method adds to an encoder, None if it learns nothing."""
@@ -53,10 +67,12 @@ class Reducer(ABC, Generic[C]):
         """Multiply-adds per token to compute what tokens are compared by in a layer, and its width."""
 
     @abstractmethod
-    def reduce(self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+    def reduce(
+        self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
+    ) -> Tensor:
         """Reduce the tokens of layer `index`, behind its attention: x [B, n, D] -> [B, n', D].
 
-        `normed` [B, n, D] is what fed the layer's queries, keys and values.
+        `normed` [B, n, D] is what fed the layer's queries, keys and values, `attention` what else its scores saw.
         """
 
     def wants_bias(self, layer: nn.Module) -> bool:
@@ -69,7 +85,8 @@ class Reducer(ABC, Generic[C]):
 
     def encoder_cost(self, model: nn.Module, encoder: nn.Module) -> EncoderCost:
         """Multiply-adds of a model with this reduction."""
-        return self.backbone.encoder_cost(model, encoder, lambda layer: self.metric_cost(encoder, layer))
+        cost = self.backbone.encoder_cost(model, encoder, lambda layer: self.metric_cost(encoder, layer))
+        return replace(cost, pairwise=self.pairwise)
 
 
 def make_reducer(config: MergeConfig, backbone: Backbone) -> Reducer[Any]:

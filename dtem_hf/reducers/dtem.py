@@ -58,18 +58,23 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
         sizes = state.sizes(index)
         if sizes is None:
             sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-        x, sizes = ops.soft_merging(
-            x,
-            sizes,
+        before, prefix = sizes, state.num_prefix_tokens
+        assignment = ops.soft_assignment(
             metric,
             active,
             r,
-            state.num_prefix_tokens,
+            prefix,
             self.config.top_k,
             self.config.score_temperature,
             self.config.assignment_temperature,
+            state.padding(index),
         )
-        order = ops.size_order(sizes, active, state.num_prefix_tokens)
+        x, sizes = ops.move_mass(x, before, assignment, active, prefix)
+        order = ops.size_order(sizes, active, prefix)
         x, sizes = ops.permute_tokens(x, order), ops.permute_tokens(sizes, order)
-        state.leave(index, x, sizes, active - r, lambda: order.argsort(dim=-1))
+
+        def carry(positions: Tensor) -> Tensor:
+            return ops.permute_tokens(ops.move_mass(positions, before, assignment, active, prefix)[0], order)
+
+        state.leave(index, x, sizes, active - r, source=lambda: order.argsort(dim=-1), carry=carry)
         return x

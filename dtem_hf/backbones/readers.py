@@ -1,0 +1,140 @@
+"""For what reads the tokens of a merged encoder: averages and pooling heads that weigh them, grids that are whole.
+
+The mixins ask for the scope of the pass they run in, and leave everything as it is where nothing was merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..scope import Scope, current_scope, current_state, open_scope
+from ..token_state import TokenState
+
+
+def weigh_tokens(x: Tensor, state: TokenState) -> Tensor:
+    """Scale patch tokens so that their plain mean is the one weighted by sizes: [B, n, D] -> [B, n, D]."""
+    sizes = state.final_sizes
+    if sizes is None:
+        return x
+    prefix = state.num_prefix_tokens
+    weights = sizes[:, prefix:]
+    if x.shape[1] != state.num_tokens:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
+        weights = weights * weights.shape[1] / weights.sum(dim=1, keepdim=True)
+    weighed = (x[:, prefix:].float() * weights.unsqueeze(-1)).to(x.dtype)
+    return torch.cat([x[:, :prefix], weighed], dim=1)
+
+
+def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool) -> Any:
+    """What a merged encoder hands on: weighed for a plain mean, and with all tokens back in place, as is wanted.
+
+    `output` is a ModelOutput or a tuple that begins with the last hidden state. Where hard-merged tokens are put back,
+    each is there as often as it counts, and a plain mean is right as it is.
+    """
+    last = output[0]
+    if average and (not unmerge or last.shape[1] == state.num_tokens):
+        last = weigh_tokens(last, state)
+    if unmerge:
+        last = ops.unmerge_tokens(last, state.source(-1))
+    if isinstance(output, tuple):
+        return (last, *(_unmerge_recorded(part, state) if unmerge else part for part in output[1:]))
+    output[next(iter(output))] = last
+    if unmerge and output.get("hidden_states") is not None:
+        output["hidden_states"] = _unmerge_recorded(output["hidden_states"], state)
+    return output
+
+
+def _unmerge_recorded(states: Any, state: TokenState) -> Any:
+    """Put the tokens of recorded hidden states back; of a plain tuple's parts, they are known by their number."""
+    if not isinstance(states, tuple) or len(states) != state.num_layers + 1:
+        return states
+    put_back = [x if x is None else ops.unmerge_tokens(x, state.source(i)) for i, x in enumerate(states[1:])]
+    return (states[0], *put_back)
+
+
+class ScopedForward:
+    """Base of mixins that run the forward pass of what they are mixed into inside a scope, under its own signature."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        stock = getattr(super(), "forward", None)
+        if stock is None:  # the mixin itself, with no module below it yet
+            return
+        names = list(signature(stock).parameters)[1:]
+
+        @wraps(stock)  # torch.export and Trainer read the signature
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        """Call `stock`; `inputs` are its arguments by name."""
+        raise NotImplementedError
+
+
+class Averaging(ScopedForward):
+    """A model that takes the plain mean of the tokens that a module inside hands on."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        with open_scope(Scope(averages=True)):
+            return stock()
+
+
+class MaskedAveraging(ScopedForward):
+    """A model that takes the mean of the tokens that are no padding, by the mask of the tokens as they came."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        with open_scope(Scope(averages=True, unmerges=True)):
+            return stock()
+
+
+class Averaged(ScopedForward):
+    """A module between an encoder and a model that averages: what the encoder hands on is normalised in it first."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        outer = current_scope()
+        with open_scope(Scope()) as inner:
+            output = stock()
+        if outer is not None:
+            outer.state = inner.state
+            outer.num_tokens += inner.num_tokens
+            if outer.averages and inner.state is not None and inner.state.changed:
+                output = finish_output(output, inner.state, unmerge=False, average=not inner.unmerged)
+        return output
+
+
+class WeighedMean:
+    """A pooler that takes the plain mean of the patch tokens it is given."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        state = current_state()
+        if state is not None and getattr(self, "layernorm", None) is not None:
+            hidden_states = weigh_tokens(hidden_states, state)
+        return super().forward(hidden_states)  # type: ignore[misc]
+
+
+class WeighedAttention:
+    """An `nn.MultiheadAttention` whose keys are merged tokens: each counts as many times as it stands for patches."""
+
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        attn_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        state = current_state()
+        bias = None if state is None else state.final_bias(query.dtype)
+        if bias is not None:  # [B, 1, 1, n] -> [B · H, 1, n]
+            attn_mask = bias.squeeze(1).repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
+        return super().forward(query, key, value, attn_mask=attn_mask, **kwargs)  # type: ignore[misc]
