@@ -27,7 +27,8 @@ class FollowingBias:
         if layer is None:
             return super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
         state, index = layer
-        bias = super().forward(window_size, interpolate_pos_encoding, state.num_tokens)  # type: ignore[misc]
+        dim_size = state.num_tokens if index else dim_size
+        bias = super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
         positions = state.positions(index)
         if not state.has_merged(index) or positions is None:
             return bias
