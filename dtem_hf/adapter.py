@@ -1,7 +1,8 @@
 """A merge adapter: the learned embedding of one backbone, as a folder or a Hub repository of about a megabyte.
 
-A repository holds `merge_config.json`, `merge_adapter.safetensors` and `README.md`. Nothing in it is run, no path in
-it is followed, and its tensors are checked against its config before they are read.
+A repository holds `merge_config.json`, `merge_adapter.safetensors` and `README.md`. Two of them are read, the first
+two: nothing is run, no path in them is followed, sizes are bounded, and the tensors are checked against the config
+before they are read.
 """
 
 from __future__ import annotations
@@ -10,27 +11,26 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .card import CARD_NAME, card_of
-from .configuration import CONFIG_NAME, MergeConfig
+from .configuration import CONFIG_NAME, MergeConfig, check_version
 from .embedding import DecoupledEmbedding
 from .errors import AdapterError, BadValue
-from .files import read_json, replacing, write_json
+from .files import LARGEST_JSON, read_json, replacing, write_json
+from .hub import download
+from .publishing import publish_folder
 
 
 WEIGHTS_NAME = "merge_adapter.safetensors"
+# Far above any backbone's: 48 layers of width 3,200 and an embedding of 256 are 157 MB.
+_LARGEST_WEIGHTS = 1 << 28
 _LARGEST_HEADER = 1 << 20
 
 
@@ -51,17 +51,17 @@ class BackboneFacts:
             raise BadValue("backbone", values, f"an object with {', '.join(f.name for f in fields(cls))}")
         if not isinstance(values.get("model_type"), str):
             raise BadValue("backbone.model_type", values.get("model_type"), "text")
-        for name in ("num_layers", "hidden_size"):
+        for name, most in (("num_layers", 4096), ("hidden_size", 1 << 20)):
             value = values.get(name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
-                raise BadValue(f"backbone.{name}", value, "a whole number, 1 or more")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise BadValue(f"backbone.{name}", value, f"a whole number, 1 to {most}")
         for name in ("base_model", "base_revision"):
             if not isinstance(values.get(name), (str, type(None))):
                 raise BadValue(f"backbone.{name}", values[name], "text or null")
         return cls(**{f.name: values.get(f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
 
-class MergeAdapter(ModelHubMixin):
+class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"], license="apache-2.0"):
     """A method's config, its learned tensors, and the backbone they were learned for.
 
     `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32.
@@ -106,28 +106,46 @@ class MergeAdapter(ModelHubMixin):
             )
         embedding.load_state_dict(self.tensors)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **kwargs: Any,
-    ) -> str | None:
+        **push_to_hub_kwargs: Any,
+    ) -> CommitInfo | None:
         """Write config, tensors and card into a folder (made if needed); each file whole or not at all.
 
-        A card that is there is kept. Other files are left alone. Returns the commit's URL where it was pushed.
+        A card that is there is kept. Other files are left alone. With `push_to_hub`, what of the folder belongs to the
+        adapter is published (keywords are those of the method of that name), and the commit returned.
         """
         directory = Path(save_directory)
-        with replacing(directory / WEIGHTS_NAME) as temporary:
-            save_file(self.tensors, temporary, metadata={"format": "pt"})
-        write_json(directory / CONFIG_NAME, {**self.config.to_dict(), "backbone": asdict(self.backbone)})
+        self._save_pretrained(directory)
         if not (directory / CARD_NAME).exists():
-            card_of(self.config, self.backbone, evaluation=None).save(directory / CARD_NAME)
+            self.generate_model_card().save(directory / CARD_NAME)
         if push_to_hub:
-            kwargs.pop("config", None), kwargs.pop("model_card_kwargs", None)
-            return self.push_to_hub(repo_id or directory.name, **kwargs)
+            return publish_folder(directory, repo_id or directory.name, **push_to_hub_kwargs)
         return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        with replacing(save_directory / WEIGHTS_NAME) as temporary:
+            save_file(self.tensors, temporary, metadata={"format": "pt"})
+        write_json(save_directory / CONFIG_NAME, {**self.config.to_dict(), "backbone": asdict(self.backbone)})
+
+    def generate_model_card(self, **kwargs: Any) -> ModelCard:  # type: ignore[override]
+        """The card of an adapter about which nothing more is known (keywords are `card_of`'s)."""
+        return card_of(self.config, self.backbone, **{"evaluation": None, **kwargs})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:  # type: ignore[override]
+        """Publish the adapter in one commit, in a repository that is made if needed. Returns the commit.
+
+        `private`: make it private (refused where a public repository is there). `branch` or `revision`: commit to
+        that branch, made if needed. `create_pr`: propose the commit. `commit_message`, `token`: the client's own.
+        `overwrite_card`: replace a README.md that is there. Raises what `dtem_hf.hub.publish` does.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return publish_folder(folder, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -142,31 +160,28 @@ class MergeAdapter(ModelHubMixin):
     ) -> MergeAdapter:
         """Read an adapter from a folder or from the Hub.
 
-        Raises FileNotFoundError where there is none, AdapterError (or ValueError naming a config field) where it is
-        not sound. The backbone is not downloaded.
+        Raises FileNotFoundError where there is none, PermissionError where it may not be had, and AdapterError (a
+        ValueError) where it is not sound. The backbone is not downloaded.
         """
-        name = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(name):
-            return cls._read(Path(name) / CONFIG_NAME, Path(name) / WEIGHTS_NAME, name)
-        options: dict[str, Any] = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-        try:
-            config_path = Path(hf_hub_download(name, CONFIG_NAME, **options))
-            weights_path = Path(hf_hub_download(name, WEIGHTS_NAME, **options))
-        except HFValidationError as error:
-            raise FileNotFoundError(
-                f"merge={name!r} is neither a folder here nor a Hub id (user/repo): {error}"
-            ) from error
-        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-            raise FileNotFoundError(
-                f"no merge adapter at {name!r} (revision {revision or 'main'}): {error}"
-            ) from error
-        return cls._read(config_path, weights_path, name)
+        return cls._from_pretrained(
+            model_id=os.fspath(pretrained_model_name_or_path),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, revision: str | None = None, **options: Any
+    ) -> MergeAdapter:
+        if os.path.isdir(model_id):
+            return cls._read(Path(model_id) / CONFIG_NAME, Path(model_id) / WEIGHTS_NAME, model_id)
+        config_path, commit = download(model_id, CONFIG_NAME, LARGEST_JSON, revision, **options)
+        # Of the same commit, whatever is pushed in between.
+        weights_path, _ = download(model_id, WEIGHTS_NAME, _LARGEST_WEIGHTS, commit, **options)
+        return cls._read(config_path, weights_path, model_id)
 
     @classmethod
     def from_reference(cls, reference: str | os.PathLike[str], **hub_kwargs: Any) -> MergeAdapter:
@@ -177,11 +192,16 @@ class MergeAdapter(ModelHubMixin):
 
     @classmethod
     def _read(cls, config_path: Path, weights_path: Path, name: str) -> MergeAdapter:
-        values = read_json(config_path)
-        if not isinstance(values, dict):
-            raise AdapterError(f"{name}: {CONFIG_NAME} holds no JSON object.")
-        backbone = BackboneFacts.from_dict(values.pop("backbone", None))
-        config = MergeConfig.from_dict(values)
+        try:
+            values = read_json(config_path)
+            if not isinstance(values, dict):
+                raise BadValue(CONFIG_NAME, values, "a JSON object")
+            # First, as everything else may be different in another version.
+            check_version(values.pop("version", None))
+            backbone = BackboneFacts.from_dict(values.pop("backbone", None))
+            config = MergeConfig.from_dict(values)
+        except BadValue as error:
+            raise AdapterError(f"{name}: in {CONFIG_NAME}, {error}") from error
         if not weights_path.is_file():
             raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {name}")
         return cls(config, _read_tensors(weights_path, backbone, getattr(config, "embed_dim", None)), backbone)
@@ -197,30 +217,49 @@ def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]
 
 def _read_tensors(path: Path, backbone: BackboneFacts, embed_dim: int | None) -> dict[str, Tensor]:
     """Read an adapter's tensors, whose names, shapes and dtype are checked before anything is allocated."""
-    expected = {f"layers.{i}.{part}" for i in range(min(backbone.num_layers, 4096)) for part in ("weight", "bias")}
     tensors = {}
     try:
+        _check_sizes(path)
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != expected:
-                odd = sorted(names ^ expected)
-                raise AdapterError(
-                    f"{path.name}: its tensors are not those of {backbone.num_layers} layers; "
-                    f"first difference: {odd[0]!r}."
-                )
-            width = embed_dim or file.get_slice("layers.0.bias").get_shape()[0]
-            for key in sorted(names):
-                part = file.get_slice(key)
-                shape = [width, backbone.hidden_size] if key.endswith("weight") else [width]
-                if part.get_shape() != shape or part.get_dtype() != "F32":
-                    raise AdapterError(
-                        f"{path.name}: {key} is {part.get_dtype()} {part.get_shape()}, "
-                        f"and F32 {shape} would fit its config."
-                    )
-            for key in sorted(names):
-                tensors[key] = file.get_tensor(key)
+            _check_header(file, path.name, backbone, embed_dim)
+            for key in file.keys():  # noqa: SIM118  # no dict
+                # A copy: the file is mapped, and what is done to it later must not reach the adapter.
+                tensors[key] = file.get_tensor(key).clone()
                 if not tensors[key].isfinite().all():
                     raise AdapterError(f"{path.name}: {key} holds NaN or infinity.")
-    except (SafetensorError, OSError, IndexError) as error:
+    except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path.name} is not a readable safetensors file: {error}.") from error
-    return tensors
+    return dict(sorted(tensors.items()))
+
+
+def _check_sizes(path: Path) -> None:
+    """Raise AdapterError where a file, or the header it announces, is larger than any adapter's."""
+    if path.stat().st_size > _LARGEST_WEIGHTS:
+        raise AdapterError(f"{path.name} has {path.stat().st_size} bytes and should have {_LARGEST_WEIGHTS} at most.")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _LARGEST_HEADER:
+        raise AdapterError(
+            f"{path.name} is not a readable safetensors file: a header of {length} bytes, "
+            f"and {_LARGEST_HEADER} are the most."
+        )
+
+
+def _check_header(file: Any, filename: str, backbone: BackboneFacts, embed_dim: int | None) -> None:
+    """Raise AdapterError for the first name, shape or dtype that is not what the config says."""
+    names = set(file.keys())
+    expected = {f"layers.{i}.{part}" for i in range(backbone.num_layers) for part in ("weight", "bias")}
+    if names != expected:
+        odd = min(names ^ expected)
+        raise AdapterError(
+            f"{filename}: its tensors are not those of {backbone.num_layers} layers; first difference: {odd[:200]!r}."
+        )
+    first = file.get_slice("layers.0.bias").get_shape()
+    width = embed_dim or (first[0] if first else 0)
+    for key in sorted(names):
+        part = file.get_slice(key)
+        shape = [width, backbone.hidden_size] if key.endswith("weight") else [width]
+        if part.get_shape() != shape or part.get_dtype() != "F32" or not width:
+            raise AdapterError(
+                f"{filename}: {key} is {part.get_dtype()} {part.get_shape()}, and F32 {shape} would fit its config."
+            )

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .configuration import MergeConfig
 from .errors import BadValue
-from .files import read_json, write_text
+from .files import write_text
+from .records import as_code, as_text, data_name_of, entry, is_repo_id, read_record, versions_of
 from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
@@ -29,7 +27,10 @@ if TYPE_CHECKING:
     from .adapter import BackboneFacts
 
 CARD_NAME = "README.md"
+EVALUATION_NAME = "evaluation.json"
 TRAINING_NAME = "training.json"
+# By these names a folder's pictures are put into its card.
+PICTURES = {"accuracy.png": "Accuracy against multiply-adds", "merged_tokens.png": "Merged tokens"}
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "evit": "EViT", "dtem": "DTEM"}
 _AUTO_CLASSES = {
@@ -38,13 +39,6 @@ _AUTO_CLASSES = {
     "image-to-text": "AutoModelForImageTextToText",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
-_LONGEST_TEXT = 1000
-_LARGEST_NUMBER = 1e18  # which no record holds, nor infinity, nor NaN
-# What a record of a run may hold and a published card must not: Hub tokens, and folders of the machine it was made on.
-_PRIVATE = (
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
-    (re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"]+/)+(?=[^\s/'\"])"), "…/"),
-)
 
 
 def card_of(
@@ -61,15 +55,15 @@ def card_of(
     `pictures` are file names in the adapter's folder by caption; `repo_id` is the repository the card will lie in.
     Raises ValueError that names an entry of the JSON, a picture or a repository that makes no sense.
     """
-    if repo_id is not None and not _is_repo_id(repo_id):
+    if repo_id is not None and not is_repo_id(repo_id):
         raise BadValue("repo_id", repo_id, "a Hub id like user/repo")
-    task = _entry(evaluation or {}, "evaluation", "task", str, "image-classification")
+    task = entry(evaluation or {}, "evaluation", "task", str, "image-classification")
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", task):
         raise BadValue("evaluation.task", task, "a pipeline tag like image-classification")
-    base_model = backbone.base_model if _is_repo_id(backbone.base_model) else None
+    base_model = backbone.base_model if is_repo_id(backbone.base_model) else None
     results = [] if evaluation is None else _rows(evaluation)
     measured = [row for row in results if row["method"] == config.method]
-    if measured and _entry(evaluation or {}, "evaluation", "adapter", str, None) is None:
+    if measured and entry(evaluation or {}, "evaluation", "adapter", str, None) is None:
         raise BadValue(
             "evaluation.adapter", None, f"its {config.method} rows were measured with no adapter; name this one"
         )
@@ -77,13 +71,13 @@ def card_of(
         _metadata(config, backbone, base_model, task, evaluation, results, training),
         template_path=str(_TEMPLATE),
         method=method_name(config.method),
-        backbone=_code(backbone.base_model) if backbone.base_model else f"a {_code(backbone.model_type)} backbone",
+        backbone=as_code(backbone.base_model) if backbone.base_model else f"a {as_code(backbone.model_type)} backbone",
         facts={
-            "Backbone": _code(backbone.base_model) if backbone.base_model else "not recorded",
-            "Revision": _code(backbone.base_revision) if backbone.base_revision else None,
-            "Model type": _code(backbone.model_type),
+            "Backbone": as_code(backbone.base_model) if backbone.base_model else "not recorded",
+            "Revision": as_code(backbone.base_revision) if backbone.base_revision else None,
+            "Model type": as_code(backbone.model_type),
             "Size": f"{backbone.num_layers} layers, width {backbone.hidden_size}",
-            "Merge config": _code(json.dumps(config.to_dict())),
+            "Merge config": as_code(json.dumps(config.to_dict())),
         },
         auto_class=_AUTO_CLASSES.get(task, "AutoModel"),
         base_id=json.dumps(base_model or "your/backbone"),
@@ -94,8 +88,47 @@ def card_of(
         ],
         evaluation=None if evaluation is None else _evaluation_text(evaluation, results),
         training=None if training is None else _training_text(training),
-        pictures=[(_escape(caption), _picture_path(name)) for caption, name in (pictures or {}).items()],
+        pictures=[(as_text(caption), _picture_path(name)) for caption, name in (pictures or {}).items()],
     )
+
+
+def folder_card(
+    adapter_dir: str | os.PathLike[str],
+    evaluation_path: str | os.PathLike[str] | None = None,
+    training_path: str | os.PathLike[str] | None = None,
+    pictures: dict[str, str] | None = None,
+    repo_id: str | None = None,
+) -> str:
+    """The text of the card of an adapter folder.
+
+    What is left out is taken from the folder if it is there: `evaluation.json`, `training.json`, `accuracy.png` and
+    `merged_tokens.png`. `pictures` are files in the folder by caption. Raises FileNotFoundError for what is named and
+    not there, and what `card_of` raises.
+    """
+    from .adapter import MergeAdapter  # adapter.py needs this module
+
+    folder = Path(adapter_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no adapter folder {folder}")
+    if pictures is None:
+        pictures = {caption: name for name, caption in PICTURES.items() if (folder / name).is_file()}
+    for name in pictures.values():
+        if not (folder / _picture_path(name)).is_file():
+            raise FileNotFoundError(f"there is no picture {name} in {folder}")
+    if evaluation_path is None and (folder / EVALUATION_NAME).is_file():
+        evaluation_path = folder / EVALUATION_NAME
+    if training_path is None and (folder / TRAINING_NAME).is_file():
+        training_path = folder / TRAINING_NAME
+    adapter = MergeAdapter.from_pretrained(folder)
+    card = card_of(
+        adapter.config,
+        adapter.backbone,
+        None if evaluation_path is None else read_record(evaluation_path),
+        training=None if training_path is None else read_record(training_path),
+        pictures=pictures,
+        repo_id=repo_id,
+    )
+    return f"{card}\n"
 
 
 def write_card(
@@ -106,35 +139,14 @@ def write_card(
     overwrite: bool = False,
     repo_id: str | None = None,
 ) -> Path:
-    """Write the card of an adapter folder, whole or not at all, and return its path.
+    """Write the card that `folder_card` makes of a folder, whole or not at all, and return its path.
 
-    `training_path` left out, `training.json` in the folder is read if there is one; `pictures` are files in the folder
-    by caption. Raises FileExistsError where a card is there and `overwrite` is false, FileNotFoundError for what is
-    not there, and what `card_of` raises.
+    Raises FileExistsError where a card is there and `overwrite` is false, and what `folder_card` raises.
     """
-    from .adapter import MergeAdapter  # adapter.py needs this module
-
-    folder = Path(adapter_dir)
-    path = folder / CARD_NAME
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no adapter folder {folder}")
+    path = Path(adapter_dir) / CARD_NAME
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; pass overwrite=True to replace it")
-    for name in (pictures or {}).values():
-        if not (folder / _picture_path(name)).is_file():
-            raise FileNotFoundError(f"there is no picture {name} in {folder}")
-    if training_path is None and (folder / TRAINING_NAME).is_file():
-        training_path = folder / TRAINING_NAME
-    adapter = MergeAdapter.from_pretrained(folder)
-    card = card_of(
-        adapter.config,
-        adapter.backbone,
-        None if evaluation_path is None else _read_record(evaluation_path),
-        training=None if training_path is None else _read_record(training_path),
-        pictures=pictures,
-        repo_id=repo_id,
-    )
-    write_text(path, f"{card}\n")
+    write_text(path, folder_card(adapter_dir, evaluation_path, training_path, pictures, repo_id))
     return path
 
 
@@ -170,7 +182,7 @@ def _metadata(
     training: dict[str, Any] | None,
 ) -> ModelCardData:
     model_type = backbone.model_type if re.fullmatch(r"[a-z]\w*([.-]\w+)*", backbone.model_type, re.ASCII) else None
-    data_name = _data_name(training, "training")
+    data_name = data_name_of(training, "training")
     measured = [] if evaluation is None else _eval_results(task, evaluation, results, config.method)
     return ModelCardData(
         library_name="dtem-hf",
@@ -180,7 +192,7 @@ def _metadata(
         pipeline_tag=task,
         tags=[tag for tag in ("token-merging", config.method, model_type) if tag],
         # What it was trained on. A name without a user is a folder's, and on the Hub nobody's.
-        datasets=[data_name] if data_name and "/" in data_name and _is_repo_id(data_name) else None,
+        datasets=[data_name] if data_name and "/" in data_name and is_repo_id(data_name) else None,
         metrics=["accuracy"] if measured else None,
         model_name=f"{config.method}-{(base_model or model_type or 'adapter').split('/')[-1]}" if measured else None,
         eval_results=measured or None,
@@ -191,8 +203,8 @@ def _eval_results(
     task: str, evaluation: dict[str, Any], results: list[dict[str, Any]], method: str
 ) -> list[EvalResult]:
     """Top-1 and top-5 of the adapter's method at every r."""
-    name = _data_name(evaluation, "evaluation") or "unnamed"
-    dataset_type = name if _is_repo_id(name) else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:96] or "unnamed"
+    name = data_name_of(evaluation, "evaluation") or "unnamed"
+    dataset_type = name if is_repo_id(name) else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:96] or "unnamed"
     return [
         EvalResult(
             task_type=task,
@@ -212,7 +224,7 @@ def _eval_results(
 def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an evaluation, checked."""
     rows = []
-    for i, row in enumerate(_entry(evaluation, "evaluation", "rows", list)):
+    for i, row in enumerate(entry(evaluation, "evaluation", "rows", list)):
         where = f"evaluation.rows[{i}]"
         if not isinstance(row, dict):
             raise BadValue(where, row, "an object")
@@ -220,14 +232,14 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             reduction_label(row.get("r"))
         except BadValue as error:
             raise BadValue(f"{where}.r", row.get("r"), error.expected) from error
-        checked: dict[str, Any] = {"method": _entry(row, where, "method", str), "r": row.get("r")}
+        checked: dict[str, Any] = {"method": entry(row, where, "method", str), "r": row.get("r")}
         if not re.fullmatch(r"[a-z0-9_]{1,32}", checked["method"]):
             raise BadValue(f"{where}.method", checked["method"], "the name of a method, like dtem")
         for name in ("agreement", "kl", "multiply_adds", "ratio"):
-            checked[name] = _entry(row, where, name, float)
+            checked[name] = entry(row, where, name, float)
         # No labels; too few images to time.
         for name in ("top1", "top5", "images_per_second", "speedup"):
-            checked[name] = _entry(row, where, name, float, None)
+            checked[name] = entry(row, where, name, float, None)
         rows.append(checked)
     return rows
 
@@ -235,19 +247,19 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 def _evaluation_text(evaluation: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
     """What the template says of an evaluation."""
     where = "evaluation"
-    data = _entry(evaluation, where, "data", dict)
-    num_images = _entry(data, "evaluation.data", "num_images", int)
-    size = _entry(evaluation, where, "image_size", list)
+    data = entry(evaluation, where, "data", dict)
+    num_images = entry(data, "evaluation.data", "num_images", int)
+    size = entry(evaluation, where, "image_size", list)
     if len(size) != 2 or not all(isinstance(extent, int) for extent in size):
         raise BadValue("evaluation.image_size", size, "[height, width]")
-    device, dtype, command = (_code(_entry(evaluation, where, name, str)) for name in ("device", "dtype", "command"))
-    threads, batch_size = (_entry(evaluation, where, name, int) for name in ("threads", "batch_size"))
-    hardware = _entry(evaluation, where, "hardware", str, None)
-    machine = f"{device}, {threads} threads" if hardware is None else _code(hardware)
+    device, dtype, command = (as_code(entry(evaluation, where, name, str)) for name in ("device", "dtype", "command"))
+    threads, batch_size = (entry(evaluation, where, name, int) for name in ("threads", "batch_size"))
+    hardware = entry(evaluation, where, "hardware", str, None)
+    machine = f"{device}, {threads} threads" if hardware is None else as_code(hardware)
     conditions = {
-        "Images": f"{num_images:,} of {_code(_data_name(evaluation, where) or 'unnamed')}, {size[0]}×{size[1]} pixels",
+        "Images": f"{num_images:,} of {as_code(data_name_of(evaluation, where) or 'unnamed')}, {size[0]}×{size[1]} pixels",
         "Hardware": f"{machine}, batch size {batch_size}, {dtype}",
-        "Versions": _versions(evaluation, where),
+        "Versions": versions_of(evaluation, where),
         "Command": command,
     }
     return {"conditions": conditions, "labelled": _is_labelled(results), **_table(results)}
@@ -273,8 +285,8 @@ def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
     for row in sorted(results, key=place):
         cells.append(
             [
-                _escape(method_name(row["method"])),
-                _escape(reduction_label(row["r"])),
+                as_text(method_name(row["method"])),
+                as_text(reduction_label(row["r"])),
                 *([_figure(row["top1"], ".2f"), _figure(row["top5"], ".2f")] if labelled else []),
                 f"{row['agreement']:.2f}",
                 f"{row['kl']:.4f}",
@@ -297,86 +309,37 @@ def _is_labelled(results: list[dict[str, Any]]) -> bool:
 def _training_text(training: dict[str, Any]) -> dict[str, Any]:
     """What the template says of a training run; what was not recorded is left out."""
     where = "training"
-    data = _entry(training, where, "data", dict, {})
-    best = _entry(training, where, "best_validation", dict, {})
-    figures = {name: _entry(best, "training.best_validation", name, float) for name in best}
+    data = entry(training, where, "data", dict, {})
+    best = entry(training, where, "best_validation", dict, {})
+    figures = {name: entry(best, "training.best_validation", name, float) for name in best}
     numbers = {
-        name: _entry(training, where, name, int, None) for name in ("steps", "images_seen", "best_step", "seed")
+        name: entry(training, where, name, int, None) for name in ("steps", "images_seen", "best_step", "seed")
     }
-    num_images = _entry(data, "training.data", "num_images", int, None)
-    seconds = _entry(training, where, "seconds", float, None)
-    hardware = _entry(training, where, "hardware", str, None)
-    command = _entry(training, where, "command", str, None)
-    name = _data_name(training, where)
+    num_images = entry(data, "training.data", "num_images", int, None)
+    seconds = entry(training, where, "seconds", float, None)
+    hardware = entry(training, where, "hardware", str, None)
+    command = entry(training, where, "command", str, None)
+    name = data_name_of(training, where)
     facts = {
-        "Data": None if name is None else _code(name) + ("" if num_images is None else f", {num_images:,} images"),
+        "Data": None if name is None else as_code(name) + ("" if num_images is None else f", {num_images:,} images"),
         "Steps": None if numbers["steps"] is None else f"{numbers['steps']:,}",
         "Images seen": None if numbers["images_seen"] is None else f"{numbers['images_seen']:,}",
         "Time": None if seconds is None else f"{seconds:,.0f} s",
         "Best step": None if numbers["best_step"] is None else f"{numbers['best_step']:,}",
-        "Validation at the best step": ", ".join(f"{_code(key)} {value:.4g}" for key, value in figures.items())
+        "Validation at the best step": ", ".join(f"{as_code(key)} {value:.4g}" for key, value in figures.items())
         or None,
         "Seed": numbers["seed"],
-        "Hardware": None if hardware is None else _code(hardware),
-        "Versions": _versions(training, where),
-        "Command": None if command is None else _code(command),
+        "Hardware": None if hardware is None else as_code(hardware),
+        "Versions": versions_of(training, where),
+        "Command": None if command is None else as_code(command),
     }
-    arguments = _entry(training, where, "arguments", dict, {})
+    arguments = entry(training, where, "arguments", dict, {})
     return {
         "facts": facts,
         "arguments": [
-            (_code(name), _code(json.dumps(value, ensure_ascii=False))) for name, value in arguments.items()
+            (as_code(name), as_code(json.dumps(value, ensure_ascii=False))) for name, value in arguments.items()
         ],
     }
-
-
-def _versions(record: Mapping[str, Any], where: str) -> str | None:
-    versions = _entry(record, where, "versions", dict, {})
-    return ", ".join(f"{_code(name)} {_code(value)}" for name, value in versions.items()) or None
-
-
-def _data_name(record: Mapping[str, Any] | None, where: str) -> str | None:
-    """The name of a record's data, on one line."""
-    data = _entry(record or {}, where, "data", dict, {})
-    return _clean(_entry(data, f"{where}.data", "name", str, "")) or None
-
-
-_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
-    str: (str, "text"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    list: (list, "a list"),
-    dict: (dict, "an object"),
-}
-
-
-def _entry(record: Mapping[str, Any], where: str, name: str, kind: type, default: Any = MISSING) -> Any:
-    """An entry of a record, checked to be of a kind; `default` where it is absent or null, if there is a default."""
-    value = record.get(name)
-    if value is None and default is not MISSING:
-        return default
-    types, expected = _KINDS[kind]
-    fits = isinstance(value, types)
-    if kind in (int, float):
-        fits = fits and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER  # type: ignore[arg-type]
-    if not fits:
-        raise BadValue(f"{where}.{name}", value, expected)
-    return value
-
-
-def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    record = read_json(path)
-    if not isinstance(record, dict):
-        raise BadValue(Path(path).name, type(record).__name__, "a JSON object")
-    return record
-
-
-def _is_repo_id(name: str | None) -> bool:
-    try:
-        validate_repo_id(name or "")
-    except HFValidationError:
-        return False
-    return bool(name)
 
 
 def _picture_path(name: str) -> str:
@@ -386,22 +349,3 @@ def _picture_path(name: str) -> str:
             "pictures", name, "the name of a file in the adapter's folder, of letters, digits, '_', '-' and '.'"
         )
     return name
-
-
-def _clean(value: Any) -> str:
-    """Text on one line of printable characters, without what is private."""
-    text = "".join(character if character.isprintable() else " " for character in str(value))
-    for pattern, replacement in _PRIVATE:
-        text = pattern.sub(replacement, text)
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…"
-
-
-def _code(value: Any) -> str:
-    """Text as a code span, in which Markdown knows nothing but the backtick. (In a table it would also know bars.)"""
-    return f"`{_clean(value).replace('`', chr(39)) or ' '}`"
-
-
-def _escape(value: Any) -> str:
-    """Text in running Markdown, with nothing in it special."""
-    return re.sub(r"([\\`*_{}\[\]()<>#|~&$@:!])", r"\\\1", _clean(value))

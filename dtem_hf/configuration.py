@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
+from . import __version__
 from .errors import BadValue
 from .files import read_json, write_json
 from .schedule import EncoderCost, FlopsSchedule, KeepRateSchedule, Schedule, as_schedule
@@ -80,18 +81,19 @@ class MergeConfig(ABC):
         if not isinstance(values, dict):
             raise BadValue("merge", values, "a JSON object made by MergeConfig.to_dict()")
         values = dict(values)
+        # First, as a newer format may name methods that are not known here.
+        check_version(values.pop("version", None))
         method = values.pop("method", getattr(cls, "method", None))
         kind = MergeConfig._methods.get(method) if isinstance(method, str) else None
         if kind is None:
             raise BadValue("method", method, f"one of {', '.join(sorted(MergeConfig._methods))}")
         if not issubclass(kind, cls):
             raise BadValue("method", method, f"{cls.__name__} reads {cls.method!r}; use MergeConfig.from_dict for any")
-        check_version(values.pop("version", None))
         known = {f.name for f in fields(kind)}
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(
-                f"{kind.__name__}: ignoring {', '.join(unknown)}, which this version of dtem_hf does not know; "
+                f"{kind.__name__}: ignoring {_shorten(unknown)}, which this version of dtem_hf does not know; "
                 "upgrade dtem_hf if they matter.",
                 stacklevel=2,
             )
@@ -220,10 +222,23 @@ def check_version(version: Any) -> None:
     major, minor = map(int, parts)
     if major > FORMAT_VERSION[0]:
         raise BadValue(
-            "version", version, f"this dtem_hf reads formats up to {FORMAT_VERSION[0]}.x; upgrade dtem_hf to read it"
+            "version",
+            version,
+            f"this dtem_hf ({__version__}) reads formats up to {FORMAT_VERSION[0]}.x; upgrade dtem_hf to one that "
+            f"reads format {major}.{minor}: pip install --upgrade dtem-hf",
         )
     if (major, minor) > FORMAT_VERSION:
-        warnings.warn(f"merge config of format {version}, newer than this dtem_hf knows; upgrade it.", stacklevel=3)
+        warnings.warn(
+            f"merge config of format {major}.{minor}, newer than the {'.'.join(map(str, FORMAT_VERSION))} that this "
+            f"dtem_hf ({__version__}) knows; pip install --upgrade dtem-hf.",
+            stacklevel=3,
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    """Names from a file that anyone may have written, for a message."""
+    shown = ", ".join(name if name.isidentifier() else repr(name) for name in (name[:50] for name in names[:5]))
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from .errors import BadValue
 
 
-_LARGEST_JSON = 1 << 20
+LARGEST_JSON = 1 << 20
+_DEEPEST_JSON = 64
 
 
 @contextmanager
@@ -45,13 +46,27 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file of at most 1 MiB. Raises FileNotFoundError, or ValueError that names the file."""
+    """Read a JSON file of at most 1 MiB and 64 levels. Raises FileNotFoundError, or ValueError that names the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
-    if path.stat().st_size > _LARGEST_JSON:
-        raise BadValue(path.name, f"{path.stat().st_size} bytes", f"a JSON file of at most {_LARGEST_JSON} bytes")
+    if path.stat().st_size > LARGEST_JSON:
+        raise BadValue(path.name, f"{path.stat().st_size} bytes", f"a JSON file of at most {LARGEST_JSON} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadValue(path.name, str(error), f"{path} is not valid JSON") from error
+    if not _is_flatter(value, _DEEPEST_JSON):
+        raise BadValue(path.name, "deeply nested", f"a JSON file of at most {_DEEPEST_JSON} levels")
+    return value
+
+
+def _is_flatter(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested in at most so many levels."""
+    level = [value]
+    for _ in range(most + 1):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [item for part in parts for item in part]
+        if not level:
+            return True
+    return False

@@ -69,6 +69,18 @@ def test_what_is_no_json_is_refused_by_name(tmp_path: Path, content: bytes) -> N
         read_json(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a": ', "}")])
+def test_json_is_read_to_a_depth_and_no_further(tmp_path: Path, opening: str, closing: str) -> None:
+    (tmp_path / "x.json").write_text(opening * 64 + "1" + closing * 64)
+    value = read_json(tmp_path / "x.json")
+    for _ in range(64):
+        value = value[0] if isinstance(value, list) else value["a"]
+    assert value == 1
+    (tmp_path / "x.json").write_text(opening * 65 + "1" + closing * 65)
+    with pytest.raises(BadValue, match="at most 64 levels"):
+        read_json(tmp_path / "x.json")
+
+
 def test_json_beyond_a_megabyte_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b" " * (1 << 20) + b"1")
     with pytest.raises(BadValue, match="at most 1048576 bytes"):
