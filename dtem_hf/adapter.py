@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,11 +89,23 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         return self.tensors["layers.0.weight"].shape[0]
 
     def check_fits(self, backbone: BackboneFacts) -> None:
-        """Raise AdapterError that says which number differs from the backbone it is to be attached to."""
+        """Raise AdapterError that says which number differs from the backbone it is to be attached to.
+
+        Warns where everything fits and the backbone is known to be another one, or another revision of the same.
+        """
         for name in ("model_type", "num_layers", "hidden_size"):
             ours, theirs = getattr(self.backbone, name), getattr(backbone, name)
             if ours != theirs:
                 raise AdapterError(f"{name}: the adapter was trained for {ours!r}, the model has {theirs!r}.")
+        for name in ("base_model", "base_revision"):
+            ours, theirs = getattr(self.backbone, name), getattr(backbone, name)
+            if ours is not None and theirs is not None and ours != theirs:
+                warnings.warn(
+                    f"{name}: the adapter was trained for {ours!r}, the model is {theirs!r}. It fits, but measure "
+                    "what it does there, or load the backbone that it was trained for.",
+                    stacklevel=3,
+                )
+                break
 
     def load_into(self, embedding: DecoupledEmbedding | None) -> None:
         """Copy the tensors into a model's embedding of the same shape. Raises AdapterError where it has none."""
@@ -177,11 +190,16 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         cls, *, model_id: str, revision: str | None = None, **options: Any
     ) -> MergeAdapter:
         if os.path.isdir(model_id):
-            return cls._read(Path(model_id) / CONFIG_NAME, Path(model_id) / WEIGHTS_NAME, model_id)
-        config_path, commit = download(model_id, CONFIG_NAME, LARGEST_JSON, revision, **options)
-        # Of the same commit, whatever is pushed in between.
-        weights_path, _ = download(model_id, WEIGHTS_NAME, _LARGEST_WEIGHTS, commit, **options)
-        return cls._read(config_path, weights_path, model_id)
+            config, backbone = _read_config(Path(model_id) / CONFIG_NAME, model_id)
+            weights = Path(model_id) / WEIGHTS_NAME
+            if not weights.is_file():
+                raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {model_id}")
+        else:
+            path, commit = download(model_id, CONFIG_NAME, LARGEST_JSON, revision, **options)
+            config, backbone = _read_config(path, model_id)
+            # Of the same commit, whatever is pushed in between.
+            weights, _ = download(model_id, WEIGHTS_NAME, _largest_weights(config, backbone), commit, **options)
+        return cls(config, _read_tensors(weights, config, backbone), backbone)
 
     @classmethod
     def from_reference(cls, reference: str | os.PathLike[str], **hub_kwargs: Any) -> MergeAdapter:
@@ -189,22 +207,6 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         name, revision = split_reference(reference)
         pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         return cls.from_pretrained(name, **pinned, **hub_kwargs)
-
-    @classmethod
-    def _read(cls, config_path: Path, weights_path: Path, name: str) -> MergeAdapter:
-        try:
-            values = read_json(config_path)
-            if not isinstance(values, dict):
-                raise BadValue(CONFIG_NAME, values, "a JSON object")
-            # First, as everything else may be different in another version.
-            check_version(values.pop("version", None))
-            backbone = BackboneFacts.from_dict(values.pop("backbone", None))
-            config = MergeConfig.from_dict(values)
-        except BadValue as error:
-            raise AdapterError(f"{name}: in {CONFIG_NAME}, {error}") from error
-        if not weights_path.is_file():
-            raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {name}")
-        return cls(config, _read_tensors(weights_path, backbone, getattr(config, "embed_dim", None)), backbone)
 
 
 def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
@@ -215,13 +217,37 @@ def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]
     return (pinned[1], pinned[2]) if pinned else (os.fspath(reference), None)
 
 
-def _read_tensors(path: Path, backbone: BackboneFacts, embed_dim: int | None) -> dict[str, Tensor]:
+def _read_config(path: Path, name: str) -> tuple[MergeConfig, BackboneFacts]:
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise BadValue(CONFIG_NAME, values, "a JSON object")
+        # First, as everything else may be different in another version.
+        check_version(values.pop("version", None))
+        backbone = BackboneFacts.from_dict(values.pop("backbone", None))
+        return MergeConfig.from_dict(values), backbone
+    except BadValue as error:
+        raise AdapterError(f"{name}: in {CONFIG_NAME}, {error}") from error
+
+
+def _embed_dim(config: MergeConfig) -> int | None:
+    return getattr(config, "embed_dim", None)
+
+
+def _largest_weights(config: MergeConfig, backbone: BackboneFacts) -> int:
+    """The most bytes that tensors of a config can take in a file; an embedding is no wider than its backbone."""
+    width = _embed_dim(config) or backbone.hidden_size
+    numbers = backbone.num_layers * width * (backbone.hidden_size + 1)
+    return min(_LARGEST_HEADER + 4 * numbers, _LARGEST_WEIGHTS)
+
+
+def _read_tensors(path: Path, config: MergeConfig, backbone: BackboneFacts) -> dict[str, Tensor]:
     """Read an adapter's tensors, whose names, shapes and dtype are checked before anything is allocated."""
     tensors = {}
     try:
-        _check_sizes(path)
+        _check_sizes(path, _largest_weights(config, backbone))
         with safe_open(path, framework="pt") as file:
-            _check_header(file, path.name, backbone, embed_dim)
+            _check_header(file, path.name, backbone, _embed_dim(config))
             for key in file.keys():  # noqa: SIM118  # no dict
                 # A copy: the file is mapped, and what is done to it later must not reach the adapter.
                 tensors[key] = file.get_tensor(key).clone()
@@ -232,10 +258,11 @@ def _read_tensors(path: Path, backbone: BackboneFacts, embed_dim: int | None) ->
     return dict(sorted(tensors.items()))
 
 
-def _check_sizes(path: Path) -> None:
-    """Raise AdapterError where a file, or the header it announces, is larger than any adapter's."""
-    if path.stat().st_size > _LARGEST_WEIGHTS:
-        raise AdapterError(f"{path.name} has {path.stat().st_size} bytes and should have {_LARGEST_WEIGHTS} at most.")
+def _check_sizes(path: Path, largest: int) -> None:
+    """Raise AdapterError where a file is too large for its config, or the header that it announces for any."""
+    size = path.stat().st_size
+    if size > largest:
+        raise AdapterError(f"{path.name} has {size} bytes, and its config calls for {largest} at most.")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _LARGEST_HEADER:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -10,7 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .adapter import MergeAdapter
 from .backbones import check_attention_implementation, families, unsupported
-from .modeling import UNSET, MergeLike, attach, merged_class, resolve_merge
+from .errors import AdapterError
+from .modeling import ADAPTER_ARGUMENTS, UNSET, MergeLike, attach, merged_class, resolve_merge
 
 
 _HUB_ARGUMENTS = (
@@ -23,7 +27,6 @@ _HUB_ARGUMENTS = (
     "token",
     "trust_remote_code",
 )
-_ADAPTER_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 class MergingAutoClass:
@@ -40,13 +43,14 @@ class MergingAutoClass:
         stock = super().from_pretrained  # type: ignore[misc]
         # Read before the backbone, which is the larger download.
         if not isinstance(merge, MergeAdapter) and merge is not UNSET:
-            options = {name: kwargs[name] for name in _ADAPTER_ARGUMENTS if name in kwargs}
+            options = {name: kwargs[name] for name in ADAPTER_ARGUMENTS if name in kwargs}
             config, adapter = resolve_merge(merge, **options)
             merge = adapter or config
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             options = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+            with _adapters_named(cls.__name__, pretrained_model_name_or_path, **options):
+                config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
         if (merge is UNSET and getattr(config, "merge", None) is None) or (
             merge is None and not hasattr(config, "merge")
         ):
@@ -118,6 +122,26 @@ class AutoModelForImageTextToText(MergingAutoClass, transformers.AutoModelForIma
 
 class AutoModelForZeroShotImageClassification(MergingAutoClass, transformers.AutoModelForZeroShotImageClassification):
     """`transformers.AutoModelForZeroShotImageClassification` with `merge=`."""
+
+
+@contextmanager
+def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **options: Any) -> Iterator[None]:
+    """Say of an adapter that was given as a model what it is, and what it is for."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        pinned = f"{name}@{revision}" if revision and not os.path.isdir(name) else name
+        try:
+            adapter = MergeAdapter.from_reference(
+                pinned, **{key: value for key, value in options.items() if key in ADAPTER_ARGUMENTS}
+            )
+        except (OSError, ValueError):
+            raise error from None
+        base_model = adapter.backbone.base_model or "the backbone"
+        raise AdapterError(
+            f"{name} is a merge adapter for {base_model} ({adapter.backbone.model_type}) and no model: "
+            f"{auto_name}.from_pretrained({base_model!r}, merge={str(pinned)!r})."
+        ) from error
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
@@ -24,7 +25,6 @@ from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
     from transformers import PretrainedConfig
 
 _SHOWN_RESULTS = 5
@@ -154,13 +154,15 @@ def info(
       dtem-hf info user/dtem-deit-small@main --json
     """
     from .adapter import MergeAdapter
+    from .publishing import card_results
+    from .records import clean
 
     loaded = MergeAdapter.from_reference(adapter)
     merge = {**loaded.config.to_dict(), "embed_dim": loaded.embed_dim}
     backbone = asdict(loaded.backbone)
     parameters = sum(tensor.numel() for tensor in loaded.tensors.values())
     size_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
-    results = [_as_values(result) for result in _card_results(adapter)]
+    results = card_results(adapter)
     if as_json:
         _print_json(
             {
@@ -174,13 +176,69 @@ def info(
         )
         return
 
-    facts = [(name, str(value)) for name, value in {**merge, **backbone}.items() if value is not None]
+    facts = [(name, clean(value)) for name, value in {**merge, **backbone}.items() if value is not None]
     facts += [("parameters", f"{parameters:,}"), ("size", f"{size_bytes:,} bytes")]
     facts += [
         (f"{result['dataset']}, {result['metric']}", str(result["value"])) for result in results[:_SHOWN_RESULTS]
     ]
+    if not results:
+        facts.append(("results", "not evaluated"))
+    elif len(results) > _SHOWN_RESULTS:
+        facts.append(("results", f"{len(results) - _SHOWN_RESULTS} more with --json"))
     typer.echo(adapter)
     _print_table((), facts)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter's folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository, made if it is not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it private; refused where a public one is there.")
+    ] = False,
+    branch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Commit to this branch, made if it is not there.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")] = False,
+    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="What the commit says.")] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a README.md that is in the repository.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be published, and publish nothing.")
+    ] = False,
+) -> None:
+    """Publish an adapter on the Hub, in one commit.
+
+    Published are its config, tensors, card with pictures, and the records of training and evaluation without the
+    folders of this machine; nothing else of the folder. The token is that of `hf auth login`, or HF_TOKEN.
+
+    \b
+    Examples:
+      dtem-hf push runs/deit_tiny/adapter user/dtem-deit-tiny --dry-run
+      dtem-hf push runs/deit_tiny/adapter user/dtem-deit-tiny --private
+      dtem-hf push runs/deit_tiny/adapter other/dtem-deit-tiny --create-pr
+    """
+    from .publishing import publish_folder, published_files
+
+    if dry_run:
+        sizes = [(name, f"{len(data):,}") for name, data in sorted(published_files(folder, repo_id).items())]
+        _print_table(("file", "bytes"), sizes)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        commit = publish_folder(
+            folder,
+            repo_id,
+            private=private or None,
+            branch=branch,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            overwrite_card=overwrite_card,
+        )
+    for warning in caught:
+        typer.secho(f"Note: {warning.message}", fg=typer.colors.YELLOW, err=True)
+    typer.echo(f"published: {commit.pr_url or commit}")
 
 
 @app.command()
@@ -278,36 +336,6 @@ def _set_reduction(model: Any, r: str | None, flops: float | None) -> None:
 
     if r is not None or flops is not None:
         model.set_reduction(None if r is None else parse_reduction(r), flops=flops)
-
-
-def _card_results(reference: str) -> list[EvalResult]:
-    """The evaluation results in an adapter's card; none where it has no card, or one that cannot be read."""
-    import yaml
-    from huggingface_hub import ModelCard, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from .adapter import split_reference
-    from .card import CARD_NAME
-
-    name, revision = split_reference(reference)
-    try:
-        path = (
-            Path(name, CARD_NAME) if Path(name).is_dir() else Path(hf_hub_download(name, CARD_NAME, revision=revision))
-        )
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-    except (EntryNotFoundError, ValueError, yaml.YAMLError):
-        return []
-    return card.data.eval_results or []
-
-
-def _as_values(result: EvalResult) -> dict[str, Any]:
-    return {
-        "task": result.task_type,
-        "dataset": result.dataset_name,
-        "split": result.dataset_split,
-        "metric": result.metric_name or result.metric_type,
-        "value": result.metric_value,
-    }
 
 
 def _print_json(values: dict[str, Any]) -> None:

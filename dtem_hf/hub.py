@@ -7,13 +7,14 @@ where the Hub cannot be reached while something is published. All are OSErrors t
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -52,6 +53,22 @@ def download(
             )
         path = hf_hub_download(repo_id, filename, revision=revision, **options)
     return Path(path), facts.commit_hash
+
+
+def cached_commit(repo_id: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
+    """The commit of which a model's config was just loaded from the Hub; None for a folder, or where it is not known.
+
+    The Hub is not asked.
+    """
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return str(revision)
+    if os.path.isdir(repo_id):
+        return None
+    try:
+        path = try_to_load_from_cache(repo_id, constants.CONFIG_NAME, cache_dir=cache_dir, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def publish(
@@ -129,64 +146,64 @@ def clear_errors(repo_id: str, revision: str | None = None, publishing: bool = F
     """Turn what the client raises inside the block into an OSError that names the repository and what to do."""
     try:
         yield
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {_first_line(error)}"
-        ) from error
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"{repo_id} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, and {_LOG_IN}."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no repository {repo_id} on {constants.ENDPOINT} that you may see, and no folder of that name "
-            f"here. Check the name; if the repository is private, {_LOG_IN}."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo_id} has no revision {revision!r}: name a branch, a tag, or a commit of it."
-        ) from error
-    except RemoteEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo_id} (revision {revision or MAIN}) is no merge adapter, or lacks a part: {_first_line(error)} "
-            f"There is no {_file_of(error)} in it."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_not_cached(repo_id, revision, error)) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            message = f"{constants.ENDPOINT} does not accept your token for {repo_id}: {_LOG_IN} of a valid one."
-        elif status == 403:
-            message = f"your token may not {'write to' if publishing else 'read'} {repo_id}: {error.server_message}."
-            message += " Take a token with write access to it, or create_pr=True." if publishing else ""
-        elif status == 412:
-            raise ConnectionError(f"{repo_id} is being changed by others all the time; try again.") from error
-        elif status < 500 and status not in (408, 429):
-            raise OSError(f"{repo_id}: the Hub refused: {error.server_message or _first_line(error)}") from error
-        else:
-            raise ConnectionError(f"{repo_id}: the Hub answered {_first_line(error)} Try again later.") from error
-        raise PermissionError(message) from error
-    except (HTTPError, ConnectionError, RuntimeError, TimeoutError) as error:
-        reason = _first_line(error.__cause__ or error)
-        raise ConnectionError(
-            f"{repo_id}: the connection to {constants.ENDPOINT} failed ({reason}). "
-            + ("Nothing was published; try again." if publishing else "Try again.")
-        ) from error
+    except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
+        raise _clear(error, repo_id, revision, publishing) from error
+    except ValueError as error:
+        # A forced download that failed says no more than that.
+        if not isinstance(error.__cause__, (HTTPError, OSError)):
+            raise
+        raise _clear(error.__cause__, repo_id, revision, publishing) from error
 
 
-def _not_cached(repo_id: str, revision: str | None, error: LocalEntryNotFoundError) -> str:
+def _clear(error: Exception, repo_id: str, revision: str | None, publishing: bool) -> OSError:
+    site, at = constants.ENDPOINT, f"{repo_id} (revision {revision or MAIN})"
+    if isinstance(error, HFValidationError):
+        return FileNotFoundError(f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {_first_line(error)}")
+    if isinstance(error, GatedRepoError):
+        return PermissionError(f"{repo_id} is gated: ask for access at {site}/{repo_id}, and {_LOG_IN}.")
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"there is no repository {repo_id} on {site} that you may see, and no folder of that name here. Check the "
+            f"name; if the repository is private, {_LOG_IN}."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"{repo_id} has no revision {revision!r}: name a branch, a tag, or a commit of it.")
+    if isinstance(error, RemoteEntryNotFoundError):
+        name = os.path.basename(error.response.url.path)
+        return FileNotFoundError(f"there is no {name} in {at}, so it is no merge adapter; look at {site}/{repo_id}.")
+    if isinstance(error, LocalEntryNotFoundError):
+        return FileNotFoundError(_not_cached(at, error))
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, repo_id, publishing)
+    if isinstance(error, (HTTPError, ConnectionError, RuntimeError, TimeoutError)):
+        after = "Nothing was published; the same command again goes on." if publishing else "Try again."
+        return ConnectionError(
+            f"{repo_id}: the connection to {site} failed ({_first_line(error.__cause__ or error)}). {after}"
+        )
+    return error if isinstance(error, OSError) else OSError(str(error))
+
+
+def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
+    status, said = error.response.status_code, error.server_message or _first_line(error)
+    if status == 401:
+        return PermissionError(f"{constants.ENDPOINT} does not accept your token for {repo_id}: {_LOG_IN} anew.")
+    if status == 403:
+        other = " Use a token that may, or create_pr=True (--create-pr) to propose a change." if publishing else ""
+        return PermissionError(f"your token may not {'write to' if publishing else 'read'} {repo_id}: {said}.{other}")
+    if status == 412:
+        return ConnectionError(f"{repo_id} is being changed by others all the time; try again.")
+    if status < 500 and status not in (408, 429):
+        return OSError(f"{repo_id}: the Hub refused: {said}")
+    return ConnectionError(f"{repo_id}: the Hub answered {status} ({said}); try again later.")
+
+
+def _not_cached(at: str, error: LocalEntryNotFoundError) -> str:
     """The client found nothing in its cache: nobody asked the Hub, or it gave no answer."""
-    what = f"{repo_id} (revision {revision or MAIN})"
     if error.__cause__ is None or constants.is_offline_mode():
-        return f"{what} is not in the cache, and the Hub was not asked (offline): load it once with a connection."
-    return f"{what} is not in the cache, and {constants.ENDPOINT} cannot be reached ({_first_line(error.__cause__)})."
+        return f"{at} is not in the cache, and the Hub was not asked (offline): load it once with a connection."
+    return f"{at} is not in the cache, and {constants.ENDPOINT} cannot be reached ({_first_line(error.__cause__)})."
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def _file_of(error: HfHubHTTPError) -> str:
-    return os.path.basename(str(error.response.url).split("?")[0])

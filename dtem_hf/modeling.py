@@ -26,6 +26,7 @@ from .backbones.readers import ScopedForward, finish_output
 from .configuration import MergeConfig
 from .embedding import DecoupledEmbedding
 from .errors import BadValue, UnsupportedModelError
+from .hub import cached_commit
 from .reducers import Reducer, make_reducer
 from .schedule import EncoderCost, FlopsSchedule, MergePlan
 from .scope import Scope, current_scope, open_scope
@@ -33,6 +34,8 @@ from .token_state import MergeTrace, TokenState
 
 
 EMBEDDING_KEYS = r"(^|\.)merge_embedding\."
+# What `from_pretrained` of a model hands on to that of an adapter.
+ADAPTER_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 MergeLike = MergeConfig | MergeAdapter | str | os.PathLike[str] | None
 # Stands for "not given", where None means "without merging".
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET"})()
@@ -204,7 +207,8 @@ class MergeMixin(Renamed):
             merge = config.merge  # type: ignore[union-attr]
         adapter: MergeAdapter | None = None
         if merge is not UNSET:
-            merge_config, adapter = resolve_merge(merge)
+            options = {name: kwargs[name] for name in ADAPTER_ARGUMENTS if name in kwargs}
+            merge_config, adapter = resolve_merge(merge, **options)
             if merge_config is not None:
                 check_attention_implementation(kwargs.get("attn_implementation"))
             kwargs["merge_config"] = adapter or merge_config
@@ -218,6 +222,11 @@ class MergeMixin(Renamed):
                 f"{pretrained_model_name_or_path}: its config records a merge with a learned embedding, and the "
                 f"checkpoint does not hold it ({missing[0]} is missing). Pass merge=DTEMConfig(...) to start from "
                 "keys, merge='adapter' to load an adapter, or merge=None for the plain model."
+            )
+        if getattr(model.config, "_commit_hash", None) is None:
+            # Newer transformers leave it out; an adapter records it.
+            model.config._commit_hash = cached_commit(
+                os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")
             )
         if adapter is not None:
             attach(model, adapter)
@@ -449,5 +458,5 @@ def _facts(model: Any, base_model: str | None = None) -> BackboneFacts:
         num_layers=len(layers),
         hidden_size=backbone.key_projection(layers[0]).weight.shape[1],
         base_model=name,
-        base_revision=getattr(model.config, "_commit_hash", None) if base_model is None else None,
+        base_revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
     )

@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault.delay)
             self.cut_after = fault.cut_after
         try:
-            if self.command == "PUT" and self.cut_after is not None:
+            if self.command in ("PUT", "POST") and self.cut_after is not None:
                 self.rfile.read(self.cut_after)
                 self._cut(0)
                 return
@@ -199,7 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
             for method, pattern, name in _ROUTES:
                 found = re.fullmatch(pattern, url.path)
                 if found and self.command in method.split():
-                    getattr(self, name)(**{key: unquote(value) for key, value in found.groupdict().items()})
+                    parts = found.groupdict(default="").items()
+                    getattr(self, name)(**{key: unquote(value) for key, value in parts})
                     return
             raise _Refused(404, f"the loopback Hub has no {self.command} {url.path}")
         except _Refused as refused:
@@ -342,7 +343,7 @@ class _Handler(BaseHTTPRequestHandler):
         found.tags[json.loads(self.body)["tag"]] = self._at(found, rev)
         self._json({})
 
-    def tree(self, repo: str, rev: str, under: str = "") -> None:
+    def tree(self, repo: str, rev: str, under: str) -> None:
         found = self._repo(repo)
         files = found.commits[self._at(found, rev)].files
         self._json([describe(path, data) for path, data in sorted(files.items()) if path.startswith(under)])

@@ -1,0 +1,114 @@
+"""What the tests of the Hub run in a process of its own, whose environment names the loopback Hub before
+huggingface_hub is imported."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+Client = Callable[..., Any]
+
+
+def hub_environment(endpoint: str, home: Path, token: str | None = None) -> dict[str, str]:
+    """The environment of a client of the loopback Hub, without whatever tokens and caches this machine has."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / ".check_for_update_done").touch()  # or the hf command asks PyPI for a newer version
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    tests = str(Path(__file__).parent)
+    path = os.pathsep.join([str(Path(tests).parent), tests, os.environ.get("PYTHONPATH", "")])
+    return {
+        **kept,
+        **{"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2"},
+        **{"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "PYTHONPATH": path},
+        **({} if token is None else {"HF_TOKEN": token}),
+    }
+
+
+@contextmanager
+def client_process(environment: dict[str, str]) -> Iterator[Client]:
+    """Yield a function that calls `module:name` with arguments in another process, and returns or raises what it does.
+
+    The process is started with the environment and lives as long as the block.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(environment):
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(int).result()
+    try:
+        yield lambda target, *args, **kwargs: pool.submit(call, target, args, kwargs).result(timeout=300)
+    finally:
+        pool.shutdown()
+
+
+def call(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call `module:name.of.attribute`."""
+    module, name = target.split(":")
+    found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found(*args, **kwargs)
+
+
+def warned(target: str, *args: Any, **kwargs: Any) -> list[str]:
+    """The warnings that a call gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(target, args, kwargs)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+def logits(model_name: str, pixels: Any, registered: bool = False, **kwargs: Any) -> Any:
+    """The logits of a classifier, by this package's Auto class or by transformers' own."""
+    import torch
+    import transformers
+
+    import dtem_hf
+
+    if registered:
+        dtem_hf.register()
+    auto = (transformers if registered else dtem_hf).AutoModelForImageClassification
+    try:
+        model = auto.from_pretrained(model_name, **kwargs)
+        with torch.inference_mode():
+            return model(pixels).logits
+    finally:
+        dtem_hf.unregister()
+
+
+def push_merged(base: str, adapter_repo: str, **kwargs: Any) -> str:
+    """Load a backbone from the Hub, merge it, and push the adapter. Returns the revision of the backbone it records."""
+    import dtem_hf
+
+    model = dtem_hf.AutoModelForImageClassification.from_pretrained(base, merge=dtem_hf.DTEMConfig(r=2))
+    model.push_merge_adapter(adapter_repo, **kwargs)
+    return model.to_merge_adapter().backbone.base_revision or ""
+
+
+def run_command(*arguments: str, token: str | None = None) -> tuple[int, str, str]:
+    """Run `dtem-hf` in this process: exit code, stdout, stderr."""
+    from typer.testing import CliRunner
+
+    from dtem_hf.cli import app
+
+    result = CliRunner().invoke(app, arguments, env={"HF_TOKEN": token, "COLUMNS": "200"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+def validate_card(path: str) -> None:
+    """huggingface_hub's own validation of a card, by the Hub's route."""
+    from huggingface_hub import ModelCard
+
+    ModelCard.load(path).validate()
