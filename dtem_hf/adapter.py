@@ -27,6 +27,7 @@ from .errors import AdapterError, BadValue
 from .files import LARGEST_JSON, read_json, replacing, write_json
 from .hub import download
 from .publishing import publish_folder
+from .records import clean
 
 
 WEIGHTS_NAME = "merge_adapter.safetensors"
@@ -119,7 +120,7 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             )
         embedding.load_state_dict(self.tensors)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -145,11 +146,11 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             save_file(self.tensors, temporary, metadata={"format": "pt"})
         write_json(save_directory / CONFIG_NAME, {**self.config.to_dict(), "backbone": asdict(self.backbone)})
 
-    def generate_model_card(self, **kwargs: Any) -> ModelCard:  # type: ignore[override]
+    def generate_model_card(self, **kwargs: Any) -> ModelCard:
         """The card of an adapter about which nothing more is known (keywords are `card_of`'s)."""
         return card_of(self.config, self.backbone, **{"evaluation": None, **kwargs})
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Publish the adapter in one commit, in a repository that is made if needed. Returns the commit.
 
         `private`: make it private (refused where a public repository is there). `branch` or `revision`: commit to
@@ -186,9 +187,7 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         )
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, revision: str | None = None, **options: Any
-    ) -> MergeAdapter:
+    def _from_pretrained(cls, *, model_id: str, revision: str | None = None, **options: Any) -> MergeAdapter:
         if os.path.isdir(model_id):
             config, backbone = _read_config(Path(model_id) / CONFIG_NAME, model_id)
             weights = Path(model_id) / WEIGHTS_NAME
@@ -254,7 +253,8 @@ def _read_tensors(path: Path, config: MergeConfig, backbone: BackboneFacts) -> d
                 if not tensors[key].isfinite().all():
                     raise AdapterError(f"{path.name}: {key} holds NaN or infinity.")
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path.name} is not a readable safetensors file: {error}.") from error
+        # What it quotes of the file is a stranger's.
+        raise AdapterError(f"{path.name} is not a readable safetensors file: {clean(error)[:200]}.") from error
     return dict(sorted(tensors.items()))
 
 

@@ -256,8 +256,9 @@ def _evaluation_text(evaluation: dict[str, Any], results: list[dict[str, Any]]) 
     threads, batch_size = (entry(evaluation, where, name, int) for name in ("threads", "batch_size"))
     hardware = entry(evaluation, where, "hardware", str, None)
     machine = f"{device}, {threads} threads" if hardware is None else as_code(hardware)
+    images = f"{num_images:,} of {as_code(data_name_of(evaluation, where) or 'unnamed')}"
     conditions = {
-        "Images": f"{num_images:,} of {as_code(data_name_of(evaluation, where) or 'unnamed')}, {size[0]}×{size[1]} pixels",
+        "Images": f"{images}, {size[0]}×{size[1]} pixels",
         "Hardware": f"{machine}, batch size {batch_size}, {dtype}",
         "Versions": versions_of(evaluation, where),
         "Command": command,
@@ -312,9 +313,7 @@ def _training_text(training: dict[str, Any]) -> dict[str, Any]:
     data = entry(training, where, "data", dict, {})
     best = entry(training, where, "best_validation", dict, {})
     figures = {name: entry(best, "training.best_validation", name, float) for name in best}
-    numbers = {
-        name: entry(training, where, name, int, None) for name in ("steps", "images_seen", "best_step", "seed")
-    }
+    numbers = {name: entry(training, where, name, int, None) for name in ("steps", "images_seen", "best_step", "seed")}
     num_images = entry(data, "training.data", "num_images", int, None)
     seconds = entry(training, where, "seconds", float, None)
     hardware = entry(training, where, "hardware", str, None)

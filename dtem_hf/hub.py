@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, as the version of huggingface_hub has it
+    HTTPError,  # httpx's or httpx2's, as the version of huggingface_hub has it
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -135,9 +135,11 @@ def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str |
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         found = api.model_info(repo_id)
     if private and not found.private:
-        raise BadValue("private", private, f"{repo_id} is there and public; change that in its settings, or name another")
-    if branch not in (None, MAIN) and not branch.startswith("refs/"):  # type: ignore[union-attr]
-        api.create_branch(repo_id, branch=branch, exist_ok=True)  # type: ignore[arg-type]
+        raise BadValue(
+            "private", private, f"{repo_id} is there and public; change that in its settings, or name another"
+        )
+    if branch is not None and branch != MAIN and not branch.startswith("refs/"):
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
     return repo_id
 
 
@@ -158,7 +160,9 @@ def clear_errors(repo_id: str, revision: str | None = None, publishing: bool = F
 def _clear(error: Exception, repo_id: str, revision: str | None, publishing: bool) -> OSError:
     site, at = constants.ENDPOINT, f"{repo_id} (revision {revision or MAIN})"
     if isinstance(error, HFValidationError):
-        return FileNotFoundError(f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {_first_line(error)}")
+        return FileNotFoundError(
+            f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {_first_line(error)}"
+        )
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo_id} is gated: ask for access at {site}/{repo_id}, and {_LOG_IN}.")
     if isinstance(error, RepositoryNotFoundError):

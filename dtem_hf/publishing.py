@@ -107,7 +107,7 @@ def card_results(reference: str, **hub_options: Any) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         if len(text.split("\n---", 1)[0]) > _LARGEST_METADATA:
             return []
-        results = ModelCard(text, ignore_metadata_errors=True).data.eval_results or []
+        results = getattr(ModelCard(text, ignore_metadata_errors=True).data, "eval_results", None) or []
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError):
         return []
     return [

@@ -89,7 +89,7 @@ def logits(model_name: str, pixels: Any, registered: bool = False, **kwargs: Any
 
 
 def push_merged(base: str, adapter_repo: str, **kwargs: Any) -> str:
-    """Load a backbone from the Hub, merge it, and push the adapter. Returns the revision of the backbone it records."""
+    """Load a backbone from the Hub, merge it, push the adapter. Returns the revision of the backbone it records."""
     import dtem_hf
 
     model = dtem_hf.AutoModelForImageClassification.from_pretrained(base, merge=dtem_hf.DTEMConfig(r=2))

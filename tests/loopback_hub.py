@@ -4,7 +4,8 @@ requests, private and gated ones, tokens, LFS, and faults on demand. It keeps ev
     with LoopbackHub() as hub:  # then HF_ENDPOINT=hub.endpoint in the environment of the client's process
         hub.commit("me/adapter", {"README.md": b"..."})
 
-    python tests/loopback_hub.py --port 8008  # and HF_ENDPOINT=http://127.0.0.1:8008 HF_HUB_DISABLE_XET=1 hf download ...
+    python tests/loopback_hub.py --port 8008
+    HF_ENDPOINT=http://127.0.0.1:8008 HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_me hf upload me/adapter path/to/adapter .
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class User:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match: a status, a delay, or a connection cut after bytes."""
+    """What goes wrong with the next `times` requests that match: a status, a delay, a connection cut after bytes."""
 
     method: str
     path: str
