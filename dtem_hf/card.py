@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +150,22 @@ def write_card(
         raise FileExistsError(f"{path} is there already; pass overwrite=True to replace it")
     write_text(path, folder_card(adapter_dir, evaluation_path, training_path, pictures, repo_id))
     return path
+
+
+@contextmanager
+def refreshed_card(adapter_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """`with refreshed_card(folder) as folder:` change what lies there; the card follows, unless somebody edited it."""
+    folder = Path(adapter_dir)
+    path = folder / CARD_NAME
+    untouched = not path.exists() or is_made(path.read_text(encoding="utf-8"), folder)
+    yield folder
+    if untouched:
+        write_card(folder, overwrite=True)
+
+
+def is_made(card: str, adapter_dir: str | os.PathLike[str]) -> bool:
+    """Whether a card is what `folder_card` makes of the folder, so that nobody has edited it."""
+    return card.rstrip() == folder_card(adapter_dir).rstrip()
 
 
 def method_name(method: str) -> str:

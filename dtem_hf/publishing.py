@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, ModelCard
 
-from .card import CARD_NAME, EVALUATION_NAME, TRAINING_NAME, folder_card
+from .card import CARD_NAME, EVALUATION_NAME, TRAINING_NAME, folder_card, is_made
 from .configuration import CONFIG_NAME
 from .errors import BadValue
 from .hub import download, publish
@@ -74,7 +74,7 @@ def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) 
     card = folder_card(folder, repo_id=repo_id if repo_id and "/" in repo_id else None)
     if (folder / CARD_NAME).is_file():
         written = (folder / CARD_NAME).read_text(encoding="utf-8")
-        card = card if written.rstrip() == folder_card(folder).rstrip() else written
+        card = card if is_made(written, folder) else written
     files = {name: (folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
     files[CARD_NAME] = card.encode()
     for name in (EVALUATION_NAME, TRAINING_NAME):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,11 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 
 HERE = Path(__file__).resolve().parent
-# `slow_reference` is read by several test files, and pytest's importlib mode leaves sys.path alone.
+# `slow_reference` and the loopback Hub are read by several files, and pytest's importlib mode leaves sys.path alone.
 sys.path.insert(0, str(HERE))
+
+from hub_client import Client, client_process, hub_environment  # noqa: E402
+from loopback_hub import LoopbackHub  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -138,3 +141,23 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(coarse).resize((40, 36)).save(folder / f"{i}.png")
             writer.writerow([f"{i}.png", "" if i % 3 == 0 else i % 5])
     return folder
+
+
+@pytest.fixture(scope="session")
+def _hub_server() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(_hub_server: LoopbackHub) -> LoopbackHub:
+    """A Hub on this machine, on which nothing has happened yet."""
+    _hub_server.clear()
+    return _hub_server
+
+
+@pytest.fixture(scope="session")
+def client(_hub_server: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Calls functions in a process that knows the loopback Hub, and no token."""
+    with client_process(hub_environment(_hub_server.endpoint, tmp_path_factory.mktemp("home"))) as call:
+        yield call

@@ -3,11 +3,12 @@ huggingface_hub is imported."""
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -105,6 +106,19 @@ def run_command(*arguments: str, token: str | None = None) -> tuple[int, str, st
 
     result = CliRunner().invoke(app, arguments, env={"HF_TOKEN": token, "COLUMNS": "200"})
     return result.exit_code, result.stdout, result.stderr
+
+
+def train(options: dict[str, Any], token: str | None = "hf_me") -> str:
+    """Run the training program, and return what it prints."""
+    from dtem_hf.training.arguments import TrainArguments
+    from dtem_hf.training.program import train as run
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        if token is not None:
+            patch.setenv("HF_TOKEN", token)
+        run(TrainArguments(**options))
+    return printed.getvalue()
 
 
 def validate_card(path: str) -> None:

@@ -124,6 +124,12 @@ class LoopbackHub:
         self.server.shutdown()
         self.server.server_close()
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for kept in (self.repos, self.objects, self.faults, self.seen):
+            kept.clear()
+        self.on_commit = None
+
     def create(self, repo_id: str, private: bool = False, gated_for: set[str] | None = None) -> Repo:
         """A repository as the Hub makes it: one commit with `.gitattributes`."""
         repo = self.repos[repo_id] = Repo(private, gated_for)

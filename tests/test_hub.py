@@ -10,13 +10,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_client import Client, client_process, hub_environment
+from hub_client import hub_environment
 from loopback_hub import Fault, LoopbackHub
 from PIL import Image
 
@@ -29,30 +28,6 @@ LOAD = "dtem_hf:MergeAdapter.from_pretrained"
 PUBLISH = "dtem_hf.publishing:publish_folder"
 ME = {"token": "hf_me"}
 PUBLISHED = {"README.md", "config.json", CONFIG_NAME, WEIGHTS_NAME}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server: LoopbackHub) -> LoopbackHub:
-    """The server, on which nothing has happened yet."""
-    server.repos.clear()
-    server.objects.clear()
-    server.faults.clear()
-    server.seen.clear()
-    server.on_commit = None
-    return server
-
-
-@pytest.fixture(scope="module")
-def client(server: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Calls functions in a process that knows the loopback Hub and no token."""
-    with client_process(hub_environment(server.endpoint, tmp_path_factory.mktemp("home"))) as call:
-        yield call
 
 
 @pytest.fixture
@@ -184,7 +159,7 @@ class TestCache:
         heads = [seen.path for seen in hub.requests("HEAD", WEIGHTS_NAME)]
         assert heads and all(f"/resolve/{hub.repos['me/a'].refs['main']}/" in path for path in heads)
 
-    def test_offline_afterwards(self, hub, client, server, folder, tmp_path):
+    def test_offline_afterwards(self, hub, client, folder, tmp_path):
         client(PUBLISH, str(folder), "me/a", **ME)
         client("huggingface_hub:create_tag", "me/a", tag="v1", **ME)
         home = tmp_path / "home"
@@ -199,7 +174,7 @@ class TestCache:
             "try: A.from_pretrained('me/b')\n"
             "except FileNotFoundError as error: print(error)\n"
         )
-        environment = {**hub_environment(server.endpoint, home), "HF_HUB_OFFLINE": "1"}
+        environment = {**hub_environment(hub.endpoint, home), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         first, second = done.stdout.splitlines()
@@ -383,10 +358,10 @@ class TestFaults:
         if fault.path == "/commit/":  # what has arrived is not sent again
             assert not hub.requests("PUT")
 
-    def test_a_killed_upload_leaves_nothing_half_published_and_a_rerun_completes(self, hub, server, folder, tmp_path):
+    def test_a_killed_upload_leaves_nothing_half_published_and_a_rerun_completes(self, hub, folder, tmp_path):
         fault = Fault("PUT", "/lfs/", delay=5.0)
         hub.faults.append(fault)
-        environment = hub_environment(server.endpoint, tmp_path / "home", "hf_me")
+        environment = hub_environment(hub.endpoint, tmp_path / "home", "hf_me")
         command = [sys.executable, "-m", "dtem_hf", "push", str(folder), "me/a"]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
@@ -492,8 +467,8 @@ class TestCommands:
         code, _, err = client("hub_client:run_command", "push", str(folder), "me/a", token="hf_me")
         assert code == 0 and err.startswith("Note: me/a has a README.md, which is kept") and "UserWarning" not in err
 
-    def test_the_hf_command_uploads_and_downloads_an_adapter(self, hub, server, client, cache, folder, tmp_path):
-        environment = hub_environment(server.endpoint, tmp_path / "home", "hf_me")
+    def test_the_hf_command_uploads_and_downloads_an_adapter(self, hub, client, cache, folder, tmp_path):
+        environment = hub_environment(hub.endpoint, tmp_path / "home", "hf_me")
         hf = str(Path(sys.executable).with_name("hf"))
         for command in (
             (hf, "upload", "me/a", str(folder), "."),

@@ -60,16 +60,28 @@ class TrainArguments(MergeArguments):
     base_model: str | None = option(
         "the backbone's Hub id, for the adapter's record, if model is a folder", default=None
     )
+    push_to_hub: bool = option("publish the adapter on the Hub when the run is finished", default=False)
+    hub_model_id: str | None = option("repository that it goes to (user/repo), made if it is not there", default=None)
+    hub_private_repo: bool = option("make the repository private", default=False)
+    push_every: int = option(
+        "steps between pushes of the best adapter so far to hub_branch; 0: none before the end", default=0
+    )
+    hub_branch: str = option("branch that the pushes before the end go to", default="training")
+    overwrite_card: bool = option("replace a README.md that is in the repository", default=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "validation_size", "validate_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("checkpoint_every", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "num_workers"):
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
             _at_least(name, getattr(self, name), 0)
         if self.max_grad_norm <= 0:
             raise BadValue("max_grad_norm", self.max_grad_norm, "a number above 0")
+        if self.push_to_hub and not self.hub_model_id:
+            raise BadValue("hub_model_id", self.hub_model_id, "a repository like user/repo, as push_to_hub is set")
+        if self.push_every and not self.push_to_hub:
+            raise BadValue("push_every", self.push_every, "0, or push_to_hub and hub_model_id beside it")
         self.merge_config()
 
     def merge_config(self) -> DTEMConfig:

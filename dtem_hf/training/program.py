@@ -24,6 +24,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..arguments import parse_arguments
 from ..auto import AutoModelForImageClassification
+from ..card import TRAINING_NAME, refreshed_card
 from ..conditions import command, data_name, hardware, versions
 from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
@@ -31,6 +32,7 @@ from ..files import write_json, write_text
 from ..modeling import merged_layers
 from . import checkpoints
 from .arguments import TrainArguments
+from .publication import Publication
 from .stream import ImageStream
 from .tasks import make_task
 from .validation import Validation
@@ -44,6 +46,12 @@ _NOT_PART_OF_A_RUN = {
     "checkpoint_every",
     "gradient_checkpointing",
     "output_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "push_every",
+    "hub_branch",
+    "overwrite_card",
 }
 
 
@@ -77,6 +85,9 @@ class _Run:
         self.arguments = arguments
         self.output = Path(arguments.output_dir)
         self.accelerator = Accelerator(gradient_accumulation_steps=arguments.gradient_accumulation_steps)
+        self.publication = Publication(arguments, self.output / "adapter", self.accelerator.print)
+        if self.accelerator.is_main_process:
+            self.publication.prepare()
         self.task = make_task(arguments.task)
         set_seed(arguments.seed)
         self.model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=arguments.merge_config())
@@ -150,6 +161,8 @@ class _Run:
                 self._validate()
             if self.step % a.checkpoint_every == 0 or self.step == a.steps:
                 self._checkpoint()
+            if self.accelerator.is_main_process:
+                self.publication.push_so_far(self.step, self.best["step"])
         progress.close()
         return self._finish()
 
@@ -200,9 +213,9 @@ class _Run:
 
     def _save_adapter(self) -> None:
         if self.accelerator.is_main_process:
-            folder = self.output / "adapter"
-            self.model.save_merge_adapter(folder, base_model=self.arguments.base_model)
-            write_json(folder / "training.json", self._summary())
+            with refreshed_card(self.output / "adapter") as folder:
+                self.model.save_merge_adapter(folder, base_model=self.arguments.base_model)
+                write_json(folder / TRAINING_NAME, self._summary())
 
     def _checkpoint(self) -> None:
         state = {"step": self.step, "seconds": self.seconds, "best": self.best, "arguments": asdict(self.arguments)}
@@ -270,11 +283,14 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         summary = self._summary()
         if self.accelerator.is_main_process:
-            write_json(self.output / "adapter" / "training.json", summary)
+            with refreshed_card(self.output / "adapter") as folder:
+                write_json(folder / TRAINING_NAME, summary)
         self.accelerator.print(
             f"best step {self.best['step']}: {self.task.ranked_by} "
             f"{self.best['validation'][self.task.ranked_by]:.4f}; "
             f"adapter in {self.output / 'adapter'}"
         )
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self.publication.push(self.best["step"])
         return summary

@@ -1,0 +1,55 @@
+"""What a run publishes on the Hub: the best adapter so far on a branch, and the finished one with its card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from ..hub import clear_errors, prepare
+from ..publishing import publish_folder
+from .arguments import TrainArguments
+
+
+class Publication:
+    """The repository of a run. To be used in one process only; without `push_to_hub` it does nothing."""
+
+    def __init__(self, arguments: TrainArguments, folder: Path, say: Callable[[str], Any]) -> None:
+        self.arguments = arguments
+        self.repo_id = arguments.hub_model_id or ""
+        self.folder = folder
+        self.say = say
+
+    def prepare(self) -> None:
+        """Make the repository, and the branch if there will be one: who may not publish hears of it before training.
+
+        Raises PermissionError, ConnectionError, or ValueError where a public repository is there instead.
+        """
+        a = self.arguments
+        if a.push_to_hub:
+            with clear_errors(self.repo_id, publishing=True):
+                prepare(HfApi(), self.repo_id, a.hub_private_repo or None, a.hub_branch if a.push_every else None)
+
+    def push_so_far(self, step: int, best_step: int) -> None:
+        """Publish the best adapter so far if it is time. A Hub that cannot be reached does not end a run."""
+        a = self.arguments
+        if not a.push_to_hub or not a.push_every or step % a.push_every or step == a.steps:
+            return
+        try:
+            self._push(f"Step {step}: the best so far is of step {best_step}", branch=a.hub_branch, with_card=False)
+        except OSError as error:
+            self.say(f"step {step}: not published, training goes on: {error}")
+
+    def push(self, best_step: int) -> None:
+        """Publish the finished adapter with its card."""
+        a = self.arguments
+        if a.push_to_hub:
+            commit = self._push(f"Adapter of step {best_step} of {a.steps}", overwrite_card=a.overwrite_card)
+            self.say(f"published: {commit}")
+
+    def _push(self, message: str, **options: Any) -> Any:
+        a = self.arguments
+        private = a.hub_private_repo or None
+        return publish_folder(self.folder, self.repo_id, commit_message=message, private=private, **options)
