@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test quality style build
+.PHONY: help quickstart test model-cards quality style build
 .SECONDARY:
 
 help:  ## Show the targets
@@ -17,6 +17,9 @@ quickstart: $(VENV)/.installed-quickstart  ## Train, merge, measure and save a s
 
 test: $(VENV)/.installed-test  ## Run all tests
 	$(BIN)/python -m pytest
+
+model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
+	$(BIN)/python recipes/model_cards.py
 
 quality: $(VENV)/.installed-quality  ## Check style and types
 	$(BIN)/ruff check .

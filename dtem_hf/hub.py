@@ -190,7 +190,8 @@ def _clear(error: Exception, repo_id: str, revision: str | None, publishing: boo
 def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
     status, said = error.response.status_code, error.server_message or _first_line(error)
     if status == 401:
-        return PermissionError(f"{constants.ENDPOINT} does not accept your token for {repo_id}: {_LOG_IN} anew.")
+        known = "does not accept your token" if "Invalid credentials" in said else "wants a token"
+        return PermissionError(f"{constants.ENDPOINT} {known} for {repo_id}: {_LOG_IN}.")
     if status == 403:
         other = " Use a token that may, or create_pr=True (--create-pr) to propose a change." if publishing else ""
         return PermissionError(f"your token may not {'write to' if publishing else 'read'} {repo_id}: {said}.{other}")

@@ -47,7 +47,9 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
             )
 
     # The better method's labels stand above its line, the others' below theirs.
-    methods = sorted({row["method"] for row in rows} - {_UNMERGED}, key=lambda method: -_mean(rows, method, measure))
+    methods = sorted(
+        {row["method"] for row in rows} - {_UNMERGED}, key=lambda method: (-_mean(rows, method, measure), method)
+    )
     spare = iter(_SPARE_STYLES)
     for place, method in enumerate(methods):
         points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["multiply_adds"])

@@ -86,7 +86,7 @@ def test_a_last_push_that_fails_is_made_up_for_by_the_same_command(hub, client, 
 
 @pytest.mark.parametrize("token", ["hf_reader", None])
 def test_who_may_not_publish_hears_of_it_before_training(hub, client, published, token):
-    with pytest.raises(PermissionError, match=r"(may not write to|does not accept your token for) me/run"):
+    with pytest.raises(PermissionError, match=r"(may not write to|wants a token for) me/run"):
         client(TRAIN, published, token=token)
     assert not Path(published["output_dir"]).exists()
 
