@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .card import CARD_NAME, card_of
 from .configuration import CONFIG_NAME, MergeConfig, check_version
@@ -81,6 +81,13 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         """Copy what a merged model has learned, in float32. Raises AdapterError where its method learns nothing."""
         if embedding is None:
             raise AdapterError(f"method={config.method!r} learns nothing, so there is no adapter; use method 'dtem'.")
+        wrapped = [type(layer).__name__ for layer in embedding.layers if type(layer) is not nn.Linear]
+        if wrapped:
+            raise AdapterError(
+                f"merge_embedding: its layers are {type(embedding.layers[0]).__module__}.{wrapped[0]}, as PEFT makes "
+                "them where target_modules covers them; pass it exclude_modules='.*merge_embedding.*', or call "
+                "merge_and_unload() first."
+            )
         tensors = {key: value.detach().float().cpu().clone() for key, value in embedding.state_dict().items()}
         return cls(config, tensors, backbone)
 

@@ -310,40 +310,47 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
     """Merge tokens in a model that is in memory, and return it (the same object, under a class of the same name).
 
     `merge` is what `from_pretrained(merge=...)` takes; None detaches. `unmerge` overrides the config's field of that
-    name: True hands all tokens on, in place. What was attached before is replaced. Raises UnsupportedModelError for a
-    family or an attention backend that cannot be merged (and lists those that can), and ValueError where the merge
-    does not fit; the model is unchanged then.
+    name: True hands all tokens on, in place. What was attached before is replaced. Of PEFT's `PeftModel` the model
+    inside is merged. Raises UnsupportedModelError for a family or an attention backend that cannot be merged (and
+    lists those that can), and ValueError where the merge does not fit; the model is unchanged then.
     """
     config, adapter = resolve_merge(merge)
     if config is None:
         return detach(model)
     if unmerge is not None:
         config = replace(config, unmerge=unmerge)
-    prepared = _prepare(model, config)
+    inner = _inside(model)
+    prepared = _prepare(inner, config)
     if adapter is not None:
-        adapter.check_fits(_facts(model))
+        adapter.check_fits(_facts(inner))
         adapter.load_into(prepared.embedding)
-    detach(model)
-    _install(model, prepared)
+    detach(inner)
+    _install(inner, prepared)
     return model
 
 
 def detach(model: PreTrainedModel) -> Any:
     """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
-    if not isinstance(model, MergeMixin):
+    inner = _inside(model)
+    if not isinstance(inner, MergeMixin):
         return model
-    backbone, encoder = find_backbone(model)
+    backbone, encoder = find_backbone(inner)
     for layer in backbone.layers(encoder):
         for name in ("merge_index", "merge_reducer"):
             layer.__dict__.pop(name, None)
     if _embedding(encoder) is not None:
         del encoder.merge_embedding
     encoder.__dict__.pop("merging", None)
-    for module in model.modules():
+    for module in inner.modules():
         _restore_class(module)
-    if hasattr(model.config, "merge"):
-        del model.config.merge
+    if hasattr(inner.config, "merge"):
+        del inner.config.merge
     return model
+
+
+def _inside(model: Any) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def merged_class(model_class: type) -> type:

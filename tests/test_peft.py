@@ -1,0 +1,126 @@
+"""LoRA and a merge adapter on one model: in either order the same, and neither loads what is the other's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from dtem_hf import AdapterError, DTEMConfig, MergeAdapter, attach, detach
+
+
+Make = Callable[..., Any]
+TARGETS = ["q_proj", "k_proj", "v_proj"]
+
+
+def with_noise(model: Any, name: str) -> Any:
+    """The parameters with `name` in theirs, somewhere else than where they start."""
+    draw = torch.Generator().manual_seed(7)
+    for key, parameter in sorted(model.named_parameters()):
+        if name in key:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def logits(model: Any, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(pixel_values=pixels).logits
+
+
+@pytest.fixture
+def adapter(make_classifier: Make, tmp_path: Path) -> Path:
+    model = with_noise(attach(make_classifier(), DTEMConfig(r=9)), "merge_embedding")
+    model.save_merge_adapter(tmp_path / "merge")
+    return tmp_path / "merge"
+
+
+@pytest.fixture
+def lora(make_classifier: Make, tmp_path: Path) -> Path:
+    model = with_noise(get_peft_model(make_classifier(), LoraConfig(target_modules=TARGETS, r=4)), "lora_")
+    model.save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def expected(make_classifier: Make, adapter: Path, lora: Path, pixels: Tensor) -> Tensor:
+    """Of the low-rank products added to the weights by hand, and merged."""
+    from safetensors.torch import load_file
+
+    model = make_classifier()
+    config = json.loads((lora / "adapter_config.json").read_text())
+    parts = load_file(lora / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    for key in [key for key in parts if key.endswith("lora_A.weight")]:
+        product = parts[key.replace("lora_A", "lora_B")] @ parts[key]
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        model.get_submodule(name).weight.data += scale * product
+    return logits(attach(model, adapter), pixels)
+
+
+WAYS: dict[str, Callable[[Any, Path, Path], Any]] = {
+    "merge, PeftModel": lambda model, merge, lora: PeftModel.from_pretrained(attach(model, merge), lora),
+    "PeftModel, merge": lambda model, merge, lora: attach(PeftModel.from_pretrained(model, lora), merge),
+    "merge, load_adapter": lambda model, merge, lora: (attach(model, merge).load_adapter(str(lora)), model)[1],
+    "load_adapter, merge": lambda model, merge, lora: (model.load_adapter(str(lora)), attach(model, merge))[1],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_in_either_order(
+    way: str, make_classifier: Make, adapter: Path, lora: Path, expected: Tensor, pixels: Tensor
+) -> None:
+    model = WAYS[way](make_classifier(), adapter, lora)
+    torch.testing.assert_close(logits(model, pixels), expected, rtol=1e-4, atol=1e-5)
+    # Both do something.
+    assert not torch.allclose(expected, logits(attach(make_classifier(), adapter), pixels), atol=1e-3)
+    assert not torch.allclose(expected, logits(detach(model), pixels), atol=1e-3)
+
+
+def test_every_order_gives_the_same_bits(make_classifier: Make, adapter: Path, lora: Path, pixels: Tensor) -> None:
+    first, *others = (logits(way(make_classifier(), adapter, lora), pixels) for way in WAYS.values())
+    assert all(torch.equal(other, first) for other in others)
+
+
+def test_what_a_merged_model_can_do_it_can_through_the_wrapper(
+    make_classifier: Make, adapter: Path, lora: Path, pixels: Tensor, tmp_path: Path
+) -> None:
+    model = attach(PeftModel.from_pretrained(make_classifier(), lora), adapter)
+    assert isinstance(model, PeftModel)
+    model.set_reduction(3)
+    assert model.merge_plan().reductions == [3] * 4
+    model.save_merge_adapter(tmp_path / "again")
+    before, after = MergeAdapter.from_pretrained(adapter), MergeAdapter.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
+    plain = PeftModel.from_pretrained(make_classifier(), lora)
+    assert torch.equal(logits(detach(model), pixels), logits(plain, pixels))
+    assert not hasattr(model.config, "merge")
+
+
+def test_neither_loads_what_is_the_others(make_classifier: Make, adapter: Path, lora: Path) -> None:
+    assert not (adapter / "adapter_config.json").exists()
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+        PeftModel.from_pretrained(make_classifier(), adapter)
+    with pytest.raises(FileNotFoundError, match=r"merge_config\.json"):
+        attach(make_classifier(), lora)
+
+
+def test_lora_on_the_embedding_itself_is_not_lost_in_silence(
+    make_classifier: Make, adapter: Path, pixels: Tensor
+) -> None:
+    """ "all-linear" covers the embedding; an adapter has no place for the low-rank part, until it is merged in."""
+    config = LoraConfig(target_modules="all-linear", r=4)
+    model = with_noise(get_peft_model(attach(make_classifier(), adapter), config), "lora_")
+    with pytest.raises(AdapterError, match=r"merge_embedding: its layers are peft.*exclude_modules"):
+        model.to_merge_adapter()
+    expected = logits(model, pixels)
+    unloaded = model.merge_and_unload()
+    torch.testing.assert_close(logits(unloaded, pixels), expected, rtol=1e-4, atol=1e-5)
+    assert set(unloaded.to_merge_adapter().tensors) == set(MergeAdapter.from_pretrained(adapter).tensors)
+    spared = LoraConfig(target_modules="all-linear", r=4, exclude_modules=r".*merge_embedding.*")
+    assert get_peft_model(attach(make_classifier(), adapter), spared).to_merge_adapter().embed_dim == 8
