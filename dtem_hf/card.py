@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .configuration import MergeConfig
 from .errors import BadValue
 from .files import write_text
-from .records import as_code, as_text, data_name_of, entry, is_repo_id, read_record, versions_of
+from .records import as_code, as_line, as_text, data_name_of, entry, is_repo_id, read_record, versions_of
 from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
@@ -32,7 +32,10 @@ CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
 TRAINING_NAME = "training.json"
 # By these names a folder's pictures are put into its card.
-PICTURES = {"accuracy.png": "Accuracy against multiply-adds", "merged_tokens.png": "Merged tokens"}
+PICTURES = {
+    "accuracy.png": "Accuracy against multiply-adds",
+    "merged_tokens.png": "Merged tokens: each token that is left has one colour and one outline",
+}
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "evit": "EViT", "dtem": "DTEM"}
 _AUTO_CLASSES = {
@@ -354,7 +357,7 @@ def _training_text(training: dict[str, Any]) -> dict[str, Any]:
     return {
         "facts": facts,
         "arguments": [
-            (as_code(name), as_code(json.dumps(value, ensure_ascii=False))) for name, value in arguments.items()
+            as_line(f"{name}: {json.dumps(value, ensure_ascii=False)}") for name, value in arguments.items()
         ],
     }
 

@@ -281,6 +281,8 @@ def visualize(
     for label, wanted in (merges or {"": _merge_of(config, method)}).items():
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
         _set_reduction(merged, r, flops)
+        # A picture is to be shown: of a folder, its name says enough.
+        label = Path(label).name if Path(label).is_dir() and Path(label).name not in models else label
         models[label or merged.merge_config.method] = merged
     draw_merged_tokens(pictures, models, load_processor(model), output)
     typer.echo(f"written: {output}")
@@ -302,7 +304,7 @@ def _add_program(name: str, module: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
     )
     def run(ctx: typer.Context) -> None:
-        sys.argv[0] = ctx.command_path  # argparse names a program by it
+        sys.argv = [ctx.command_path, *ctx.args]  # argparse names a program by the first, records name all
         import_module(f".{module}", __package__).main(ctx.args)
 
 

@@ -36,7 +36,7 @@ def command() -> str:
     """The command line that is running, without the folder the program lies in."""
     program = Path(sys.argv[0])
     name = f"recipes/{program.name}" if program.suffix == ".py" else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    return " ".join([name, shlex.join(sys.argv[1:])]).strip()
 
 
 def data_name(data: str) -> str:

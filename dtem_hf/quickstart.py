@@ -188,13 +188,7 @@ def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
     processor = ViTImageProcessorPil.from_pretrained(output / "vit")
     scans = [Image.open(test / first[digit]) for digit in "2358"]
     draw_merged_tokens(scans, models, processor, adapter / "merged_tokens.png")
-    write_card(
-        adapter,
-        evaluation_path=adapter / "evaluation.json",
-        training_path=adapter / "training.json",
-        pictures={"Accuracy against multiply-adds": "accuracy.png", "Merged tokens": "merged_tokens.png"},
-        overwrite=True,
-    )
+    write_card(adapter, overwrite=True)
 
 
 def check_round_trip(output: Path, adapter: Path) -> None:

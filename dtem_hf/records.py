@@ -62,7 +62,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 def versions_of(record: Mapping[str, Any], where: str) -> str | None:
     """The versions that a record names, on one line."""
     versions = entry(record, where, "versions", dict, {})
-    return ", ".join(f"{as_code(name)} {as_code(value)}" for name, value in versions.items()) or None
+    return ", ".join(as_code(f"{name} {value}") for name, value in versions.items()) or None
 
 
 def data_name_of(record: Mapping[str, Any] | None, where: str) -> str | None:
@@ -101,7 +101,12 @@ def clean(value: Any) -> str:
 
 def as_code(value: Any) -> str:
     """Text as a code span, in which Markdown knows nothing but the backtick. (In a table it would also know bars.)"""
-    return f"`{clean(value).replace('`', chr(39)) or ' '}`"
+    return f"`{as_line(value) or ' '}`"
+
+
+def as_line(value: Any) -> str:
+    """Text as a line inside a code block, which cannot end it."""
+    return clean(value).replace("`", "'")
 
 
 def as_text(value: Any) -> str:

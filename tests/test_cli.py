@@ -277,7 +277,7 @@ def test_programs_get_their_arguments_as_they_are(monkeypatch, command, target, 
     assert seen == [arguments]
 
 
-@pytest.mark.parametrize("command", ["plan", "info", "visualize"])
+@pytest.mark.parametrize("command", ["plan", "info", "push", "visualize"])
 def test_help_has_an_example(command):
     result = run(command, "--help")
 

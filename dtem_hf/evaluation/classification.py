@@ -109,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(output / "evaluation.json", result)
     plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
     if arguments.write_card:
-        pictures = {"Accuracy against multiply-adds": "accuracy.png"}
-        write_card(output, evaluation_path=output / "evaluation.json", pictures=pictures, overwrite=True)
+        write_card(output, overwrite=True)
     print_table(result)
     print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
 
