@@ -25,6 +25,8 @@ _LARGEST_NUMBER = 1e18  # which no record holds, nor infinity, nor NaN
 # What a record of a run may hold and a published card must not: Hub tokens, and folders of the machine it was made on.
 _PRIVATE = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
+    (re.compile(r"^~?/.*/(?=[^/]+$)"), "…/"),
+    (re.compile(r"(?<=['\"])~?/[^'\"]*/(?=[^/'\"]+['\"])"), "…/"),
     (re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"]+/)+(?=[^\s/'\"])"), "…/"),
     (re.compile(r"(?<!\w)[A-Za-z]:\\(?:[^\s\\'\"]+\\)+"), "…/"),
 )

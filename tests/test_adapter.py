@@ -370,3 +370,77 @@ def test_tensors_for_a_method_that_learns_nothing_are_refused(
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(AdapterError, match="learns nothing"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "base", merge=folder)
+
+
+def test_a_newer_major_version_is_refused_with_the_version_needed_whatever_else_is_new(folder: Path) -> None:
+    edit_config(folder, lambda values: values.update(version="3.1", method="better", backbone="elsewhere"))
+    with pytest.raises(AdapterError, match=r"version='3\.1'.*reads formats up to 1\.x.*reads format 3\.1"):
+        MergeAdapter.from_pretrained(folder)
+
+
+def test_a_file_that_is_too_large_for_its_config_is_not_read(folder: Path) -> None:
+    with open(folder / WEIGHTS_NAME, "ab") as file:
+        file.truncate(1 << 32)  # nothing on the disk, and 4 GiB to who reads it
+    with pytest.raises(AdapterError, match="has 4294967296 bytes, and its config calls for"):
+        MergeAdapter.from_pretrained(folder)
+
+
+def test_a_header_that_is_too_large_is_not_read(folder: Path) -> None:
+    content = header({"__metadata__": {"x": "y" * (1 << 20)}})
+    (folder / WEIGHTS_NAME).write_bytes(content)
+    with pytest.raises(AdapterError, match=r"a header of .* bytes, and 1048576 are the most"):
+        MergeAdapter.from_pretrained(folder)
+
+
+def test_what_is_done_to_the_file_later_does_not_reach_the_adapter(folder: Path) -> None:
+    before = MergeAdapter.from_pretrained(folder)
+    expected = {key: tensor.clone() for key, tensor in before.tensors.items()}
+    with open(folder / WEIGHTS_NAME, "r+b") as file:  # in place, as cp does it
+        content = file.read()
+        file.seek(0)
+        file.write(b"\xff" * len(content))
+    assert all(torch.equal(before.tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "loaded", "message"),
+    [
+        (("a/b", "1"), ("a/b", "2"), "base_revision: the adapter was trained for '1', the model is '2'"),
+        (("a/b", "1"), ("a/c", "1"), "base_model: the adapter was trained for 'a/b', the model is 'a/c'"),
+        (("a/b", "1"), ("a/b", "1"), None),
+        (("a/b", "1"), ("a/b", None), None),
+        (("a/b", "1"), (None, None), None),
+        ((None, None), ("a/b", "1"), None),
+    ],
+)
+def test_another_backbone_that_fits_gives_one_warning(recorded: Any, loaded: Any, message: str | None) -> None:
+    adapter = MergeAdapter(DTEMConfig(), {}, BackboneFacts("vit", 4, 32, *recorded))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapter.check_fits(BackboneFacts("vit", 4, 32, *loaded))
+    assert [str(warning.message).split(". ")[0] for warning in caught] == ([message] if message else [])
+
+
+def test_the_error_of_a_stranger_s_file_is_short_and_printable(folder: Path) -> None:
+    edit_config(folder, lambda values: values.update({"\x1b[31m" + "x" * 5000: 1, "method": "\x1b[2J" * 100}))
+    with pytest.raises(AdapterError) as raised:
+        MergeAdapter.from_pretrained(folder)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 600
+
+
+def test_the_warning_of_many_unknown_keys_is_short_and_printable(folder: Path) -> None:
+    edit_config(folder, lambda values: values.update({f"\x1b[31m{i}" + "x" * 500: 1 for i in range(1000)}))
+    with pytest.warns(UserWarning, match="and 995 more") as caught:
+        MergeAdapter.from_pretrained(folder)
+    assert all(str(warning.message).isprintable() and len(str(warning.message)) < 800 for warning in caught)
+
+
+def test_an_adapter_given_as_a_model_says_what_it_is(folder: Path) -> None:
+    with pytest.raises(AdapterError, match=r"is a merge adapter for google/vit-tiny \(vit\) and no model"):
+        AutoModelForImageClassification.from_pretrained(folder)
+
+
+def test_what_is_neither_model_nor_adapter_keeps_the_error_of_transformers(tmp_path: Path) -> None:
+    (tmp_path / "nothing.txt").write_text("")
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)

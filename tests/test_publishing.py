@@ -1,0 +1,109 @@
+"""What of a folder would be published, and what is read from the card of a stranger. (Pushes are in test_hub.py.)"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dtem_hf import DTEMConfig, attach
+from dtem_hf.card import folder_card, refreshed_card
+from dtem_hf.publishing import card_results, published_files
+
+
+@pytest.fixture
+def folder(make_classifier: Callable[..., Any], tmp_path: Path) -> Path:
+    attach(make_classifier(), DTEMConfig(r=4)).save_merge_adapter(tmp_path / "adapter", base_model="user/tiny")
+    return tmp_path / "adapter"
+
+
+def card(results: str) -> str:
+    return f"---\nmodel-index:\n- name: x\n  results:\n{results}---\n# A card\n"
+
+
+def result(value: str, name: str = "Digits", metric: str = "top-1") -> str:
+    return (
+        f"  - task: {{type: image-classification}}\n    dataset: {{type: digits, name: {name}}}\n"
+        f"    metrics:\n    - {{type: accuracy, value: {value}, name: {metric}}}\n"
+    )
+
+
+def test_what_is_published_is_what_lies_there(folder: Path) -> None:
+    files = published_files(folder, "me/a")
+    assert set(files) == {"merge_config.json", "merge_adapter.safetensors", "README.md", "config.json"}
+    for name in ("merge_config.json", "merge_adapter.safetensors"):
+        assert files[name] == (folder / name).read_bytes()
+    assert files["README.md"].decode() == folder_card(folder, repo_id="me/a")
+    assert json.loads(files["config.json"]) == {"model_type": "dtem_hf_merge_adapter"}
+    assert {path.name for path in folder.iterdir()} == set(files) - {"config.json"}
+
+
+def test_pictures_go_with_the_card_that_shows_them(folder: Path) -> None:
+    for name in ("accuracy.png", "own.jpg", "unused.png"):
+        Image.new("RGB", (2, 2)).save(folder / name)
+    assert "accuracy.png" not in published_files(folder)  # the card was written before it was there, and is kept
+    (folder / "README.md").unlink()
+    assert "accuracy.png" in published_files(folder)
+    (folder / "README.md").write_text("![mine](own.jpg) and [a link](/etc/passwd) and ![far](http://a.example/x.png)")
+    files = published_files(folder)
+    assert {name for name in files if name.endswith(("png", "jpg"))} == {"own.jpg"}
+
+
+def test_a_card_follows_its_folder_until_somebody_edits_it(folder: Path) -> None:
+    with refreshed_card(folder):
+        (folder / "training.json").write_text('{"steps": 7}')
+    assert "- Steps: 7" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("mine")
+    with refreshed_card(folder):
+        (folder / "training.json").write_text('{"steps": 8}')
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_results_are_numbers_and_their_names_one_clean_line(folder: Path) -> None:
+    name = '"a\\e[31mb\\nc"'
+    (folder / "README.md").write_text(card(result("91.5", name, name)))
+    assert card_results(str(folder)) == [
+        {"task": "image-classification", "dataset": "a [31mb c", "split": None, "metric": "a [31mb c", "value": 91.5}
+    ]
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "many", "[1, 2]", "{a: 1}", "2025-01-01", "1" + "0" * 400])
+def test_what_is_no_number_is_no_result(folder: Path, value: str) -> None:
+    (folder / "README.md").write_text(card(result(value) + result("3")))
+    assert [found["value"] for found in card_results(str(folder))] == [3]
+
+
+def bomb() -> str:
+    """Ten anchors, each a list of ten times the one before: 10^10 items if anything wrote them out."""
+    lines = ["---", "a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11)]
+    metrics = "[{type: accuracy, value: *a10, name: *a10}]"
+    dataset = "{type: x, name: *a10}"
+    index = f"model-index: [{{name: x, results: [{{task: {{type: x}}, dataset: {dataset}, metrics: {metrics}}}]}}]"
+    return "\n".join([*lines, index, "---", ""])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb(),
+        "---\n" + "a: " + "[" * 3000 + "\n---\n",
+        "---\n!!python/object/apply:os.system ['touch pwned']\n---\n",
+        "---\nmodel-index: 3\n---\n",
+        "---\nmodel-index: [{name: x, results: [{task: 3}]}]\n---\n",
+        "---\nmodel-index: [{results: {}}]\n---\n",
+        "---\n" + "".join(f"key{i}: value\n" for i in range(20_000)) + "---\n",
+        "x" * (1 << 21),
+        "\x00\x01\x02",
+    ],
+    ids=["bomb", "deep", "object", "number", "task", "no name", "long", "huge", "binary"],
+)
+def test_a_hostile_card_has_no_results(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "README.md").write_text(text)
+    assert card_results(str(folder)) == []
+    assert not (folder / "pwned").exists()
