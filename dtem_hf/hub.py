@@ -84,8 +84,9 @@ def publish(
 ) -> CommitInfo:
     """Put files into a repository (made if needed) in one commit, so that all of them arrive or none.
 
-    A README.md that is there is kept unless `overwrite_card`; what has not changed makes no commit. Raises ValueError
-    for options that contradict each other, PermissionError where the token may not do it, ConnectionError.
+    A README.md that is there is kept unless `overwrite_card`, and the config.json of a model always; what has not
+    changed makes no commit. Raises ValueError for options that contradict each other, PermissionError where the token
+    may not do it, ConnectionError.
     """
     if create_pr and branch not in (None, MAIN):
         raise BadValue("branch", branch, f"{MAIN!r} or None beside create_pr=True, which proposes a change of {MAIN}")
@@ -95,10 +96,8 @@ def publish(
         for tries_left in reversed(range(_TRIES_AGAINST_OTHERS)):
             head = api.model_info(repo_id, revision=branch or MAIN)
             there = {entry.rfilename for entry in head.siblings or ()}
-            wanted = {name: data for name, data in files.items() if name != CARD_NAME or overwrite_card}
-            if CARD_NAME in files and CARD_NAME not in there:
-                wanted[CARD_NAME] = files[CARD_NAME]
-            elif CARD_NAME in files and not overwrite_card:
+            kept = {constants.CONFIG_NAME, *(() if overwrite_card else (CARD_NAME,))} & there
+            if CARD_NAME in kept & set(files):
                 warnings.warn(
                     f"{repo_id} has a {CARD_NAME}, which is kept; pass overwrite_card=True (--overwrite-card) to "
                     "replace it.",
@@ -108,7 +107,7 @@ def publish(
                 # Refused by the Hub if somebody else was faster: what was just seen to be there may have changed.
                 return api.create_commit(
                     repo_id,
-                    [CommitOperationAdd(name, data) for name, data in wanted.items()],
+                    [CommitOperationAdd(name, data) for name, data in files.items() if name not in kept],
                     commit_message=commit_message,
                     revision=branch or MAIN,
                     create_pr=create_pr,

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,9 @@ def call(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found: Any = import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    return found(*args, **kwargs)
+    result = found(*args, **kwargs)
+    # huggingface_hub's own cannot be pickled before 2.0.
+    return SimpleNamespace(**vars(result)) if type(result).__name__ == "CommitInfo" else result
 
 
 def warned(target: str, *args: Any, **kwargs: Any) -> list[str]:
