@@ -269,6 +269,7 @@ def visualize(
 
     from .analysis.pictures import draw_merged_tokens
     from .auto import auto_class
+    from .card import method_name
     from .data import load_processor
     from .errors import BadValue
 
@@ -277,13 +278,13 @@ def visualize(
     pictures = [Image.open(path).convert("RGB") for path in images]
     config = _read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}
-    models = {}
+    models: dict[str, Any] = {}
     for label, wanted in (merges or {"": _merge_of(config, method)}).items():
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
         _set_reduction(merged, r, flops)
-        # A picture is to be shown: of a folder, its name says enough.
-        label = Path(label).name if Path(label).is_dir() and Path(label).name not in models else label
-        models[label or merged.merge_config.method] = merged
+        # A picture is to be shown, and a folder of this machine is nobody's business.
+        name = method_name(merged.merge_config.method)
+        models[name if name not in models else f"{name} ({Path(label).name}, {len(models) + 1})"] = merged
     draw_merged_tokens(pictures, models, load_processor(model), output)
     typer.echo(f"written: {output}")
 
