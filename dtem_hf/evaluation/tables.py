@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-COLUMNS = ("method", "r", "top-1", "top-5", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
+COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -19,6 +19,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         "" if row["r"] is None else json.dumps(row["r"]),
         _shown(row["top1"], "{:.1f}"),
         _shown(row["top5"], "{:.1f}"),
+        _shown(row.get("calibration_error"), "{:.1f}"),
         f"{row['agreement']:.1f}",
         f"{row['kl']:.4f}",
         f"{row['multiply_adds'] / 1e6:.1f}",

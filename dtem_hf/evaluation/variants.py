@@ -3,38 +3,94 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..adapter import MergeAdapter
-from ..configuration import DTEMConfig, ToMeConfig
+from ..configuration import DTEMConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
 from ..modeling import attach
-from ..schedule import FlopsSchedule, MergePlan
+from ..schedule import FlopsSchedule, MergePlan, as_schedule
 
 
-METHODS = ("none", "tome", "dtem")
+UNMERGED = "none"
+_METHODS: dict[str, EvaluatedMethod] = {}
+
+
+class EvaluatedMethod(ABC):
+    """How a method becomes rows: what is attached to the model, and how much of it.
+
+    A subclass is registered under its `name` when it is written down; nothing else has to know of it.
+    """
+
+    name: ClassVar[str]
+    takes_adapter: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            _METHODS[cls.name] = cls()
+
+    @abstractmethod
+    def attach(self, model: Any, adapter: MergeAdapter | None) -> None:
+        """Put the method into a plain model, merging nothing yet."""
+
+    def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
+        """One amount for each row: every r, then every share of the multiply-adds."""
+        return [*reductions, *(FlopsSchedule(share) for share in shares)]
+
+    def set_amount(self, model: Any, amount: Any) -> None:
+        """Make a model with the method attached merge so much. Raises ValueError where it does not fit."""
+        model.set_reduction(amount)
+
+
+class MatchingMethod(EvaluatedMethod):
+    """A method with r tokens per layer."""
+
+    config_class: ClassVar[type[MatchingConfig]]
+
+    def attach(self, model: Any, adapter: MergeAdapter | None) -> None:
+        attach(model, self.config_class(r=0) if adapter is None else adapter)
+
+
+class ToMe(MatchingMethod):
+    """Merging by keys; there is nothing to learn."""
+
+    name = "tome"
+    config_class = ToMeConfig
+
+
+class DTEM(MatchingMethod):
+    """Merging by an adapter's embedding; without one it starts from keys and equals ToMe."""
+
+    name = "dtem"
+    config_class = DTEMConfig
+    takes_adapter = True
 
 
 @dataclass
 class Variant:
-    """One row: a method and its r (None: unmerged), run on a model that may serve several rows."""
+    """One row: a method and its r (None: unmerged), run on a model that may serve several rows.
+
+    `adapter` is the name of the adapter that the method was given, where there are several to tell apart.
+    """
 
     method: str
     r: Any
     model: Any
     plan: MergePlan
+    adapter: str | None = None
 
     @contextmanager
     def ready(self) -> Iterator[Any]:
         """The model, set to this row."""
-        if self.method == "none":
+        if self.method == UNMERGED:
             with self.model.unmerged():
                 yield self.model
         else:
-            self.model.set_reduction(self.r)
+            _METHODS[self.method].set_amount(self.model, self.r)
             yield self.model
 
     @property
@@ -45,35 +101,46 @@ class Variant:
     @property
     def shown_r(self) -> Any:
         """r as JSON."""
-        return self.r.to_json() if hasattr(self.r, "to_json") else self.r
+        return None if self.r is None else as_schedule(self.r).to_json()
+
+
+def method_names() -> list[str]:
+    """What a command line may ask for: the unmerged model, and every method that is registered."""
+    return [UNMERGED, *_METHODS]
 
 
 def make_variants(
-    model: Any, methods: Sequence[str], reductions: Sequence[Any], flops: Sequence[float], adapter: MergeAdapter | None
+    model: Any,
+    methods: Sequence[str],
+    reductions: Sequence[Any],
+    shares: Sequence[float],
+    adapters: dict[str, MergeAdapter] | None = None,
 ) -> list[Variant]:
     """The unmerged model, then every method at every r and every share of multiply-adds.
 
-    `model` is plain; all rows share its weights. Raises ValueError for an unknown method.
+    A method that takes an adapter has its rows once for each of `adapters`, by name. `model` is plain; all rows share
+    its weights. Raises ValueError for an unknown method.
     """
-    unknown = sorted(set(methods) - set(METHODS))
+    unknown = sorted(set(methods) - set(method_names()))
     if unknown:
-        raise BadValue("methods", list(methods), f"some of {', '.join(METHODS)}; not {', '.join(unknown)}")
-    amounts = [*reductions, *(FlopsSchedule(share) for share in flops)]
-    if not amounts and set(methods) != {"none"}:
+        raise BadValue("methods", list(methods), f"some of {', '.join(method_names())}; not {', '.join(unknown)}")
+    if not reductions and not shares and set(methods) != {UNMERGED}:
         raise BadValue("r", list(reductions), "at least one r, or one share in flops")
     reference = attach(share_weights(model), ToMeConfig(r=0))
-    rows = [Variant("none", None, reference, reference.merge_plan())]
-    for method in methods:
-        if method == "none":
+    rows = [Variant(UNMERGED, None, reference, reference.merge_plan())]
+    for name in methods:
+        if name == UNMERGED:
             continue
-        merged = share_weights(model)
-        if method == "tome":
-            attach(merged, ToMeConfig(r=0))
-        else:
-            attach(merged, DTEMConfig(r=0) if adapter is None else adapter)
-        for r in amounts:
-            merged.set_reduction(r)
-            rows.append(Variant(method, r, merged, merged.merge_plan()))
+        method = _METHODS[name]
+        given: list[tuple[str | None, MergeAdapter | None]] = [(None, None)]
+        if method.takes_adapter and adapters:
+            given = [(key if len(adapters) > 1 else None, adapter) for key, adapter in adapters.items()]
+        for adapter_name, adapter in given:
+            merged = share_weights(model)
+            method.attach(merged, adapter)
+            for amount in method.amounts(reductions, shares):
+                method.set_amount(merged, amount)
+                rows.append(Variant(name, amount, merged, merged.merge_plan(), adapter_name))
     return rows
 
 
