@@ -3,6 +3,7 @@
 python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
 python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
 accelerate launch recipes/evaluate.py --model ... --data imagenet-1k --batch_size 256    # every GPU of the machine
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- recipes/evaluate.py --model ... --data ...    # two on a CPU
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -33,7 +33,7 @@ from ..errors import BadValue
 from ..files import write_json
 from ..training.tasks.base import kl_to
 from .metrics import load_metric
-from .parts import Columns, Parts, batches_of, weights_digest
+from .parts import Columns, Parts, batches_of, processes, weights_digest
 from .tables import print_table
 from .variants import Variant, make_variants, method_names
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
     result = evaluate(arguments)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     output = Path(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
     write_json(output / "evaluation.json", result)
@@ -161,7 +161,7 @@ def describe_model(name: str, model: Any) -> dict[str, Any]:
 
 def evaluation_device(name: str) -> torch.device:
     """The device of this process; `auto` takes an accelerator if there is one."""
-    return PartialState().device if name == "auto" else torch.device(name)
+    return processes().device if name == "auto" else torch.device(name)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from ..errors import BadValue
@@ -22,6 +23,18 @@ Columns = dict[str, NDArray[Any]]
 _RUN_NAME = "run.json"
 
 
+def processes() -> Accelerator:
+    """This process among those that were launched together. Raises RuntimeError where they do not know each other."""
+    accelerator = Accelerator()
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched and Accelerate sees {accelerator.num_processes}: "
+            "without an accelerator, set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    return accelerator
+
+
 class Parts:
     """The finished batches of one run, in a folder that all its processes share.
 
@@ -30,7 +43,7 @@ class Parts:
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: str) -> None:
         self.folder = folder
-        self.state = PartialState()
+        self.state = processes()
         if self.state.is_main_process and resume == "never":
             shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()

@@ -170,6 +170,13 @@ def test_two_processes_give_what_one_gives_to_the_last_digit(options, tmp_path):
     assert not (tmp_path / "two" / "parts").exists()
 
 
+def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch):
+    """As torchrun on a CPU starts them without ACCELERATE_USE_CPU: each would do everything."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were launched and Accelerate sees 1"):
+        evaluate(EvaluateArguments(**options))
+
+
 class Stopped(Exception):
     """The interruption."""
 
