@@ -233,6 +233,7 @@ _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
+    "benchmark": ("evaluation.benchmark", "Measure multiply-adds, speed and memory, without any images."),
 }
 
 

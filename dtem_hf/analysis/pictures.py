@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backbones import find_backbone
 from ..errors import BadValue
 from ..modeling import MergeMixin
+from ..vision import evaluating, run_on_pixels
 from .plots import check_figure_format, save_figure
 
 
@@ -148,7 +147,7 @@ def _draw_row(image: Image, models: Any, processor: Any) -> list[tuple[NDArray[n
         backbone, encoder = find_backbone(model)
         config: Any = encoder.config
         pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
-        source_map = _final_source_map(model, encoder, pixel_values)
+        source_map = _source_maps(model, pixel_values)[-1]
         pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
         prefix = backbone.num_prefix_tokens(encoder)
         # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
@@ -162,39 +161,11 @@ def _draw_row(image: Image, models: Any, processor: Any) -> list[tuple[NDArray[n
     return row
 
 
-def _final_source_map(model: Any, encoder: nn.Module, pixel_values: Tensor) -> NDArray[np.int64]:
-    """The token that each of an image's tokens ends in: [1, C, H, W] -> [N]."""
-    part: Any = _image_part(model, encoder)
-    config: Any = encoder.config
-    parameter = next(encoder.parameters())
-    kwargs: dict[str, Any] = {}
-    # Families whose position embeddings fit any size have no such argument.
-    if tuple(pixel_values.shape[2:]) != _pair(config.image_size):
-        kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
-    with _evaluating(model), torch.no_grad(), model.trace_merging() as trace:
-        part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
-    return trace.source_maps[-1][0].cpu().numpy()
-
-
-def _image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
-    """The largest part of a model that holds the encoder and needs nothing but pixels: of CLIP, its vision tower."""
-    for module in model.modules():
-        takes_pixels = isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
-        if takes_pixels and any(child is encoder for child in module.modules()):
-            return module
-    return encoder
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model is in eval mode; behind it every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
+    """The token that each of an image's tokens is in behind every layer: [1, C, H, W] -> layers × [N]."""
+    with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
+        run_on_pixels(model, pixel_values)
+    return [source_map[0].cpu().numpy() for source_map in trace.source_maps]
 
 
 def _in_mode(image: Image, num_channels: int) -> Image:

@@ -32,6 +32,7 @@ from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..training.tasks.base import kl_to
+from .efficiency import synchronize
 from .metrics import load_metric
 from .parts import Columns, Parts, batches_of, processes, weights_digest
 from .tables import print_table
@@ -205,10 +206,10 @@ def measure_batch(variants: Sequence[Variant], batch: dict[str, Tensor], device:
     reference = None
     for variant in variants:
         with variant.ready() as model:
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
             logits = model(pixel_values=pixels).logits
-            _wait(device)
+            synchronize(device)
             columns["seconds_per_image"].append((time.perf_counter() - started) / len(pixels))
         logits = logits.float()
         reference = logits if reference is None else reference
@@ -258,8 +259,3 @@ def make_rows(variants: Sequence[Variant], parts: Sequence[Columns]) -> list[dic
             }
         )
     return rows
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, ViTImageProcessorPil
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 import dtem_hf
 from dtem_hf.analysis.pictures import (
-    _image_part,
     displayed_pixels,
     draw_merged_tokens,
     merged_token_image,
@@ -314,14 +313,3 @@ def test_the_suffix_is_the_format(make_classifier, tmp_path, suffix):
     start = {"svg": b"<?xml", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff", "PNG": b"\x89PNG"}[suffix]
     assert path.read_bytes().startswith(start)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_model_that_also_needs_text_runs_its_vision_tower():
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": 32}, vision_config={**small, "image_size": 16, "patch_size": 8}
-    )
-    model = CLIPModel(config)
-    part = _image_part(model, next(module for name, module in model.named_modules() if name == "vision_model.encoder"))
-    assert part is model.vision_model
-    part(pixel_values=torch.zeros(1, 3, 16, 16))
