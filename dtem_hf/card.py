@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 TRAINING_NAME = "training.json"
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "evit": "EViT", "dtem": "DTEM"}
+_METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "soft": "ToMe, merged softly", "evit": "EViT", "dtem": "DTEM"}
 _AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "image-text-to-text": "AutoModelForImageTextToText",

@@ -20,6 +20,7 @@ from ..adapter import MergeAdapter
 from ..arguments import option, parse_arguments, parse_reduction
 from ..auto import auto_class
 from ..backbones import find_backbone
+from ..card import reduction_label
 from ..conditions import command, hardware, versions
 from ..errors import BadValue
 from ..files import write_json
@@ -144,7 +145,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
     for column in ("method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in result["rows"]:
-        cells = [row["method"], "" if row["r"] is None else str(row["r"])]
+        cells = [row["method"], "" if row["r"] is None else reduction_label(row["r"])]
         cells += [f"{row['multiply_adds'] / 1e6:.1f}", f"{row['ideal_speedup']:.2f}×"]
         for batch in row["batches"]:
             speed, memory = batch["images_per_second"], batch["peak_memory"]

@@ -79,6 +79,10 @@ class EvaluateArguments:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise BadValue("dtype", self.dtype, "float32, bfloat16 or float16")
 
+    def adapter_references(self) -> list[str]:
+        """The adapters that methods with an embedding are evaluated with; none: from keys."""
+        return [] if self.adapter is None else [self.adapter]
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
@@ -103,9 +107,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     is finished is kept in `output_dir/parts` until all of it is, so that the same command goes on where it stopped.
     """
     device = evaluation_device(arguments.device)
-    adapters = {}
-    if arguments.adapter is not None:
-        adapters[arguments.adapter] = MergeAdapter.from_reference(arguments.adapter)
+    adapters = {name: MergeAdapter.from_reference(name) for name in arguments.adapter_references()}
     model = AutoModelForImageClassification.from_pretrained(
         arguments.model, merge=None, dtype=getattr(torch, arguments.dtype)
     ).to(device)

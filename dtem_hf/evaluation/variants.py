@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..adapter import MergeAdapter
@@ -45,6 +45,10 @@ class EvaluatedMethod(ABC):
         """Make a model with the method attached merge so much. Raises ValueError where it does not fit."""
         model.set_reduction(amount)
 
+    def plan(self, model: Any) -> MergePlan:
+        """Tokens and multiply-adds of a model that is set."""
+        return model.merge_plan()
+
 
 class MatchingMethod(EvaluatedMethod):
     """A method with r tokens per layer."""
@@ -68,6 +72,23 @@ class DTEM(MatchingMethod):
     name = "dtem"
     config_class = DTEMConfig
     takes_adapter = True
+
+
+class Soft(EvaluatedMethod):
+    """Merging by keys, softly, as it is relaxed in training: between ToMe and DTEM in the ablation.
+
+    No token leaves, so it saves nothing: its multiply-adds are the unmerged model's (and the grouping's, not counted).
+    """
+
+    name = "soft"
+
+    def attach(self, model: Any, adapter: MergeAdapter | None) -> None:
+        attach(model, DTEMConfig(r=0, relaxation="soft"))
+
+    def plan(self, model: Any) -> MergePlan:
+        plan = model.merge_plan()
+        tokens = [plan.num_tokens] * len(plan.tokens)
+        return replace(plan, tokens=tokens, multiply_adds=plan.unmerged_multiply_adds)
 
 
 @dataclass
@@ -140,7 +161,7 @@ def make_variants(
             method.attach(merged, adapter)
             for amount in method.amounts(reductions, shares):
                 method.set_amount(merged, amount)
-                rows.append(Variant(name, amount, merged, merged.merge_plan(), adapter_name))
+                rows.append(Variant(name, amount, merged, method.plan(merged), adapter_name))
     return rows
 
 
