@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,29 @@ def _series_styles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]
         styles[series_name(row)] = own or next(spare, ("0.4", "x"))
         taken.add(method)
     return styles
+
+
+def plot_correlation(
+    layers: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Plot Kendall's τ layer by layer: a line per name, for example before and after training."""
+    check_figure_format(path)
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for (name, values), (colour, marker) in zip(layers.items(), cycle(_STYLES.values()), strict=False):
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, linewidth=1.8, label=name)
+    axis.set_xlabel("Layer")
+    axis.set_ylabel("Kendall's τ: keys, embedding")
+    axis.set_ylim(min(0, *(value for values in layers.values() for value in values)), 1.05)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    for text in axis.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
 
 
 def check_figure_format(path: str | os.PathLike[str]) -> None:
