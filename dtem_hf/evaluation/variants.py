@@ -34,8 +34,8 @@ class EvaluatedMethod(ABC):
             _METHODS[cls.name] = cls()
 
     @abstractmethod
-    def attach(self, model: Any, adapter: MergeAdapter | None) -> None:
-        """Put the method into a plain model, merging nothing yet."""
+    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
+        """Put the method into a plain model, merging nothing yet; `options` are `attach`'s."""
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
         """One amount for each row: every r, then every share of the multiply-adds."""
@@ -55,8 +55,8 @@ class MatchingMethod(EvaluatedMethod):
 
     config_class: ClassVar[type[MatchingConfig]]
 
-    def attach(self, model: Any, adapter: MergeAdapter | None) -> None:
-        attach(model, self.config_class(r=0) if adapter is None else adapter)
+    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
+        attach(model, self.config_class(r=0) if adapter is None else adapter, **options)
 
 
 class ToMe(MatchingMethod):
@@ -82,8 +82,8 @@ class Soft(EvaluatedMethod):
 
     name = "soft"
 
-    def attach(self, model: Any, adapter: MergeAdapter | None) -> None:
-        attach(model, DTEMConfig(r=0, relaxation="soft"))
+    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
+        attach(model, DTEMConfig(r=0, relaxation="soft"), **options)
 
     def plan(self, model: Any) -> MergePlan:
         plan = model.merge_plan()
@@ -136,18 +136,19 @@ def make_variants(
     reductions: Sequence[Any],
     shares: Sequence[float],
     adapters: dict[str, MergeAdapter] | None = None,
+    **options: Any,
 ) -> list[Variant]:
     """The unmerged model, then every method at every r and every share of multiply-adds.
 
     A method that takes an adapter has its rows once for each of `adapters`, by name. `model` is plain; all rows share
-    its weights. Raises ValueError for an unknown method.
+    its weights. `options` are `attach`'s. Raises ValueError for an unknown method.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
         raise BadValue("methods", list(methods), f"some of {', '.join(method_names())}; not {', '.join(unknown)}")
     if not reductions and not shares and set(methods) != {UNMERGED}:
         raise BadValue("r", list(reductions), "at least one r, or one share in flops")
-    reference = attach(share_weights(model), ToMeConfig(r=0))
+    reference = attach(share_weights(model), ToMeConfig(r=0), **options)
     rows = [Variant(UNMERGED, None, reference, reference.merge_plan())]
     for name in methods:
         if name == UNMERGED:
@@ -158,7 +159,7 @@ def make_variants(
             given = [(key if len(adapters) > 1 else None, adapter) for key, adapter in adapters.items()]
         for adapter_name, adapter in given:
             merged = share_weights(model)
-            method.attach(merged, adapter)
+            method.attach(merged, adapter, **options)
             for amount in method.amounts(reductions, shares):
                 method.set_amount(merged, amount)
                 rows.append(Variant(name, amount, merged, method.plan(merged), adapter_name))
