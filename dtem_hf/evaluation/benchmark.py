@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,17 @@ def measure_costs(
 ) -> list[dict[str, Any]]:
     """Costs of every row on noise of [C, H, W], the first row being the one that speed-ups refer to."""
 
-    def run(variant: Variant, pixels: torch.Tensor) -> None:
-        with variant.ready() as model:
-            run_on_pixels(model, pixels)
-
     rows: list[dict[str, Any]] = []
+    models = [variant.standalone() for variant in variants]
     one = torch.randn(1, *shape, device=device)
-    for variant in variants:
-        counted = count_multiply_adds(lambda row=variant: run(row, one))  # type: ignore[misc]
+    for variant, model in zip(variants, models, strict=True):
+        counted = count_multiply_adds(partial(run_on_pixels, model, one))
         rows.append(
             {
                 "method": variant.method,
                 "r": variant.shown_r,
                 **({} if variant.adapter is None else {"adapter": variant.adapter}),
-                "parameters": count_parameters(variant.model),
+                "parameters": count_parameters(model),
                 "multiply_adds": counted,
                 "ratio": counted / (rows[0]["multiply_adds"] if rows else counted),
                 "ideal_speedup": (rows[0]["multiply_adds"] if rows else counted) / counted,
@@ -127,11 +125,10 @@ def measure_costs(
         )
     for batch_size in batch_sizes:
         pixels = torch.randn(batch_size, *shape, device=device)
-        runs = [lambda row=variant: run(row, pixels) for variant in variants]  # noqa: B023
+        runs = [partial(run_on_pixels, model, pixels) for model in models]
         seconds = time_interleaved(runs, device, rounds, warmup)
-        for row, timing, one_run in zip(rows, speeds(seconds, batch_size), runs, strict=True):
-            memory = peak_memory(one_run, device)
-            row["batches"].append({"batch_size": batch_size, **timing, "peak_memory": memory})
+        for row, timing, run in zip(rows, speeds(seconds, batch_size), runs, strict=True):
+            row["batches"].append({"batch_size": batch_size, **timing, "peak_memory": peak_memory(run, device)})
     for row in rows:
         measured = {batch["batch_size"]: batch["speedup"]["median"] for batch in row["batches"]}
         row["break_even_batch_size"] = break_even(measured) if row is not rows[0] else None

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ..adapter import MergeAdapter
 from ..configuration import DTEMConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
-from ..modeling import attach
+from ..modeling import attach, detach
 from ..schedule import FlopsSchedule, MergePlan, as_schedule
 
 
@@ -113,6 +113,14 @@ class Variant:
         else:
             _METHODS[self.method].set_amount(self.model, self.r)
             yield self.model
+
+    def standalone(self) -> Any:
+        """A model of its own that is set to this row for good, with the weights of all; unmerged, a plain one."""
+        model = share_weights(self.model)
+        if self.method == UNMERGED:
+            return detach(model)
+        _METHODS[self.method].set_amount(model, self.r)
+        return model
 
     @property
     def label(self) -> str:
