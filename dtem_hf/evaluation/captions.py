@@ -198,8 +198,7 @@ def _row(variant: Variant, scores: CaptionScores, seconds: np.ndarray, plain: di
         "method": variant.method,
         "r": variant.shown_r,
         **scores.values,
-        # What the decoder is handed, CLS included.
-        "visual_tokens": variant.plan.tokens[-1],
+        "visual_tokens": variant.plan.output_tokens,  # what the decoder is handed, CLS included
         "captions_per_second": speed,
         "speedup": speed / reference if speed and reference else None,
     }

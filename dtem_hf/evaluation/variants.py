@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..adapter import MergeAdapter
-from ..configuration import DTEMConfig, MatchingConfig, ToMeConfig
+from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
 from ..modeling import attach, detach
 from ..schedule import FlopsSchedule, MergePlan, as_schedule
@@ -72,6 +72,20 @@ class DTEM(MatchingMethod):
     name = "dtem"
     config_class = DTEMConfig
     takes_adapter = True
+
+
+class EViT(EvaluatedMethod):
+    """Pruning by CLS attention, which has a keep rate and no r: its rows are shares of the multiply-adds."""
+
+    name = "evit"
+
+    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
+        attach(model, EViTConfig(), **options)
+
+    def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
+        if not shares:
+            raise BadValue("flops", list(shares), "at least one share, as evit has no r")
+        return super().amounts((), shares)
 
 
 class Soft(EvaluatedMethod):

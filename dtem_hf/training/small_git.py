@@ -47,8 +47,8 @@ class SmallGitArguments:
     image_size: int = option("pixels in height and width", default=96)
     patch_size: int = option("pixels in height and width of a patch", default=12)
     hidden_size: int = option("width of the image encoder and of the decoder", default=128)
-    vision_layers: int = option("layers of the image encoder", default=6)
-    text_layers: int = option("layers of the decoder", default=3)
+    vision_layers: int = option("layers of the image encoder", default=4)
+    text_layers: int = option("layers of the decoder", default=2)
     vocab_size: int = option("largest number of word pieces", default=2000)
     max_tokens: int = option("longest caption in word pieces; what is longer is cut", default=24)
     seed: int = option("of everything that is drawn", default=0)
@@ -174,6 +174,8 @@ def make_config(arguments: SmallGitArguments, tokenizer: PreTrainedTokenizerFast
     """A GIT of the size that the arguments ask for."""
     width = arguments.hidden_size
     sizes: dict[str, Any] = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 4 * width}
+    # So narrow a model starts from weights larger than GIT's own 0.02, or it never looks at the image.
+    sizes["initializer_range"] = width**-0.5
     return GitConfig(
         vision_config={
             **sizes,

@@ -94,12 +94,12 @@ def test_class_shares_of_a_patch_are_those_of_its_pixels():
 
 def test_a_head_learns_squares_and_merging_costs_a_bit(squares, tmp_path, capsys):
     flags = [f"--{name}={value}" for name, value in options(squares).items() if not isinstance(value, list)]
-    main([*flags, "--methods", "none", "tome", "--r", "4", "16", "--output_dir", str(tmp_path)])
+    main([*flags, "--methods", "none", "tome", "--r", "4", "32", "--output_dir", str(tmp_path)])
     result = json.loads((tmp_path / "segmentation.json").read_text())
     none, few, many = result["rows"]
     assert result["num_classes"] == 3 and result["data"]["num_images"] == 8
-    assert none["miou"] > 75 and none["miou"] >= few["miou"] >= many["miou"] > 25
-    assert none["miou"] != many["miou"] and many["tokens"] == 65 - 32
+    assert none["miou"] > 75 and abs(none["miou"] - few["miou"]) < 5 and 25 < many["miou"] < none["miou"] - 5
+    assert many["tokens"] == 65 - 32 - 16
     assert "mIoU" in capsys.readouterr().out
 
 
