@@ -196,6 +196,9 @@ def visualize(
     method: Method = None,
     r: Reduction = None,
     flops: Flops = None,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Draw one image layer by layer, a row for each adapter.")
+    ] = False,
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the picture.")] = Path(
         "merged_tokens.png"
     ),
@@ -209,13 +212,15 @@ def visualize(
     """
     from PIL import Image
 
-    from .analysis.pictures import draw_merged_tokens
+    from .analysis.pictures import draw_merged_layers, draw_merged_tokens
     from .auto import auto_class
     from .data import load_processor
     from .errors import BadValue
 
     if merge and method is not None:
         raise BadValue("method", method, "nothing beside --merge, which says its own")
+    if by_layer and len(images) > 1:
+        raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
     pictures = [Image.open(path).convert("RGB") for path in images]
     config = _read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}
@@ -224,7 +229,10 @@ def visualize(
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
         _set_reduction(merged, r, flops)
         models[label or merged.merge_config.method] = merged
-    draw_merged_tokens(pictures, models, load_processor(model), output)
+    if by_layer:
+        draw_merged_layers(pictures[0], models, load_processor(model), output)
+    else:
+        draw_merged_tokens(pictures, models, load_processor(model), output)
     typer.echo(f"written: {output}")
 
 
