@@ -13,7 +13,7 @@ from ..adapter import MergeAdapter
 from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
 from ..modeling import attach, detach
-from ..schedule import FlopsSchedule, MergePlan, as_schedule
+from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
 
 
 UNMERGED = "none"
@@ -37,9 +37,14 @@ class EvaluatedMethod(ABC):
     def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
         """Put the method into a plain model, merging nothing yet; `options` are `attach`'s."""
 
+    def accepts(self, reduction: Any) -> bool:
+        """Whether the method has a use for an r, where several methods are given the same."""
+        return not isinstance(as_schedule(reduction), KeepRateSchedule)
+
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
-        """One amount for each row: every r, then every share of the multiply-adds."""
-        return [*reductions, *(FlopsSchedule(share) for share in shares)]
+        """One amount for each row: every r that it has a use for, then every share of the multiply-adds."""
+        amounts = [r for r in reductions if self.accepts(r)]
+        return [*amounts, *(FlopsSchedule(share) for share in shares)]
 
     def set_amount(self, model: Any, amount: Any) -> None:
         """Make a model with the method attached merge so much. Raises ValueError where it does not fit."""
@@ -75,17 +80,15 @@ class DTEM(MatchingMethod):
 
 
 class EViT(EvaluatedMethod):
-    """Pruning by CLS attention, which has a keep rate and no r: its rows are shares of the multiply-adds."""
+    """Pruning by CLS attention, which has a keep rate and no r."""
 
     name = "evit"
 
     def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
         attach(model, EViTConfig(), **options)
 
-    def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
-        if not shares:
-            raise BadValue("flops", list(shares), "at least one share, as evit has no r")
-        return super().amounts((), shares)
+    def accepts(self, reduction: Any) -> bool:
+        return isinstance(as_schedule(reduction), KeepRateSchedule)
 
 
 class Soft(EvaluatedMethod):
@@ -182,7 +185,10 @@ def make_variants(
         for adapter_name, adapter in given:
             merged = share_weights(model)
             method.attach(merged, adapter, **options)
-            for amount in method.amounts(reductions, shares):
+            amounts = method.amounts(reductions, shares)
+            if not amounts:
+                raise BadValue("r", list(reductions), f"an amount that {name} understands, or a share in flops")
+            for amount in amounts:
                 method.set_amount(merged, amount)
                 rows.append(Variant(name, amount, merged, method.plan(merged), adapter_name))
     return rows

@@ -16,6 +16,7 @@ from dtem_hf import (
     AutoModelForImageClassification,
     BadValue,
     DTEMConfig,
+    EViTConfig,
     FlopsSchedule,
     MergeAdapter,
     ToMeConfig,
@@ -123,6 +124,36 @@ def test_rows_share_the_weights_of_one_model(vit_folder):
                 assert parameter is model.get_parameter(name)
     copied = share_weights(attach(model, DTEMConfig(r=1)))
     assert copied.vit.merge_embedding.layers[0].weight is model.vit.merge_embedding.layers[0].weight
+
+
+def test_evit_has_keep_rates_and_shares_and_no_r(vit_folder):
+    model = ViTForImageClassification.from_pretrained(vit_folder)
+    keep = {"kind": "keep_rate", "keep_rate": 0.5}
+    rows = make_variants(model, ["tome", "evit"], [2, keep], [0.7])
+    assert [(row.method, row.shown_r) for row in rows] == [
+        ("none", None),
+        ("tome", 2),
+        ("tome", FlopsSchedule(0.7).to_json()),
+        ("evit", {**keep, "layers": None}),
+        ("evit", FlopsSchedule(0.7).to_json()),
+    ]
+    assert all(row.plan.ratio <= 0.7 for row in rows if row.shown_r == FlopsSchedule(0.7).to_json())
+    expected = attach(ViTForImageClassification.from_pretrained(vit_folder), EViTConfig(keep_rate=0.5))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), rows[3].ready() as merged:
+        assert torch.equal(merged(pixels).logits, expected(pixels).logits)
+    with pytest.raises(BadValue, match="an amount that evit understands"):
+        make_variants(model, ["evit"], [2], [])
+
+
+def test_a_standalone_model_is_the_row(vit_folder):
+    rows = make_variants(ViTForImageClassification.from_pretrained(vit_folder), ["tome", "evit"], [], [0.7])
+    pixels = torch.randn(2, 3, 32, 32)
+    for row in rows:
+        alone = row.standalone()
+        with torch.no_grad(), row.ready() as shared:
+            assert torch.equal(alone(pixels).logits, shared(pixels).logits)
+    assert type(rows[0].standalone()) is ViTForImageClassification
 
 
 def test_program_writes_json_and_plot(options, tmp_path, capsys):
