@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ from ..backbones import find_backbone
 from ..errors import BadValue
 from ..vision import image_part
 from .captions_format import CaptionedImage
-from .efficiency import synchronize
 from .parts import Columns, Parts
-from .variants import Variant
+from .variants import Variant, run_in_turn
 
 
 @dataclass
@@ -79,7 +77,7 @@ def generate_captions(
     if shown and parts.finished():
         progress.write(f"{len(parts.finished())} of {len(batches)} batches were finished before")
     for place, (number, batch) in enumerate(zip(mine, progress, strict=True)):
-        columns = caption_batch(variants, batch, tokenizer, settings, device)
+        columns = caption_batch(variants, batch, tokenizer, settings, device, first=number % len(variants))
         if place == 0:
             columns["seconds_per_image"][:] = np.nan
         parts.write(number, columns)
@@ -93,22 +91,18 @@ def caption_batch(
     tokenizer: Any,
     settings: Mapping[str, Any],
     device: torch.device,
+    first: int = 0,
 ) -> Columns:
-    """Captions of all R rows: `image_id` [B], `captions` [R, B] (text) and `seconds_per_image` [R]."""
+    """Captions of all R rows, row `first` first: `image_id` [B], `captions` [R, B], `seconds_per_image` [R]."""
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
-    captions, seconds = [], []
-    for variant in variants:
-        with variant.ready() as model:
-            synchronize(device)
-            started = time.perf_counter()
-            tokens = model.generate(pixel_values=pixels, **settings)
-            synchronize(device)
-            seconds.append((time.perf_counter() - started) / len(pixels))
-        captions.append([text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)])
+    written, seconds = run_in_turn(
+        variants, lambda model: model.generate(pixel_values=pixels, **settings), device, first
+    )
+    captions = [[text.strip() for text in tokenizer.batch_decode(row, skip_special_tokens=True)] for row in written]
     return {
         "image_id": batch["image_id"].numpy(),
         "captions": np.array(captions, dtype=np.str_),
-        "seconds_per_image": np.array(seconds),
+        "seconds_per_image": seconds / len(pixels),
     }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,10 @@ from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..training.tasks.base import kl_to
-from .efficiency import synchronize
 from .metrics import load_metric
 from .parts import Columns, Parts, batches_of, processes, weights_digest
 from .tables import print_table
-from .variants import Variant, make_variants, method_names
+from .variants import Variant, make_variants, method_names, run_in_turn
 
 
 _RANKED = 5
@@ -189,7 +187,7 @@ def measure(
     if shown and len(parts.finished()):
         progress.write(f"{len(parts.finished())} of {len(batches)} batches were finished before")
     for place, (number, batch) in enumerate(zip(mine, progress, strict=True)):
-        columns = measure_batch(variants, batch, device)
+        columns = measure_batch(variants, batch, device, first=number % len(variants))
         if place == 0 or len(batches[number]) < len(batches[0]):
             columns["seconds_per_image"][:] = math.nan
         parts.write(number, columns)
@@ -197,28 +195,27 @@ def measure(
 
 
 @torch.inference_mode()
-def measure_batch(variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device) -> Columns:
-    """Run all rows on a batch in turn, so that what else the machine does falls on all of them.
+def measure_batch(
+    variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int = 0
+) -> Columns:
+    """Run all rows on a batch in turn, from row `first` on: whoever runs first shares the processor with whatever
+    decodes the next batch, and that must not always be the same one.
 
-    The first row is the reference. Returns labels [B] and, for each of R rows, `ranked` classes [R, B, 5],
-    `confidence` in the first of them [R, B], `kl` to the reference [R, B] and `seconds_per_image` [R].
+    Row 0 is the reference. Returns labels [B] and, for each of R rows, `ranked` classes [R, B, 5], `confidence` in the
+    first of them [R, B], `kl` to the reference [R, B] and `seconds_per_image` [R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
-    columns: dict[str, list[Any]] = {"ranked": [], "confidence": [], "kl": [], "seconds_per_image": []}
-    reference = None
-    for variant in variants:
-        with variant.ready() as model:
-            synchronize(device)
-            started = time.perf_counter()
-            logits = model(pixel_values=pixels).logits
-            synchronize(device)
-            columns["seconds_per_image"].append((time.perf_counter() - started) / len(pixels))
-        logits = logits.float()
-        reference = logits if reference is None else reference
-        columns["ranked"].append(logits.topk(min(_RANKED, logits.shape[-1]), dim=-1).indices.cpu().numpy())
-        columns["confidence"].append(logits.double().softmax(-1).amax(-1).cpu().numpy())
-        columns["kl"].append(kl_to(reference, logits).double().cpu().numpy())
-    return {"labels": batch["labels"].numpy(), **{name: np.stack(rows) for name, rows in columns.items()}}
+    logits, seconds = run_in_turn(variants, lambda model: model(pixel_values=pixels).logits.float(), device, first)
+    columns = {
+        "ranked": [row.topk(min(_RANKED, row.shape[-1]), dim=-1).indices for row in logits],
+        "confidence": [row.double().softmax(-1).amax(-1) for row in logits],
+        "kl": [kl_to(logits[0], row).double() for row in logits],
+    }
+    return {
+        "labels": batch["labels"].numpy(),
+        "seconds_per_image": seconds / len(pixels),
+        **{name: torch.stack(rows).cpu().numpy() for name, rows in columns.items()},
+    }
 
 
 def make_rows(variants: Sequence[Variant], parts: Sequence[Columns]) -> list[dict[str, Any]]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from ..adapter import MergeAdapter
 from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
 from ..modeling import attach, detach
 from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
+from .efficiency import synchronize
 
 
 UNMERGED = "none"
@@ -192,6 +198,23 @@ def make_variants(
                 method.set_amount(merged, amount)
                 rows.append(Variant(name, amount, merged, method.plan(merged), adapter_name))
     return rows
+
+
+def run_in_turn(
+    variants: Sequence[Variant], run: Callable[[Any], Any], device: torch.device, first: int = 0
+) -> tuple[list[Any], NDArray[np.float64]]:
+    """Call `run` with the model of every row, from row `first` on; the results and the seconds, in the rows' order."""
+    results: list[Any] = [None] * len(variants)
+    seconds = np.zeros(len(variants))
+    for place in range(len(variants)):
+        i = (first + place) % len(variants)
+        with variants[i].ready() as model:
+            synchronize(device)
+            started = time.perf_counter()
+            results[i] = run(model)
+            synchronize(device)
+            seconds[i] = time.perf_counter() - started
+    return results, seconds
 
 
 def share_weights(model: Any) -> Any:

@@ -41,7 +41,7 @@ class SmallGitArguments:
     images: str = option("folder of images")
     captions: str = option("file with the columns image and caption, as Flickr8k has it")
     output_dir: str = option("folder for the model, its processor and training.json", default="runs/small-git")
-    steps: int = option("optimiser steps", default=600)
+    steps: int = option("optimiser steps", default=800)
     batch_size: int = option("images per step, with one of their captions each", default=32)
     lr: float = option("largest learning rate", default=1e-3)
     image_size: int = option("pixels in height and width", default=96)

@@ -137,11 +137,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
     shutil.rmtree(options["output_dir"])
     done, real = [], captions_generation.caption_batch
 
-    def stop_at_the_third(variants, batch, *rest):
+    def stop_at_the_third(variants, batch, *rest, **kwargs):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(batch["image_id"].tolist())
-        return real(variants, batch, *rest)
+        return real(variants, batch, *rest, **kwargs)
 
     monkeypatch.setattr(captions_generation, "caption_batch", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -150,9 +150,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
         evaluate_captions(EvaluateCaptionsArguments(**{**options, "max_new_tokens": 5}))
     later = []
 
-    def note(variants, batch, *rest):
+    def note(variants, batch, *rest, **kwargs):
         later.append(batch["image_id"].tolist())
-        return real(variants, batch, *rest)
+        return real(variants, batch, *rest, **kwargs)
 
     monkeypatch.setattr(captions_generation, "caption_batch", note)
     evaluate_captions(EvaluateCaptionsArguments(**options))

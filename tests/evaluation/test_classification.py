@@ -25,7 +25,7 @@ from dtem_hf import (
 from dtem_hf.data import ProcessedImages, load_images, load_processor
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
-from dtem_hf.evaluation.variants import make_variants, share_weights
+from dtem_hf.evaluation.variants import make_variants, run_in_turn, share_weights
 
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,21 @@ def test_evit_has_keep_rates_and_shares_and_no_r(vit_folder):
         make_variants(model, ["evit"], [2], [])
 
 
+def test_rows_take_turns_at_running_first(vit_folder):
+    rows = make_variants(ViTForImageClassification.from_pretrained(vit_folder), ["tome"], [1, 2], [])
+    for first in range(3):
+        order = []
+
+        def run(model, order=order):
+            order.append(next(i for i, row in enumerate(rows) if row.model is model))
+            return len(order)
+
+        results, seconds = run_in_turn(rows, run, torch.device("cpu"), first)
+        # Rows 1 and 2 are one model, set anew.
+        assert order == [[0, 1, 1], [1, 1, 0], [1, 0, 1]][first]
+        assert results == [[1, 2, 3], [3, 1, 2], [2, 3, 1]][first] and (seconds > 0).all()
+
+
 def test_a_standalone_model_is_the_row(vit_folder):
     rows = make_variants(ViTForImageClassification.from_pretrained(vit_folder), ["tome", "evit"], [], [0.7])
     pixels = torch.randn(2, 3, 32, 32)
@@ -216,11 +231,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
     expected = counted(evaluate(EvaluateArguments(**options)))
     done = []
 
-    def stop_at_the_fourth(variants, batch, device):
+    def stop_at_the_fourth(variants, batch, *rest, **kwargs):
         if len(done) == 3:
             raise Stopped
         done.append(batch["index"].tolist())
-        return classification_batch(variants, batch, device)
+        return classification_batch(variants, batch, *rest, **kwargs)
 
     classification_batch = classification.measure_batch
     monkeypatch.setattr(classification, "measure_batch", stop_at_the_fourth)
@@ -235,9 +250,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
 
     later = []
 
-    def note(variants, batch, device):
+    def note(variants, batch, *rest, **kwargs):
         later.append(batch["index"].tolist())
-        return classification_batch(variants, batch, device)
+        return classification_batch(variants, batch, *rest, **kwargs)
 
     monkeypatch.setattr(classification, "measure_batch", note)
     assert counted(evaluate(EvaluateArguments(**options))) == expected
