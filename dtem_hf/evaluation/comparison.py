@@ -26,6 +26,11 @@ from .variants import UNMERGED, method_names
 
 # What is added from row to row of the ablation.
 ABLATION = {"tome": "ToMe", "soft": "+ soft merging", "dtem": "+ decoupled embedding"}
+_ABLATION_TEXT = (
+    "What each part adds (in brackets: over the line above). Soft merging is how training relaxes the step: no token "
+    "leaves, so that line costs as much as no merging at all. The decoupled embedding is learned through it, with "
+    "nothing else being trained, and merges hard."
+)
 
 
 @dataclass(kw_only=True)
@@ -86,7 +91,7 @@ def markdown(result: dict[str, Any]) -> str:
         long_table(rows),
     ]
     if {row["method"] for row in rows} >= set(ABLATION):
-        parts += ["What each part adds (in brackets: over the line above):", ablation_table(rows)]
+        parts += [_ABLATION_TEXT, ablation_table(rows)]
     parts.append(f"Made by `{result['command']}`.")
     return "\n\n".join(parts) + "\n"
 
