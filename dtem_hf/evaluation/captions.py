@@ -1,6 +1,6 @@
 """Captions: what merging does to the text that a model writes about images.
 
-python recipes/evaluate_captions.py --model microsoft/git-base-coco --images val2014 --annotations dataset_coco.json \\
+python recipes/evaluate_captions.py --model microsoft/git-base-coco --images coco --annotations dataset_coco.json \\
     --split test --methods tome --r 4 8 12
 python recipes/evaluate_captions.py --annotations captions_val2014.json --predictions results.json --output scores.json
 """
@@ -29,7 +29,7 @@ from ..errors import BadValue
 from ..files import write_json
 from .captions_format import read_annotations, read_predictions, write_predictions
 from .captions_generation import CaptionImages, count_generation, generate_captions
-from .captions_scoring import METRICS, SPICE_VARIABLE, CaptionScores, score_captions
+from .captions_scoring import METRICS, SPICE_VARIABLE, CaptionScores, score_captions, unavailable
 from .classification import describe_model, evaluation_device
 from .parts import Parts, batches_of, processes, weights_digest
 from .variants import Variant, make_variants, method_names
@@ -82,6 +82,8 @@ class EvaluateCaptionsArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line; caption and score, or score alone; print and write the scores."""
     arguments = parse_arguments(EvaluateCaptionsArguments, argv, __doc__ or "")
+    for metric, reason in unavailable(arguments.spice_jars).items():
+        print(f"{metric} will be null: {reason}")
     if arguments.predictions is not None:
         write_json(arguments.output, score_file(arguments))
         print(f"written: {arguments.output}")

@@ -62,21 +62,16 @@ def score_captions(
     `spice_jars` is a folder with SPICE_JARS (left out: the environment variable DTEM_HF_SPICE_JARS, or beside SPICE
     itself). Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
     """
-    if find_spec("pycocoevalcap") is None:
-        raise ImportError("captions are scored by pycocoevalcap: pip install 'dtem-hf[captions]'")
+    lacking = unavailable(spice_jars)
     unknown = [image_id for image_id in predictions if not references.get(image_id)]
     if unknown:
         raise BadValue("predictions", unknown[0], f"images that have captions; {len(unknown)} have none")
     if not predictions:
         raise BadValue("predictions", 0, "at least one caption")
-    scorers = _scorers(spice_jars)
-    java = _missing_java()
-    lacking = {scorer.metrics: java or scorer.missing() for scorer in scorers}
-
     scores = CaptionScores()
     tokenised: tuple[Captions, Captions] | None = None
-    for scorer in scorers:
-        reason, values = lacking[scorer.metrics], None
+    for scorer in _scorers(spice_jars):
+        reason, values = lacking.get(scorer.metrics[0]), None
         if reason is None:
             if tokenised is None:
                 tokenised = (
@@ -95,6 +90,18 @@ def score_captions(
             if reason is not None:
                 scores.reasons[metric] = reason
     return CaptionScores({metric: scores.values[metric] for metric in METRICS}, scores.reasons)
+
+
+def unavailable(spice_jars: str | None = None) -> dict[str, str]:
+    """The metrics that cannot be computed here, and why: to be asked before hours of captioning.
+
+    Raises ImportError without pycocoevalcap.
+    """
+    if find_spec("pycocoevalcap") is None:
+        raise ImportError("captions are scored by pycocoevalcap: pip install 'dtem-hf[captions]'")
+    java = _missing_java()
+    reasons = {metric: java or scorer.missing() for scorer in _scorers(spice_jars) for metric in scorer.metrics}
+    return {metric: reason for metric, reason in reasons.items() if reason is not None}
 
 
 def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:

@@ -39,7 +39,7 @@ def test_tau_of_every_layer_and_image_is_that_of_a_count(make_classifier, pixels
         model(pixels)
     for hook in hooks:
         hook.remove()
-    attach(model, DTEMConfig(r=3, init="random"))
+    attach(model, DTEMConfig(r=3, init="random")).requires_grad_(False)
     embedding = model.vit.merge_embedding
     expected = np.zeros((2, 3))
     for layer in range(2):
