@@ -96,7 +96,9 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
             record = read_json(folder / name, _LARGEST_RECORD)
             if not isinstance(record, dict):
                 raise BadValue(name, type(record).__name__, "a JSON object")
-            section.facts.update(_facts(record))
+            for fact, value in _facts(record).items():
+                if section.facts.setdefault(fact, value) != value:
+                    section.facts[f"{fact} ({Path(name).stem})"] = value
             section.tables += tables_of(record)
     for path in sorted(folder.glob("*")):
         if path.suffix.lower() in _PICTURES:

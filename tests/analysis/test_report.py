@@ -68,6 +68,14 @@ def test_page_holds_tables_and_pictures_of_a_folder(folder, tmp_path, capsys):
     assert "page.html" in capsys.readouterr().out
 
 
+def test_every_record_keeps_its_own_command(folder):
+    record = {**EVALUATION, "command": "recipes/other.py"}
+    (folder / "comparison.json").write_text(json.dumps(record))
+    facts = read_section(folder).facts
+    assert facts["command"] == "recipes/other.py" and facts["command (evaluation)"] == EVALUATION["command"]
+    assert facts["hardware"] == "a CPU" and "hardware (evaluation)" not in facts
+
+
 def test_everything_is_escaped_and_nothing_is_fetched(folder, tmp_path):
     section = Section(EVIL, {EVIL: EVIL}, [Table([EVIL], [[EVIL]])], {EVIL: folder / "merged_tokens.png"})
     write_report(tmp_path / "page.html", EVIL, [read_section(folder), section])
