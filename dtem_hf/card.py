@@ -37,7 +37,7 @@ PICTURES = {
     "merged_tokens.png": "Merged tokens: each token that is left has one colour and one outline",
 }
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "evit": "EViT", "dtem": "DTEM"}
+_METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "soft": "ToMe, merged softly", "evit": "EViT", "dtem": "DTEM"}
 _AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "image-text-to-text": "AutoModelForImageTextToText",

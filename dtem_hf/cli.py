@@ -254,6 +254,9 @@ def visualize(
     method: Method = None,
     r: Reduction = None,
     flops: Flops = None,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Draw one image layer by layer, a row for each adapter.")
+    ] = False,
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the picture.")] = Path(
         "merged_tokens.png"
     ),
@@ -267,7 +270,7 @@ def visualize(
     """
     from PIL import Image
 
-    from .analysis.pictures import draw_merged_tokens
+    from .analysis.pictures import draw_merged_layers, draw_merged_tokens
     from .auto import auto_class
     from .card import method_name
     from .data import load_processor
@@ -275,6 +278,8 @@ def visualize(
 
     if merge and method is not None:
         raise BadValue("method", method, "nothing beside --merge, which says its own")
+    if by_layer and len(images) > 1:
+        raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
     pictures = [Image.open(path).convert("RGB") for path in images]
     config = _read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}
@@ -285,7 +290,10 @@ def visualize(
         # A picture is to be shown, and a folder of this machine is nobody's business.
         name = method_name(merged.merge_config.method)
         models[name if name not in models else f"{name} ({Path(label).name}, {len(models) + 1})"] = merged
-    draw_merged_tokens(pictures, models, load_processor(model), output)
+    if by_layer:
+        draw_merged_layers(pictures[0], models, load_processor(model), output)
+    else:
+        draw_merged_tokens(pictures, models, load_processor(model), output)
     typer.echo(f"written: {output}")
 
 
@@ -294,6 +302,7 @@ _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
+    "benchmark": ("evaluation.benchmark", "Measure multiply-adds, speed and memory, without any images."),
 }
 
 

@@ -45,13 +45,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file of at most 1 MiB and 64 levels. Raises FileNotFoundError, or ValueError that names the file."""
+def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON) -> Any:
+    """Read a JSON file of at most `largest` bytes and 64 levels. Raises FileNotFoundError, or ValueError that names the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
-    if path.stat().st_size > LARGEST_JSON:
-        raise BadValue(path.name, f"{path.stat().st_size} bytes", f"a JSON file of at most {LARGEST_JSON} bytes")
+    if path.stat().st_size > largest:
+        raise BadValue(path.name, f"{path.stat().st_size} bytes", f"a JSON file of at most {largest} bytes")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

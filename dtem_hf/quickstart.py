@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             r=[str(r) for r in REDUCTIONS],
             adapter=str(adapter),
             batch_size=90,
+            output_dir=str(output / "evaluation"),
             num_workers=0,
         )
     )

@@ -200,6 +200,16 @@ class TestVisualize:
 
         assert Image.open(tmp_path / "two.png").width > Image.open(tmp_path / "one.png").width
 
+    def test_draws_one_image_layer_by_layer(self, model_folder, adapter_folder, picture, tmp_path):
+        arguments = ["visualize", model_folder, picture, "--merge", adapter_folder, "--by-layer"]
+
+        result = run(*arguments, "--output", tmp_path / "layers.png")
+
+        assert result.exit_code == 0, result.output
+        assert Image.open(tmp_path / "layers.png").width > 0
+        two = run(*arguments[:3], picture, "--by-layer")
+        assert two.exit_code == 2 and "by_layer=True: one image, not 2" in two.stderr
+
 
 class TestErrors:
     """One line on stderr and nothing on stdout; 2 for a bad value, 1 for what is not there."""
@@ -214,7 +224,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (("--method", "nothing"), ("method", "'nothing'", "dtem, tome")),
+            (("--method", "nothing"), ("method", "'nothing'", "dtem, evit, tome")),
             (("--r", "-1"), ("r=-1", "0 or more")),
             (("--r", "many"), ("r='many'",)),
             (("--r", "[3]"), ("1 layers", "the model has 2")),
@@ -264,6 +274,7 @@ class TestErrors:
     [
         ("train", "dtem_hf.training.main"),
         ("evaluate", "dtem_hf.evaluation.classification.main"),
+        ("benchmark", "dtem_hf.evaluation.benchmark.main"),
         ("quickstart", "dtem_hf.quickstart.main"),
     ],
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backbones import find_backbone
 from ..errors import BadValue
-from ..modeling import MergeMixin
+from ..modeling import MergeMixin, merged_layers
+from ..vision import evaluating, run_on_pixels
 from .plots import check_figure_format, save_figure
 
 
@@ -31,6 +30,8 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 _CELL_INCHES = 2.4
 _CELL_PIXELS = 480
 _MODES = {1: "L", 3: "RGB"}
+# A picture and what to write below it.
+Panel = tuple[NDArray[np.float64], str]
 
 
 def token_groups(source_map: Any, num_prefix_tokens: int, grid: tuple[int, int]) -> NDArray[np.int64]:
@@ -110,91 +111,98 @@ def draw_merged_tokens(
         raise BadValue("images, models", (len(images), len(models)), "at least one of each")
     if titles is not None and len(titles) != len(images):
         raise BadValue("titles", list(titles), f"one for each of the {len(images)} images")
+    _check_merged(models)
+    rows = []
+    for image in images:
+        drawn = [_draw(image, model, processor, None) for model in models.values()]
+        rows.append([drawn[0][0], *(panels[0] for _, panels in drawn)])
+    save_figure(_grid(rows, list(models), titles), path)
+
+
+def draw_merged_layers(
+    image: Image,
+    models: Mapping[str, PreTrainedModel],
+    processor: Any,
+    path: str | os.PathLike[str],
+    layers: Sequence[int] | None = None,
+) -> None:
+    """Write one figure of how tokens merge from layer to layer: a row per merged model, a column per layer.
+
+    `layers` are counted from 1; left out, four that are spread evenly, the last among them. For the rest it is as with
+    `draw_merged_tokens`. Raises ValueError for a layer that a model does not have.
+    """
+    check_figure_format(path)
+    if not models:
+        raise BadValue("models", 0, "at least one")
+    _check_merged(models)
+    depth = min(len(merged_layers(model)) for model in models.values())
+    chosen = list(layers) if layers is not None else sorted({-(-depth * i // 4) for i in range(1, 5)})
+    if not chosen or not all(1 <= layer <= depth for layer in chosen):
+        raise BadValue("layers", chosen, f"numbers from 1 to {depth}")
+    rows = []
+    for model in models.values():
+        seen, panels = _draw(image, model, processor, [layer - 1 for layer in chosen])
+        rows.append([seen, *panels])
+    save_figure(_grid(rows, [f"layer {layer}" for layer in chosen], list(models)), path)
+
+
+def _check_merged(models: Mapping[str, PreTrainedModel]) -> None:
     for label, model in models.items():
         if not isinstance(model, MergeMixin):
             raise BadValue(
                 f"models[{label!r}]", type(model).__name__, "a merged model: from_pretrained(merge=…) or attach"
             )
-    processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
-    rows = [_draw_row(image, models.values(), processor) for image in images]
 
+
+def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Sequence[str] | None) -> Figure:
+    """A figure of panels: the input and the columns named on top, rows by `titles` on the left."""
     # A row is as high as its image, and leaves room for the number of tokens.
     heights = [row[0][0].shape[0] / row[0][0].shape[1] + 0.1 for row in rows]
-    columns = 1 + len(models)
     figure = Figure(
-        figsize=(_CELL_INCHES * columns + 0.3, _CELL_INCHES * sum(heights) + 0.35),
+        figsize=(_CELL_INCHES * (1 + len(columns)) + 0.3, _CELL_INCHES * sum(heights) + 0.35),
         dpi=150,
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01),
     )
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    axes = figure.subplots(len(rows), 1 + len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, row_axes in zip(rows, axes, strict=True):
         for (picture, caption), axis in zip(row, row_axes, strict=True):
             axis.imshow(picture, interpolation="antialiased", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(linewidth=0.5, color="0.8")
             axis.set_xlabel(caption, fontsize=8, labelpad=3, color="0.35")
-    for label, axis in zip(["input", *models], axes[0], strict=True):
+    for label, axis in zip(["input", *columns], axes[0], strict=True):
         axis.set_title(label, fontsize=10, parse_math=False)
     for title, axis in zip(titles or (), axes[:, 0], strict=False):
         axis.set_ylabel(title, fontsize=9, parse_math=False)
-    save_figure(figure, path)
+    return figure
 
 
-def _draw_row(image: Image, models: Any, processor: Any) -> list[tuple[NDArray[np.float64], str]]:
-    """What the models see of an image and what each makes of it, with what to write below."""
-    row: list[tuple[NDArray[np.float64], str]] = []
-    for model in models:
-        backbone, encoder = find_backbone(model)
-        config: Any = encoder.config
-        pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
-        source_map = _final_source_map(model, encoder, pixel_values)
-        pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
-        prefix = backbone.num_prefix_tokens(encoder)
-        # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
-        scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
-        enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-        if not row:
-            row.append((pixels, ""))
-        picture = merged_token_image(enlarged, source_map, prefix, [extent * scale for extent in patch])
-        tokens = len(np.unique(source_map[prefix:]))
-        row.append((picture, f"{len(source_map) - prefix} patches → {tokens} tokens"))
-    return row
-
-
-def _final_source_map(model: Any, encoder: nn.Module, pixel_values: Tensor) -> NDArray[np.int64]:
-    """The token that each of an image's tokens ends in: [1, C, H, W] -> [N]."""
-    part: Any = _image_part(model, encoder)
+def _draw(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
+    """What a model sees of an image, and its tokens behind each of some layers (None: the last)."""
+    processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
+    backbone, encoder = find_backbone(model)
     config: Any = encoder.config
-    parameter = next(encoder.parameters())
-    kwargs: dict[str, Any] = {}
-    # Families whose position embeddings fit any size have no such argument.
-    if tuple(pixel_values.shape[2:]) != _pair(config.image_size):
-        kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
-    with _evaluating(model), torch.no_grad(), model.trace_merging() as trace:
-        part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
-    return trace.source_maps[-1][0].cpu().numpy()
+    pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
+    source_maps = _source_maps(model, pixel_values)
+    pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
+    prefix = backbone.num_prefix_tokens(encoder)
+    # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
+    scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
+    enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    panels = []
+    for layer in layers or [-1]:
+        picture = merged_token_image(enlarged, source_maps[layer], prefix, [extent * scale for extent in patch])
+        tokens = len(np.unique(source_maps[layer][prefix:]))
+        panels.append((picture, f"{len(source_maps[layer]) - prefix} patches → {tokens} tokens"))
+    return (pixels, ""), panels
 
 
-def _image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
-    """The largest part of a model that holds the encoder and needs nothing but pixels: of CLIP, its vision tower."""
-    for module in model.modules():
-        takes_pixels = isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
-        if takes_pixels and any(child is encoder for child in module.modules()):
-            return module
-    return encoder
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model is in eval mode; behind it every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
+    """The token that each of an image's tokens is in behind every layer: [1, C, H, W] -> layers × [N]."""
+    with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
+        run_on_pixels(model, pixel_values)
+    return [source_map[0].cpu().numpy() for source_map in trace.source_maps]
 
 
 def _in_mode(image: Image, num_channels: int) -> Image:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,107 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     for text in axis.legend(loc="lower right", frameon=False).get_texts():
+        text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot accuracy against multiply-adds and against speed; a step line joins the rows that no other one beats.
+
+    `rows` are those of an evaluation's JSON. The second panel is left out where there are no speeds. The suffix of
+    `path` is the format; the file is written whole or not at all. Raises ValueError where there are no rows.
+    """
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    measure = "top1" if all(row["top1"] is not None for row in rows) else "agreement"
+    factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
+    # Costs: the less the better. Speed is shown as it is, and counts with its sign turned.
+    panels = [(f"Multiply-adds per image ({unit})", [row["multiply_adds"] / factor for row in rows], 1)]
+    if all(row["images_per_second"] is not None for row in rows):
+        panels.append(("Images per second", [row["images_per_second"] for row in rows], -1))
+
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    quality = [row[measure] for row in rows]
+    series = list(dict.fromkeys(series_name(row) for row in rows))
+    styles = _series_styles(rows)
+    for place, (axis, (label, x, sign)) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True)
+    ):
+        front = sorted((x[i], quality[i]) for i in pareto_front([sign * value for value in x], quality))
+        axis.plot(*zip(*front, strict=True), color="0.6", linewidth=4, alpha=0.45, zorder=1, label="best trade-off")
+        for name in series:
+            points = sorted((x[i], quality[i]) for i, row in enumerate(rows) if series_name(row) == name)
+            colour, marker = styles[name]
+            size = 12 if marker == "*" else 6
+            axis.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, markersize=size, linewidth=1.4, label=name
+            )
+        axis.set_xlabel(label)
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        if place == 0:
+            axis.set_ylabel("Top-1 accuracy (%)" if measure == "top1" else "Agreement with the unmerged model (%)")
+            for text in axis.legend(frameon=False, fontsize=9).get_texts():
+                text.set_parse_math(False)
+    if title is not None:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+    """The places of those that no other one beats, by being no more costly and no worse, and better in one of them."""
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i]))
+    front: list[int] = []
+    for i in order:
+        best = front[-1] if front else None
+        equal = best is not None and (costs[i], qualities[i]) == (costs[best], qualities[best])
+        if best is None or equal or qualities[i] > qualities[best]:
+            front.append(i)
+    return sorted(front)
+
+
+def series_name(row: dict[str, Any]) -> str:
+    """The line that a row belongs to: its method, and the adapter where there are several."""
+    name = method_name(row["method"])
+    return f"{name} ({row['adapter']})" if row.get("adapter") else name
+
+
+def _series_styles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every line; a method's first line has the method's own."""
+    styles: dict[str, tuple[str, str]] = {}
+    spare, taken = iter(_SPARE_STYLES), set()
+    for row in rows:
+        method = row["method"]
+        if series_name(row) in styles:
+            continue
+        own = ("0.2", "*") if method == _UNMERGED else None if method in taken else _STYLES.get(method)
+        styles[series_name(row)] = own or next(spare, ("0.4", "x"))
+        taken.add(method)
+    return styles
+
+
+def plot_correlation(
+    layers: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Plot Kendall's τ layer by layer: a line per name, for example before and after training."""
+    check_figure_format(path)
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for (name, values), (colour, marker) in zip(layers.items(), cycle(_STYLES.values()), strict=False):
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, linewidth=1.8, label=name)
+    axis.set_xlabel("Layer")
+    axis.set_ylabel("Kendall's τ: keys, embedding")
+    axis.set_ylim(min(0, *(value for values in layers.values() for value in values)), 1.05)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    for text in axis.legend(frameon=False).get_texts():
         text.set_parse_math(False)
     if title is not None:
         axis.set_title(title, fontsize=11, parse_math=False)

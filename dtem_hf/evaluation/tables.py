@@ -8,17 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..card import reduction_label
 
-COLUMNS = ("method", "r", "top-1", "top-5", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
+
+COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of `evaluation.json` under COLUMNS, as text."""
     return [
         row["method"],
-        "" if row["r"] is None else json.dumps(row["r"]),
+        _reduction(row["r"]),
         _shown(row["top1"], "{:.1f}"),
         _shown(row["top5"], "{:.1f}"),
+        _shown(row.get("calibration_error"), "{:.1f}"),
         f"{row['agreement']:.1f}",
         f"{row['kl']:.4f}",
         f"{row['multiply_adds'] / 1e6:.1f}",
@@ -43,6 +46,12 @@ def markdown_table(result: dict[str, Any]) -> str:
     """The rows of an evaluation as a Markdown table."""
     lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, result["rows"])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _reduction(r: Any) -> str:
+    if r is None:
+        return ""
+    return reduction_label(r) if isinstance(r, dict) else json.dumps(r)
 
 
 def _shown(value: float | None, template: str) -> str:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, ViTImageProcessorPil
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 import dtem_hf
 from dtem_hf.analysis.pictures import (
-    _image_part,
     displayed_pixels,
+    draw_merged_layers,
     draw_merged_tokens,
     merged_token_image,
     token_groups,
@@ -194,6 +194,48 @@ def test_the_figure_shows_what_the_model_merged(make_classifier, tmp_path, metho
     assert np.abs(expected - image[2::4, 2::4] / 255).max() > 0.1
 
 
+def test_a_grid_over_layers_shows_the_groups_of_every_layer(make_classifier, tmp_path):
+    """Patches of one colour in a panel are those that share a token behind that layer, and no others."""
+    image = flat_patches(8, 8, 4)
+    model = dtem_hf.attach(make_classifier(), dtem_hf.DTEMConfig(r=12))
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    draw_merged_layers(Image.fromarray(image), {"m": model}, processor, tmp_path / "f.png", layers=[1, 3, 4])
+    with torch.no_grad(), model.trace_merging() as trace:
+        model(**processor(images=Image.fromarray(image), return_tensors="pt"))
+    _, *drawn = panels(tmp_path / "f.png")
+    assert len(drawn) == 3
+    for panel, layer in zip(drawn, (0, 2, 3), strict=True):
+        source = trace.source_maps[layer][0].numpy()
+        colours = patch_centres(panel, (8, 8)).reshape(64, 3)
+        expected = slow_colours(image / 255, source, 1, (8, 8)).reshape(64, 3)
+        np.testing.assert_allclose(colours, expected, atol=0.02)
+        groups = token_groups(source, 1, (8, 8)).reshape(64)
+        for i in range(64):
+            for j in range(i):
+                same = np.abs(colours[i] - colours[j]).max() < 0.004  # a step of 8 bits
+                if groups[i] == groups[j]:
+                    assert same, (layer, i, j)
+                elif np.abs(expected[i] - expected[j]).max() > 0.02:
+                    assert not same, (layer, i, j)
+
+
+def test_a_grid_over_methods_and_layers(make_classifier, tmp_path):
+    models = {
+        "a": dtem_hf.attach(make_classifier(), dtem_hf.ToMeConfig(r=4)),
+        "b": dtem_hf.attach(make_classifier(), dtem_hf.ToMeConfig(r=12)),
+    }
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    image = Image.fromarray(flat_patches(8, 8, 4))
+    draw_merged_layers(image, models, processor, tmp_path / "two.png")
+    draw_merged_layers(image, {"a": models["a"]}, processor, tmp_path / "one.png")
+    two, one = Image.open(tmp_path / "two.png"), Image.open(tmp_path / "one.png")
+    assert two.width == one.width and two.height > 1.7 * one.height
+    for layers in ([], [0], [5]):
+        with pytest.raises(ValueError, match="numbers from 1 to 4"):
+            draw_merged_layers(image, models, processor, tmp_path / "no.png", layers=layers)
+    assert not (tmp_path / "no.png").exists()
+
+
 def test_digits_with_one_channel(make_classifier, tmp_path):
     image = flat_patches(7, 7, 4, channels=1)[..., 0]
     model = dtem_hf.attach(make_classifier(image_size=28, num_channels=1), dtem_hf.ToMeConfig(r=6))
@@ -314,14 +356,3 @@ def test_the_suffix_is_the_format(make_classifier, tmp_path, suffix):
     start = {"svg": b"<?xml", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff", "PNG": b"\x89PNG"}[suffix]
     assert path.read_bytes().startswith(start)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_model_that_also_needs_text_runs_its_vision_tower():
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": 32}, vision_config={**small, "image_size": 16, "patch_size": 8}
-    )
-    model = CLIPModel(config)
-    part = _image_part(model, next(module for name, module in model.named_modules() if name == "vision_model.encoder"))
-    assert part is model.vision_model
-    part(pixel_values=torch.zeros(1, 3, 16, 16))

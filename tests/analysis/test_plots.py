@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtem_hf.analysis.plots import plot_accuracy
+from dtem_hf.analysis.plots import pareto_front, plot_accuracy, plot_pareto, series_name
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -113,3 +113,43 @@ def test_nothing_to_plot_and_unknown_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match="path="):
         plot_accuracy(ROWS, tmp_path / "p")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"] and (tmp_path / "p.png").read_bytes() == b"old"
+
+
+def test_pareto_front_is_what_no_other_point_beats():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        costs, qualities = draw.integers(0, 6, 8).tolist(), draw.integers(0, 6, 8).tolist()
+        expected = [
+            i
+            for i in range(8)
+            if not any(
+                costs[j] <= costs[i]
+                and qualities[j] >= qualities[i]
+                and (costs[j], qualities[j]) != (costs[i], qualities[i])
+                for j in range(8)
+            )
+        ]
+        assert pareto_front(costs, qualities) == expected
+
+
+def test_pareto_plot_has_a_line_per_method_and_adapter(tmp_path):
+    rows = [
+        {"method": method, "adapter": adapter, "r": None if method == "none" else 8, "top1": top1, "agreement": 90.0}
+        | {"multiply_adds": cost, "images_per_second": 1e10 / cost}
+        for method, adapter, top1, cost in [
+            ("none", None, 80.0, 4e9),
+            ("tome", None, 76.0, 2e9),
+            ("dtem", "first $x_", 78.0, 2e9),
+            ("dtem", "second", 77.0, 3e9),
+        ]
+    ]
+    assert len({series_name(row) for row in rows}) == 4
+    plot_pareto(rows, tmp_path / "p.svg", title="50 % of $y_")
+    text = (tmp_path / "p.svg").read_text()
+    assert text.startswith("<?xml")
+    plot_pareto([{**row, "images_per_second": None} for row in rows], tmp_path / "narrow.png")
+    plot_pareto(rows, tmp_path / "wide.png")
+    wide, narrow = (Image.open(tmp_path / f"{name}.png").width for name in ("wide", "narrow"))
+    assert wide == 2 * narrow
+    with pytest.raises(ValueError, match="at least one row"):
+        plot_pareto([], tmp_path / "none.png")

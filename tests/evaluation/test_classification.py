@@ -1,6 +1,11 @@
 """Evaluation: figures against a brute force on the same images, rows that share weights, and bad input."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +16,19 @@ from dtem_hf import (
     AutoModelForImageClassification,
     BadValue,
     DTEMConfig,
+    EViTConfig,
     FlopsSchedule,
     MergeAdapter,
     ToMeConfig,
     attach,
 )
 from dtem_hf.data import ProcessedImages, load_images, load_processor
-from dtem_hf.evaluation.classification import EvaluateArguments, Tally, evaluate, main
-from dtem_hf.evaluation.variants import make_variants, share_weights
+from dtem_hf.evaluation import classification
+from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
+from dtem_hf.evaluation.variants import make_variants, run_in_turn, share_weights
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,7 +70,7 @@ def brute_force(vit_folder, image_folder, merge):
         if item["labels"] >= 0:
             labelled += 1
             right += q.argmax() == item["labels"]
-    return {"agreement": 100 * agree / 48, "kl": kl / 48, "top1": 100 * right / labelled}
+    return {"agreement": 100 * agree / 48, "kl": kl / 48, "top1": 100 * right / labelled, "top5": 100.0}
 
 
 def test_rows_equal_a_brute_force(options, vit_folder, image_folder, adapter):
@@ -94,19 +104,6 @@ def test_dtem_without_an_adapter_is_tome(options):
         assert dtem["kl"] == pytest.approx(tome["kl"], abs=1e-6) and dtem["top1"] == tome["top1"]
 
 
-def test_top5_is_a_hit_among_the_five_largest():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(200, 12), torch.randint(-1, 12, (200,))
-    tally = Tally()
-    tally.add(logits, logits, labels)
-    order = np.argsort(-logits.numpy(), axis=1)
-    known = [i for i in range(200) if labels[i] >= 0]
-    figures = tally.figures()
-    assert figures["top1"] == pytest.approx(100 * np.mean([order[i, 0] == labels[i] for i in known]))
-    assert figures["top5"] == pytest.approx(100 * np.mean([int(labels[i]) in order[i, :5] for i in known]))
-    assert figures["agreement"] == 100
-
-
 def test_images_without_labels_give_no_accuracy(options, image_folder, tmp_path):
     (tmp_path / "bare").mkdir()
     for i in range(3):
@@ -129,6 +126,51 @@ def test_rows_share_the_weights_of_one_model(vit_folder):
     assert copied.vit.merge_embedding.layers[0].weight is model.vit.merge_embedding.layers[0].weight
 
 
+def test_evit_has_keep_rates_and_shares_and_no_r(vit_folder):
+    model = ViTForImageClassification.from_pretrained(vit_folder)
+    keep = {"kind": "keep_rate", "keep_rate": 0.5}
+    rows = make_variants(model, ["tome", "evit"], [2, keep], [0.7])
+    assert [(row.method, row.shown_r) for row in rows] == [
+        ("none", None),
+        ("tome", 2),
+        ("tome", FlopsSchedule(0.7).to_json()),
+        ("evit", {**keep, "layers": None}),
+        ("evit", FlopsSchedule(0.7).to_json()),
+    ]
+    assert all(row.plan.ratio <= 0.7 for row in rows if row.shown_r == FlopsSchedule(0.7).to_json())
+    expected = attach(ViTForImageClassification.from_pretrained(vit_folder), EViTConfig(keep_rate=0.5))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), rows[3].ready() as merged:
+        assert torch.equal(merged(pixels).logits, expected(pixels).logits)
+    with pytest.raises(BadValue, match="an amount that evit understands"):
+        make_variants(model, ["evit"], [2], [])
+
+
+def test_rows_take_turns_at_running_first(vit_folder):
+    rows = make_variants(ViTForImageClassification.from_pretrained(vit_folder), ["tome"], [1, 2], [])
+    for first in range(3):
+        order = []
+
+        def run(model, order=order):
+            order.append(next(i for i, row in enumerate(rows) if row.model is model))
+            return len(order)
+
+        results, seconds = run_in_turn(rows, run, torch.device("cpu"), first)
+        # Rows 1 and 2 are one model, set anew.
+        assert order == [[0, 1, 1], [1, 1, 0], [1, 0, 1]][first]
+        assert results == [[1, 2, 3], [3, 1, 2], [2, 3, 1]][first] and (seconds > 0).all()
+
+
+def test_a_standalone_model_is_the_row(vit_folder):
+    rows = make_variants(ViTForImageClassification.from_pretrained(vit_folder), ["tome", "evit"], [], [0.7])
+    pixels = torch.randn(2, 3, 32, 32)
+    for row in rows:
+        alone = row.standalone()
+        with torch.no_grad(), row.ready() as shared:
+            assert torch.equal(alone(pixels).logits, shared(pixels).logits)
+    assert type(rows[0].standalone()) is ViTForImageClassification
+
+
 def test_program_writes_json_and_plot(options, tmp_path, capsys):
     flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
     main([*flags, "--r", "1", "3", "--limit", "9"])
@@ -136,6 +178,96 @@ def test_program_writes_json_and_plot(options, tmp_path, capsys):
     assert len(result["rows"]) == 5 and result["data"]["num_images"] == 9
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "dtem" in capsys.readouterr().out
+
+
+COUNTED = ("top1", "top5", "calibration_error", "agreement", "kl", "multiply_adds", "ratio", "tokens")
+
+
+def counted(result):
+    """The figures that do not depend on how fast the machine is."""
+    return [[row["method"], row["r"], *(row[name] for name in COUNTED)] for row in result["rows"]]
+
+
+def test_two_processes_give_what_one_gives_to_the_last_digit(options, tmp_path):
+    """48 images in batches of 7: seven batches, the last of 6, for two processes."""
+    one = evaluate(EvaluateArguments(**options))
+    assert one["processes"] == 1
+    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
+    flags += ["--r", *options["r"], "--flops", "0.7", "--output_dir", str(tmp_path / "two")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+        "--",
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "recipes" / "evaluate.py"), *flags], check=True, env=environment
+    )
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert two["processes"] == 2
+    assert two["data"]["num_images"] == one["data"]["num_images"] == 48
+    assert counted(two) == counted(one)
+    assert not (tmp_path / "two" / "parts").exists()
+
+
+def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch):
+    """As torchrun on a CPU starts them without ACCELERATE_USE_CPU: each would do everything."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were launched and Accelerate sees 1"):
+        evaluate(EvaluateArguments(**options))
+
+
+class Stopped(Exception):
+    """The interruption."""
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
+    expected = counted(evaluate(EvaluateArguments(**options)))
+    done = []
+
+    def stop_at_the_fourth(variants, batch, *rest, **kwargs):
+        if len(done) == 3:
+            raise Stopped
+        done.append(batch["index"].tolist())
+        return classification_batch(variants, batch, *rest, **kwargs)
+
+    classification_batch = classification.measure_batch
+    monkeypatch.setattr(classification, "measure_batch", stop_at_the_fourth)
+    with pytest.raises(Stopped):
+        evaluate(EvaluateArguments(**options))
+    finished = sorted((Path(options["output_dir"]) / "parts").glob("part-*"))
+    assert len(finished) == 3
+    with pytest.raises(BadValue, match=r"batch_size=8: the unfinished run in .* has 7"):
+        evaluate(EvaluateArguments(**{**options, "batch_size": 8}))
+    with pytest.raises(BadValue, match="rows="):
+        evaluate(EvaluateArguments(**{**options, "r": ["1"]}))
+
+    later = []
+
+    def note(variants, batch, *rest, **kwargs):
+        later.append(batch["index"].tolist())
+        return classification_batch(variants, batch, *rest, **kwargs)
+
+    monkeypatch.setattr(classification, "measure_batch", note)
+    assert counted(evaluate(EvaluateArguments(**options))) == expected
+    assert sorted(index for batch in done + later for index in batch) == list(range(48))
+    assert not (Path(options["output_dir"]) / "parts").exists()
+
+
+def test_resume_never_starts_over(options):
+    folder = Path(options["output_dir"]) / "parts"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "part-00000000.npz").write_bytes(b"not to be read")
+    with pytest.raises(BadValue, match="the unfinished run"):
+        evaluate(EvaluateArguments(**options))
+    assert len(evaluate(EvaluateArguments(**options, resume="never"))["rows"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Captions on disk: COCO's annotation and result formats, and the Karpathy splits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadValue
+from ..files import read_json, write_json
+
+
+# COCO's largest file of captions has 92 MB, the Karpathy splits 144.
+_LARGEST = 1 << 29
+
+
+@dataclass
+class CaptionedImage:
+    """An image's file name and the captions that people wrote for it."""
+
+    file_name: str
+    captions: list[str] = field(default_factory=list)
+
+
+def read_annotations(path: str | os.PathLike[str], split: str | None = None) -> dict[int, CaptionedImage]:
+    """Images by COCO id, in the file's order, from COCO's annotation format or from Karpathy's `dataset_coco.json`.
+
+    `split` chooses one of Karpathy's (train, restval, val, test); COCO's own format has none. Raises
+    FileNotFoundError or ValueError that names the entry and what it should have been.
+    """
+    name = Path(path).name
+    content = read_json(path, _LARGEST)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise BadValue(name, type(content).__name__, "an object with a list 'images', as COCO and Karpathy write it")
+    if isinstance(content.get("annotations"), list):
+        if split is not None:
+            raise BadValue("split", split, f"nothing, as {name} is in COCO's format; Karpathy's has splits")
+        images = _read_coco(content, name)
+    else:
+        images = _read_karpathy(content["images"], name, split)
+    if not images:
+        raise BadValue(name, 0, "at least one image with a caption")
+    return images
+
+
+def read_predictions(path: str | os.PathLike[str]) -> dict[int, str]:
+    """One caption by COCO id, from COCO's result format: a list of {"image_id": int, "caption": str}.
+
+    Raises FileNotFoundError or ValueError that names the entry, two captions for one image among them.
+    """
+    name = Path(path).name
+    content = read_json(path, _LARGEST)
+    if not isinstance(content, list) or not content:
+        raise BadValue(name, type(content).__name__, 'a list of {"image_id": …, "caption": …}, at least one')
+    captions: dict[int, str] = {}
+    for i, entry in enumerate(content):
+        where = f"{name}[{i}]"
+        image_id = _value(entry, where, "image_id", int)
+        if image_id in captions:
+            raise BadValue(f"{where}.image_id", image_id, "one caption per image, and this one has two")
+        captions[image_id] = _value(entry, where, "caption", str)
+    return captions
+
+
+def write_predictions(path: str | os.PathLike[str], captions: Mapping[int, str]) -> None:
+    """Write COCO's result format, whole or not at all."""
+    write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()])
+
+
+def _read_coco(content: dict[str, Any], name: str) -> dict[int, CaptionedImage]:
+    images = {}
+    for i, entry in enumerate(content["images"]):
+        where = f"{name}.images[{i}]"
+        images[_value(entry, where, "id", int)] = CaptionedImage(_value(entry, where, "file_name", str, ""))
+    for i, entry in enumerate(content["annotations"]):
+        where = f"{name}.annotations[{i}]"
+        image_id = _value(entry, where, "image_id", int)
+        if image_id not in images:
+            raise BadValue(f"{where}.image_id", image_id, "the id of one of the images")
+        images[image_id].captions.append(_value(entry, where, "caption", str))
+    return {image_id: image for image_id, image in images.items() if image.captions}
+
+
+def _read_karpathy(entries: list[Any], name: str, split: str | None) -> dict[int, CaptionedImage]:
+    splits = sorted({str(entry.get("split")) for entry in entries if isinstance(entry, dict)})
+    if split not in splits:
+        raise BadValue("split", split, f"one of {', '.join(splits)}, which {name} holds")
+    images = {}
+    for i, entry in enumerate(entries):
+        where = f"{name}.images[{i}]"
+        if not isinstance(entry, dict) or entry.get("split") != split:
+            continue
+        sentences = _value(entry, where, "sentences", list)
+        captions = [_value(sentence, f"{where}.sentences[{j}]", "raw", str) for j, sentence in enumerate(sentences)]
+        # Flickr's files have no COCO id, only one of their own.
+        image_id = _value(entry, where, "cocoid" if "cocoid" in entry else "imgid", int)
+        folder = _value(entry, where, "filepath", str, "")
+        images[image_id] = CaptionedImage(os.path.join(folder, _value(entry, where, "filename", str)), captions)
+    return images
+
+
+def _value(entry: Any, where: str, name: str, kind: type, default: Any = None) -> Any:
+    if not isinstance(entry, dict):
+        raise BadValue(where, entry, "an object")
+    value = entry.get(name, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise BadValue(f"{where}.{name}", value, {int: "a whole number", str: "text", list: "a list"}[kind])
+    return value

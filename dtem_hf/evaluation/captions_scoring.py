@@ -1,0 +1,189 @@
+"""BLEU, METEOR, ROUGE-L, CIDEr and SPICE as COCO's caption evaluation computes them, by pycocoevalcap.
+
+Its scorers are driven one by one: `COCOEvalCap.evaluate` builds SPICE first, which starts a download, and returns
+nothing where that fails. What cannot be computed is None, with the reason; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadValue
+
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
+SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+SPICE_VARIABLE = "DTEM_HF_SPICE_JARS"
+_SPICE_MEMORY = "8G"
+
+Captions = dict[int, list[str]]
+
+
+@dataclass
+class CaptionScores:
+    """Every metric, as a fraction as its authors define it (CIDEr may exceed 1), or None and why."""
+
+    values: dict[str, float | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: one key per metric, and `reasons` for those that are null."""
+        return {**self.values, "reasons": self.reasons}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer of some metrics: tokenised references and predictions by image in, one number per metric out.
+
+    `missing` says what it lacks here, None if nothing; it is asked before anything is computed.
+    """
+
+    metrics: tuple[str, ...]
+    score: Callable[[Captions, Captions], Sequence[float]]
+    missing: Callable[[], str | None] = lambda: None
+
+
+def score_captions(
+    references: Mapping[int, Sequence[str]], predictions: Mapping[int, str], spice_jars: str | None = None
+) -> CaptionScores:
+    """Score one prediction per image against the references of that image; those of other images are not read.
+
+    `spice_jars` is a folder with SPICE_JARS (left out: the environment variable DTEM_HF_SPICE_JARS, or beside SPICE
+    itself). Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
+    """
+    lacking = unavailable(spice_jars)
+    unknown = [image_id for image_id in predictions if not references.get(image_id)]
+    if unknown:
+        raise BadValue("predictions", unknown[0], f"images that have captions; {len(unknown)} have none")
+    if not predictions:
+        raise BadValue("predictions", 0, "at least one caption")
+    scores = CaptionScores()
+    tokenised: tuple[Captions, Captions] | None = None
+    for scorer in _scorers(spice_jars):
+        reason, values = lacking.get(scorer.metrics[0]), None
+        if reason is None:
+            if tokenised is None:
+                tokenised = (
+                    tokenise({image_id: references[image_id] for image_id in predictions}),
+                    tokenise({image_id: [caption] for image_id, caption in predictions.items()}),
+                )
+            try:
+                values = scorer.score(*tokenised)
+            # A Java program that dies leaves a broken pipe, or an empty line where a number should be.
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                reason = f"{', '.join(scorer.metrics)} failed: {type(error).__name__}: {error}"
+            if values is not None and not all(map(math.isfinite, values)):
+                reason, values = f"{', '.join(scorer.metrics)} came to {values}", None
+        for i, metric in enumerate(scorer.metrics):
+            scores.values[metric] = None if values is None else float(values[i])
+            if reason is not None:
+                scores.reasons[metric] = reason
+    return CaptionScores({metric: scores.values[metric] for metric in METRICS}, scores.reasons)
+
+
+def unavailable(spice_jars: str | None = None) -> dict[str, str]:
+    """The metrics that cannot be computed here, and why: to be asked before hours of captioning.
+
+    Raises ImportError without pycocoevalcap.
+    """
+    if find_spec("pycocoevalcap") is None:
+        raise ImportError("captions are scored by pycocoevalcap: pip install 'dtem-hf[captions]'")
+    java = _missing_java()
+    reasons = {metric: java or scorer.missing() for scorer in _scorers(spice_jars) for metric in scorer.metrics}
+    return {metric: reason for metric, reason in reasons.items() if reason is not None}
+
+
+def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
+    """Captions in lower case, split by the Penn Treebank's rules, without punctuation: the input of every metric."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    # The tokenizer reads one caption per line, and knows more line ends than there are in Python's `\n`.
+    plain = {image_id: [{"caption": " ".join(text.split())} for text in texts] for image_id, texts in captions.items()}
+    tokens: Captions = PTBTokenizer().tokenize(plain)
+    if {image_id: len(texts) for image_id, texts in tokens.items()} != {k: len(v) for k, v in captions.items()}:
+        raise RuntimeError("the PTB tokenizer gave back another number of captions; is Java working?")
+    return tokens
+
+
+def find_spice_jars(folder: str | None = None) -> tuple[Path | None, str | None]:
+    """The folder with SPICE's two CoreNLP jars, or None and what is missing where."""
+    given = folder or os.environ.get(SPICE_VARIABLE)
+    place = Path(given) if given else _package_folder("spice") / "lib"
+    missing = [name for name in SPICE_JARS if not (place / name).is_file()]
+    if not missing:
+        return place, None
+    where = str(place) if given else "pycocoevalcap/spice/lib"
+    return None, (
+        f"SPICE needs {' and '.join(missing)} in {where}: unpack Stanford CoreNLP 3.6.0 (2015-12-09) and name its "
+        f"folder with --spice_jars or {SPICE_VARIABLE}"
+    )
+
+
+def _scorers(spice_jars: str | None) -> list[Scorer]:
+    jars, missing_jars = find_spice_jars(spice_jars)
+    return [
+        Scorer(METRICS[:4], lambda gts, res: _class("bleu", "Bleu")(4).compute_score(gts, res, verbose=0)[0]),
+        Scorer(("METEOR",), _meteor),
+        Scorer(("ROUGE-L",), lambda gts, res: [_class("rouge", "Rouge")().compute_score(gts, res)[0]]),
+        Scorer(("CIDEr",), lambda gts, res: [_class("cider", "Cider")().compute_score(gts, res)[0]]),
+        Scorer(("SPICE",), lambda gts, res: [_spice(gts, res, jars)], lambda: missing_jars),
+    ]
+
+
+def _class(module: str, name: str) -> Any:
+    return getattr(import_module(f"pycocoevalcap.{module}.{module}"), name)
+
+
+def _meteor(references: Captions, predictions: Captions) -> list[float]:
+    meteor = _class("meteor", "Meteor")()
+    try:
+        return [meteor.compute_score(references, predictions)[0]]
+    finally:
+        # Where its Java program died it is still locked, and its destructor would wait for the lock for ever.
+        if meteor.lock.locked():
+            meteor.lock.release()
+
+
+def _package_folder(part: str) -> Path:
+    spec = find_spec("pycocoevalcap")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / part
+
+
+def _missing_java() -> str | None:
+    if shutil.which("java") is None:
+        return (
+            "the tokenizer of all these metrics needs Java, and there is no java on the PATH "
+            "(Debian: apt-get install default-jre-headless)"
+        )
+    return None
+
+
+def _spice(references: Captions, predictions: Captions, jars: Path | None) -> float:
+    """Mean F-score of SPICE, whose jars may lie anywhere: pycocoevalcap's own class knows one place, and downloads."""
+    assert jars is not None
+    folder = _package_folder("spice")
+    classes = os.pathsep.join([str(folder / "spice-1.0.jar"), str(folder / "lib" / "*"), str(jars.resolve() / "*")])
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = Path(scratch, "input.json"), Path(scratch, "output.json")
+        items = [{"image_id": i, "test": predictions[i][0], "refs": references[i]} for i in predictions]
+        given.write_text(json.dumps(items), encoding="utf-8")
+        program = ["java", f"-Xmx{_SPICE_MEMORY}", "-cp", classes, "edu.anu.spice.SpiceScorer"]
+        run = subprocess.run(
+            [*program, str(given), "-out", str(made), "-subset", "-silent"], capture_output=True, text=True
+        )
+        if run.returncode or not made.is_file():
+            raise subprocess.SubprocessError((run.stderr.strip() or f"exit code {run.returncode}")[-300:])
+        scores = [float(item["scores"]["All"]["f"]) for item in json.loads(made.read_text(encoding="utf-8"))]
+    return sum(scores) / len(scores)

@@ -1,0 +1,192 @@
+"""Methods side by side: what each keeps of a classifier's accuracy at the same cost.
+
+python recipes/compare.py --model facebook/deit-small-patch16-224 --data imagenet-1k --adapters me/dtem-deit-small
+python recipes/compare.py --model ... --data path/to/images --limit 200 --flops 0.65 0.5    # a laptop's CPU
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..analysis.plots import plot_pareto, series_name
+from ..arguments import option, parse_arguments
+from ..card import multiply_adds_unit, reduction_label
+from ..files import write_json, write_text
+from ..schedule import FlopsSchedule, as_schedule
+from .classification import EvaluateArguments, evaluate
+from .parts import processes
+from .tables import print_table
+from .variants import UNMERGED, method_names
+
+
+# What is added from row to row of the ablation.
+ABLATION = {"tome": "ToMe", "soft": "+ soft merging", "dtem": "+ decoupled embedding"}
+_ABLATION_TEXT = (
+    "What each part adds (in brackets: over the line above). Soft merging is how training relaxes the step: no token "
+    "leaves, so that line costs as much as no merging at all. The decoupled embedding is learned through it, with "
+    "nothing else being trained, and merges hard."
+)
+
+
+@dataclass(kw_only=True)
+class CompareArguments(EvaluateArguments):
+    """Compare methods at the same amounts of merging."""
+
+    methods: list[str] = option(
+        f"some of {', '.join(method_names())}",
+        default_factory=lambda: [name for name in method_names() if name != "soft"],
+    )
+    r: list[str] = option("tokens merged per layer, one row each", default_factory=list)
+    flops: list[float] = option(
+        "shares of the multiply-adds to reach, one row each", default_factory=lambda: [0.8, 0.65, 0.5, 0.4]
+    )
+    adapters: list[str] = option("trained adapters for dtem, its rows once for each", default_factory=list)
+    ablation: bool = option("compare ToMe, soft merging by keys, and DTEM instead", default=False)
+    output_dir: str = option("folder for comparison.json, .md, .csv and pareto.png", default="runs/compare")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ablation:
+            self.methods = [UNMERGED, *ABLATION]
+
+    def adapter_references(self) -> list[str]:
+        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, compare, print the tables, write them as Markdown, CSV and JSON, and plot."""
+    arguments = parse_arguments(CompareArguments, argv, __doc__ or "")
+    result = evaluate(arguments)
+    if not processes().is_main_process:
+        return
+    result["adapters"] = arguments.adapter_references()
+    write_comparison(result, Path(arguments.output_dir))
+    print_table(result)
+    print(wide_table(result["rows"]))
+    print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")
+
+
+def write_comparison(result: dict[str, Any], folder: Path) -> None:
+    """Write a comparison in all its forms into a folder."""
+    write_json(folder / "comparison.json", result)
+    write_text(folder / "comparison.md", markdown(result))
+    write_text(folder / "comparison.csv", csv_table(result["rows"]))
+    plot_pareto(result["rows"], folder / "pareto.png", title=result["model"]["name"])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """All tables of a comparison, and how it was made."""
+    data, rows = result["data"], result["rows"]
+    size = "×".join(str(extent) for extent in result["image_size"])
+    parts = [
+        f"# {result['model']['name']}: methods compared",
+        f"{data['num_images']:,} images of {data['name']}, {size} pixels; {result['hardware']}, batch size "
+        f"{result['batch_size']}, {result['dtype']}. {_measure_text(rows)}",
+        wide_table(rows),
+        long_table(rows),
+    ]
+    if {row["method"] for row in rows} >= set(ABLATION):
+        parts += [_ABLATION_TEXT, ablation_table(rows)]
+    parts.append(f"Made by `{result['command']}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def wide_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per method, a column per amount of merging (the layout of the paper's Table 1), as Markdown."""
+    measure = _measure(rows)
+    amounts = list(dict.fromkeys(amount_name(row["r"]) for row in rows if row["method"] != UNMERGED))
+    plain = rows[0]
+    lines = [["Method", "unmerged", *amounts]]
+    for name in dict.fromkeys(series_name(row) for row in rows[1:]):
+        mine = {amount_name(row["r"]): row for row in rows[1:] if series_name(row) == name}
+        cells = [_with_change(mine[amount][measure], plain[measure]) if amount in mine else "–" for amount in amounts]
+        lines.append([name, f"{plain[measure]:.2f}", *cells])
+    return _as_markdown(lines)
+
+
+def long_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per row with cost, speed and accuracy (the layout of the paper's Table 4), as Markdown."""
+    factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
+    cost = ["Multiply-adds", "Share", "Images/s", "Speed-up", "Ideal"]
+    lines = [["Method", "Reduction", *cost, "Top-1", "Top-5", "ECE", "Agreement", "KL"]]
+    for row in rows:
+        lines.append(
+            [
+                series_name(row),
+                "–" if row["method"] == UNMERGED else amount_name(row["r"]),
+                f"{row['multiply_adds'] / factor:.3f} {unit}",
+                f"{row['ratio']:.3f}",
+                _shown(row["images_per_second"], ".1f"),
+                _shown(row["speedup"], ".2f", "×"),
+                f"{1 / row['ratio']:.2f}×",
+                *(_shown(row[name], ".2f") for name in ("top1", "top5", "calibration_error", "agreement")),
+                f"{row['kl']:.4f}",
+            ]
+        )
+    return _as_markdown(lines)
+
+
+def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
+    """ToMe, then what soft merging and the decoupled embedding add to the line above, as Markdown."""
+    measure = _measure(rows)
+    amounts = list(dict.fromkeys(amount_name(row["r"]) for row in rows if row["method"] in ABLATION))
+    lines, above = [["", *amounts]], dict[str, float]()
+    for method, label in ABLATION.items():
+        # Of several adapters, the first.
+        mine = {amount_name(row["r"]): row[measure] for row in reversed(rows) if row["method"] == method}
+        cells = [
+            _with_change(mine[amount], above[amount]) if amount in above else f"{mine[amount]:.2f}"
+            for amount in amounts
+        ]
+        lines.append([label, *cells])
+        above = mine
+    return _as_markdown(lines)
+
+
+def csv_table(rows: Sequence[dict[str, Any]]) -> str:
+    """All figures of all rows, one column each."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "r": "" if row["r"] is None else amount_name(row["r"])})
+    return file.getvalue()
+
+
+def amount_name(r: Any) -> str:
+    """How much was merged, for a table's head: "−35 %" for a share of 0.65, else what the schedule is called."""
+    schedule = None if r is None else as_schedule(r)
+    if isinstance(schedule, FlopsSchedule) and schedule.slope == 0:
+        return f"−{100 * (1 - schedule.flops):.4g} %"
+    return reduction_label(r)
+
+
+def _measure(rows: Sequence[dict[str, Any]]) -> str:
+    return "top1" if all(row["top1"] is not None for row in rows) else "agreement"
+
+
+def _measure_text(rows: Sequence[dict[str, Any]]) -> str:
+    if _measure(rows) == "top1":
+        return "Top-1 accuracy in percent; in brackets, the change from the unmerged model."
+    return "No labels: agreement with the unmerged model in percent."
+
+
+def _with_change(value: float, before: float) -> str:
+    return f"{value:.2f} ({value - before:+.2f})".replace("-", "−")
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def _as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The first line is the head; text goes to the left in the first column and to the right in the others."""
+    marks = ["---", *["---:"] * (len(lines[0]) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in [lines[0], marks, *lines[1:]]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -1,0 +1,130 @@
+"""What a model costs: multiply-adds, parameters, images per second, peak memory; and from which batch size it pays.
+
+Speeds are compared by interleaved runs: each round runs every model once, so that what else the machine does falls on
+all of them, and a speed-up is the median of the ratios within rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import BadValue
+
+
+Run = Callable[[], Any]
+
+
+def count_multiply_adds(run: Run) -> int:
+    """Multiply-adds of everything a call does, by torch's own counter: matrix products and convolutions."""
+    # Attention as two matrix products: the counter does not know every fused kernel.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops()) // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that a model holds, a shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(run: Run, device: torch.device) -> int | None:
+    """Bytes of tensors that a call holds at its worst moment, beside those that were there before it.
+
+    None for a device whose allocator cannot be watched.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    held = np.cumsum([change for _, change in sorted(changes, key=lambda pair: pair[0])], dtype=np.int64)
+    return int(max(0, *held)) if len(held) else 0
+
+
+def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int = 20, warmup: int = 3) -> np.ndarray:
+    """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are not timed."""
+    for name, value, low in (("rounds", rounds, 1), ("warmup", warmup, 0)):
+        if value < low:
+            raise BadValue(name, value, f"{low} or more")
+    seconds = np.zeros((rounds, len(runs)))
+    for number in range(-warmup, rounds):
+        for i, run in enumerate(runs):
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            if number >= 0:
+                seconds[number, i] = time.perf_counter() - started
+    return seconds
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Any) -> Spread:
+        """Median and quartiles of some numbers."""
+        low, median, high = np.quantile(np.asarray(values), (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high))
+
+    def to_json(self) -> dict[str, float]:
+        """Plain JSON."""
+        return {"median": self.median, "q25": self.low, "q75": self.high}
+
+
+def speeds(seconds: np.ndarray, batch_size: int) -> list[dict[str, Any]]:
+    """Images per second and speed-up over the first run, of every run: seconds [rounds, runs] -> one dict per run."""
+    return [
+        {
+            "images_per_second": Spread.of(batch_size / seconds[:, i]).to_json(),
+            "speedup": Spread.of(seconds[:, 0] / seconds[:, i]).to_json(),
+        }
+        for i in range(seconds.shape[1])
+    ]
+
+
+def break_even(speedup_by_batch_size: Mapping[int, float]) -> int | None:
+    """The smallest batch size measured from which on no larger one is slower than the unmerged model; None if none."""
+    smallest = None
+    for batch_size in sorted(speedup_by_batch_size, reverse=True):
+        if speedup_by_batch_size[batch_size] < 1:
+            break
+        smallest = batch_size
+    return smallest

@@ -1,0 +1,318 @@
+"""Semantic segmentation by a linear head on patch tokens: what merging costs where every patch counts.
+
+python recipes/evaluate_segmentation.py --model facebook/dinov2-small --train path/to/train --test path/to/test --r 4 8
+python recipes/evaluate_segmentation.py --model ... --train ... --test ... --limit 50 --steps 200    # a laptop's CPU
+
+A folder holds `images/NAME.jpg` (or .png) and `masks/NAME.png`, whose pixels are classes; 255 is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..adapter import MergeAdapter
+from ..arguments import option, parse_arguments, parse_reduction
+from ..auto import AutoModel
+from ..backbones import find_backbone
+from ..card import reduction_label
+from ..conditions import command, data_name, hardware, versions
+from ..data import load_processor
+from ..errors import BadValue
+from ..files import write_json
+from ..vision import run_on_pixels
+from .classification import describe_model, evaluation_device
+from .variants import Variant, make_variants, method_names
+
+
+IGNORED = 255
+_PATCHES_PER_STEP = 1024
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(kw_only=True)
+class SegmentationArguments:
+    """Train a linear head on the unmerged backbone's patches, and measure mIoU under several amounts of merging."""
+
+    model: str = option("backbone: Hub id or local folder")
+    train: str = option("images and masks that the head learns from: folder, or Hub dataset id")
+    test: str = option("images and masks to measure with: folder, or Hub dataset id")
+    train_split: str = option("split of a Hub dataset", default="train")
+    test_split: str = option("split of a Hub dataset", default="validation")
+    image_column: str = option("column of a Hub dataset that holds the image", default="image")
+    mask_column: str = option("column of a Hub dataset that holds the mask", default="annotation")
+    num_classes: int | None = option(
+        "classes; left out, one more than the largest in the training masks", default=None
+    )
+    limit: int | None = option("use only the first so many images of each", default=None)
+    methods: list[str] = option(
+        f"some of {', '.join(method_names())}", default_factory=lambda: ["none", "tome", "dtem"]
+    )
+    r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["4", "8", "12"])
+    flops: list[float] = option("shares of the multiply-adds to reach, one row each", default_factory=list)
+    adapter: str | None = option("trained adapter for dtem: Hub id or local folder", default=None)
+    steps: int = option("optimiser steps of the head", default=500)
+    lr: float = option("learning rate of the head", default=1e-2)
+    batch_size: int = option("images per batch", default=16)
+    seed: int = option("of everything that is drawn", default=0)
+    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
+    output_dir: str = option("folder for segmentation.json", default="runs/segmentation")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "limit", "num_classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadValue(name, value, "1 or more")
+        if self.num_classes is not None and self.num_classes > IGNORED:
+            raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
+
+
+@dataclass
+class SegmentationImages:
+    """Pairs of image and mask, by number: a folder's files, or the rows of a dataset."""
+
+    pairs: Any
+    image_column: str = "image"
+    mask_column: str = "annotation"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """An image in RGB and its mask [H, W]. Raises ValueError for a mask of another size or with colours."""
+        pair = self.pairs[index]
+        if isinstance(pair, tuple):
+            image, mask = (Image.open(path) for path in pair)
+        else:
+            image, mask = pair[self.image_column], pair[self.mask_column]
+        classes = np.asarray(mask)
+        if classes.ndim != 2 or classes.shape != (image.height, image.width):
+            raise BadValue(
+                f"mask {index}",
+                classes.shape,
+                f"one class per pixel, as high and wide as its image {image.size[::-1]}",
+            )
+        if classes.min() < 0 or classes.max() > IGNORED:
+            raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED}, which is ignored")
+        return image.convert("RGB"), classes.astype(np.uint8)
+
+
+def load_segmentation(
+    data: str, split: str, image_column: str = "image", mask_column: str = "annotation", limit: int | None = None
+) -> SegmentationImages:
+    """Read a folder with `images` and `masks`, or a Hub dataset. Raises FileNotFoundError or ValueError."""
+    folder = Path(data)
+    if folder.is_dir():
+        masks = sorted((folder / "masks").glob("*.png"))
+        pairs: Any = []
+        for mask in masks:
+            found = [folder / "images" / f"{mask.stem}{suffix}" for suffix in _IMAGE_SUFFIXES]
+            existing = [path for path in found if path.is_file()]
+            if not existing:
+                raise FileNotFoundError(f"there is no image for masks/{mask.name} in {folder / 'images'}")
+            pairs.append((existing[0], mask))
+        if not pairs:
+            raise BadValue("data", data, "a folder with images/NAME.jpg and masks/NAME.png")
+        return SegmentationImages(pairs[:limit])
+    if folder.exists() or data.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"data={data!r}: there is no such folder")
+    dataset = load_dataset(data, split=split)
+    for column in (image_column, mask_column):
+        if column not in dataset.column_names:
+            raise BadValue("image_column, mask_column", column, f"one of {dataset.column_names}")
+    chosen = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    return SegmentationImages(chosen, image_column, mask_column)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, train the head, measure, print the table, write JSON."""
+    arguments = parse_arguments(SegmentationArguments, argv, __doc__ or "")
+    result = evaluate_segmentation(arguments)
+    path = Path(arguments.output_dir) / "segmentation.json"
+    write_json(path, result)
+    print_table(result)
+    print(f"written: {path}")
+
+
+def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
+    """Train the head once, on unmerged patches, and measure every row with it; returns `segmentation.json`."""
+    device = evaluation_device(arguments.device)
+    columns = (arguments.image_column, arguments.mask_column, arguments.limit)
+    train = load_segmentation(arguments.train, arguments.train_split, *columns)
+    test = load_segmentation(arguments.test, arguments.test_split, *columns)
+    model = AutoModel.from_pretrained(arguments.model, merge=None).to(device).eval()
+    adapters = {}
+    if arguments.adapter is not None:
+        adapters[arguments.adapter] = MergeAdapter.from_reference(arguments.adapter)
+    reductions = [parse_reduction(text) for text in arguments.r]
+    variants = make_variants(model, arguments.methods, reductions, arguments.flops, adapters, unmerge=True)
+    reader = PatchReader(load_processor(arguments.model), find_backbone(model)[1].config, device)
+    num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
+    head = train_head(variants[0], train, reader, num_classes, arguments)
+    matrices = [np.zeros((num_classes, num_classes), dtype=np.int64) for _ in variants]
+    for start in tqdm(range(0, len(test), arguments.batch_size), desc="measure", unit="batch"):
+        images, masks = zip(
+            *(test[i] for i in range(start, min(start + arguments.batch_size, len(test)))), strict=True
+        )
+        for variant, matrix in zip(variants, matrices, strict=True):
+            for logits, mask in zip(predict(variant, head, reader.pixels(images), reader), masks, strict=True):
+                matrix += confusion(upsampled_classes(logits, mask.shape), mask, num_classes)
+    rows = []
+    for variant, matrix in zip(variants, matrices, strict=True):
+        figures = {"miou": 100 * mean_iou(matrix), "pixel_accuracy": 100 * float(np.trace(matrix) / matrix.sum())}
+        rows.append(
+            {
+                "method": variant.method,
+                "r": variant.shown_r,
+                **figures,
+                "multiply_adds": variant.plan.multiply_adds,
+                "ratio": variant.plan.ratio,
+                "tokens": variant.plan.tokens[-1],
+            }
+        )
+    return {
+        "command": command(),
+        "model": describe_model(arguments.model, model),
+        "adapter": arguments.adapter,
+        "data": {"name": data_name(arguments.test), "num_images": len(test)},
+        "training_data": {"name": data_name(arguments.train), "num_images": len(train)},
+        "num_classes": num_classes,
+        "steps": arguments.steps,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "rows": rows,
+    }
+
+
+@dataclass
+class PatchReader:
+    """Images of any size as the backbone takes them, whole, and its patches as a grid."""
+
+    processor: Any
+    config: Any
+    device: torch.device
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """[B, C, H, W]: resized to the model's size, nothing cut off."""
+        size = self.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        resize = {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
+        return self.processor(images=list(images), return_tensors="pt", **resize).pixel_values.to(self.device)
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        patch = self.config.patch_size
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        return pixels.shape[2] // height, pixels.shape[3] // width
+
+
+@torch.inference_mode()
+def patch_features(variant: Variant, pixels: Tensor, reader: PatchReader) -> Tensor:
+    """Every patch's token, or the one it was merged into: [B, C, H, W] -> [B, rows, columns, D], float32."""
+    rows, columns = reader.grid(pixels)
+    with variant.ready() as model:
+        tokens = run_on_pixels(model, pixels).last_hidden_state
+    return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # prefix tokens come first
+
+
+def train_head(
+    variant: Variant,
+    images: SegmentationImages,
+    reader: PatchReader,
+    num_classes: int,
+    arguments: SegmentationArguments,
+) -> nn.Linear:
+    """A linear map from patch tokens to classes, taught with the share of each class in a patch as target."""
+    features, targets = [], []
+    for start in tqdm(range(0, len(images), arguments.batch_size), desc="read", unit="batch"):
+        part = [images[i] for i in range(start, min(start + arguments.batch_size, len(images)))]
+        pixels = reader.pixels([image for image, _ in part])
+        features.append(patch_features(variant, pixels, reader).flatten(0, 2).cpu())
+        targets += [class_shares(mask, reader.grid(pixels), num_classes).flatten(0, 1) for _, mask in part]
+    x, y = torch.cat(features).clone(), torch.cat(targets)
+    known = y.sum(-1) > 0
+    x, y = x[known], y[known]
+    mean, scale = x.mean(0), 1 / (x.std(0) + 1e-6)
+    x = (x - mean) * scale
+    draw = torch.Generator().manual_seed(arguments.seed)
+    head = nn.Linear(x.shape[1], num_classes)
+    nn.init.normal_(head.weight, std=0.01, generator=draw)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=arguments.lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
+    for _ in tqdm(range(arguments.steps), desc="train the head", unit="step"):
+        chosen = torch.randint(len(x), (min(_PATCHES_PER_STEP, len(x)),), generator=draw)
+        loss = F.cross_entropy(head(x[chosen]), y[chosen])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    with torch.no_grad():  # standardisation and map as one map
+        head.weight.mul_(scale)
+        head.bias.sub_(head.weight @ mean)
+    return head.to(reader.device)
+
+
+@torch.inference_mode()
+def predict(variant: Variant, head: nn.Linear, pixels: Tensor, reader: PatchReader) -> Tensor:
+    """Class scores of every patch: [B, C, H, W] -> [B, classes, rows, columns]."""
+    return head(patch_features(variant, pixels, reader)).permute(0, 3, 1, 2)
+
+
+def upsampled_classes(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.int64]:
+    """The best class of every pixel: [classes, rows, columns] -> [H, W], bilinear between patches."""
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0).cpu().numpy()
+
+
+def class_shares(mask: NDArray[np.uint8], grid: tuple[int, int], num_classes: int) -> Tensor:
+    """The share of every class in every patch: mask [H, W] -> [rows, columns, classes]; what is ignored has none."""
+    one_hot = torch.from_numpy((mask[None] == np.arange(num_classes)[:, None, None]).astype(np.float32))
+    return F.adaptive_avg_pool2d(one_hot[None], grid)[0].permute(1, 2, 0)
+
+
+def confusion(predicted: NDArray[Any], mask: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
+    """How many pixels of class i were taken for class j: [classes, classes]; ignored pixels are left out."""
+    known = mask != IGNORED
+    largest = int(mask[known].max(initial=0))
+    if largest >= num_classes:
+        raise BadValue("mask", largest, f"classes below {num_classes}, or {IGNORED} for none")
+    pairs = mask[known].astype(np.int64) * num_classes + predicted[known]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def mean_iou(matrix: NDArray[np.int64]) -> float:
+    """Mean intersection over union of the classes that are in the masks or were predicted."""
+    union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+    present = union > 0
+    return float((np.diag(matrix)[present] / union[present]).mean()) if present.any() else math.nan
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Show the rows of a segmentation in the terminal."""
+    data = result["data"]
+    table = Table(title=f"{result['model']['name']} on {data['num_images']} images of {data['name']}")
+    for column in ("method", "r", "mIoU", "pixel accuracy", "M mult-adds", "share"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in result["rows"]:
+        r = "" if row["r"] is None else reduction_label(row["r"])
+        figures = [f"{row['miou']:.1f}", f"{row['pixel_accuracy']:.1f}"]
+        table.add_row(row["method"], r, *figures, f"{row['multiply_adds'] / 1e6:.1f}", f"{row['ratio']:.3f}")
+    Console(width=120).print(table)
+
+
+def _largest_class(mask: NDArray[np.uint8]) -> int:
+    return int(mask[mask != IGNORED].max(initial=0))

@@ -1,0 +1,201 @@
+"""A small GIT, trained from scratch on captioned images: something to evaluate captions with where no Hub is at hand.
+
+python recipes/train_small_git.py --images path/to/flickr8k --captions captions.txt --output_dir runs/small-git
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPImageProcessorPil,
+    GitConfig,
+    GitForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+from ..arguments import option, parse_arguments
+from ..conditions import command, hardware, versions
+from ..errors import BadValue
+from ..files import write_json
+
+
+_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+
+
+@dataclass(kw_only=True)
+class SmallGitArguments:
+    """Train a small GIT from scratch."""
+
+    images: str = option("folder of images")
+    captions: str = option("file with the columns image and caption, as Flickr8k has it")
+    output_dir: str = option("folder for the model, its processor and training.json", default="runs/small-git")
+    steps: int = option("optimiser steps", default=800)
+    batch_size: int = option("images per step, with one of their captions each", default=32)
+    lr: float = option("largest learning rate", default=1e-3)
+    image_size: int = option("pixels in height and width", default=96)
+    patch_size: int = option("pixels in height and width of a patch", default=12)
+    hidden_size: int = option("width of the image encoder and of the decoder", default=128)
+    vision_layers: int = option("layers of the image encoder", default=4)
+    text_layers: int = option("layers of the decoder", default=2)
+    vocab_size: int = option("largest number of word pieces", default=2000)
+    max_tokens: int = option("longest caption in word pieces; what is longer is cut", default=24)
+    seed: int = option("of everything that is drawn", default=0)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "vision_layers", "text_layers", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise BadValue(name, getattr(self, name), "1 or more")
+        if self.image_size % self.patch_size:
+            raise BadValue("patch_size", self.patch_size, f"a divisor of image_size {self.image_size}")
+        if self.hidden_size % 4:
+            raise BadValue("hidden_size", self.hidden_size, "a multiple of 4, as there are four heads")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    arguments = parse_arguments(SmallGitArguments, argv, __doc__ or "")
+    record = train_small_git(arguments)
+    print(f"loss {record['first_loss']:.3f} at the start, {record['last_loss']:.3f} at the end")
+    print(f"written: {arguments.output_dir}")
+
+
+def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
+    """Train and save model, tokenizer and image processor; returns what is written to `training.json`."""
+    started = time.perf_counter()
+    captions = read_captions(arguments.captions)
+    names = sorted(captions)
+    tokenizer = make_tokenizer([text for texts in captions.values() for text in texts], arguments.vocab_size)
+    side = {"height": arguments.image_size, "width": arguments.image_size}
+    processor = CLIPImageProcessorPil(size=side, do_center_crop=False)
+    torch.manual_seed(arguments.seed)
+    model = GitForCausalLM(make_config(arguments, tokenizer)).train()
+    # A thousand small images are read once and stay in memory.
+    pictures = [_read(Path(arguments.images), name) for name in tqdm(names, desc="read", unit="image")]
+    pixels = torch.cat([processor(images=picture, return_tensors="pt").pixel_values for picture in pictures])
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05)
+    schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
+    draw = torch.Generator().manual_seed(arguments.seed)
+    losses: list[float] = []
+    progress = tqdm(range(arguments.steps), desc="train a small GIT", unit="step")
+    for _ in progress:
+        chosen = torch.randint(len(names), (arguments.batch_size,), generator=draw)
+        texts = []
+        for i in chosen.tolist():
+            own = captions[names[i]]
+            texts.append(own[int(torch.randint(len(own), (), generator=draw))])
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=arguments.max_tokens, return_tensors="pt")
+        loss = caption_loss(model, pixels[chosen], batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    output = Path(arguments.output_dir)
+    model.eval().save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    processor.save_pretrained(output)
+    record = {
+        "command": command(),
+        "arguments": asdict(arguments),
+        "num_images": len(names),
+        "num_captions": sum(map(len, captions.values())),
+        "first_loss": losses[0],
+        "last_loss": sum(losses[-20:]) / len(losses[-20:]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "hardware": hardware(torch.device("cpu")),
+        "versions": versions(),
+    }
+    write_json(output / "training.json", record)
+    return record
+
+
+def caption_loss(model: Any, pixels: Tensor, batch: Any) -> Tensor:
+    """Mean cross-entropy of the captions' tokens; padding [PAD] does not count."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return model(
+        pixel_values=pixels, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+    ).loss
+
+
+def read_captions(path: str) -> dict[str, list[str]]:
+    """Captions by image, from a file with the columns `image` and `caption`. Raises ValueError naming the line."""
+    captions: dict[str, list[str]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"image", "caption"} <= set(reader.fieldnames or ()):
+            raise BadValue("captions", reader.fieldnames, "a header with the columns image and caption")
+        for line, row in enumerate(reader, start=2):
+            if not row["image"] or not row["caption"]:
+                raise BadValue(f"captions line {line}", row, "an image and a caption")
+            captions.setdefault(row["image"], []).append(row["caption"])
+    if not captions:
+        raise BadValue("captions", path, "at least one caption")
+    return captions
+
+
+def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Word pieces learned from captions, in lower case, with BERT's special tokens."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(_SPECIAL), show_progress=False)
+    )
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+    )
+
+
+def make_config(arguments: SmallGitArguments, tokenizer: PreTrainedTokenizerFast) -> GitConfig:
+    """A GIT of the size that the arguments ask for."""
+    width = arguments.hidden_size
+    sizes: dict[str, Any] = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 4 * width}
+    # So narrow a model starts from weights larger than GIT's own 0.02, or it never looks at the image.
+    sizes["initializer_range"] = width**-0.5
+    return GitConfig(
+        vision_config={
+            **sizes,
+            "num_hidden_layers": arguments.vision_layers,
+            "image_size": arguments.image_size,
+            "patch_size": arguments.patch_size,
+        },
+        **sizes,
+        num_hidden_layers=arguments.text_layers,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _read(folder: Path, name: str) -> Image.Image:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise BadValue("image", name, "a file inside the folder of images")
+    with Image.open(path) as image:
+        return image.convert("RGB")

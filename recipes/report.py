@@ -1,0 +1,10 @@
+"""Put a run's tables, plots and pictures on one page.
+
+python recipes/report.py --folders runs/compare runs/analysis --output runs/report.html
+"""
+
+from dtem_hf.analysis.report import main
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Train a small GIT from scratch on captioned images, in minutes on a laptop's CPU.
+
+python recipes/train_small_git.py --images path/to/flickr8k --captions captions.txt --output_dir runs/small-git
+"""
+
+from dtem_hf.training.small_git import main
+
+
+if __name__ == "__main__":
+    main()

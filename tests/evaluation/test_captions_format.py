@@ -1,0 +1,98 @@
+"""Caption files: COCO's two formats and Karpathy's, and what is said of files that are neither."""
+
+import json
+
+import pytest
+
+from dtem_hf import BadValue
+from dtem_hf.evaluation.captions_format import read_annotations, read_predictions, write_predictions
+
+
+COCO = {
+    "info": {"year": 2017},
+    "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}, {"id": 9, "file_name": "c.jpg"}],
+    "annotations": [
+        {"id": 1, "image_id": 3, "caption": "A dog."},
+        {"id": 2, "image_id": 7, "caption": "A cat."},
+        {"id": 4, "image_id": 3, "caption": "A brown dog."},
+    ],
+}
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {"split": "test", "cocoid": 5, "filepath": "val2014", "filename": "x.jpg", "sentences": [{"raw": "A bus."}]},
+        {"split": "train", "cocoid": 6, "filepath": "train", "filename": "y.jpg", "sentences": [{"raw": "A car."}]},
+        {"split": "test", "imgid": 2, "filename": "z.jpg", "sentences": [{"raw": "A"}, {"raw": "B"}]},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(content):
+        (tmp_path / "file.json").write_text(json.dumps(content))
+        return tmp_path / "file.json"
+
+    return to_file
+
+
+def test_coco_annotations_by_image_in_the_files_order(write):
+    images = read_annotations(write(COCO))
+    assert [(k, v.file_name, v.captions) for k, v in images.items()] == [
+        (7, "b.jpg", ["A cat."]),
+        (3, "a.jpg", ["A dog.", "A brown dog."]),
+    ]
+
+
+def test_karpathy_split_by_coco_id(write):
+    images = read_annotations(write(KARPATHY), "test")
+    assert [(k, v.file_name, v.captions) for k, v in images.items()] == [
+        (5, "val2014/x.jpg", ["A bus."]),
+        (2, "z.jpg", ["A", "B"]),
+    ]
+
+
+def test_predictions_come_back_as_written(tmp_path):
+    captions = {12: "Ein Hund – draußen", 3: ""}
+    write_predictions(tmp_path / "r.json", captions)
+    assert json.loads((tmp_path / "r.json").read_text()) == [
+        {"image_id": 12, "caption": "Ein Hund – draußen"},
+        {"image_id": 3, "caption": ""},
+    ]
+    assert read_predictions(tmp_path / "r.json") == captions
+
+
+@pytest.mark.parametrize(
+    ("content", "split", "message"),
+    [
+        ([], None, r"file.json='list'.*'images'"),
+        ({"images": []}, None, "split=None"),
+        (KARPATHY, None, "split=None: one of test, train"),
+        (KARPATHY, "val", "split='val': one of test, train"),
+        (COCO, "test", "split='test'.*COCO's format"),
+        ({"images": [{"id": "7"}], "annotations": []}, None, r"images\[0\].id='7': a whole number"),
+        ({"images": [{"id": True}], "annotations": []}, None, r"images\[0\].id=True"),
+        ({"images": [{"id": 1}], "annotations": []}, None, "at least one image with a caption"),
+        ({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}, None, r"\[0\].image_id=2"),
+        ({"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": 4}]}, None, r"\[0\].caption=4: text"),
+        ({"images": [3], "annotations": []}, None, r"images\[0\]=3: an object"),
+    ],
+)  # fmt: skip
+def test_annotations_of_no_known_format_are_named(write, content, split, message):
+    with pytest.raises(BadValue, match=message):
+        read_annotations(write(content), split)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "at least one"),
+        ({"image_id": 1}, "file.json='dict'"),
+        ([{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}], r"file.json\[1\].image_id=1.*has two"),
+        ([{"image_id": "1", "caption": "a"}], r"file.json\[0\].image_id='1'"),
+        ([{"image_id": 1}], r"file.json\[0\].caption=None: text"),
+    ],
+)
+def test_predictions_of_another_format_are_named(write, content, message):
+    with pytest.raises(BadValue, match=message):
+        read_predictions(write(content))

@@ -1,0 +1,124 @@
+"""Segmentation: mIoU against a count of pixels, and a head that learns synthetic masks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+from dtem_hf import BadValue
+from dtem_hf.evaluation.segmentation import (
+    SegmentationArguments,
+    class_shares,
+    confusion,
+    evaluate_segmentation,
+    load_segmentation,
+    main,
+    mean_iou,
+)
+
+
+COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], dtype=np.uint8)
+
+
+def write_squares(folder, number, seed, size=32):
+    """Images of coloured squares on a ground, with noise; the mask is which colour, and one corner is ignored."""
+    draw = np.random.default_rng(seed)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for i in range(number):
+        mask = np.zeros((size, size), dtype=np.uint8)
+        for c in (1, 2):
+            top, left = draw.integers(0, size - 12, 2)
+            mask[top : top + 12, left : left + 12] = c
+        noise = draw.integers(-20, 20, (size, size, 3))
+        Image.fromarray((COLOURS[mask].astype(int) + noise).clip(0, 255).astype(np.uint8)).save(
+            folder / "images" / f"{i}.png"
+        )
+        mask[:2, :2] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    root = tmp_path_factory.mktemp("squares")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(root / "vit")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "vit")
+    write_squares(root / "train", 24, 0)
+    write_squares(root / "test", 8, 1)
+    return root
+
+
+def options(root, **changes):
+    values = {"model": str(root / "vit"), "train": str(root / "train"), "test": str(root / "test"), "steps": 200}
+    return {**values, "methods": ["none", "tome"], "r": ["4", "16"], **changes}
+
+
+def test_mean_iou_is_that_of_a_count_of_pixels():
+    draw = np.random.default_rng(0)
+    mask, predicted = draw.integers(0, 4, (9, 7)), draw.integers(0, 5, (9, 7))
+    mask[0] = 255
+    scores = []
+    for c in range(6):
+        both = either = 0
+        for y in range(1, 9):
+            for x in range(7):
+                both += mask[y, x] == c and predicted[y, x] == c
+                either += mask[y, x] == c or predicted[y, x] == c
+        if either:
+            scores.append(both / either)
+    assert len(scores) == 5
+    assert mean_iou(confusion(predicted, mask, 6)) == pytest.approx(np.mean(scores), abs=1e-12)
+    assert mean_iou(confusion(np.where(mask == 255, 0, mask), mask, 4)) == 1
+    with pytest.raises(BadValue, match="mask=3: classes below 3"):
+        confusion(predicted, mask, 3)
+
+
+def test_class_shares_of_a_patch_are_those_of_its_pixels():
+    mask = np.random.default_rng(0).integers(0, 4, (12, 8)).astype(np.uint8)
+    mask[mask == 3] = 255
+    shares = class_shares(mask, (3, 2), 3)
+    for row in range(3):
+        for column in range(2):
+            patch = mask[row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+            for c in range(3):
+                assert shares[row, column, c].item() == pytest.approx(np.mean(patch == c))
+
+
+def test_a_head_learns_squares_and_merging_costs_a_bit(squares, tmp_path, capsys):
+    flags = [f"--{name}={value}" for name, value in options(squares).items() if not isinstance(value, list)]
+    main([*flags, "--methods", "none", "tome", "--r", "4", "32", "--output_dir", str(tmp_path)])
+    result = json.loads((tmp_path / "segmentation.json").read_text())
+    none, few, many = result["rows"]
+    assert result["num_classes"] == 3 and result["data"]["num_images"] == 8
+    assert none["miou"] > 75 and abs(none["miou"] - few["miou"]) < 5 and 25 < many["miou"] < none["miou"] - 5
+    assert many["tokens"] == 65 - 32 - 16
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_r_of_zero_changes_nothing(squares):
+    none, zero = evaluate_segmentation(SegmentationArguments(**options(squares, r=["0"], steps=20)))["rows"]
+    assert none["miou"] == zero["miou"] and none["pixel_accuracy"] == zero["pixel_accuracy"]
+
+
+def test_what_is_no_pair_of_image_and_mask_is_named(tmp_path):
+    with pytest.raises(BadValue, match=r"images/NAME\.jpg and masks/NAME\.png"):
+        load_segmentation(str(tmp_path), "train")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_segmentation("./absent", "train")
+    folder = write_squares(tmp_path / "a", 2, 0)
+    Image.new("L", (5, 5)).save(folder / "masks" / "1.png")
+    with pytest.raises(BadValue, match=r"mask 1=\(5, 5\): one class per pixel, .*\(32, 32\)"):
+        load_segmentation(str(folder), "train")[1]
+    (folder / "images" / "0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no image for masks/0\.png"):
+        load_segmentation(str(folder), "train")
+    with pytest.raises(BadValue, match="steps=0"):
+        SegmentationArguments(model="m", train="a", test="b", steps=0)

@@ -1,0 +1,25 @@
+"""The tables in docs are what their JSON holds, by the code that wrote them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dtem_hf.evaluation.comparison import csv_table, markdown
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("comparison.json")), ids=lambda path: path.parent.name)
+def test_comparison_is_what_the_json_holds(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(result)
+    assert path.with_suffix(".csv").read_text(encoding="utf-8") == csv_table(result["rows"])
+    for row in result["rows"][1:]:
+        assert row["ratio"] <= row["r"]["flops"] or row["method"] == "soft"
+    assert (path.parent / "pareto.png").is_file()
+
+
+def test_there_is_a_comparison_to_check():
+    assert list(DOCS.rglob("comparison.json"))

@@ -1,0 +1,92 @@
+"""The small GIT: what it reads, what it saves, and that it learns captions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, GitForCausalLM
+
+from dtem_hf import BadValue
+from dtem_hf.data import load_processor
+from dtem_hf.training.small_git import SmallGitArguments, caption_loss, main, make_tokenizer, read_captions
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    """Plain images in one of three colours, two captions each."""
+    lines = ["image,caption"]
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        name = list(COLOURS)[i % 3]
+        pixels = np.full((20, 24, 3), COLOURS[name], dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        lines += [f"{i}.png,A {name} picture .", f'{i}.png,"It is {name}, all {name}"']
+    (tmp_path / "captions.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_it_learns_to_say_which_colour_it_sees(coloured, capsys):
+    options = {"images": coloured / "images", "captions": coloured / "captions.txt", "output_dir": coloured / "git"}
+    sizes = {"steps": 120, "batch_size": 12, "image_size": 16, "patch_size": 8, "hidden_size": 32}
+    main([f"--{name}={value}" for name, value in {**options, **sizes, "vision_layers": 1, "text_layers": 1}.items()])
+    record = json.loads((coloured / "git" / "training.json").read_text())
+    assert record["last_loss"] < 0.5 < record["first_loss"] and record["num_captions"] == 24
+    model = GitForCausalLM.from_pretrained(coloured / "git")
+    tokenizer, processor = AutoTokenizer.from_pretrained(coloured / "git"), load_processor(str(coloured / "git"))
+    for name, colour in COLOURS.items():
+        picture = Image.new("RGB", (30, 30), colour)
+        tokens = model.generate(**processor(images=picture, return_tensors="pt"), max_new_tokens=12)
+        assert name in tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert "loss" in capsys.readouterr().out
+
+
+def test_tokenizer_gives_captions_back():
+    texts = ["A man rides a red bicycle.", "Two dogs, one brown, run."]
+    tokenizer = make_tokenizer(texts, 200)
+    ids = tokenizer(texts[1])["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "two dogs, one brown, run."
+
+
+def test_padding_has_no_loss(coloured):
+    tokenizer = make_tokenizer(["a b c d e f"], 50)
+    seen = {}
+
+    class Model:
+        def __call__(self, **kwargs):
+            seen.update(kwargs)
+            return type("Output", (), {"loss": torch.zeros(())})
+
+    batch = tokenizer(["a b", "a b c d"], padding=True, return_tensors="pt")
+    caption_loss(Model(), torch.zeros(2, 3, 4, 4), batch)
+    assert (seen["labels"][0, -2:] == -100).all()
+    assert torch.equal(seen["labels"][1], batch["input_ids"][1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,text\na.png,x\n", "the columns image and caption"),
+        ("image,caption\n", "at least one caption"),
+        ("image,caption\na.png,\n", "line 2.*an image and a caption"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_named(tmp_path, content, message):
+    (tmp_path / "c.txt").write_text(content)
+    with pytest.raises(BadValue, match=message):
+        read_captions(str(tmp_path / "c.txt"))
+
+
+def test_bad_options_are_named():
+    for change, message in (
+        ({"patch_size": 7}, "patch_size=7: a divisor of image_size 96"),
+        ({"hidden_size": 30}, "hidden_size=30"),
+        ({"steps": 0}, "steps=0"),
+    ):
+        with pytest.raises(BadValue, match=message):
+            SmallGitArguments(images="i", captions="c", **change)
