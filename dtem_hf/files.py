@@ -46,7 +46,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON) -> Any:
-    """Read a JSON file of at most `largest` bytes and 64 levels. Raises FileNotFoundError, or ValueError that names the file."""
+    """Read a JSON file of at most `largest` bytes and 64 levels.
+
+    Raises FileNotFoundError, or ValueError that names the file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
