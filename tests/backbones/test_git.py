@@ -10,6 +10,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def make(model_class: type = GitForCausalLM, frames: int | None = None) -> Any:
         **widths,
         num_hidden_layers=2,
         vocab_size=48,
-        max_position_embeddings=32,
+        max_position_embeddings=512,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=PAD,
@@ -144,6 +145,20 @@ def assert_loss_by_hand(model: Any, pixel_values: Tensor, **kwargs: Any) -> None
     torch.testing.assert_close(output.loss.double(), torch.stack(losses).mean(), atol=1e-6, rtol=1e-6)
 
 
+@cache
+def plain_model_caches_rightly() -> bool:
+    """transformers 5.17 adds the length of the cache to positions that hold it already, merged or not."""
+    plain = make()
+    cached, uncached = (generate(plain, images(2), PROMPTS, use_cache=use_cache).logits for use_cache in (True, False))
+    return all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(cached, uncached, strict=True))
+
+
+@pytest.fixture
+def right_cache() -> None:
+    if not plain_model_caches_rightly():
+        pytest.skip("this version of transformers generates something else with a cache than without")
+
+
 Promise = Callable[[Any, Any], None]
 
 
@@ -165,14 +180,14 @@ def steps_with_a_cache_are_the_full_pass(method: Any, r: Any) -> None:
     inputs = pad([[1, 7, 5, 8, 6, 40], [1, 9, 30, 4, 22, 17, 19, 3]], "left")
     mask, where = inputs["attention_mask"], positions(inputs["attention_mask"])
     full = model(pixel_values=images(2), position_ids=where, use_cache=False, **inputs).logits[:, -8:]
-    cache: Any = DynamicCache(config=model.config)
+    past: Any = DynamicCache(config=model.config)
     for start, stop in ((0, 4), (4, 5), (5, 8)):
         output = model(
             pixel_values=images(2) if start == 0 else None,
             input_ids=inputs["input_ids"][:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=where[:, start:stop],
-            past_key_values=cache,
+            past_key_values=past,
             use_cache=True,
         )
         ours, theirs = output.logits[:, start - stop :], full[:, start:stop]
@@ -238,22 +253,33 @@ def generation_knows_the_image_size(method: Any, r: Any) -> None:
         assert_generates_as_alone(merged(method, r), images(2, size=size), interpolate_pos_encoding=True)
 
 
-PROMISES: list[Promise] = [
+LOSSES: list[Promise] = [
     the_loss_is_that_of_the_text,
     the_loss_of_a_padded_batch_is_that_of_each_alone,
+    the_loss_knows_the_number_of_frames,
+    the_loss_knows_the_image_size,
+]
+CACHED: list[Promise] = [
     cached_generation_is_the_slow_one_image_by_image,
     steps_with_a_cache_are_the_full_pass,
     beams_of_a_padded_batch_are_those_of_each_alone,
-    the_loss_knows_the_number_of_frames,
     generation_knows_the_number_of_frames,
-    the_loss_knows_the_image_size,
     generation_knows_the_image_size,
 ]
+PROMISES = [*LOSSES, *CACHED]
+
+
+@pytest.fixture
+def promise(request: pytest.FixtureRequest) -> Promise:
+    """One of `PROMISES`; skipped where the installed transformers makes its plain model break it."""
+    if request.param in CACHED:
+        request.getfixturevalue("right_cache")
+    return request.param
 
 
 @pytest.mark.parametrize("r", REDUCTIONS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("promise", PROMISES, indirect=True, ids=lambda promise: promise.__name__)
 def test_promise(promise: Promise, method: Any, r: Any) -> None:
     promise(method, r)
 
@@ -282,6 +308,7 @@ def count_of_the_models_own_image_size(attention: Any) -> int:
         (the_loss_knows_the_image_size, count_of_the_models_own_image_size),
         (generation_knows_the_image_size, count_of_the_models_own_image_size),
     ],
+    indirect=["promise"],
     ids=lambda function: function.__name__,
 )
 def test_a_naive_count_breaks_the_promise(
@@ -378,6 +405,7 @@ def test_the_decoder_gets_the_merged_tokens_as_they_are(method: Any, frames: int
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("right_cache")
 @pytest.mark.parametrize("method", METHODS)
 def test_all_tokens_in_place_are_counted_as_such(method: Any) -> None:
     model = merged(method, 9, unmerge=True)
@@ -386,6 +414,7 @@ def test_all_tokens_in_place_are_counted_as_such(method: Any) -> None:
     assert model.merge_plan().output_tokens == 65
 
 
+@pytest.mark.usefixtures("right_cache")
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_the_bare_model_steps_with_a_cache(method: Any) -> None:
@@ -395,14 +424,14 @@ def test_the_bare_model_steps_with_a_cache(method: Any) -> None:
     mask, where = inputs["attention_mask"], positions(inputs["attention_mask"])
     full = model(pixel_values=images(2), position_ids=where, **inputs).last_hidden_state
     assert full.shape[1] == model.merge_plan().output_tokens + 4
-    cache: Any = DynamicCache(config=model.config)
+    past: Any = DynamicCache(config=model.config)
     for start, stop in ((0, 3), (3, 4)):
         ours = model(
             pixel_values=images(2) if start == 0 else None,
             input_ids=inputs["input_ids"][:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=where[:, start:stop],
-            past_key_values=cache,
+            past_key_values=past,
             use_cache=True,
         ).last_hidden_state[:, start - stop :]
     torch.testing.assert_close(ours, full[:, -1:], atol=1e-4, rtol=1e-4)
