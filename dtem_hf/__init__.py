@@ -31,6 +31,7 @@ _HOMES = {
         "ConstantSchedule",
         "FlopsSchedule",
         "InflectedSchedule",
+        "KeepRateSchedule",
         "LinearSchedule",
         "MergePlan",
     ),
@@ -56,7 +57,14 @@ if TYPE_CHECKING:
     from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
     from .errors import AdapterError, BadValue, UnsupportedModelError
     from .modeling import attach, detach
-    from .schedule import ConstantSchedule, FlopsSchedule, InflectedSchedule, LinearSchedule, MergePlan
+    from .schedule import (
+        ConstantSchedule,
+        FlopsSchedule,
+        InflectedSchedule,
+        KeepRateSchedule,
+        LinearSchedule,
+        MergePlan,
+    )
     from .token_state import MergeTrace
 
 
@@ -87,6 +95,7 @@ __all__ = [
     "EViTConfig",
     "FlopsSchedule",
     "InflectedSchedule",
+    "KeepRateSchedule",
     "LinearSchedule",
     "MergeAdapter",
     "MergeConfig",

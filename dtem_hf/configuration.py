@@ -202,8 +202,8 @@ class EViTConfig(MergeConfig):
         return KeepRateSchedule(self.keep_rate, self.layers)  # type: ignore[arg-type]
 
     def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
-        schedule = as_schedule(r)
-        if isinstance(schedule, FlopsSchedule):
+        schedule = as_schedule(r) if isinstance(r, (dict, Schedule)) else r
+        if isinstance(schedule, FlopsSchedule) and not schedule.slope:
             schedule = self.schedule.for_flops(cost, num_tokens, schedule.flops)
         if not isinstance(schedule, KeepRateSchedule):
             raise BadValue("r", r, "a KeepRateSchedule, or a share of the multiply-adds in flops: EViT has no r")

@@ -116,11 +116,11 @@ class EncoderMerging(Renamed, ScopedForward):
         outer = current_scope()
         unmerge = self.merging is not None and (self.merging.unmerge or (outer is not None and outer.unmerges))
         state = self._new_token_state(inputs, unmerge)
-        with open_scope(Scope(state)):
+        with open_scope(Scope(state, closed=True)):
             output = stock()
         if state is not None and state.changed:
             output = finish_output(output, state, unmerge, average=outer is not None and outer.averages)
-        if outer is not None:
+        if outer is not None and not outer.closed:
             outer.state, outer.unmerged = state, unmerge
             outer.num_tokens += output[0].shape[1]
         return output

@@ -10,9 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from .errors import BadValue
+
+
+class MetricCost(NamedTuple):
+    """Multiply-adds of what tokens are compared by in a layer: per token, per image, and the metric's width."""
+
+    per_token: int
+    per_image: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,22 +28,21 @@ class LayerCost:
     """Multiply-adds of one encoder layer, as numbers that do not depend on how many tokens there are.
 
     `before` and `after`: per token, in front of and behind the merge (projections; MLP). `per_pair`: per query-key
-    pair (scores and values). `metric` and `metric_width`: per token to compute what tokens are compared by, and its
-    width.
+    pair (scores and values). `metric` is spent only where tokens leave.
     """
 
     before: int
     per_pair: int
     after: int
-    metric: int = 0
-    metric_width: int = 0
+    metric: MetricCost = MetricCost(0)
 
     def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
         """Multiply-adds of the layer for one image that enters with `num_tokens` tokens and leaves with r fewer."""
         total = num_tokens * self.before + num_tokens**2 * self.per_pair + (num_tokens - r) * self.after
         if r:
             free = num_tokens - num_prefix_tokens
-            total += num_tokens * self.metric + (free // 2) * (free - free // 2) * self.metric_width
+            total += num_tokens * self.metric.per_token + self.metric.per_image
+            total += (free // 2) * (free - free // 2) * self.metric.width
         return total
 
 
@@ -298,7 +305,10 @@ class KeepRateSchedule(Schedule):
             if not isinstance(self.layers, (list, tuple)):
                 raise BadValue("layers", self.layers, "a list of layers, counted from 0, or null")
             for i, layer in enumerate(self.layers):
-                _check_reduction(f"layers[{i}]", layer)
+                if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                    raise BadValue(f"layers[{i}]", layer, "a layer's number, counted from 0")
+            if len(set(self.layers)) < len(self.layers):
+                raise BadValue("layers", list(self.layers), "each layer once")
             object.__setattr__(self, "layers", tuple(self.layers))
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
@@ -323,13 +333,11 @@ class KeepRateSchedule(Schedule):
             schedule = KeepRateSchedule(thousandths / 1000, self.layers)
             return cost.plan(num_tokens, schedule.resolve(cost, num_tokens)).ratio <= flops
 
-        if not fits(1):
-            raise BadValue("flops", flops, "more, or merge in more or earlier layers: no keep rate is low enough")
-        low, high = 1, 1000
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return KeepRateSchedule(low / 1000, self.layers)
+        # One by one: a layer's first fused token costs more than it saves, which bisection cannot see.
+        highest = next(filter(fits, range(1000, 0, -1)), None)
+        if highest is None:
+            raise BadValue("flops", flops, "more, or reduce in more or earlier layers: no keep rate is low enough")
+        return KeepRateSchedule(highest / 1000, self.layers)
 
 
 def _check_reduction(name: str, value: Any) -> None:

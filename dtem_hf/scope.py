@@ -52,7 +52,8 @@ class Scope:
 
     `averages` and `unmerges` are wishes of an outer model to the encoder inside: it averages its tokens, or needs all
     of them in place. `num_tokens` adds up what the encoders inside have handed on, and `unmerged` says that it was
-    with all tokens back in place.
+    with all tokens back in place. A `closed` scope is an encoder's own: what runs inside (a teacher in a hook, say)
+    has no say in it.
     """
 
     state: TokenState | None = None
@@ -60,6 +61,7 @@ class Scope:
     unmerges: bool = False
     num_tokens: int = 0
     unmerged: bool = False
+    closed: bool = False
 
 
 _SCOPE: PassVariable[Scope] = PassVariable("dtem_hf_scope")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig
+from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
 from dtem_hf.configuration import CONFIG_NAME, FORMAT_VERSION
 from dtem_hf.errors import BadValue
 from dtem_hf.schedule import ConstantSchedule, FlopsSchedule, InflectedSchedule, LinearSchedule, ListSchedule
@@ -40,6 +40,10 @@ CONFIGS = [
         proportional_attention=False,
     ),
     DTEMConfig(flops=0.5),
+    DTEMConfig(unmerge=True),
+    EViTConfig(),
+    EViTConfig(0.5, (2, 0)),
+    EViTConfig(keep_rate=1, layers=[], proportional_attention=True, unmerge=True),
 ]
 
 
@@ -73,8 +77,23 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         "init": "keys",
         "proportional_attention": True,
         "relaxation": "auto",
+        "unmerge": False,
     }
-    assert ToMeConfig().to_dict() == {"method": "tome", "version": "1.0", "r": 16, "proportional_attention": True}
+    assert ToMeConfig().to_dict() == {
+        "method": "tome",
+        "version": "1.0",
+        "r": 16,
+        "proportional_attention": True,
+        "unmerge": False,
+    }
+    assert EViTConfig().to_dict() == {
+        "method": "evit",
+        "version": "1.0",
+        "keep_rate": 0.7,
+        "layers": None,
+        "proportional_attention": False,
+        "unmerge": False,
+    }
 
 
 def test_r_is_positional_and_flops_is_a_schedule() -> None:
@@ -90,7 +109,7 @@ def test_reading_changes_neither_the_dict_nor_shares_its_list() -> None:
     assert json.dumps(values) == before
 
 
-@pytest.mark.parametrize("config_class", [ToMeConfig, DTEMConfig])
+@pytest.mark.parametrize("config_class", [ToMeConfig, DTEMConfig, EViTConfig])
 def test_every_field_has_help_and_a_default(config_class: type[MergeConfig]) -> None:
     """The command line and the docs are made from them."""
     for field in fields(config_class):
@@ -130,7 +149,7 @@ def test_what_is_no_version_is_refused(version: Any) -> None:
 
 @pytest.mark.parametrize("method", ["tomee", "", None, 3, ["tome"]])
 def test_an_unknown_method_lists_the_known_ones(method: Any) -> None:
-    with pytest.raises(BadValue, match=r"method=.*dtem.*tome"):
+    with pytest.raises(BadValue, match=r"method=.*dtem, evit, tome"):
         MergeConfig.from_dict({"method": method})
 
 
@@ -172,15 +191,34 @@ BAD = [
     ("relaxation", ["soft"], "auto, soft, hard"),
     ("proportional_attention", 1, "bool"),
     ("proportional_attention", None, "bool"),
+    ("unmerge", 1, "bool"),
+    ("unmerge", "yes", "bool"),
+]
+BAD_EVIT = [
+    ("keep_rate", 0, "above 0, up to 1"),
+    ("keep_rate", 1.5, "to 1"),
+    ("keep_rate", float("nan"), "to 1"),
+    ("keep_rate", True, "to 1"),
+    ("keep_rate", None, "to 1"),
+    ("layers", 3, "a list of layers"),
+    ("layers", [1, 1], "each layer once"),
+    ("proportional_attention", None, "bool"),
+    ("unmerge", None, "bool"),
 ]
 
 
-@pytest.mark.parametrize("field, value, expected", BAD, ids=lambda x: str(x)[:20])
-def test_bad_values_name_the_field_the_value_and_what_fits(field: str, value: Any, expected: str) -> None:
+@pytest.mark.parametrize(
+    "config_class, field, value, expected",
+    [*((DTEMConfig, *case) for case in BAD), *((EViTConfig, *case) for case in BAD_EVIT)],
+    ids=lambda x: x.__name__ if isinstance(x, type) else str(x)[:20],
+)
+def test_bad_values_name_the_field_the_value_and_what_fits(
+    config_class: type[MergeConfig], field: str, value: Any, expected: str
+) -> None:
     """When the object is made and when it is read."""
     for make in (
-        lambda: DTEMConfig(**{field: value}),
-        lambda: MergeConfig.from_dict({"method": "dtem", field: value}),
+        lambda: config_class(**{field: value}),
+        lambda: MergeConfig.from_dict({"method": config_class.method, field: value}),
     ):
         with pytest.raises(BadValue) as raised:
             make()

@@ -366,6 +366,21 @@ def test_a_trace_sees_its_own_model_only(make_classifier: Make, pixels: Tensor) 
     assert torch.equal(inside[0], logits(other, pixels))
 
 
+@pytest.mark.parametrize("unmerged", [False, True])
+def test_a_model_that_runs_inside_anothers_layers_changes_nothing_there(
+    make_classifier: Make, pixels: Tensor, unmerged: bool
+) -> None:
+    """A teacher in a hook, merged or not, before and behind the first merge."""
+    ours, other = (attach(make_classifier(), ToMeConfig(r=r)) for r in (9, 5))
+    expected, inside = logits(ours, pixels), []
+    for layer in ours.vit.layers:
+        layer.register_forward_hook(lambda *_: inside.append(logits(other, pixels[:2])))
+    if unmerged:
+        detach(other)
+    assert torch.equal(logits(ours, pixels), expected)
+    assert all(torch.equal(found, logits(other, pixels[:2])) for found in inside)
+
+
 def test_a_new_thread_starts_with_no_options(make_classifier: Make, pixels: Tensor) -> None:
     model = attach(make_classifier(), ToMeConfig(r=9))
     expected, found = logits(model, pixels), []

@@ -12,16 +12,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, attach
+from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, attach
 from dtem_hf.errors import BadValue
 from dtem_hf.schedule import (
     ConstantSchedule,
     EncoderCost,
     FlopsSchedule,
     InflectedSchedule,
+    KeepRateSchedule,
     LayerCost,
     LinearSchedule,
     ListSchedule,
+    MetricCost,
     Schedule,
     as_schedule,
     clamp_reductions,
@@ -30,7 +32,7 @@ from dtem_hf.schedule import (
 
 def encoder(num_layers: int, prefix: int = 1) -> EncoderCost:
     """Round numbers, with a metric that costs something."""
-    layer = LayerCost(before=400, per_pair=20, after=800, metric=50, metric_width=5)
+    layer = LayerCost(before=400, per_pair=20, after=800, metric=MetricCost(per_token=50, per_image=30, width=5))
     return EncoderCost((layer,) * num_layers, stem=300, head=1000, num_prefix_tokens=prefix)
 
 
@@ -52,6 +54,16 @@ def encoder(num_layers: int, prefix: int = 1) -> EncoderCost:
         (LinearSchedule(2, slope=1.0), 4, [4, 3, 1, 0]),
         (LinearSchedule(1.5, slope=0.0), 4, [2, 1, 2, 1]),
         (LinearSchedule(7), 1, [7]),
+        # 999 patches: 500 stay and 499 become one token; of 501, 251 and one; of 252, 126 and one.
+        (KeepRateSchedule(0.5), 12, [0, 0, 0, 498, 0, 0, 249, 0, 0, 125, 0, 0]),
+        (KeepRateSchedule(0.5, (2, 0)), 3, [498, 0, 249]),
+        (KeepRateSchedule(0.5), 3, [498, 249, 125]),
+        (KeepRateSchedule(0.5), 1, [498]),
+        (KeepRateSchedule(0.001, (1,)), 2, [0, 997]),
+        (KeepRateSchedule(0.999, (1,)), 2, [0, 0]),  # one token fused into one would save nothing
+        (KeepRateSchedule(0.997, (1,)), 2, [0, 1]),
+        (KeepRateSchedule(1.0), 4, [0, 0, 0, 0]),
+        (KeepRateSchedule(0.5, ()), 2, [0, 0]),
     ],
     ids=str,
 )
@@ -86,9 +98,9 @@ def test_plan_adds_up_the_costs_of_every_layer() -> None:
     assert plan.reductions == [3, 0, 3]  # 8 tokens reach the last layer, 7 of them free
     assert plan.tokens == [8, 8, 5]
     assert plan.layer_multiply_adds == [
-        11 * 400 + 121 * 20 + 8 * 800 + 11 * 50 + 5 * 5 * 5,
+        11 * 400 + 121 * 20 + 8 * 800 + 11 * 50 + 30 + 5 * 5 * 5,
         8 * 400 + 64 * 20 + 8 * 800,
-        8 * 400 + 64 * 20 + 5 * 800 + 8 * 50 + 3 * 4 * 5,
+        8 * 400 + 64 * 20 + 5 * 800 + 8 * 50 + 30 + 3 * 4 * 5,
     ]
     around = 10 * 300 + 1000
     assert plan.multiply_adds == around + sum(plan.layer_multiply_adds)
@@ -167,6 +179,15 @@ def test_a_share_that_cannot_be_met_says_what_can() -> None:
         (lambda v: FlopsSchedule(v), "flops", float("nan"), "to 1"),
         (lambda v: FlopsSchedule(v), "flops", False, "to 1"),
         (lambda v: FlopsSchedule(0.5, v), "slope", 3, "0 to 1"),
+        (lambda v: KeepRateSchedule(v), "keep_rate", 0, "above 0, up to 1"),
+        (lambda v: KeepRateSchedule(v), "keep_rate", 1.5, "to 1"),
+        (lambda v: KeepRateSchedule(v), "keep_rate", -0.5, "to 1"),
+        (lambda v: KeepRateSchedule(v), "keep_rate", float("nan"), "to 1"),
+        (lambda v: KeepRateSchedule(v), "keep_rate", True, "to 1"),
+        (lambda v: KeepRateSchedule(v), "keep_rate", "0.7", "to 1"),
+        (lambda v: KeepRateSchedule(0.7, v), "layers", 3, "a list of layers"),
+        (lambda v: KeepRateSchedule(0.7, v), "layers", "3, 6", "a list of layers"),
+        (lambda v: KeepRateSchedule(0.7, v), "layers", [3, 6, 3], "each layer once"),
     ],
 )
 def test_bad_values_name_the_field_the_value_and_what_fits(
@@ -184,6 +205,52 @@ def test_a_list_for_another_number_of_layers_names_both_numbers() -> None:
         ListSchedule((1, 2, 3)).resolve(encoder(4), 65)
 
 
+@pytest.mark.parametrize("layers", [(4,), (0, 7)], ids=str)
+def test_a_keep_rate_for_layers_that_are_not_there_says_which_are(layers: tuple[int, ...]) -> None:
+    with pytest.raises(BadValue, match=r"layers=\[.*\]: layers from 0 to 3, as the model has 4"):
+        KeepRateSchedule(0.7, layers).resolve(encoder(4), 65)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, True, "1", None], ids=repr)
+def test_a_bad_layer_is_named_by_its_place(value: Any) -> None:
+    with pytest.raises(BadValue, match=r"layers\[1\]=.*a layer's number, counted from 0"):
+        KeepRateSchedule(0.7, (0, value))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 17, 197])
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+@pytest.mark.parametrize("keep_rate", [0.01, 0.3, 0.5, 0.7, 0.99])
+def test_a_keep_rate_counted_by_loops(keep_rate: float, prefix: int, num_tokens: int) -> None:
+    """Also for no more tokens than prefix tokens, where there is nothing to fuse."""
+    reductions = KeepRateSchedule(keep_rate, (0, 2)).resolve(encoder(3, prefix), num_tokens)
+    patches = num_tokens - prefix
+    for layer, r in enumerate(reductions):
+        kept = 0
+        while kept < keep_rate * patches - 1e-9 and layer in (0, 2):
+            kept += 1
+        others = patches - kept if layer in (0, 2) else 0
+        assert r == (others - 1 if others > 1 else 0)
+        patches -= r
+
+
+@pytest.mark.parametrize("layers", [None, (0,), (10,), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("flops", [1.0, 0.99, 0.9, 0.65, 0.5])
+def test_the_highest_keep_rate_that_meets_the_share(flops: float, layers: tuple[int, ...] | None) -> None:
+    """Against the ratios of all thousandths."""
+    cost = encoder(12)
+    ratios = {}
+    for thousandths in range(1, 1001):
+        schedule = KeepRateSchedule(thousandths / 1000, layers)
+        ratios[thousandths] = cost.plan(197, schedule.resolve(cost, 197)).ratio
+    fitting = [thousandths for thousandths, ratio in ratios.items() if ratio <= flops]
+    if fitting:
+        expected = KeepRateSchedule(max(fitting) / 1000, layers)
+        assert KeepRateSchedule(0.123, layers).for_flops(cost, 197, flops) == expected
+    else:
+        with pytest.raises(BadValue, match=rf"flops={flops}: more, or reduce in more or earlier layers"):
+            KeepRateSchedule(0.123, layers).for_flops(cost, 197, flops)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -192,6 +259,8 @@ def test_a_list_for_another_number_of_layers_names_both_numbers() -> None:
         LinearSchedule(4.5, 0.25),
         InflectedSchedule(8, 0.5),
         FlopsSchedule(0.65, 0.5),
+        KeepRateSchedule(0.7),
+        KeepRateSchedule(0.7, (2, 5)),
     ],
     ids=str,
 )
@@ -203,8 +272,8 @@ def test_schedules_survive_json(schedule: Schedule) -> None:
 @pytest.mark.parametrize(
     "value, expected",
     [
-        ({"kind": "zigzag", "r": 3}, "constant, flops, inflected, linear, list"),
-        ({"r": 3}, "constant, flops, inflected, linear, list"),
+        ({"kind": "zigzag", "r": 3}, "constant, flops, inflected, keep_rate, linear, list"),
+        ({"r": 3}, "constant, flops, inflected, keep_rate, linear, list"),
         ({"kind": "linear"}, "['r', 'slope']"),
         ({"kind": "linear", "r": 3, "slop": 1}, "has no slop"),
         ("16", "whole number"),
@@ -243,6 +312,19 @@ def test_plan_equals_what_torch_counts(
     assert plan.multiply_adds == counted(model, torch.randn(1, 3, 32, 32))
     with model.unmerged():
         assert plan.unmerged_multiply_adds == counted(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("kind", ["bare", "classifier"])
+@pytest.mark.parametrize("config", [EViTConfig(), EViTConfig(0.3, [0, 3]), EViTConfig(1.0)], ids=str)
+def test_plan_of_evit_equals_what_torch_counts(
+    make_bare: Callable[..., ViTModel],
+    make_classifier: Callable[..., ViTForImageClassification],
+    kind: str,
+    config: EViTConfig,
+) -> None:
+    make = make_bare if kind == "bare" else make_classifier
+    model = attach(make(attn_implementation="eager"), config)
+    assert model.merge_plan().multiply_adds == counted(model, torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 48), (24, 40), (35, 38)], ids=str)

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..embedding import KeyProjection, mean_key_projection
 from ..errors import BadValue, UnsupportedModelError
 from ..reducers import AttentionInputs, Reducer
-from ..schedule import EncoderCost, LayerCost
+from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
 from .readers import Averaging
@@ -140,7 +141,9 @@ class Backbone(ABC):
             keys = inputs.rotate(keys)
         scores = (query @ keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5
         bias = inputs.bias() if callable(inputs.bias) else inputs.bias
-        if bias is not None:
+        if bias is not None and bias.dtype == torch.bool:  # a mask that a user gave, as SDPA takes it
+            scores = scores.masked_fill(~bias[:, :, :1], -torch.inf)
+        elif bias is not None:
             scores = scores + bias[:, :, :1].float()
         return scores.softmax(dim=-1).mean(dim=1).squeeze(1)
 
@@ -158,7 +161,7 @@ class Backbone(ABC):
         return 1
 
     def encoder_cost(
-        self, model: nn.Module, encoder: nn.Module, metric_cost: Callable[[nn.Module], tuple[int, int]]
+        self, model: nn.Module, encoder: nn.Module, metric_cost: Callable[[nn.Module], MetricCost]
     ) -> EncoderCost:
         """Count the multiply-adds of matrix products and convolutions, as `torch.utils.flop_counter` does."""
         layers = self.layers(encoder)
@@ -170,7 +173,7 @@ class Backbone(ABC):
         outside = [module for module in seeing.modules() if id(module) not in inside]
         stem, head, tail = self.outside_cost(outside)
         return EncoderCost(
-            layers=tuple(self._layer_cost(layer, *metric_cost(layer)) for layer in layers),
+            layers=tuple(self._layer_cost(layer, metric_cost(layer)) for layer in layers),
             stem=stem,
             head=head,
             tail=tail,
@@ -181,7 +184,7 @@ class Backbone(ABC):
         """Multiply-adds of the modules around the layers: per patch, per image, and per token handed on."""
         return sum(m.weight.numel() for m in modules if isinstance(m, nn.Conv2d)), linear_cost(modules), 0
 
-    def _layer_cost(self, layer: nn.Module, metric: int, metric_width: int) -> LayerCost:
+    def _layer_cost(self, layer: nn.Module, metric: MetricCost) -> LayerCost:
         before = list(self.attention(layer).modules())
         seen = {id(module) for module in before}
         after = [module for module in layer.modules() if id(module) not in seen]
@@ -190,7 +193,6 @@ class Backbone(ABC):
             per_pair=2 * self.key_projection(layer).weight.shape[0],
             after=linear_cost(after),
             metric=metric,
-            metric_width=metric_width,
         )
 
 

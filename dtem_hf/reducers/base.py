@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..configuration import MergeConfig
 from ..embedding import DecoupledEmbedding
-from ..schedule import EncoderCost
+from ..schedule import EncoderCost, MetricCost
 from ..token_state import TokenState
 
 
@@ -63,8 +63,8 @@ class Reducer(ABC, Generic[C]):
         """Fill the learned embedding for an encoder whose own weights are in place."""
 
     @abstractmethod
-    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
-        """Multiply-adds per token to compute what tokens are compared by in a layer, and its width."""
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
+        """Multiply-adds of what tokens are compared by in a layer."""
 
     @abstractmethod
     def reduce(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..configuration import DTEMConfig
 from ..embedding import DecoupledEmbedding, default_embed_dim, initialize_from_keys, initialize_randomly
+from ..schedule import MetricCost
 from ..token_state import TokenState
 from .matching import MatchingReducer
 
@@ -31,9 +32,9 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
         else:
             initialize_from_keys(embedding, [self.backbone.key_projection(x) for x in self.backbone.layers(encoder)])
 
-    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
         width = self.embed_dim(encoder)
-        return self.backbone.key_projection(layer).weight.shape[1] * width, width
+        return MetricCost(self.backbone.key_projection(layer).weight.shape[1] * width, width=width)
 
     def is_soft(self, layer: nn.Module) -> bool:
         """Whether a layer merges softly at this moment."""

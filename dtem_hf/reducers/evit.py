@@ -11,6 +11,7 @@ from .. import ops
 from ..configuration import EViTConfig
 from ..embedding import DecoupledEmbedding
 from ..errors import UnsupportedModelError
+from ..schedule import MetricCost
 from ..token_state import TokenState
 from .base import AttentionInputs, Reducer
 
@@ -31,9 +32,10 @@ class EViTReducer(Reducer[EViTConfig]):
     def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
         """There is nothing to fill."""
 
-    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
         width, hidden = self.backbone.key_projection(layer).weight.shape
-        return width * hidden + width, 0  # keys, and their products with one query
+        # Keys, their products with one query, and that query.
+        return MetricCost(width * hidden + width, per_image=width * hidden)
 
     def reduce(
         self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs

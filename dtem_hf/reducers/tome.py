@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..configuration import ToMeConfig
 from ..embedding import DecoupledEmbedding
+from ..schedule import MetricCost
 from ..token_state import TokenState
 from .matching import MatchingReducer
 
@@ -20,9 +21,9 @@ class ToMeReducer(MatchingReducer[ToMeConfig]):
     def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
         """There is nothing to fill."""
 
-    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> tuple[int, int]:
+    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
         keys = self.backbone.key_projection(layer)
-        return keys.weight.shape[1] * keys.head_dim, keys.head_dim
+        return MetricCost(keys.weight.shape[1] * keys.head_dim, width=keys.head_dim)
 
     def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
         return self.backbone.mean_keys(layer, normed)
