@@ -132,13 +132,15 @@ class TokenState:
 
         `source` makes its source map, and is called only if somebody asked; `carry` merges positions as the tokens.
         """
+        positions = self._positions[layer]
+        # Also when the layer is run again: gradient checkpointing wants the same operations both times.
+        carried = None if positions is None else carry(positions)
         if len(self._sizes) > layer + 1:
             return
         if self._first_merge is None:
             self._first_merge = layer
         self._record(layer, x, sizes, num_active, source)
-        positions = self._positions[layer]
-        self._positions.append(None if positions is None else carry(positions))
+        self._positions.append(carried)
 
     def _record(
         self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.blip.modeling_blip import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -65,11 +66,18 @@ class BlipFamily(CLIPLike):
         qkv = layer.self_attn.qkv
         return KeyProjection(qkv.weight.chunk(3)[1], qkv.bias.chunk(3)[1], layer.self_attn.num_heads)
 
-    def keys(self, layer: Any, normed: Tensor) -> Tensor:
-        return layer.self_attn.qkv(normed).unflatten(-1, (3, layer.self_attn.num_heads, -1))[..., 1, :, :]
-
     def queries(self, layer: Any, normed: Tensor) -> Tensor:
-        return layer.self_attn.qkv(normed).unflatten(-1, (3, layer.self_attn.num_heads, -1))[..., 0, :, :]
+        return self._part(0, layer, normed)
+
+    def keys(self, layer: Any, normed: Tensor) -> Tensor:
+        return self._part(1, layer, normed)
+
+    def _part(self, part: int, layer: Any, normed: Tensor) -> Tensor:
+        qkv, heads = layer.self_attn.qkv, layer.self_attn.num_heads
+        if type(qkv) is nn.Linear:
+            return F.linear(normed, qkv.weight.chunk(3)[part], qkv.bias.chunk(3)[part]).unflatten(-1, (heads, -1))
+        # Whatever else stands there (LoRA, quantised weights) computes all three at once.
+        return qkv(normed).unflatten(-1, (3, heads, -1))[..., part, :, :]
 
     def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
         for layer in self.layers(encoder):
