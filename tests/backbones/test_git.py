@@ -33,7 +33,7 @@ PROMPTS = [[1, 7], [1, 9, 30, 4, 22]]
 
 def make(model_class: type = GitForCausalLM, frames: int | None = None) -> Any:
     """A GIT of 65 tokens per image and 4 vision layers, with weights large enough that captions differ."""
-    torch.manual_seed(1)
+    torch.manual_seed(7)
     widths = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.3}
     config = GitConfig(
         vision_config={**widths, "num_hidden_layers": 4, "image_size": 32, "patch_size": 4},
@@ -217,7 +217,7 @@ def the_loss_of_a_padded_batch_is_that_of_each_alone(method: Any, r: Any) -> Non
 
 def beams_of_a_padded_batch_are_those_of_each_alone(method: Any, r: Any) -> None:
     model, pixel_values = merged(method, r), images(2)
-    options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "eos_token_id": 25}
+    options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "eos_token_id": 24}
     together = generate(model, pixel_values, PROMPTS, **options)
     for row, prompt in enumerate(PROMPTS):
         alone = generate(model, pixel_values[row : row + 1], [prompt], use_cache=False, **options)
