@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -178,7 +178,7 @@ def unregister() -> None:
 
 
 def _register(variant: Callable[[type], type]) -> None:
-    """Of several classes for one config, transformers takes the one that `config.architectures` names, or the first."""
+    """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
     groups: dict[tuple[str, type], list[type]] = {}
     for auto_name, model_class in _supported_models():
         groups.setdefault((auto_name, model_class.config_class), []).append(variant(model_class))
