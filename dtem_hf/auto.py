@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,11 +169,19 @@ def register() -> None:
 
     Opt-in and idempotent; `unregister` undoes it.
     """
-    for auto_name, model_class in _supported_models():
-        getattr(transformers, auto_name).register(model_class.config_class, merged_class(model_class), exist_ok=True)
+    _register(merged_class)
 
 
 def unregister() -> None:
     """Give transformers' Auto classes their own model classes back."""
+    _register(lambda model_class: model_class)
+
+
+def _register(variant: Callable[[type], type]) -> None:
+    """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
+    groups: dict[tuple[str, type], list[type]] = {}
     for auto_name, model_class in _supported_models():
-        getattr(transformers, auto_name).register(model_class.config_class, model_class, exist_ok=True)
+        groups.setdefault((auto_name, model_class.config_class), []).append(variant(model_class))
+    for (auto_name, config_class), classes in groups.items():
+        chosen = classes[0] if len(classes) == 1 else tuple(classes)
+        getattr(transformers, auto_name).register(config_class, chosen, exist_ok=True)

@@ -115,7 +115,8 @@ class EncoderMerging(Renamed, ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
         unmerge = self.merging is not None and (self.merging.unmerge or (outer is not None and outer.unmerges))
-        state = self._new_token_state(inputs, unmerge)
+        masked = inputs.get("attention_mask") is not None if outer is None or outer.masked is None else outer.masked
+        state = self._new_token_state(inputs, unmerge, masked)
         with open_scope(Scope(state, closed=True)):
             output = stock()
         if state is not None and state.changed:
@@ -125,7 +126,7 @@ class EncoderMerging(Renamed, ScopedForward):
             outer.num_tokens += output[0].shape[1]
         return output
 
-    def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool) -> TokenState | None:
+    def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:
         merging = self.merging
         # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
         options = None if torch.compiler.is_compiling() else _PASS_OPTIONS.get().get(id(self))
@@ -142,7 +143,7 @@ class EncoderMerging(Renamed, ScopedForward):
             merging.cost.num_prefix_tokens,
             _embedding(self),
             trace,
-            masked=inputs.get("attention_mask") is not None,
+            masked=masked,
             sizes=merging.backbone.padding_sizes(self, inputs),  # type: ignore[arg-type]
             keep_sources=keep_sources,
         )

@@ -16,7 +16,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
 from .masked_attention import MaskedAttention
-from .readers import Averaged
+from .readers import Averaged, Between
 
 
 class Dinov2LayerMerging(LayerMerging):
@@ -42,6 +42,9 @@ class Dinov2Like(Backbone):
 
     layer_merging: ClassVar[type[LayerMerging]] = Dinov2LayerMerging
     normalising: ClassVar[type[nn.Module]]
+
+    def model_mixins(self, model_class: type) -> tuple[type, ...]:
+        return super().model_mixins(model_class) or (Between,)
 
     def layers(self, encoder: Any) -> Sequence[nn.Module]:
         return encoder.layer

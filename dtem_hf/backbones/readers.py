@@ -96,18 +96,32 @@ class MaskedAveraging(ScopedForward):
             return stock()
 
 
-class Averaged(ScopedForward):
-    """A module between an encoder and a model that averages: what the encoder hands on is normalised in it first."""
+class Between(ScopedForward):
+    """A module that hands the encoder inside a mask of its own making, made from the one that it is given, or of none.
+
+    When a model is exported, transformers makes one in which all tokens see all tokens.
+    """
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
-        with open_scope(Scope()) as inner:
+        with open_scope(Scope(masked=inputs.get("attention_mask") is not None)) as inner:
             output = stock()
-        if outer is not None:
+        if outer is not None and not outer.closed:
             outer.state = inner.state
             outer.num_tokens += inner.num_tokens
-            if outer.averages and inner.state is not None and inner.state.changed:
-                output = finish_output(output, inner.state, unmerge=False, average=not inner.unmerged)
+            output = self._hand_on(output, outer, inner)
+        return output
+
+    def _hand_on(self, output: Any, outer: Scope, inner: Scope) -> Any:
+        return output
+
+
+class Averaged(Between):
+    """A module between an encoder and a model that averages: what the encoder hands on is normalised in it first."""
+
+    def _hand_on(self, output: Any, outer: Scope, inner: Scope) -> Any:
+        if outer.averages and inner.state is not None and inner.state.changed:
+            return finish_output(output, inner.state, unmerge=False, average=not inner.unmerged)
         return output
 
 
