@@ -34,7 +34,7 @@ class LayerCost:
     before: int
     per_pair: int
     after: int
-    metric: MetricCost = MetricCost(0)
+    metric: MetricCost
 
     def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
         """Multiply-adds of the layer for one image that enters with `num_tokens` tokens and leaves with r fewer."""
