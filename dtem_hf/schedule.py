@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 from .errors import BadValue
@@ -34,7 +34,7 @@ class LayerCost:
     before: int
     per_pair: int
     after: int
-    metric: MetricCost = field(default_factory=lambda: MetricCost(0))
+    metric: MetricCost
 
     def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
         """Multiply-adds of the layer for one image that enters with `num_tokens` tokens and leaves with r fewer."""

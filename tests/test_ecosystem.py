@@ -287,7 +287,9 @@ def test_registration_is_idempotent_and_undone() -> None:
     once = chosen()
     register()
     assert chosen() == once
-    assert all(issubclass(one, other) for a, b in zip(once, before, strict=True) for one, other in zip(a, b, strict=True))
+    assert all(
+        issubclass(one, other) for a, b in zip(once, before, strict=True) for one, other in zip(a, b, strict=True)
+    )
     assert not set(once) & set(before)
     unregister()
     unregister()
@@ -458,7 +460,7 @@ def test_onnx_runtime_with_a_dynamic_batch(row: Row, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     path = str(tmp_path / "model.onnx")
     if "onnx" in row.lacking:
-        with pytest.raises(Exception):  # noqa: B017, PT011 (what torch.onnx raises is its own affair)
+        with pytest.raises(Exception):  # noqa: B017 (what torch.onnx raises is its own affair)
             torch.onnx.export(export(row.make(row.encoder_class), row), f=path, dynamo=True, verbose=False)
         return
     model, program = exported(row.name)

@@ -1,0 +1,322 @@
+"""EViT against a slow one, written out here from METHOD.md section 7; and what it asks of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import slow_reference as slow
+import torch
+import transformers
+from torch import Tensor
+
+from dtem_hf import (
+    BadValue,
+    DTEMConfig,
+    EViTConfig,
+    FlopsSchedule,
+    KeepRateSchedule,
+    UnsupportedModelError,
+    attach,
+    detach,
+)
+from dtem_hf.backbones import Backbone
+
+
+Make = Callable[..., Any]
+
+
+@dataclass
+class SlowPass:
+    """What the slow EViT finds for one image: source maps and sizes behind every layer."""
+
+    logits: Tensor
+    source_maps: list[list[int]]
+    sizes: list[list[float]]
+
+
+def slow_evit(
+    model: Any, image: Tensor, keep_rate: float, layers: list[int], prefix: int = 1, proportional: bool = False
+) -> SlowPass:
+    """One image [3, h, w] through the modules of a plain model in float64, token by token."""
+    model = model.double()
+    encoder = getattr(model, model.base_model_prefix)
+    x = encoder.embeddings(image.double().unsqueeze(0)).squeeze(0)
+    sizes, source = [1.0] * len(x), list(range(len(x)))
+    found = SlowPass(x, [], [])
+    for index, layer in enumerate(encoder.layers):
+        attention, h = layer.attention, layer.layernorm_before(x)
+        heads, scaling = attention.num_attention_heads, attention.scaling
+        q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
+        counted = torch.tensor(sizes).double() if proportional else torch.ones(len(x)).double()
+        x = x + attention.o_proj(slow.attention(q, k, v, heads, scaling, counted))
+        patches = list(range(prefix, len(x)))
+        num_kept = math.ceil(keep_rate * len(patches) - 1e-9)
+        if index in layers and len(patches) - num_kept > 1:
+            attended = cls_attention(q, k, heads, scaling, counted)
+            ranked = sorted(patches, key=lambda position: -attended[position])
+            kept, fused = sorted(ranked[:num_kept]), ranked[num_kept:]
+            token = sum(attended[position] * x[position] for position in fused)
+            staying = [*range(prefix), *kept]
+            x = torch.stack([*(x[position] for position in staying), token])
+            place = {
+                position: staying.index(position) if position in staying else len(staying) for position in patches
+            }
+            source = [place.get(position, position) for position in source]
+            sizes = [*(sizes[position] for position in staying), sum(sizes[position] for position in fused)]
+        x = x + layer.mlp(layer.layernorm_after(x))
+        found.source_maps.append(source)
+        found.sizes.append(sizes)
+    found.logits = model.classifier(encoder.layernorm(x)[0])
+    return found
+
+
+def cls_attention(q: Tensor, k: Tensor, heads: int, scaling: float, counted: Tensor) -> list[float]:
+    """How much the first token attends to every token, averaged over heads."""
+    width, shares = q.shape[-1] // heads, torch.zeros(len(q)).double()
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        exponentials = torch.stack([(q[0, part] @ key[part] * scaling).exp() for key in k]) * counted
+        shares += exponentials / exponentials.sum() / heads
+    return shares.tolist()
+
+
+@torch.no_grad()
+def assert_equal_to_slow(
+    merged: Any, plain: Any, pixels: Tensor, config: EViTConfig, layers: list[int], prefix: int = 1
+) -> None:
+    with merged.trace_merging() as trace:
+        logits = merged(pixels).logits
+    for image in range(len(pixels)):
+        expected = slow_evit(plain, pixels[image], config.keep_rate, layers, prefix, config.proportional_attention)
+        assert [source[image].tolist() for source in trace.source_maps] == expected.source_maps
+        assert [sizes[image].tolist() for sizes in trace.sizes] == expected.sizes
+        torch.testing.assert_close(logits[image].double(), expected.logits, atol=2e-5, rtol=1e-5)
+    assert [len(sizes) for sizes in expected.sizes] == merged.merge_plan().tokens
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "config, layers",
+    [
+        (EViTConfig(), [1, 2, 3]),
+        (EViTConfig(0.5, [0, 2]), [0, 2]),
+        (EViTConfig(0.5, [2, 0]), [0, 2]),
+        (EViTConfig(0.9, [0, 1, 2, 3]), [0, 1, 2, 3]),
+        (EViTConfig(0.02, [1]), [1]),
+        (EViTConfig(0.3, [3]), [3]),
+        (EViTConfig(0.6, proportional_attention=True), [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_it_equals_the_slow_one(
+    make_classifier: Make, pixels: Tensor, config: EViTConfig, layers: list[int], attn_implementation: str
+) -> None:
+    """Logits, source maps through several layers (a fused token is ranked and fused like any other), and sizes."""
+    model = attach(make_classifier(attn_implementation=attn_implementation), config)
+    assert_equal_to_slow(model, make_classifier(), pixels, config, layers)
+
+
+def test_all_prefix_tokens_stay_and_the_first_one_ranks(pixels: Tensor) -> None:
+    """DeiT's distillation token is neither ranked nor fused."""
+    values = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.DeiTConfig(**values, image_size=32, patch_size=4, num_labels=5, initializer_range=0.2)
+    torch.manual_seed(1)
+    plain = transformers.DeiTForImageClassification(config).eval()
+    merged = transformers.DeiTForImageClassification(config).eval()
+    merged.load_state_dict(plain.state_dict())
+    evit = EViTConfig(0.5)
+    assert_equal_to_slow(attach(merged, evit), plain, pixels, evit, [1, 2, 3], prefix=2)
+
+
+@pytest.mark.parametrize("config", [EViTConfig(1.0), EViTConfig(0.5, [])], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_keeping_everything_is_bit_identical_to_the_plain_model(
+    make_classifier: Make, pixels: Tensor, config: EViTConfig, training: bool
+) -> None:
+    plain = make_classifier().train(training)
+    expected = plain(pixels).logits
+    model = attach(make_classifier().train(training), config)
+    assert torch.equal(model(pixels).logits, expected)
+    model.set_reduction(KeepRateSchedule(0.4))
+    assert not torch.equal(model(pixels).logits, expected)
+    assert torch.equal(detach(model)(pixels).logits, expected)
+
+
+def test_it_is_the_same_in_training_and_gradients_flow_through_the_attention(
+    make_classifier: Make, pixels: Tensor
+) -> None:
+    """The weights of the fused token come from queries and keys; those of the last layer only count through them."""
+    model = attach(make_classifier(), EViTConfig(0.5, [2]))
+    expected = model(pixels).logits
+    logits = model.train()(pixels).logits
+    assert torch.equal(logits, expected)
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    with_fused, without = (grad_of_ranking_query(make_classifier, pixels, layers) for layers in ([2], []))
+    assert not torch.allclose(with_fused, without, rtol=0.01)
+
+
+def grad_of_ranking_query(make_classifier: Make, pixels: Tensor, layers: list[int]) -> Tensor:
+    model = attach(make_classifier(), EViTConfig(0.5, layers))
+    model(pixels).logits.square().sum().backward()
+    return model.vit.layers[2].attention.q_proj.weight.grad
+
+
+def small(config_class: Any, **changes: Any) -> Any:
+    values = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 4,
+        "initializer_range": 0.2,
+        "attn_implementation": "eager",
+    }
+    return config_class(**{**values, **changes})
+
+
+def with_loud_biases(model: Any) -> Any:
+    """Relative position biases start at zero."""
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias" in name:
+            parameter.data.normal_()
+    return model
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "vit": lambda: transformers.ViTModel(small(transformers.ViTConfig)),
+    "beit": lambda: transformers.BeitModel(small(transformers.BeitConfig, use_relative_position_bias=True)),
+    "beit shared": lambda: transformers.BeitModel(
+        small(transformers.BeitConfig, use_shared_relative_position_bias=True)
+    ),
+    "data2vec": lambda: transformers.Data2VecVisionModel(
+        small(transformers.Data2VecVisionConfig, use_relative_position_bias=True)
+    ),
+    "data2vec shared": lambda: transformers.Data2VecVisionModel(
+        small(transformers.Data2VecVisionConfig, use_shared_relative_position_bias=True)
+    ),
+    "dinov2": lambda: transformers.Dinov2Model(small(transformers.Dinov2Config)),
+    "dinov2 with registers": lambda: transformers.Dinov2WithRegistersModel(
+        small(transformers.Dinov2WithRegistersConfig, num_register_tokens=3)
+    ),
+    "dinov3": lambda: transformers.DINOv3ViTModel(small(transformers.DINOv3ViTConfig, num_register_tokens=2)),
+    "clip": lambda: transformers.CLIPVisionModel(small(transformers.CLIPVisionConfig)),
+    "git": lambda: transformers.GitVisionModel(small(transformers.GitVisionConfig)),
+    "blip": lambda: transformers.BlipVisionModel(small(transformers.BlipVisionConfig)),
+}
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_ranks_by_the_attention_that_the_model_computes(
+    family: str, proportional: bool, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every layer, also behind others that reduced: with rotations, relative biases and sizes in it."""
+    torch.manual_seed(1)
+    model = with_loud_biases(FAMILIES[family]().eval())
+    attach(model, EViTConfig(0.7, [0, 1, 2, 3], proportional_attention=proportional))
+    ranked_by, stock = [], Backbone.first_token_attention
+
+    def recording(*args: Any) -> Tensor:
+        ranked_by.append(stock(*args))
+        return ranked_by[-1]
+
+    monkeypatch.setattr(Backbone, "first_token_attention", recording)
+    with torch.no_grad():
+        attentions = model(pixels, output_attentions=True).attentions
+    assert len(ranked_by) == len(attentions) == 4
+    assert attentions[3].shape[-1] < attentions[0].shape[-1]
+    for ours, theirs in zip(ranked_by, attentions, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, 0].mean(dim=1), atol=1e-6, rtol=1e-5)
+
+
+def test_a_mask_over_patches_counts_where_the_ranking_layer_is_the_first_to_reduce(
+    make_classifier: Make, pixels: Tensor
+) -> None:
+    """SDPA's masks are boolean, eager's are added; what may not be seen is fused with no weight."""
+    mask = torch.ones(3, 65, dtype=torch.long)
+    mask[:, 40:] = 0
+    outputs = []
+    for attn_implementation in ("eager", "sdpa"):
+        model = attach(make_classifier(attn_implementation=attn_implementation), EViTConfig(0.5, [3]))
+        with torch.no_grad(), model.trace_merging() as trace:
+            outputs.append(model(pixels, attention_mask=mask).logits)
+        assert (trace.source_maps[3][:, 40:] == trace.source_maps[3].max()).all()
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SiglipVision", "Siglip2Vision"])
+def test_a_family_without_cls_is_refused_and_left_as_it_is(name: str) -> None:
+    config = small(getattr(transformers, f"{name}Config"), num_patches=64)
+    model = getattr(transformers, f"{name}Model")(config)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=rf"method='evit'.*{name}Model has none; use 'tome' or 'dtem'"):
+        attach(model, EViTConfig())
+    assert [type(module) for module in model.modules()] == classes
+    assert not hasattr(model.config, "merge")
+
+
+@pytest.mark.parametrize("flops", [0.8, 0.5])
+def test_the_keep_rate_is_solved_for_a_share_of_the_multiply_adds(
+    make_classifier: Make, pixels: Tensor, flops: float
+) -> None:
+    model = attach(make_classifier(), EViTConfig(0.9, [0, 2]))
+    model.set_reduction(flops=flops)
+    assert flops - 0.03 < model.merge_plan().ratio <= flops
+    assert model.merge_config.layers == [0, 2]
+    assert model.config.merge == model.merge_config.to_dict()
+    with model.trace_merging() as trace, torch.no_grad():
+        model(pixels)
+    assert [sizes.shape[1] for sizes in trace.sizes] == model.merge_plan().tokens
+
+
+def test_a_keep_rate_can_be_set_also_from_its_json(make_classifier: Make) -> None:
+    model = attach(make_classifier(), EViTConfig(0.9, proportional_attention=True))
+    model.set_reduction(KeepRateSchedule(0.5, (1,)))
+    assert model.merge_config == EViTConfig(0.5, [1], proportional_attention=True)
+    model.set_reduction({"kind": "keep_rate", "keep_rate": 0.25, "layers": None})
+    assert model.merge_config == EViTConfig(0.25, proportional_attention=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"r": 8}, "r=8: a KeepRateSchedule"),
+        ({"r": 0.7}, "r=0.7: a KeepRateSchedule"),
+        ({"r": [8, 8, 8, 8]}, "a KeepRateSchedule"),
+        ({"r": FlopsSchedule(0.5, slope=0.5)}, "a KeepRateSchedule"),
+        ({"r": KeepRateSchedule(0.5, (1, 4))}, "layers=[1, 4]: layers from 0 to 3, as the model has 4"),
+        ({"flops": 0.01}, "flops=0.01: more, or reduce in more or earlier layers"),
+        ({"flops": 1.5}, "flops=1.5"),
+    ],
+    ids=str,
+)
+def test_a_bad_reduction_is_refused_by_name_and_changes_nothing(
+    make_classifier: Make, arguments: dict[str, Any], message: str
+) -> None:
+    model = attach(make_classifier(), EViTConfig(0.9))
+    with pytest.raises(BadValue) as raised:
+        model.set_reduction(**arguments)
+    assert message in str(raised.value)
+    assert model.merge_config == EViTConfig(0.9)
+    assert model.config.merge == EViTConfig(0.9).to_dict()
+
+
+def test_layers_that_the_model_has_not_are_refused(make_classifier: Make) -> None:
+    with pytest.raises(BadValue, match=r"layers=\[4\]: layers from 0 to 3, as the model has 4"):
+        attach(make_classifier(), EViTConfig(layers=[4]))
+
+
+def test_there_is_no_embedding_and_no_adapter(make_classifier: Make, tmp_path: Any) -> None:
+    model = attach(make_classifier(), DTEMConfig(r=4))
+    attach(model, EViTConfig())
+    assert list(model.merge_parameters()) == []
+    assert not any("merge" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="method='evit' learns nothing"):
+        model.save_merge_adapter(tmp_path)
