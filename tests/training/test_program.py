@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
+from dtem_hf.data import ProcessedImages, collate, load_images, load_processor
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import _Run, freeze_backbone, train
 
@@ -73,14 +74,15 @@ def test_loss_falls(options, task, image_folder, tmp_path):
     if task == "classification":  # every image needs a label there
         data = tmp_path / "labelled"
         data.mkdir()
-        lines = (image_folder / "labels.csv").read_text().splitlines()[1:]
-        kept = [line for line in lines if not line.endswith(",")]
-        (data / "labels.csv").write_text("file,label\n" + "\n".join(kept) + "\n")
-        for line in kept:
-            name = line.split(",")[0]
-            (data / name).symlink_to(image_folder / name)
-            (data / name).unlink()
-            (data / name).write_bytes((image_folder / name).read_bytes())
+        images = load_images(str(image_folder))
+        processed = ProcessedImages(images, load_processor(options["model"]))
+        with torch.no_grad():  # what the unmerged model says, which merging can learn to go on saying
+            plain = ViTForImageClassification.from_pretrained(options["model"])
+            labels = plain(collate([processed[i] for i in range(len(images))])["pixel_values"]).logits.argmax(-1)
+        for i, label in enumerate(labels.tolist()):
+            images[i]["image"].save(data / f"{i}.png")
+            with open(data / "labels.csv", "a") as file:
+                file.write(("file,label\n" if i == 0 else "") + f"{i}.png,{label}\n")
         options["data"] = str(data)
     summary = train(TrainArguments(**{**options, "steps": 60, "task": task, "init": "random", "lr": 0.02}))
     lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
