@@ -232,7 +232,7 @@ def _eval_results(
             dataset_type=dataset_type,
             dataset_name=name,
             metric_type="accuracy",
-            metric_value=round(row[key], 6),
+            metric_value=row[key],
             metric_name=f"{title}, {reduction_label(row['r'])} (%)",
             metric_args={"r": row["r"], "top_k": top_k},
         )
