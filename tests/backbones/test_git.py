@@ -416,6 +416,16 @@ def test_all_tokens_in_place_are_counted_as_such(method: Any) -> None:
 
 @pytest.mark.usefixtures("right_cache")
 @pytest.mark.parametrize("method", METHODS)
+def test_words_that_are_guessed_ahead_do_not_change_the_caption(method: Any) -> None:
+    """Looked up in the prompt or said by an assistant: several words at once, and a cache that is cut back."""
+    model, prompt = merged(method), [[1, 24, 22, 24, 22, 24]]
+    expected = generate(model, images(1), prompt, use_cache=False, max_new_tokens=12).sequences
+    for guesses in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make()}):
+        assert torch.equal(generate(model, images(1), prompt, max_new_tokens=12, **guesses).sequences, expected)
+
+
+@pytest.mark.usefixtures("right_cache")
+@pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_the_bare_model_steps_with_a_cache(method: Any) -> None:
     """`GitModel`, on its own: text behind a cached, padded prompt is what the full pass makes of it."""
@@ -475,6 +485,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: Any) -> None:
     assert plainly.keys() == again.keys()
     for name in plainly:
         torch.testing.assert_close(again[name], plainly[name], atol=1e-6, rtol=1e-5)
+
+
+def test_one_graph_of_torch_compile_gives_the_same_loss() -> None:
+    """Tower, count and decoder together, without a break."""
+    torch._dynamo.reset()
+    model, inputs = merged(DTEMConfig), pad(PROMPTS, "right")
+    inputs |= {"pixel_values": images(2), "labels": inputs["input_ids"]}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        ours, theirs = compiled(**inputs), model(**inputs)
+    torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
