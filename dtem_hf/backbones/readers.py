@@ -18,14 +18,22 @@ from ..scope import Scope, current_scope, current_state, open_scope
 from ..token_state import TokenState
 
 
-def weigh_tokens(x: Tensor, state: TokenState) -> Tensor:
-    """Scale patch tokens so that their plain mean is the one weighted by sizes: [B, n, D] -> [B, n, D]."""
+def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor:
+    """Scale patch tokens so that their plain mean is the one weighted by sizes: [B, n, D] -> [B, n, D].
+
+    Where they are back in place (`unmerged`), hard-merged tokens are there as often as they count, and stay.
+    """
     sizes = state.final_sizes
     if sizes is None:
         return x
+    soft = sizes.shape[1] == state.num_tokens
+    if unmerged:
+        if not soft:
+            return x
+        sizes = sizes.gather(1, state.source(-1))
     prefix = state.num_prefix_tokens
     weights = sizes[:, prefix:]
-    if x.shape[1] != state.num_tokens:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
+    if not soft:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
         weights = weights * weights.shape[1] / weights.sum(dim=1, keepdim=True)
     weighed = (x[:, prefix:].float() * weights.unsqueeze(-1)).to(x.dtype)
     return torch.cat([x[:, :prefix], weighed], dim=1)
@@ -34,19 +42,24 @@ def weigh_tokens(x: Tensor, state: TokenState) -> Tensor:
 def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool) -> Any:
     """What a merged encoder hands on: weighed for a plain mean, and with all tokens back in place, as is wanted.
 
-    `output` is a ModelOutput or a tuple that begins with the last hidden state. Where hard-merged tokens are put back,
-    each is there as often as it counts, and a plain mean is right as it is.
+    `output` is a ModelOutput or a tuple that begins with the last hidden state.
     """
-    last = output[0]
-    if average and (not unmerge or last.shape[1] == state.num_tokens):
-        last = weigh_tokens(last, state)
-    if unmerge:
-        last = ops.unmerge_tokens(last, state.source(-1))
+    last = ops.unmerge_tokens(output[0], state.source(-1)) if unmerge else output[0]
+    output = _with_last(output, weigh_tokens(last, state, unmerge) if average else last)
+    if not unmerge:
+        return output
     if isinstance(output, tuple):
-        return (last, *(_unmerge_recorded(part, state) if unmerge else part for part in output[1:]))
-    output[next(iter(output))] = last
-    if unmerge and output.get("hidden_states") is not None:
+        return (output[0], *(_unmerge_recorded(part, state) for part in output[1:]))
+    if output.get("hidden_states") is not None:
         output["hidden_states"] = _unmerge_recorded(output["hidden_states"], state)
+    return output
+
+
+def _with_last(output: Any, last: Tensor) -> Any:
+    """An output with another last hidden state."""
+    if isinstance(output, tuple):
+        return (last, *output[1:])
+    output[next(iter(output))] = last
     return output
 
 
@@ -121,7 +134,7 @@ class Averaged(Between):
 
     def _hand_on(self, output: Any, outer: Scope, inner: Scope) -> Any:
         if outer.averages and inner.state is not None and inner.state.changed:
-            return finish_output(output, inner.state, unmerge=False, average=not inner.unmerged)
+            return _with_last(output, weigh_tokens(output[0], inner.state, inner.unmerged))
         return output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,21 +182,25 @@ def test_a_head_that_attends_counts_every_token_as_often_as_it_stands_for_patche
 class Encoder(nn.Module):
     """Stands for a merged encoder: what it hands on is read off the wishes of the scope it runs in."""
 
+    def __init__(self, make_state: Callable[[], TokenState] = merged_state, unmerge: bool = False) -> None:
+        super().__init__()
+        self.make_state, self.unmerge = make_state, unmerge
+
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        scope, state = current_scope(), merged_state()
+        scope, state = current_scope(), self.make_state()
         if scope is None:
             return (x,)
-        scope.state, scope.unmerged = state, scope.unmerges
+        scope.state, scope.unmerged = state, scope.unmerges or self.unmerge
         scope.num_tokens += x.shape[1]
-        return finish_output((x,), state, scope.unmerges, scope.averages)
+        return finish_output((x,), state, scope.unmerged, scope.averages)
 
 
 class Norm(nn.Module):
     """A module around an encoder that normalises its tokens, as a base model does."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.encoder = Encoder()
+        self.encoder = encoder or Encoder()
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (self.encoder(x)[0].tanh(),)
@@ -225,6 +230,16 @@ def test_what_is_normalised_before_it_is_averaged_is_weighed_behind_the_norm() -
     model = mixed(Classifier(mixed(Norm(), Averaged)), Averaging)
     torch.testing.assert_close(model(x)[0], mean_over_patches(x.tanh()), atol=1e-6, rtol=1e-6)
     assert torch.equal(mixed(Norm(), Averaged)(x)[0], x.tanh())  # nobody averages
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_tokens_that_are_back_in_place_are_weighed_behind_the_norm_as_well(soft: bool) -> None:
+    """Hard-merged ones are there as often as they count; a soft merge leaves each with its own size."""
+    x, sizes = torch.randn(1, 4, 3), torch.tensor([[1.0, 1.7, 0.1, 1.2]])
+    encoder = Encoder(lambda: soft_state(sizes) if soft else merged_state(), unmerge=True)
+    model = mixed(Classifier(mixed(Norm(encoder), Averaged)), Averaging)
+    expected = sum(sizes[0, i] * x[0, i].tanh() for i in (1, 2, 3)) / 3 if soft else mean_over_patches(x.tanh())
+    torch.testing.assert_close(model(x)[0], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_scoped_forward_knows_its_arguments_by_name() -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries as models of transformers, with the same outputs."""
