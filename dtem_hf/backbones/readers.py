@@ -24,7 +24,7 @@ def weigh_tokens(x: Tensor, state: TokenState) -> Tensor:
     if sizes is None:
         return x
     prefix = state.num_prefix_tokens
-    weights = sizes[:, prefix:]
+    weights = sizes[:, prefix:].to(x.device)
     if x.shape[1] != state.num_tokens:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
         weights = weights * weights.shape[1] / weights.sum(dim=1, keepdim=True)
     weighed = (x[:, prefix:].float() * weights.unsqueeze(-1)).to(x.dtype)
@@ -38,6 +38,7 @@ def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool) 
     each is there as often as it counts, and a plain mean is right as it is.
     """
     last = output[0]
+    state.bring(state.num_layers, last.device)
     if average and (not unmerge or last.shape[1] == state.num_tokens):
         last = weigh_tokens(last, state)
     if unmerge:
@@ -54,7 +55,9 @@ def _unmerge_recorded(states: Any, state: TokenState) -> Any:
     """Put the tokens of recorded hidden states back; of a plain tuple's parts, they are known by their number."""
     if not isinstance(states, tuple) or len(states) != state.num_layers + 1:
         return states
-    put_back = [x if x is None else ops.unmerge_tokens(x, state.source(i)) for i, x in enumerate(states[1:])]
+    put_back = [
+        x if x is None else ops.unmerge_tokens(x, state.source(i).to(x.device)) for i, x in enumerate(states[1:])
+    ]
     return (states[0], *put_back)
 
 
@@ -150,5 +153,6 @@ class WeighedAttention:
         state = current_state()
         bias = None if state is None else state.final_bias(query.dtype)
         if bias is not None:  # [B, 1, 1, n] -> [B · H, 1, n]
-            attn_mask = bias.squeeze(1).repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
+            bias = bias.to(query.device).squeeze(1)
+            attn_mask = bias.repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
         return super().forward(query, key, value, attn_mask=attn_mask, **kwargs)  # type: ignore[misc]
