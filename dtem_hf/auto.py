@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PretrainedConfig
 
 from .adapter import MergeAdapter
@@ -184,4 +185,28 @@ def _register(variant: Callable[[type], type]) -> None:
         groups.setdefault((auto_name, model_class.config_class), []).append(variant(model_class))
     for (auto_name, config_class), classes in groups.items():
         chosen = classes[0] if len(classes) == 1 else tuple(classes)
-        getattr(transformers, auto_name).register(config_class, chosen, exist_ok=True)
+        getattr(transformers, auto_name).register(_key(config_class), chosen, exist_ok=True)
+
+
+class _OwnKey:
+    """Stands for a config class of transformers in the table that `register` fills: equal to it, but not of its own.
+
+    Before 5.19, it quietly leaves out those that are.
+    """
+
+    def __init__(self, config_class: type) -> None:
+        self._config_class = config_class
+        self.__name__ = config_class.__name__
+        self.__module__ = __name__
+
+    def __hash__(self) -> int:
+        return hash(self._config_class)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._config_class or (
+            isinstance(other, _OwnKey) and other._config_class is self._config_class
+        )
+
+
+def _key(config_class: type) -> Any:
+    return config_class if Version(transformers.__version__) >= Version("5.19") else _OwnKey(config_class)

@@ -31,6 +31,8 @@ class DecoupledEmbedding(nn.Module):
 
     def __init__(self, num_layers: int, hidden_size: int, embed_dim: int, device: torch.device | None = None) -> None:
         super().__init__()
+        # False while from_pretrained has nothing to fill it from.
+        self.is_filled = True
         self.layers = nn.ModuleList(nn.Linear(hidden_size, embed_dim, device=device) for _ in range(num_layers))
 
     @property

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -165,7 +166,10 @@ class EncoderMerging(Renamed, ScopedForward):
         elif self.merging is not None and not all(
             getattr(p, "_is_hf_initialized", False) for p in module.parameters()
         ):
-            self.merging.reducer.initialize(module, self)  # type: ignore[arg-type]
+            # Weights that a device map leaves on disk are out of reach until the model is ready.
+            module.is_filled = not _has_offloaded_keys(self.merging.backbone, self)
+            if module.is_filled:
+                self.merging.reducer.initialize(module, self)  # type: ignore[arg-type]
 
 
 class MergeMixin(Renamed):
@@ -229,8 +233,9 @@ class MergeMixin(Renamed):
             model.config._commit_hash = cached_commit(
                 os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")
             )
-        if adapter is not None:
-            attach(model, adapter)
+        embedding = _embedding(_merged_encoder(model))
+        if adapter is not None or (embedding is not None and not embedding.is_filled):
+            attach(model, adapter or model.merge_config)
         return (model, info) if info_wanted else model
 
     @property
@@ -321,7 +326,8 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
     if unmerge is not None:
         config = replace(config, unmerge=unmerge)
     inner = _inside(model)
-    prepared = _prepare(inner, config)
+    with _keys_at_hand(inner):
+        prepared = _prepare(inner, config)
     if adapter is not None:
         adapter.check_fits(_facts(inner))
         adapter.load_into(prepared.embedding)
@@ -402,7 +408,7 @@ def _check_width(wanted: _Prepared, saved: _Prepared) -> None:
 def _install(model: PreTrainedModel, prepared: _Prepared) -> None:
     encoder: Any = prepared.encoder
     if not isinstance(model, MergeMixin):
-        model.__class__ = merged_class(type(model))
+        _change_class(model, merged_class(type(model)))
     if not isinstance(encoder, EncoderMerging):
         _derive_class(encoder, EncoderMerging)
     for index, layer in enumerate(prepared.backbone.layers(encoder)):
@@ -424,12 +430,32 @@ def _set_merging(model: PreTrainedModel, backbone: Backbone, encoder: Any, mergi
 
 def _derive_class(module: nn.Module, *mixins: type) -> None:
     base: type = type(module)
-    module.__class__ = derived_class(base, *mixins)
+    _change_class(module, derived_class(base, *mixins))
 
 
 def _restore_class(module: nn.Module) -> None:
     if isinstance(module, Renamed):
-        module.__class__ = module.derived_from[0]
+        _change_class(module, module.derived_from[0])
+
+
+def _change_class(module: Any, new: type) -> None:
+    module.__class__ = new
+    if "_old_forward" in vars(module):  # accelerate's hooks keep the forward pass around which they stand
+        module._old_forward = MethodType(new.forward, module)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _keys_at_hand(model: Any) -> Iterator[None]:
+    """Have accelerate bring in key projections that it has offloaded, as it does when their modules run."""
+    with ExitStack() as stack:
+        backbone, encoder = find_backbone(model)
+        for layer in backbone.layers(encoder):
+            stack.enter_context(align_module_device(backbone.key_linear(layer)[0]))
+        yield
+
+
+def _has_offloaded_keys(backbone: Backbone, encoder: Any) -> bool:
+    return any(backbone.key_projection(layer).weight.is_meta for layer in backbone.layers(encoder))
 
 
 def _set_config(model: Any, config: MergeConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,17 @@ class TokenState:
     def positions(self, layer: int) -> Tensor | None:
         """Where the tokens that enter a layer lie, as the family counts it: [B, n, k] float32, or None."""
         return self._positions[layer]
+
+    def bring(self, layer: int, device: torch.device) -> None:
+        """Move what belongs to the tokens that enter a layer to where they are: layers may lie on several devices."""
+        carried: list[tuple[list[Any], int]] = [
+            (self._sizes, layer),
+            (self._positions, layer),
+            (self._sources, layer - 1),
+        ]
+        for kept, index in carried:
+            if 0 <= index < len(kept) and kept[index] is not None and kept[index].device != device:
+                kept[index] = kept[index].to(device)
 
     def place(self, positions: Tensor) -> None:
         """Say where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""

@@ -48,8 +48,9 @@ from transformers import (
 )
 
 import dtem_hf
-from dtem_hf import DTEMConfig, ToMeConfig, attach, register, unregister
+from dtem_hf import DTEMConfig, ToMeConfig, attach, detach, register, unregister
 from dtem_hf.backbones import families
+from dtem_hf.modeling import merged_layers
 
 
 SIDE, PATCH, PATCHES = 24, 4, 36
@@ -146,7 +147,7 @@ ROWS = [
     ),
     Row(
         "beit",
-        (BeitConfig(**{**relative_bias(**VISION), "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}),),
+        (BeitConfig(**{**relative_bias(**VISION), "num_hidden_layers": 3, "out_indices": [0, 1, 2, 3]}),),
         "BeitModel",
         lacking={"onnx": SDPA_ONNX},
     ),
@@ -386,19 +387,51 @@ def all_inputs(row: Row, count: int) -> dict[str, Tensor]:
     return inputs
 
 
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 def outputs(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     """All plain tensors of a forward pass."""
     with torch.no_grad():
         return [value for value in model(**inputs).values() if isinstance(value, Tensor)]
 
 
+both_methods = pytest.mark.parametrize("config", [MERGE, DTEMConfig(r=6)], ids=["tome", "dtem"])
+
+
+@both_methods
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
-@pytest.mark.parametrize("config", [MERGE, DTEMConfig(r=6)], ids=["tome", "dtem"])
-def test_device_maps(row: Row, folder: Path, device_map: str, config: Any, tmp_path: Path) -> None:
-    """One device, and what accelerate makes of the devices there are."""
+def test_device_maps(row: Row, folder: Path, device_map: str, config: Any) -> None:
     expected = outputs(dtem_hf.AutoModel.from_pretrained(folder, merge=config), all_inputs(row, 2))
     model = dtem_hf.AutoModel.from_pretrained(folder, merge=config, device_map=device_map)
-    torch.testing.assert_close(outputs(model, all_inputs(row, 2)), expected, atol=1e-6, rtol=1e-6)
+    close(outputs(model, all_inputs(row, 2)), expected)
+
+
+def first_layer_on_disk(model: Any) -> dict[str, str]:
+    """A device map that leaves everything else on the CPU."""
+    first = merged_layers(model)[0]
+    held = [name for name, module in model.named_modules() if first in module.modules()]
+    names = [name for name, _ in model.named_modules() if name and name.rpartition(".")[0] in held]
+    names += [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.count(".") == 0]
+    return {name: "cpu" for name in names if name not in held and f"{held[-1]}." not in name} | {held[-1]: "disk"}
+
+
+@both_methods
+def test_weights_on_disk(row: Row, folder: Path, config: Any, tmp_path: Path) -> None:
+    """Accelerate brings them in for as long as their module runs: loaded merged, and merged when already there."""
+    plain, merged = row.make(widest(row)), attach(row.make(widest(row)), config)
+    inputs = all_inputs(row, 2)
+    before, behind = outputs(plain, inputs), outputs(merged, inputs)
+    options = {"device_map": first_layer_on_disk(merged), "offload_folder": tmp_path / "disk"}
+    loaded = dtem_hf.AutoModel.from_pretrained(folder, merge=config, **options)
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+    close(outputs(loaded, inputs), behind)
+    options["device_map"] = first_layer_on_disk(plain)
+    model = dtem_hf.AutoModel.from_pretrained(folder, **options)
+    close(outputs(model, inputs), before)
+    close(outputs(attach(model, config), inputs), behind)
+    close(outputs(detach(model), inputs), before)
 
 
 def test_loading_as_bfloat16(row: Row, folder: Path) -> None:
@@ -457,10 +490,11 @@ def test_onnx_runtime_with_a_dynamic_batch(row: Row, tmp_path: Path) -> None:
     path = str(tmp_path / "model.onnx")
     if "onnx" in row.lacking:
         with pytest.raises(Exception):  # noqa: B017 (what torch.onnx raises is its own affair)
-            torch.onnx.export(export(row.make(row.encoder_class), row), f=path, dynamo=True, verbose=False)
+            program = export(row.make(row.encoder_class), row)
+            torch.onnx.export(program, f=path, dynamo=True, optimize=False, verbose=False)
         return
     model, program = exported(row.name)
-    torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+    torch.onnx.export(program, f=path, dynamo=True, optimize=False, verbose=False)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for count in (1, 5):
         ours = session.run(None, {name: value.numpy() for name, value in row.inputs(count).items()})[0]

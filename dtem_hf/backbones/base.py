@@ -36,7 +36,8 @@ class LayerMerging:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def attention_bias(self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState) -> Tensor | None:
-        """The additive mask to hand to the layer's attention."""
+        """The additive mask to hand to the layer's attention; what the tokens carry comes to the layer's device."""
+        state.bring(self.merge_index, hidden_states.device)
         wanted = self.merge_reducer.wants_bias(self)  # type: ignore[arg-type]
         return state.attention_bias(self.merge_index, hidden_states.dtype, attention_mask, wanted)
 
@@ -125,9 +126,8 @@ class Backbone(ABC):
 
     def mean_keys(self, layer: nn.Module, normed: Tensor) -> Tensor:
         """Attention keys averaged over heads: [B, n, D] -> [B, n, d]."""
-        if type(self.key_linear(layer)[0]) is nn.Linear:
+        if has_own_weight(self.key_linear(layer)[0]):
             return F.linear(normed, *mean_key_projection(self.key_projection(layer)))
-        # Whatever else stands there (LoRA, quantised weights) knows its own keys; its weight alone may not.
         return self.keys(layer, normed).mean(dim=-2)
 
     def first_token_attention(self, layer: nn.Module, normed: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -194,6 +194,14 @@ class Backbone(ABC):
             after=linear_cost(after),
             metric=metric,
         )
+
+
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether a module is the linear map of its weight, and may be computed from it.
+
+    LoRA and quantised weights know their own map, and an offloaded weight is there only while its module runs.
+    """
+    return type(module) is nn.Linear and not module.weight.is_meta
 
 
 def linear_cost(modules: Sequence[nn.Module]) -> int:

@@ -117,7 +117,8 @@ class BeitLayerMerging(RelativeBiasMerging):
             self.place_tokens(hidden_states, resolution, state)
         if relative is None or not state.has_merged(self.merge_index):
             return self.attention_bias(hidden_states, relative, state)
-        return add_biases(self.follow(relative, resolution, state), self.attention_bias(hidden_states, None, state))
+        sizes = self.attention_bias(hidden_states, None, state)
+        return add_biases(self.follow(relative, resolution, state), sizes)
 
 
 class BeitFamily(Backbone):

@@ -16,6 +16,7 @@ from transformers.models.blip.modeling_blip import (
 )
 
 from ..embedding import KeyProjection
+from .base import has_own_weight
 from .clip import CLIPLayerMerging, CLIPLike
 from .masked_attention import attend
 
@@ -74,9 +75,9 @@ class BlipFamily(CLIPLike):
 
     def _part(self, part: int, layer: Any, normed: Tensor) -> Tensor:
         qkv, heads = layer.self_attn.qkv, layer.self_attn.num_heads
-        if type(qkv) is nn.Linear:
+        if has_own_weight(qkv):
             return F.linear(normed, qkv.weight.chunk(3)[part], qkv.bias.chunk(3)[part]).unflatten(-1, (heads, -1))
-        # Whatever else stands there (LoRA, quantised weights) computes all three at once.
+        # Whatever else stands there computes all three at once.
         return qkv(normed).unflatten(-1, (3, heads, -1))[..., part, :, :]
 
     def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:

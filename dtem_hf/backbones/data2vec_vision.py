@@ -63,10 +63,10 @@ class Data2VecVisionLayerMerging(RelativeBiasMerging):
                 hidden_states, output_attentions, relative_position_bias=relative_position_bias, **place
             )
         self.place_tokens(hidden_states, resolution, token_state)
+        sizes = self.attention_bias(hidden_states, None, token_state)
         shared = relative_position_bias
         if shared is not None:
             shared = self.follow(shared, resolution, token_state)
-        sizes = self.attention_bias(hidden_states, None, token_state)
         bias = add_biases(shared, sizes)
         normed = self.layernorm_before(hidden_states)
         with open_layer(token_state, self.merge_index):

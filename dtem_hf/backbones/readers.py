@@ -32,7 +32,7 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
             return x
         sizes = sizes.gather(1, state.source(-1))
     prefix = state.num_prefix_tokens
-    weights = sizes[:, prefix:]
+    weights = sizes[:, prefix:].to(x.device)
     if not soft:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
         weights = weights * weights.shape[1] / weights.sum(dim=1, keepdim=True)
     weighed = (x[:, prefix:].float() * weights.unsqueeze(-1)).to(x.dtype)
@@ -44,7 +44,10 @@ def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool) 
 
     `output` is a ModelOutput or a tuple that begins with the last hidden state.
     """
-    last = ops.unmerge_tokens(output[0], state.source(-1)) if unmerge else output[0]
+    last = output[0]
+    state.bring(state.num_layers, last.device)
+    if unmerge:
+        last = ops.unmerge_tokens(last, state.source(-1))
     output = _with_last(output, weigh_tokens(last, state, unmerge) if average else last)
     if not unmerge:
         return output
@@ -67,7 +70,9 @@ def _unmerge_recorded(states: Any, state: TokenState) -> Any:
     """Put the tokens of recorded hidden states back; of a plain tuple's parts, they are known by their number."""
     if not isinstance(states, tuple) or len(states) != state.num_layers + 1:
         return states
-    put_back = [x if x is None else ops.unmerge_tokens(x, state.source(i)) for i, x in enumerate(states[1:])]
+    put_back = [
+        x if x is None else ops.unmerge_tokens(x, state.source(i).to(x.device)) for i, x in enumerate(states[1:])
+    ]
     return (states[0], *put_back)
 
 
@@ -163,5 +168,6 @@ class WeighedAttention:
         state = current_state()
         bias = None if state is None else state.final_bias(query.dtype)
         if bias is not None:  # [B, 1, 1, n] -> [B · H, 1, n]
-            attn_mask = bias.squeeze(1).repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
+            bias = bias.to(query.device).squeeze(1)
+            attn_mask = bias.repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
         return super().forward(query, key, value, attn_mask=attn_mask, **kwargs)  # type: ignore[misc]
