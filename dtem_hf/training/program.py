@@ -23,10 +23,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..arguments import parse_arguments
-from ..auto import AutoModelForImageClassification
 from ..card import TRAINING_NAME, refreshed_card
 from ..conditions import command, data_name, hardware, versions
-from ..data import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json, write_text
 from ..modeling import merged_layers
@@ -88,41 +86,18 @@ class _Run:
         self.publication = Publication(arguments, self.output / "adapter", self.accelerator.print)
         if self.accelerator.is_main_process:
             self.publication.prepare()
-        self.task = make_task(arguments.task)
+        self.task = make_task(arguments)
         set_seed(arguments.seed)
-        self.model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=arguments.merge_config())
+        self.model = self.task.load_model()
         freeze_backbone(self.model)
         if arguments.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self._load_data()
+        self.data = self.task.load_data(self.model)
+        held_out = self._loader(self.data.validation, batch_size=arguments.batch_size)
+        self.validation = Validation(self.accelerator, held_out, self.task)
         self._prepare()
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] = {}
-
-    def _load_data(self) -> None:
-        a = self.arguments
-        processor = load_processor(a.model)
-        images = load_images(a.data, a.split)
-        if a.validation_data is None:
-            if a.validation_size >= len(images):
-                raise BadValue(
-                    "validation_size", a.validation_size, f"fewer than the {len(images)} images of the data"
-                )
-            # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
-            parts = images.train_test_split(test_size=a.validation_size, seed=0)
-            images, held_out = parts["train"], parts["test"]
-        else:
-            held_out = load_images(a.validation_data, a.validation_split).shuffle(seed=0)
-            held_out = held_out.select(range(min(a.validation_size, len(held_out))))
-        options: dict[str, Any] = {"processor": processor, "num_labels": self.model.config.num_labels, "seed": a.seed}
-        self.images = ProcessedImages(images, augmentation=a.augmentation, **options)
-        loader = DataLoader(
-            ProcessedImages(held_out, **options),
-            batch_size=a.batch_size,
-            collate_fn=collate,
-            num_workers=a.num_workers,
-        )
-        self.validation = Validation(self.accelerator, loader)
 
     def _prepare(self) -> None:
         a = self.arguments
@@ -169,9 +144,11 @@ class _Run:
     def _batches(self) -> Any:
         a = self.arguments
         per_step = a.gradient_accumulation_steps * self.accelerator.num_processes
-        stream = ImageStream(len(self.images), a.batch_size, self.step * per_step, a.steps * per_step, a.seed)
-        loader = DataLoader(self.images, batch_sampler=stream, collate_fn=collate, num_workers=a.num_workers)
-        return self.accelerator.prepare_data_loader(loader)
+        stream = ImageStream(len(self.data.train), a.batch_size, self.step * per_step, a.steps * per_step, a.seed)
+        return self.accelerator.prepare_data_loader(self._loader(self.data.train, batch_sampler=stream))
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
+        return DataLoader(dataset, collate_fn=self.data.collate, num_workers=self.arguments.num_workers, **options)
 
     def _backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.accelerator.accumulate(self.wrapped):
@@ -204,9 +181,7 @@ class _Run:
             raise BadValue("task", self.task.name, "validation images with labels")
         self._log({"step": self.step, "validation": figures})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.accelerator.print(
-            f"step {self.step}: hard model on {len(self.validation.loader.dataset)} images: {shown}"
-        )
+        self.accelerator.print(f"step {self.step}: hard model on {len(self.data.validation)} items: {shown}")
         if not self.best or figures[self.task.ranked_by] < self.best["validation"][self.task.ranked_by]:
             self.best = {"step": self.step, "validation": figures}
             self._save_adapter()
@@ -269,7 +244,7 @@ class _Run:
         return {
             "command": command(),
             "arguments": asdict(a),
-            "data": {"name": data_name(a.data), "num_images": len(self.images)},
+            "data": {"name": data_name(a.data), "num_images": len(self.data.train)},
             "steps": self.step,
             "images_seen": self.step * a.batch_size * a.gradient_accumulation_steps * processes,
             "seconds": round(self.seconds, 1),

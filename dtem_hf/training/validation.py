@@ -1,4 +1,4 @@
-"""How well the hard model does on held-out images, while it is being trained."""
+"""How well the hard model does on held-out data, while it is being trained."""
 
 from __future__ import annotations
 
@@ -6,44 +6,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from .tasks.base import kl_to, unmerged_logits
+from .tasks import Task
 
 
 class Validation:
-    """Held-out images and what the unmerged model says of them, which is computed once."""
+    """Held-out data and what the unmerged model makes of it, which is computed once."""
 
-    def __init__(self, accelerator: Accelerator, loader: DataLoader[Any]) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, loader: DataLoader[Any], task: Task) -> None:
+        self.accelerator, self.task = accelerator, task
         self.loader = accelerator.prepare_data_loader(loader)
-        self._references: list[torch.Tensor] = []
+        self._references: list[Any] = []
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
-        """Means over the images: KL to the unmerged model (nats), agreement and, if labelled, top-1 (%), loss."""
+        """The task's figures, each a mean over the items that have it; left out where none has."""
         columns: dict[str, list[torch.Tensor]] = {}
         for number, batch in enumerate(self.loader):
             if number == len(self._references):
-                self._references.append(unmerged_logits(model, batch["pixel_values"]))
-            reference = self._references[number]
-            logits = model(pixel_values=batch["pixel_values"]).logits.float()
-            labels = batch["labels"]
-            known = labels >= 0
-            figures = {
-                "kl": kl_to(reference, logits),
-                "agreement": 100.0 * (logits.argmax(-1) == reference.argmax(-1)),
-                "labelled": known.float(),
-                "top1": 100.0 * (known & (logits.argmax(-1) == labels)),
-                "cross_entropy": known * F.cross_entropy(logits, labels.clamp(min=0), reduction="none"),
-            }
-            for name, value in figures.items():
+                self._references.append(self.task.reference(model, batch))
+            for name, value in self.task.figures(model, batch, self._references[number]).items():
                 columns.setdefault(name, []).append(self.accelerator.gather_for_metrics(value).cpu())
-        means = {name: torch.cat(parts).double().mean().item() for name, parts in columns.items()}
-        labelled = means.pop("labelled")
-        for name in ("top1", "cross_entropy"):
-            value = means.pop(name)
-            if labelled > 0:
-                means[name] = value / labelled
-        return means
+        means = {name: torch.cat(parts).double().nanmean() for name, parts in columns.items()}
+        return {name: value.item() for name, value in means.items() if not value.isnan()}

@@ -1,9 +1,11 @@
-"""A task: the loss of a softly merged model on a batch, and what a validation result is ranked by."""
+"""A task: the model and the data it needs, the loss of a softly merged model, and how well the hard one does."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +14,24 @@ from torch.nn import functional as F
 from ...errors import BadValue
 
 
+if TYPE_CHECKING:
+    from ..arguments import TrainArguments
+
+
 _TASKS: dict[str, type[Task]] = {}
+
+
+@dataclass
+class TaskData:
+    """What a run learns from and is validated on.
+
+    The sets have a length and are indexed by i, or by (epoch, i) so that what is drawn for an item depends on nothing else; their items
+    hold `index`. `collate` makes a batch, a dict of tensors, of items.
+    """
+
+    train: Any
+    validation: Any
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class Task(ABC):
@@ -22,11 +41,31 @@ class Task(ABC):
     ranked_by: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
-        _TASKS[cls.name] = cls
+        if "name" in cls.__dict__:
+            _TASKS[cls.name] = cls
+
+    def __init__(self, arguments: TrainArguments) -> None:
+        self.arguments = arguments
+
+    @abstractmethod
+    def load_model(self) -> Any:
+        """The backbone with merging attached."""
+
+    @abstractmethod
+    def load_data(self, model: Any) -> TaskData:
+        """Raises ValueError or FileNotFoundError that names what is wrong with the data."""
 
     @abstractmethod
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss over a batch. `model` is what to run (perhaps wrapped), `plain_model` the merged model in it."""
+
+    @abstractmethod
+    def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Any:
+        """What the unmerged model makes of a validation batch, for `figures`; computed once for a run."""
+
+    @abstractmethod
+    def figures(self, model: Any, batch: dict[str, Tensor], reference: Any) -> dict[str, Tensor]:
+        """Validation figures of the hard model, each [B] with one value per item; NaN where an item has none."""
 
 
 def task_names() -> list[str]:
@@ -34,11 +73,11 @@ def task_names() -> list[str]:
     return sorted(_TASKS)
 
 
-def make_task(name: str) -> Task:
-    """The task of a name. Raises ValueError that lists those there are."""
-    if name not in _TASKS:
-        raise BadValue("task", name, f"one of {', '.join(task_names())}")
-    return _TASKS[name]()
+def make_task(arguments: TrainArguments) -> Task:
+    """The task that is asked for. Raises ValueError that lists those there are."""
+    if arguments.task not in _TASKS:
+        raise BadValue("task", arguments.task, f"one of {', '.join(task_names())}")
+    return _TASKS[arguments.task](arguments)
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import BadValue
-from .base import Task
+from .images import ImageTask
 
 
-class Classification(Task):
+class Classification(ImageTask):
     """Every image needs a label."""
 
     name: ClassVar[str] = "classification"

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Task, kl_to, unmerged_logits
+from .base import kl_to, unmerged_logits
+from .images import ImageTask
 
 
-class Distillation(Task):
+class Distillation(ImageTask):
     """KL from the model's own unmerged output; any folder of images will do."""
 
     name: ClassVar[str] = "distillation"
