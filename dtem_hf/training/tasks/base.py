@@ -25,8 +25,8 @@ _TASKS: dict[str, type[Task]] = {}
 class TaskData:
     """What a run learns from and is validated on.
 
-    The sets have a length and are indexed by i, or by (epoch, i) so that what is drawn for an item depends on nothing else; their items
-    hold `index`. `collate` makes a batch, a dict of tensors, of items.
+    The sets have a length and are indexed by i, or by (epoch, i) so that what is drawn for an item depends on nothing
+    else; their items hold `index`. `collate` makes a batch, a dict of tensors, of items.
     """
 
     train: Any
