@@ -24,6 +24,7 @@ _HOMES = {
         "register",
         "unregister",
     ),
+    "calibration": ("Calibration", "calibrate"),
     "configuration": ("DTEMConfig", "EViTConfig", "MergeConfig", "ToMeConfig"),
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
     "modeling": ("attach", "detach"),
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
+    from .calibration import Calibration, calibrate
     from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
     from .errors import AdapterError, BadValue, UnsupportedModelError
     from .modeling import attach, detach
@@ -90,6 +92,7 @@ __all__ = [
     "AutoModelForVisualQuestionAnswering",
     "AutoModelForZeroShotImageClassification",
     "BadValue",
+    "Calibration",
     "ConstantSchedule",
     "DTEMConfig",
     "EViTConfig",
@@ -104,6 +107,7 @@ __all__ = [
     "ToMeConfig",
     "UnsupportedModelError",
     "attach",
+    "calibrate",
     "detach",
     "register",
     "unregister",

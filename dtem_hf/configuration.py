@@ -163,8 +163,10 @@ class DTEMConfig(MatchingConfig):
     init: Literal["keys", "random"] = _help(
         "start from the mean attention key (equal to ToMe), or at random", default="keys"
     )
-    relaxation: Literal["auto", "soft", "hard"] = _help(
-        "auto: soft in .train(), hard in .eval(); soft or hard: always that", default="auto"
+    relaxation: Literal["auto", "straight_through", "soft", "hard"] = _help(
+        "auto: soft in .train(), hard in .eval(); straight_through: hard, and in .train() with the gradients of the "
+        "soft one; soft or hard: always that",
+        default="auto",
     )
 
     def check(self) -> None:
@@ -175,7 +177,7 @@ class DTEMConfig(MatchingConfig):
         _check_positive("score_temperature", self.score_temperature)
         _check_positive("assignment_temperature", self.assignment_temperature)
         _check_choice("init", self.init, ("keys", "random"))
-        _check_choice("relaxation", self.relaxation, ("auto", "soft", "hard"))
+        _check_choice("relaxation", self.relaxation, ("auto", "straight_through", "soft", "hard"))
 
 
 @dataclass

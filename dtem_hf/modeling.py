@@ -241,7 +241,7 @@ class MergeMixin(Renamed):
     @property
     def merge_config(self) -> MergeConfig:
         """The config in force."""
-        return _merging(self).config
+        return merging_of(self).config
 
     def set_reduction(self, r: Any = None, *, flops: float | None = None) -> None:
         """Change how much is merged: r (an int, one per layer, or a schedule) or the share of multiply-adds to reach.
@@ -250,13 +250,13 @@ class MergeMixin(Renamed):
         """
         if (r is None) == (flops is None):
             raise BadValue("r, flops", (r, flops), "exactly one of them")
-        merging = _merging(self)
+        merging = merging_of(self)
         wanted = r if flops is None else FlopsSchedule(flops)
-        _set_config(self, merging.config.with_reduction(wanted, merging.cost, merging.plan.num_tokens))
+        set_merge_config(self, merging.config.with_reduction(wanted, merging.cost, merging.plan.num_tokens))
 
     def merge_plan(self, image_size: int | tuple[int, int] | None = None) -> MergePlan:
         """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), not run."""
-        merging = _merging(self)
+        merging = merging_of(self)
         plan = merging.plan_for(merging.backbone.num_tokens(_merged_encoder(self), image_size))
         handed_on = plan.num_tokens if merging.unmerge else plan.tokens[-1]
         return replace(plan, output_tokens=handed_on * merging.backbone.frames(self))  # type: ignore[arg-type]
@@ -458,7 +458,7 @@ def _has_offloaded_keys(backbone: Backbone, encoder: Any) -> bool:
     return any(backbone.key_projection(layer).weight.is_meta for layer in backbone.layers(encoder))
 
 
-def _set_config(model: Any, config: MergeConfig) -> None:
+def set_merge_config(model: Any, config: MergeConfig) -> None:
     """Replace the config of a merged model; the learned embedding stays."""
     backbone, encoder = find_backbone(model)
     _set_merging(model, backbone, encoder, Merging(model, encoder, backbone, config))
@@ -474,7 +474,8 @@ def _merged_encoder(model: Any) -> Any:
     return find_backbone(model)[1]
 
 
-def _merging(model: Any) -> Merging:
+def merging_of(model: Any) -> Merging:
+    """How a merged model is merged at present."""
     return _merged_encoder(model).merging
 
 

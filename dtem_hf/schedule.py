@@ -149,6 +149,28 @@ def _falling(num_layers: int, slope: float) -> list[float]:
     return [1 + slope * (1 - 2 * i / (num_layers - 1)) for i in range(num_layers)]
 
 
+def reductions_for(cost: EncoderCost, num_tokens: int, weights: Sequence[float], flops: float) -> list[int]:
+    """The fewest merged tokens, in proportion to one weight per layer, that reach a share of the multiply-adds.
+
+    Raises ValueError where merging everything does not reach it.
+    """
+
+    def ratio(total: int) -> float:
+        return cost.plan(num_tokens, _spread(weights, total)).ratio
+
+    fewest, most = 0, num_tokens * len(cost.layers)
+    if ratio(most) > flops:
+        raise BadValue("flops", flops, f"merging everything still leaves {ratio(most):.3f} of the multiply-adds")
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if ratio(middle) <= flops:
+            most = middle
+        else:
+            fewest = middle + 1
+    # A layer's first merged token costs more than it saves: bisection cannot see that none at all would do.
+    return _spread(weights, 0 if ratio(0) <= flops else most)
+
+
 class Schedule:
     """Base of all schedules; a subclass is a frozen dataclass with a `kind` and a `resolve`."""
 
@@ -266,24 +288,7 @@ class FlopsSchedule(Schedule):
         _check_number("slope", self.slope, 0, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        weights = _falling(len(cost.layers), self.slope)
-
-        def ratio(total: int) -> float:
-            return cost.plan(num_tokens, _spread(weights, total)).ratio
-
-        fewest, most = 0, num_tokens * len(cost.layers)
-        if ratio(most) > self.flops:
-            raise BadValue(
-                "flops", self.flops, f"merging everything still leaves {ratio(most):.3f} of the multiply-adds"
-            )
-        while fewest < most:
-            middle = (fewest + most) // 2
-            if ratio(middle) <= self.flops:
-                most = middle
-            else:
-                fewest = middle + 1
-        # A layer's first merged token costs more than it saves: bisection cannot see that none at all would do.
-        return _spread(weights, 0 if ratio(0) <= self.flops else most)
+        return reductions_for(cost, num_tokens, _falling(len(cost.layers), self.slope), self.flops)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,16 @@ from .attention import SMALLEST_SIZE, size_bias
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .matching import Matching, bipartite_soft_matching, cosine_scores, split_counts
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
-from .relaxation import move_mass, permute_tokens, size_order, soft_assignment, soft_grouping, soft_merging
+from .relaxation import (
+    merge_along_flow,
+    move_mass,
+    permute_tokens,
+    size_order,
+    soft_assignment,
+    soft_grouping,
+    soft_merging,
+    straight_through_matching,
+)
 
 
 __all__ = [
@@ -15,6 +24,7 @@ __all__ = [
     "cosine_scores",
     "fuse_tokens",
     "fused_source_map",
+    "merge_along_flow",
     "merge_tokens",
     "move_mass",
     "permute_tokens",
@@ -26,5 +36,6 @@ __all__ = [
     "source_map",
     "split_by_score",
     "split_counts",
+    "straight_through_matching",
     "unmerge_tokens",
 ]

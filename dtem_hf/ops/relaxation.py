@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .matching import cosine_scores, put_empty_first
+from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first, split_even_odd
 
 
 _EPSILON = torch.finfo(torch.float32).eps
@@ -131,3 +131,51 @@ def size_order(sizes: Tensor, num_active: int, num_prefix_tokens: int = 1) -> Te
 def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
     """Reorder the tokens of each image: [B, N] or [B, N, D], order [B, N]."""
     return x.gather(1, order if x.dim() == 2 else order.unsqueeze(-1).expand_as(x))
+
+
+def straight_through_matching(
+    metric: Tensor,
+    r: int,
+    num_prefix_tokens: int = 1,
+    top_k: int = 3,
+    score_temperature: float = 0.1,
+    assignment_temperature: float = 0.1,
+    empty: Tensor | None = None,
+) -> tuple[Matching, Tensor]:
+    """The hard matching of a metric [B, N, d], and as a flow [B, a, b]: its 0 and 1, with soft grouping's gradients.
+
+    The flow says which share of every A token goes into which B token. Gradients reach the edges that were merged and,
+    of every A token, its `top_k` best. Raises ValueError where r does not fit.
+    """
+    matching = bipartite_soft_matching(metric.detach(), r, num_prefix_tokens, empty)
+    scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))
+    if empty is not None:
+        scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
+    with torch.autocast(metric.device.type, enabled=False):
+        soft = soft_grouping(scores, r, top_k, score_temperature, assignment_temperature)
+    partner = torch.zeros(scores.shape[:2], dtype=torch.int64, device=metric.device)
+    partner = partner.scatter(1, matching.merged, matching.target)
+    leaves = torch.zeros_like(soft[..., 0]).scatter(1, matching.merged, 1.0)
+    hard = torch.zeros_like(soft).scatter(2, partner.unsqueeze(-1), leaves.unsqueeze(-1))
+    return matching, hard + (soft - soft.detach())
+
+
+def merge_along_flow(x: Tensor, sizes: Tensor | None, matching: Matching, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge as `merge_tokens` does, with gradients to the flow [B, a, b] that the matching is.
+
+    x [B, N, D], sizes [B, N] or None -> [B, N - r, D], [B, N - r]. A token that stays could have left, and one that
+    left could have joined others: that is what the flow's gradient says. float32 inside, `x` keeps its dtype.
+    """
+    prefix = matching.num_prefix_tokens
+    if sizes is None:
+        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    a, b = split_even_odd(x, prefix)
+    size_a, size_b = split_even_odd(sizes, prefix)
+    with torch.autocast(x.device.type, enabled=False):
+        flow_size = flow.transpose(1, 2) * size_a.unsqueeze(1)  # [B, b, a]
+        new_size_b = size_b + flow_size.sum(dim=-1)
+        total = torch.baddbmm(b.float() * size_b.unsqueeze(-1), flow_size, a.float())
+        mean = (total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)).to(x.dtype)
+        kept_size = (size_a * (1 - flow.sum(dim=-1))).gather(1, matching.kept)
+    kept = a.gather(1, matching.kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return torch.cat([x[:, :prefix], kept, mean], dim=1), torch.cat([sizes[:, :prefix], kept_size, new_size_b], dim=1)

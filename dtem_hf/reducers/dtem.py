@@ -40,12 +40,16 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
         """Whether a layer merges softly at this moment."""
         return self.config.relaxation == "soft" or (self.config.relaxation == "auto" and layer.training)
 
+    def is_straight_through(self, layer: nn.Module) -> bool:
+        """Whether a layer merges hard, with the gradients of the soft merge, at this moment."""
+        return self.config.relaxation == "straight_through" and layer.training
+
     def wants_bias(self, layer: nn.Module) -> bool:
         # Softly merged tokens leave attention only through their sizes.
         return self.config.proportional_attention or self.is_soft(layer)
 
     def sizes_carry_gradient(self, layer: nn.Module) -> bool:
-        return self.is_soft(layer)
+        return self.is_soft(layer) or self.is_straight_through(layer)
 
     def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
         assert state.embedding is not None
@@ -53,6 +57,8 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
         return state.embedding.layers[index](normed.detach())
 
     def merge(self, x: Tensor, metric: Tensor, r: int, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+        if self.is_straight_through(layer):
+            return self._merge_straight_through(x, metric, r, index, state)
         if not self.is_soft(layer):
             return super().merge(x, metric, r, layer, index, state)
         active, _ = state.enter(index, x.shape[1])
@@ -78,4 +84,26 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
             return ops.permute_tokens(ops.move_mass(positions, before, assignment, active, prefix)[0], order)
 
         state.leave(index, x, sizes, active - r, source=lambda: order.argsort(dim=-1), carry=carry)
+        return x
+
+    def _merge_straight_through(self, x: Tensor, metric: Tensor, r: int, index: int, state: TokenState) -> Tensor:
+        c, num_tokens, before = self.config, x.shape[1], state.sizes(index)
+        matching, flow = ops.straight_through_matching(
+            metric,
+            r,
+            state.num_prefix_tokens,
+            c.top_k,
+            c.score_temperature,
+            c.assignment_temperature,
+            state.padding(index),
+        )
+        x, sizes = ops.merge_along_flow(x, before, matching, flow)
+        state.leave(
+            index,
+            x,
+            sizes,
+            num_tokens - r,
+            source=lambda: ops.source_map(matching, num_tokens),
+            carry=lambda positions: ops.merge_tokens(positions, before, matching)[0],
+        )
         return x

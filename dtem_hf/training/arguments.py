@@ -9,6 +9,7 @@ from ..arguments import option, parse_reduction
 from ..configuration import DTEMConfig
 from ..data import AUGMENTATIONS
 from ..errors import BadValue
+from .curriculum import CurriculumArguments
 from .tasks import task_names
 
 
@@ -26,7 +27,7 @@ MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only
 
 
 @dataclass(kw_only=True)
-class TrainArguments(MergeArguments):
+class TrainArguments(CurriculumArguments, MergeArguments):
     """Learn a merge embedding for a frozen backbone."""
 
     model: str = option("backbone: Hub id or local folder")
@@ -82,6 +83,7 @@ class TrainArguments(MergeArguments):
             raise BadValue("hub_model_id", self.hub_model_id, "a repository like user/repo, as push_to_hub is set")
         if self.push_every and not self.push_to_hub:
             raise BadValue("push_every", self.push_every, "0, or push_to_hub and hub_model_id beside it")
+        self.check_curriculum()
         self.merge_config()
 
     def merge_config(self) -> DTEMConfig:

@@ -30,6 +30,7 @@ from ..files import write_json, write_text
 from ..modeling import merged_layers
 from . import checkpoints
 from .arguments import TrainArguments
+from .curriculum import Curriculum
 from .publication import Publication
 from .stream import ImageStream
 from .tasks import make_task
@@ -86,7 +87,7 @@ class _Run:
         self.publication = Publication(arguments, self.output / "adapter", self.accelerator.print)
         if self.accelerator.is_main_process:
             self.publication.prepare()
-        self.task = make_task(arguments)
+        self.task, self.curriculum = make_task(arguments), Curriculum(arguments)
         set_seed(arguments.seed)
         self.model = self.task.load_model()
         freeze_backbone(self.model)
@@ -121,6 +122,7 @@ class _Run:
         )
         losses: list[torch.Tensor] = []
         for batch in self._batches():
+            self.curriculum.enter(self.model, self.step)
             losses.append(self._backward(batch))
             if not self.accelerator.sync_gradients:
                 continue
@@ -175,6 +177,7 @@ class _Run:
 
     def _validate(self) -> None:
         relax(self.model, False)
+        self.curriculum.leave(self.model)
         figures = self.validation(self.model)
         relax(self.model, True)
         if self.task.ranked_by not in figures:

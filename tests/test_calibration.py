@@ -1,0 +1,110 @@
+"""A calibrated plan: no more multiply-adds than it may have, no worse than the even one, and the same every time."""
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification, ViTModel
+
+from dtem_hf import BadValue, DTEMConfig, EViTConfig, ToMeConfig, UnsupportedModelError, attach, calibrate
+
+
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 4,
+}
+
+
+def make(kind=ViTForImageClassification):
+    torch.manual_seed(0)
+    model = kind(ViTConfig(**CONFIG, num_labels=5, initializer_range=0.3)).eval()
+    return model
+
+
+def images(count=24):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def mean_kl(model, pixels):
+    """By the definition, with the unmerged model as the reference."""
+    with torch.no_grad():
+        ours = model(pixels).logits.softmax(-1).double()
+        with model.unmerged():
+            reference = model(pixels).logits.softmax(-1).double()
+    return (reference * (reference.log() - ours.log())).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    "config", [ToMeConfig(r=8), DTEMConfig(r=8), EViTConfig(keep_rate=0.6)], ids=lambda c: c.method
+)
+def test_better_than_the_even_plan_at_no_more_multiply_adds(config):
+    model, pixels = attach(make(), config), images()
+    result = calibrate(model, pixels, flops=0.7, evaluations=60)
+    plan = model.merge_plan()
+    assert plan.ratio <= 0.7 and result.flops == plan.ratio
+    assert list(result.reductions) == list(plan.reductions)
+    assert mean_kl(model, pixels) == pytest.approx(result.distance, rel=1e-4)
+    assert result.evaluations <= 60
+    even = attach(make(), config)
+    even.set_reduction(flops=0.7)
+    assert mean_kl(even, pixels) == pytest.approx(result.even_distance, rel=1e-4)
+    # Merging here and there differs in a model with random weights, so an even plan is hardly ever the best.
+    assert result.distance < result.even_distance
+
+
+def test_same_images_same_plan_however_they_come():
+    pixels = images()
+    results = []
+    for given in (pixels, list(pixels.split(24)), [{"pixel_values": pixels}]):
+        model = attach(make(), ToMeConfig(r=6))
+        results.append((calibrate(model, given, batch_size=24, evaluations=20), model.merge_plan().reductions))
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_share_left_out_is_that_of_the_plan_in_force():
+    model = attach(make(), ToMeConfig(r=10))
+    before = model.merge_plan().ratio
+    calibrate(model, images(8), evaluations=10)
+    assert model.merge_plan().ratio <= before
+
+
+def test_models_without_logits_are_compared_by_features():
+    model = attach(make(ViTModel), ToMeConfig(r=8))
+    result = calibrate(model, images(), flops=0.7, evaluations=30)
+    with torch.no_grad():
+        ours = model(images()).last_hidden_state[:, 0]
+        with model.unmerged():
+            reference = model(images()).last_hidden_state[:, 0]
+    cosine = (ours * reference).sum(-1) / ours.norm(dim=-1) / reference.norm(dim=-1)
+    assert result.distance == pytest.approx((1 - cosine).mean().item(), rel=1e-3)
+
+
+def test_of_a_model_that_reads_text_the_encoder_is_calibrated():
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=CONFIG, projection_dim=16)).eval()
+    result = calibrate(attach(model, ToMeConfig(r=8)), images(8), flops=0.7, evaluations=12)
+    assert result.distance <= result.even_distance and model.merge_plan().ratio <= 0.7
+
+
+def test_modes_are_as_they_were():
+    model = attach(make(), ToMeConfig(r=8)).train()
+    calibrate(model, images(8), evaluations=3)
+    assert all(module.training for module in model.modules())
+
+
+def test_refusals_leave_the_model_as_it_was():
+    model = attach(make(), ToMeConfig(r=8))
+    before = model.merge_config
+    with pytest.raises(BadValue, match=r"flops=0\.001"):
+        calibrate(model, images(4), flops=0.001)
+    for nothing in ([], torch.zeros(0, 3, 32, 32), torch.zeros(3, 32, 32)):
+        with pytest.raises(BadValue, match="images"):
+            calibrate(model, nothing)
+    with pytest.raises(BadValue, match="evaluations=0"):
+        calibrate(model, images(4), evaluations=0)
+    assert model.merge_config == before
+    with pytest.raises(UnsupportedModelError, match="attach"):
+        calibrate(make(), images(4))
