@@ -67,7 +67,7 @@ def calibrate(
         search = _Search(model, _batches(images, batch_size), evaluations)
         even, best = search.run(_neighbourhood(merging, flops))
     except BaseException:
-        model.set_reduction(before.schedule)
+        set_merge_config(model, before)
         raise
     finally:
         for module in training:
