@@ -1,4 +1,4 @@
-"""Augmentation of training images. Crops by RandomResizedCrop and what follows them are kornia's (`dtem-hf[train]`)."""
+"""Augmentation of training images; all but flips and plain crops is kornia's (`dtem-hf[train]`)."""
 
 from __future__ import annotations
 
