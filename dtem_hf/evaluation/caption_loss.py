@@ -26,7 +26,7 @@ from ..conditions import command, data_name, hardware, versions
 from ..data import load_processor
 from ..errors import BadValue
 from ..files import write_json
-from ..training.captioned_images import CaptionedImages, hold_out
+from ..training.captioned_images import CaptionedImages, Images, hold_out
 from ..training.tasks.captioning import MODEL_INPUTS, caption_losses
 from ..training.tasks.captions import CaptionCollate
 from .captions_format import read_annotations
@@ -74,7 +74,7 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
     model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
     adapters = {} if a.adapter is None else {a.adapter: MergeAdapter.from_reference(a.adapter)}
     variants = make_variants(model, a.methods, [parse_reduction(text) for text in a.r], [], adapters)
-    images = read_annotations(a.captions, a.split)
+    images: Images = read_annotations(a.captions, a.split)
     if a.hold_out is not None:
         _, images = hold_out(images, a.hold_out)
     data = CaptionedImages(images, Path(a.images), load_processor(a.model), every_caption=True)
@@ -152,6 +152,5 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_row(row["method"], r, str(row["visual_tokens"]), *shares, *errors)
     Console(width=120).print(table)
     for each in result["comparisons"]:
-        print(
-            f"r={each['r']}: DTEM − ToMe = {each['dtem_minus_tome']:+.4f} ± {each['standard_error']:.4f} nats per token"
-        )
+        difference = f"{each['dtem_minus_tome']:+.4f} ± {each['standard_error']:.4f}"
+        print(f"r={each['r']}: DTEM − ToMe = {difference} nats per token")

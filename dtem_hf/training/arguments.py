@@ -40,7 +40,7 @@ class TrainArguments(CurriculumArguments, MergeArguments):
     validation_split: str = option("split of a Hub dataset to validate on", default="validation")
     validation_size: int = option("images held out, or taken from validation_data", default=256)
     captions: str | None = option(
-        "captions of the images in the folder data: COCO's annotations, Karpathy's JSON, or a table of image and caption",
+        "captions of the images in folder data: COCO's annotations, Karpathy's JSON, or a table of image and caption",
         default=None,
     )
     validation_captions: str | None = option("captions of the images to validate on", default=None)

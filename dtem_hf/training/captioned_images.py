@@ -78,9 +78,7 @@ def load_captioned_images(arguments: TrainArguments, processor: Any) -> tuple[Ca
     """
     a = arguments
     if a.captions is None:
-        raise BadValue(
-            "captions", None, "a file: COCO's annotations, Karpathy's JSON, or a table of image and caption"
-        )
+        raise BadValue("captions", None, "COCO's annotations, Karpathy's JSON, or a table of image and caption")
     splits = has_splits(a.captions)
     images: Images = read_annotations(a.captions, a.split if splits else None)
     if a.validation_captions is not None or splits:

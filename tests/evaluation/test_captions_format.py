@@ -64,7 +64,7 @@ def test_table_of_images_and_captions(tmp_path):
         (0, "b.jpg", ["A cat .", "A black cat"]),
         (1, "a.jpg", ["A dog, brown"]),
     ]
-    with pytest.raises(BadValue, match="split='train': nothing, as captions.txt is a table"):
+    with pytest.raises(BadValue, match=r"split='train': nothing, as captions\.txt is a table"):
         read_annotations(path, "train")
 
 

@@ -36,7 +36,7 @@ class CaptionTask(Task):
 
 
 class CaptionCollate:
-    """pixel_values [B, C, H, W]; input_ids, attention_mask and labels [B, T] (-100 at padding); index and caption_id."""
+    """pixel_values [B, C, H, W]; input_ids, attention_mask, labels (-100 at padding) [B, T]; index, caption_id [B]."""
 
     def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:
         self.tokenizer, self.options = tokenizer, options

@@ -66,7 +66,7 @@ def test_ratio_is_that_of_the_means(caption_options, git_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": None}, "captions=None: a file: COCO"),
+        ({"captions": None}, "captions=None: COCO"),
         ({"captions": "nowhere.json"}, "nowhere.json"),
         ({"validation_size": 24}, "validation_size=24: fewer than the 24"),
         ({"data": "."}, r"16 of 16 images are not in \.: \d+.png"),
