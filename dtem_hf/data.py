@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from torch import Tensor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
+from .augmentation import augmented_pixels, check_augmentation
 from .errors import BadValue
 
 
 LABELS_NAME = "labels.csv"
-AUGMENTATIONS = ("none", "flip", "crop_flip")
 
 
 def load_images(data: str, split: str = "train", limit: int | None = None) -> Dataset:
@@ -82,7 +81,7 @@ def load_processor(model: str) -> Any:
 
 @dataclass
 class ProcessedImages(torch.utils.data.Dataset):
-    """Images as a model takes them: {"pixel_values": [C, H, W], "labels": int, "index": int} for i or (epoch, i).
+    """Images as a model takes them: pixel_values [C, H, W], labels, index and epoch (ints) for i or (epoch, i).
 
     What augmentation draws depends on seed, epoch and i alone, so a run that is resumed sees what it would have seen.
     """
@@ -94,8 +93,7 @@ class ProcessedImages(torch.utils.data.Dataset):
     num_labels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.augmentation not in AUGMENTATIONS:
-            raise BadValue("augmentation", self.augmentation, f"one of {', '.join(AUGMENTATIONS)}")
+        check_augmentation(self.augmentation)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,36 +105,21 @@ class ProcessedImages(torch.utils.data.Dataset):
         if self.num_labels is not None and label >= self.num_labels:
             raise BadValue("label", label, f"image {index} needs one below the model's {self.num_labels} classes")
         return {
-            "pixel_values": self._pixels(row["image"].convert("RGB"), epoch, index),
+            "pixel_values": augmented_pixels(
+                row["image"].convert("RGB"), self.processor, self.augmentation, (self.seed, epoch, index)
+            ),
             "labels": label,
             "index": index,
+            "epoch": epoch,
         }
-
-    def _pixels(self, image: Any, epoch: int, index: int) -> Tensor:
-        crops = self.augmentation == "crop_flip" and getattr(self.processor, "do_center_crop", False)
-        options = {"do_center_crop": False} if crops else {}
-        pixels = self.processor(image, return_tensors="pt", **options).pixel_values[0]
-        if self.augmentation == "none":
-            return pixels
-        draw = np.random.default_rng((self.seed, epoch, index))
-        if crops:
-            size = self.processor.crop_size
-            top, left = (int(draw.integers(0, extent + 1)) for extent in _slack(pixels, size["height"], size["width"]))
-            pixels = pixels[:, top : top + size["height"], left : left + size["width"]]
-        return pixels.flip(-1) if draw.random() < 0.5 else pixels
-
-
-def _slack(pixels: Tensor, height: int, width: int) -> tuple[int, int]:
-    return max(pixels.shape[1] - height, 0), max(pixels.shape[2] - width, 0)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch: pixel_values [B, C, H, W], labels [B], index [B]. Raises ValueError where sizes differ."""
+    """A batch: pixel_values [B, C, H, W]; labels, index and epoch [B]. Raises ValueError where sizes differ."""
     shapes = {tuple(item["pixel_values"].shape) for item in items}
     if len(shapes) > 1:
         raise BadValue("pixel_values", sorted(shapes), "images of one size; use a processor that crops or resizes")
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]).contiguous(),
-        "labels": torch.tensor([item["labels"] for item in items]),
-        "index": torch.tensor([item["index"] for item in items]),
+        **{name: torch.tensor([item[name] for item in items]) for name in ("labels", "index", "epoch")},
     }

@@ -34,6 +34,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` to fill; it takes the place of `path` only if nothing was raised."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
+        filled, old = Path(name, "new"), Path(name, "old")
+        filled.mkdir()
+        yield filled
+        if path.exists():
+            path.rename(old)
+        filled.rename(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with replacing(path) as temporary:

@@ -1,7 +1,8 @@
-"""Captions on disk: COCO's annotation and result formats, and the Karpathy splits."""
+"""Captions on disk: COCO's annotation and result formats, the Karpathy splits, and Flickr8k's table."""
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,12 +26,17 @@ class CaptionedImage:
 
 
 def read_annotations(path: str | os.PathLike[str], split: str | None = None) -> dict[int, CaptionedImage]:
-    """Images by COCO id, in the file's order, from COCO's annotation format or from Karpathy's `dataset_coco.json`.
+    """Images by id, in the file's order, from COCO's annotations, Karpathy's `dataset_coco.json`, or a table.
 
-    `split` chooses one of Karpathy's (train, restval, val, test); COCO's own format has none. Raises
+    The table has the columns `image` and `caption`, as Flickr8k's `captions.txt`; its images are numbered. `split`
+    chooses Karpathy's (train, restval, val, test, or several as in train+restval); the others have none. Raises
     FileNotFoundError or ValueError that names the entry and what it should have been.
     """
     name = Path(path).name
+    if Path(path).suffix in (".txt", ".csv"):
+        if split is not None:
+            raise BadValue("split", split, f"nothing, as {name} is a table; Karpathy's JSON has splits")
+        return _read_table(Path(path))
     content = read_json(path, _LARGEST)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise BadValue(name, type(content).__name__, "an object with a list 'images', as COCO and Karpathy write it")
@@ -69,6 +75,31 @@ def write_predictions(path: str | os.PathLike[str], captions: Mapping[int, str])
     write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()])
 
 
+def has_splits(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is Karpathy's, whose images know their split."""
+    if Path(path).suffix in (".txt", ".csv"):
+        return False
+    content = read_json(path, _LARGEST)
+    return isinstance(content, dict) and "annotations" not in content
+
+
+def _read_table(path: Path) -> dict[int, CaptionedImage]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    images: dict[str, CaptionedImage] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"image", "caption"} <= set(reader.fieldnames or ()):
+            raise BadValue(path.name, reader.fieldnames, "a header with the columns image and caption")
+        for line, row in enumerate(reader, start=2):
+            if not row["image"] or not row["caption"]:
+                raise BadValue(f"{path.name} line {line}", row, "an image and a caption")
+            images.setdefault(row["image"], CaptionedImage(row["image"])).captions.append(row["caption"])
+    if not images:
+        raise BadValue(path.name, 0, "at least one image with a caption")
+    return dict(enumerate(images.values()))
+
+
 def _read_coco(content: dict[str, Any], name: str) -> dict[int, CaptionedImage]:
     images = {}
     for i, entry in enumerate(content["images"]):
@@ -85,12 +116,13 @@ def _read_coco(content: dict[str, Any], name: str) -> dict[int, CaptionedImage]:
 
 def _read_karpathy(entries: list[Any], name: str, split: str | None) -> dict[int, CaptionedImage]:
     splits = sorted({str(entry.get("split")) for entry in entries if isinstance(entry, dict)})
-    if split not in splits:
-        raise BadValue("split", split, f"one of {', '.join(splits)}, which {name} holds")
+    wanted = set() if split is None else set(split.split("+"))
+    if not wanted or not wanted <= set(splits):
+        raise BadValue("split", split, f"one of {', '.join(splits)}, which {name} holds, or some joined by +")
     images = {}
     for i, entry in enumerate(entries):
         where = f"{name}.images[{i}]"
-        if not isinstance(entry, dict) or entry.get("split") != split:
+        if not isinstance(entry, dict) or entry.get("split") not in wanted:
             continue
         sentences = _value(entry, where, "sentences", list)
         captions = [_value(sentence, f"{where}.sentences[{j}]", "raw", str) for j, sentence in enumerate(sentences)]

@@ -44,10 +44,17 @@ class CaptionImages(torch.utils.data.Dataset):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image_id = self.ids[index]
-        with Image.open(self._path(self.images[image_id])) as image:
-            pixels = self.processor(images=image.convert("RGB"), return_tensors="pt").pixel_values[0]
-        return {"pixel_values": pixels, "image_id": image_id}
+        pixels = self.processor(images=self.open(index), return_tensors="pt").pixel_values[0]
+        return {"pixel_values": pixels, "image_id": self.ids[index]}
+
+    def captioned(self, index: int) -> CaptionedImage:
+        """An image's name and captions."""
+        return self.images[self.ids[index]]
+
+    def open(self, index: int) -> Image.Image:
+        """An image, in RGB."""
+        with Image.open(self._path(self.captioned(index))) as image:
+            return image.convert("RGB")
 
     def _path(self, image: CaptionedImage) -> Path:
         path = (self.folder / image.file_name).resolve()

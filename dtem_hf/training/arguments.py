@@ -6,10 +6,11 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
 from ..arguments import option, parse_reduction
+from ..augmentation import AUGMENTATIONS
 from ..configuration import DTEMConfig
-from ..data import AUGMENTATIONS
 from ..errors import BadValue
 from .curriculum import CurriculumArguments
+from .features import FEATURE_LOSSES, FEATURES
 from .tasks import task_names
 
 
@@ -38,6 +39,11 @@ class TrainArguments(CurriculumArguments, MergeArguments):
     )
     validation_split: str = option("split of a Hub dataset to validate on", default="validation")
     validation_size: int = option("images held out, or taken from validation_data", default=256)
+    captions: str | None = option(
+        "captions of the images in folder data: COCO's annotations, Karpathy's JSON, or a table of image and caption",
+        default=None,
+    )
+    validation_captions: str | None = option("captions of the images to validate on", default=None)
     output_dir: str = option("folder for checkpoints, metrics and the adapter", default="runs/train")
     task: str = option("what teaches the embedding: " + " or ".join(task_names()), default="distillation")
     steps: int = option("optimiser steps", default=400)
@@ -48,7 +54,22 @@ class TrainArguments(CurriculumArguments, MergeArguments):
     warmup_steps: int = option("steps of linear warm-up", default=0)
     weight_decay: float = option("AdamW's weight decay", default=1e-4)
     max_grad_norm: float = option("gradients are clipped to this norm", default=5.0)
+    train_backbone: bool = option("end to end: the backbone learns too, and the whole model is saved", default=False)
+    backbone_lr: float = option("learning rate of the backbone at the start", default=1e-5)
+    backbone_weight_decay: float = option("AdamW's weight decay for the backbone's matrices", default=0.05)
+    layer_decay: float = option("each layer of the backbone learns slower than the next by this factor", default=1.0)
     augmentation: str = option("of the training images: " + ", ".join(AUGMENTATIONS), default="none")
+    mixup: float = option("mix images: parameter of mixup's Beta distribution, 0.8 as published", default=0.0)
+    cutmix: float = option("cut images into others: parameter of cutmix's Beta, 1.0 as published", default=0.0)
+    label_smoothing: float = option("classification: share of the target that all classes get", default=0.0)
+    features: str = option("what of an encoder is distilled: " + ", ".join(FEATURES), default="auto")
+    feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
+    feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
+    similarity_weight: float = option(
+        "contrastive: share of the loss that distils the unmerged similarities; the rest is the model's own loss",
+        default=1.0,
+    )
+    max_caption_tokens: int = option("captions are cut to this length", default=40)
     seed: int = option("of everything that is drawn", default=0)
     validate_every: int = option("steps between validations of the hard model", default=100)
     checkpoint_every: int = option("steps between checkpoints", default=50)
@@ -75,6 +96,17 @@ class TrainArguments(CurriculumArguments, MergeArguments):
             _at_least(name, getattr(self, name), 1)
         for name in ("checkpoint_every", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("max_caption_tokens", self.max_caption_tokens, 2)
+        for name in ("backbone_lr", "backbone_weight_decay", "mixup", "cutmix", "feature_weight"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("label_smoothing", "similarity_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadValue(name, getattr(self, name), "a number from 0 to 1")
+        if not 0 < self.layer_decay <= 1:
+            raise BadValue("layer_decay", self.layer_decay, "above 0 and at most 1, which is none")
+        for name, names in (("features", FEATURES), ("feature_loss", FEATURE_LOSSES)):
+            if getattr(self, name) not in names:
+                raise BadValue(name, getattr(self, name), f"one of {', '.join(names)}")
         for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
             _at_least(name, getattr(self, name), 0)
         if self.max_grad_norm <= 0:

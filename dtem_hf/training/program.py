@@ -26,11 +26,11 @@ from ..arguments import parse_arguments
 from ..card import TRAINING_NAME, refreshed_card
 from ..conditions import command, data_name, hardware, versions
 from ..errors import BadValue
-from ..files import write_json, write_text
-from ..modeling import merged_layers
+from ..files import replacing_folder, write_json, write_text
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
+from .parameters import choose_learned, learned_parameters, optimizer_groups, relax
 from .publication import Publication
 from .stream import ImageStream
 from .tasks import make_task
@@ -64,21 +64,6 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     return _Run(arguments).train()
 
 
-def freeze_backbone(model: Any) -> None:
-    """Leave only the learned embedding to be trained, and relax the layers without waking the backbone's dropout."""
-    model.requires_grad_(False)
-    for parameter in model.merge_parameters():
-        parameter.requires_grad_(True)
-    relax(model, True)
-
-
-def relax(model: Any, soft: bool) -> None:
-    """Merge softly or hard, with everything else as in evaluation: the frozen backbone is one fixed function."""
-    model.eval()
-    for layer in merged_layers(model):
-        layer.training = soft
-
-
 class _Run:
     def __init__(self, arguments: TrainArguments) -> None:
         self.arguments = arguments
@@ -90,7 +75,12 @@ class _Run:
         self.task, self.curriculum = make_task(arguments), Curriculum(arguments)
         set_seed(arguments.seed)
         self.model = self.task.load_model()
-        freeze_backbone(self.model)
+        if arguments.train_backbone:
+            self.task.keep_teacher(self.model)
+            # What the adapter belongs to is no longer the backbone that training began with.
+            self.model.name_or_path = str(self.output / "model")
+        choose_learned(self.model, arguments.train_backbone)
+        relax(self.model, True, arguments.train_backbone)
         if arguments.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.data = self.task.load_data(self.model)
@@ -102,7 +92,7 @@ class _Run:
 
     def _prepare(self) -> None:
         a = self.arguments
-        optimizer = torch.optim.AdamW(self.model.merge_parameters(), lr=a.lr, weight_decay=a.weight_decay)
+        optimizer = torch.optim.AdamW(optimizer_groups(self.model, a), lr=a.lr, weight_decay=a.weight_decay)
         self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, num_warmup_steps=a.warmup_steps, num_training_steps=a.steps, min_lr=min(a.min_lr, a.lr)
         )
@@ -158,7 +148,7 @@ class _Run:
                 loss = self.task.loss(self.wrapped, self.model, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.merge_parameters(), self.arguments.max_grad_norm)
+                self.accelerator.clip_grad_norm_(learned_parameters(self.model), self.arguments.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
@@ -179,7 +169,7 @@ class _Run:
         relax(self.model, False)
         self.curriculum.leave(self.model)
         figures = self.validation(self.model)
-        relax(self.model, True)
+        relax(self.model, True, self.arguments.train_backbone)
         if self.task.ranked_by not in figures:
             raise BadValue("task", self.task.name, "validation images with labels")
         self._log({"step": self.step, "validation": figures})
@@ -191,6 +181,9 @@ class _Run:
 
     def _save_adapter(self) -> None:
         if self.accelerator.is_main_process:
+            if self.arguments.train_backbone:
+                with replacing_folder(self.output / "model") as folder:
+                    self.task.save_model(self.model, folder)
             with refreshed_card(self.output / "adapter") as folder:
                 self.model.save_merge_adapter(folder, base_model=self.arguments.base_model)
                 write_json(folder / TRAINING_NAME, self._summary())
@@ -267,6 +260,7 @@ class _Run:
             f"best step {self.best['step']}: {self.task.ranked_by} "
             f"{self.best['validation'][self.task.ranked_by]:.4f}; "
             f"adapter in {self.output / 'adapter'}"
+            + (f", the whole model in {self.output / 'model'}" if self.arguments.train_backbone else "")
         )
         self.accelerator.end_training()
         if self.accelerator.is_main_process:

@@ -5,7 +5,6 @@ python recipes/train_small_git.py --images path/to/flickr8k --captions captions.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,7 +26,10 @@ from transformers import (
 from ..arguments import option, parse_arguments
 from ..conditions import command, hardware, versions
 from ..errors import BadValue
+from ..evaluation.captions_format import read_annotations
+from ..evaluation.captions_generation import CaptionImages
 from ..files import write_json
+from .captioned_images import hold_out
 
 
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -39,7 +40,8 @@ class SmallGitArguments:
     """Train a small GIT from scratch."""
 
     images: str = option("folder of images")
-    captions: str = option("file with the columns image and caption, as Flickr8k has it")
+    captions: str = option("file with the columns image and caption, as Flickr8k has it, or COCO's annotations")
+    validation_size: int = option("images that are left out, the same that training holds out", default=0)
     output_dir: str = option("folder for the model, its processor and training.json", default="runs/small-git")
     steps: int = option("optimiser steps", default=800)
     batch_size: int = option("images per step, with one of their captions each", default=32)
@@ -74,16 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     """Train and save model, tokenizer and image processor; returns what is written to `training.json`."""
     started = time.perf_counter()
-    captions = read_captions(arguments.captions)
-    names = sorted(captions)
-    tokenizer = make_tokenizer([text for texts in captions.values() for text in texts], arguments.vocab_size)
+    images, _ = hold_out(read_annotations(arguments.captions), arguments.validation_size)
+    captions = [image.captions for image in images.values()]
+    tokenizer = make_tokenizer([text for texts in captions for text in texts], arguments.vocab_size)
     side = {"height": arguments.image_size, "width": arguments.image_size}
     processor = CLIPImageProcessorPil(size=side, do_center_crop=False)
     torch.manual_seed(arguments.seed)
     model = GitForCausalLM(make_config(arguments, tokenizer)).train()
     # A thousand small images are read once and stay in memory.
-    pictures = [_read(Path(arguments.images), name) for name in tqdm(names, desc="read", unit="image")]
-    pixels = torch.cat([processor(images=picture, return_tensors="pt").pixel_values for picture in pictures])
+    pictures = CaptionImages(images, Path(arguments.images), processor)
+    places = tqdm(range(len(pictures)), desc="read", unit="image")
+    pixels = torch.stack([pictures[i]["pixel_values"] for i in places])
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
@@ -91,10 +94,10 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     losses: list[float] = []
     progress = tqdm(range(arguments.steps), desc="train a small GIT", unit="step")
     for _ in progress:
-        chosen = torch.randint(len(names), (arguments.batch_size,), generator=draw)
+        chosen = torch.randint(len(captions), (arguments.batch_size,), generator=draw)
         texts = []
         for i in chosen.tolist():
-            own = captions[names[i]]
+            own = captions[i]
             texts.append(own[int(torch.randint(len(own), (), generator=draw))])
         batch = tokenizer(texts, padding=True, truncation=True, max_length=arguments.max_tokens, return_tensors="pt")
         loss = caption_loss(model, pixels[chosen], batch)
@@ -112,8 +115,8 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     record = {
         "command": command(),
         "arguments": asdict(arguments),
-        "num_images": len(names),
-        "num_captions": sum(map(len, captions.values())),
+        "num_images": len(captions),
+        "num_captions": sum(map(len, captions)),
         "first_loss": losses[0],
         "last_loss": sum(losses[-20:]) / len(losses[-20:]),
         "seconds": round(time.perf_counter() - started, 1),
@@ -130,22 +133,6 @@ def caption_loss(model: Any, pixels: Tensor, batch: Any) -> Tensor:
     return model(
         pixel_values=pixels, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
     ).loss
-
-
-def read_captions(path: str) -> dict[str, list[str]]:
-    """Captions by image, from a file with the columns `image` and `caption`. Raises ValueError naming the line."""
-    captions: dict[str, list[str]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"image", "caption"} <= set(reader.fieldnames or ()):
-            raise BadValue("captions", reader.fieldnames, "a header with the columns image and caption")
-        for line, row in enumerate(reader, start=2):
-            if not row["image"] or not row["caption"]:
-                raise BadValue(f"captions line {line}", row, "an image and a caption")
-            captions.setdefault(row["image"], []).append(row["caption"])
-    if not captions:
-        raise BadValue("captions", path, "at least one caption")
-    return captions
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -191,11 +178,3 @@ def make_config(arguments: SmallGitArguments, tokenizer: PreTrainedTokenizerFast
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _read(folder: Path, name: str) -> Image.Image:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise BadValue("image", name, "a file inside the folder of images")
-    with Image.open(path) as image:
-        return image.convert("RGB")

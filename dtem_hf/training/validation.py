@@ -29,4 +29,4 @@ class Validation:
             for name, value in self.task.figures(model, batch, self._references[number]).items():
                 columns.setdefault(name, []).append(self.accelerator.gather_for_metrics(value).cpu())
         means = {name: torch.cat(parts).double().nanmean() for name, parts in columns.items()}
-        return {name: value.item() for name, value in means.items() if not value.isnan()}
+        return self.task.summarize({name: value.item() for name, value in means.items() if not value.isnan()})

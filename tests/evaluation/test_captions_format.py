@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dtem_hf import BadValue
-from dtem_hf.evaluation.captions_format import read_annotations, read_predictions, write_predictions
+from dtem_hf.evaluation.captions_format import has_splits, read_annotations, read_predictions, write_predictions
 
 
 COCO = {
@@ -50,6 +50,42 @@ def test_karpathy_split_by_coco_id(write):
         (5, "val2014/x.jpg", ["A bus."]),
         (2, "z.jpg", ["A", "B"]),
     ]
+
+
+def test_karpathy_splits_are_joined_by_plus(write):
+    assert list(read_annotations(write(KARPATHY), "train+test")) == [5, 6, 2]
+
+
+def test_table_of_images_and_captions(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text('image,caption\nb.jpg,A cat .\na.jpg,"A dog, brown"\nb.jpg,A black cat\n')
+    images = read_annotations(path)
+    assert [(k, v.file_name, v.captions) for k, v in images.items()] == [
+        (0, "b.jpg", ["A cat .", "A black cat"]),
+        (1, "a.jpg", ["A dog, brown"]),
+    ]
+    with pytest.raises(BadValue, match=r"split='train': nothing, as captions\.txt is a table"):
+        read_annotations(path, "train")
+
+
+def test_only_karpathys_file_has_splits(write, tmp_path):
+    (tmp_path / "captions.txt").write_text("image,caption\n")
+    assert has_splits(write(KARPATHY))
+    assert not has_splits(write(COCO)) and not has_splits(tmp_path / "captions.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,text\na.png,x\n", "the columns image and caption"),
+        ("image,caption\n", "at least one image with a caption"),
+        ("image,caption\na.png,\n", "line 2.*an image and a caption"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named(tmp_path, content, message):
+    (tmp_path / "c.txt").write_text(content)
+    with pytest.raises(BadValue, match=message):
+        read_annotations(tmp_path / "c.txt")
 
 
 def test_predictions_come_back_as_written(tmp_path):

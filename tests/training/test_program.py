@@ -17,7 +17,8 @@ from transformers import ViTForImageClassification
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
 from dtem_hf.data import ProcessedImages, collate, load_images, load_processor
 from dtem_hf.training.arguments import TrainArguments
-from dtem_hf.training.program import _Run, freeze_backbone, train
+from dtem_hf.training.parameters import freeze_backbone
+from dtem_hf.training.program import _Run, train
 
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +182,7 @@ def test_loss_that_is_not_finite_stops_the_run(options):
         ({"r": "-1"}, "r=-1"),
         ({"r": "[1, 2]"}, "r=.*2 layers and the model has 4"),
         ({"r": "many"}, "r='many'"),
-        ({"task": "guessing"}, "task='guessing'.*classification, distillation"),
+        ({"task": "guessing"}, "task='guessing'.*classification, contrastive, distillation"),
         ({"augmentation": "blur"}, "augmentation='blur'"),
         ({"validation_size": 48}, "validation_size=48.*fewer than the 48"),
         ({"embed_dim": 5}, "embed_dim=5.*multiple of 16"),

@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, GitForCausalLM
 
 from dtem_hf import BadValue
 from dtem_hf.data import load_processor
-from dtem_hf.training.small_git import SmallGitArguments, caption_loss, main, make_tokenizer, read_captions
+from dtem_hf.evaluation.captions_format import read_annotations
+from dtem_hf.training.captioned_images import hold_out
+from dtem_hf.training.small_git import SmallGitArguments, caption_loss, main, make_tokenizer, train_small_git
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
@@ -68,18 +70,18 @@ def test_padding_has_no_loss(coloured):
     assert torch.equal(seen["labels"][1], batch["input_ids"][1])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("file,text\na.png,x\n", "the columns image and caption"),
-        ("image,caption\n", "at least one caption"),
-        ("image,caption\na.png,\n", "line 2.*an image and a caption"),
-    ],
-)
-def test_captions_that_cannot_be_read_are_named(tmp_path, content, message):
-    (tmp_path / "c.txt").write_text(content)
-    with pytest.raises(BadValue, match=message):
-        read_captions(str(tmp_path / "c.txt"))
+def test_images_that_are_held_out_are_those_of_training(coloured):
+    """Neither of the two sees what validation will see, its captions' words among them."""
+    lines = (coloured / "captions.txt").read_text().splitlines()
+    (coloured / "captions.txt").write_text("\n".join([*lines, *(f"{i}.png,word{i}" for i in range(12))]) + "\n")
+    options = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "vision_layers": 1, "text_layers": 1, "steps": 1}
+    files = {"images": str(coloured / "images"), "captions": str(coloured / "captions.txt")}
+    record = train_small_git(SmallGitArguments(**files, **options, validation_size=4, output_dir=str(coloured / "g")))
+    assert record["num_images"] == 8 and record["num_captions"] == 24
+    _, held_out = hold_out(read_annotations(files["captions"]), 4)
+    pieces = AutoTokenizer.from_pretrained(coloured / "g").get_vocab()
+    for i in range(12):
+        assert (f"word{i}" in pieces) == (i not in held_out)
 
 
 def test_bad_options_are_named():

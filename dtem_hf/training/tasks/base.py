@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data import load_processor
 from ...errors import BadValue
+from ...modeling import detach
 
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ class Task(ABC):
 
     def __init__(self, arguments: TrainArguments) -> None:
         self.arguments = arguments
+        self._teacher: Any = None
 
     @abstractmethod
     def load_model(self) -> Any:
@@ -67,6 +72,31 @@ class Task(ABC):
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Any) -> dict[str, Tensor]:
         """Validation figures of the hard model, each [B] with one value per item; NaN where an item has none."""
 
+    def summarize(self, means: dict[str, float]) -> dict[str, float]:
+        """The figures' means over all items, and what is computed from them."""
+        return means
+
+    def keep_teacher(self, model: Any) -> None:
+        """Copy a model, unmerged and frozen, before its backbone learns: `unmerged` then runs the copy."""
+        self._teacher = detach(copy.deepcopy(model)).eval().requires_grad_(False)
+
+    def teacher(self, plain_model: Any) -> Any:
+        """The model that `unmerged` runs: the copy where the backbone learns, or else the model itself."""
+        return plain_model if self._teacher is None else self._teacher.to(plain_model.device)
+
+    @torch.no_grad()
+    def unmerged(self, plain_model: Any, **inputs: Any) -> Any:
+        """What the model that training began with puts out without merging."""
+        if self._teacher is not None:
+            return self.teacher(plain_model)(**inputs)
+        with plain_model.unmerged():
+            return plain_model(**inputs)
+
+    def save_model(self, model: Any, folder: Path) -> None:
+        """Write the whole merged model, with what it takes to feed it, into an empty folder."""
+        model.save_pretrained(folder)
+        load_processor(self.arguments.model).save_pretrained(folder)
+
 
 def task_names() -> list[str]:
     """The names a command line may give."""
@@ -78,13 +108,6 @@ def make_task(arguments: TrainArguments) -> Task:
     if arguments.task not in _TASKS:
         raise BadValue("task", arguments.task, f"one of {', '.join(task_names())}")
     return _TASKS[arguments.task](arguments)
-
-
-@torch.no_grad()
-def unmerged_logits(model: Any, pixel_values: Tensor) -> Tensor:
-    """What the same model says without merging: [B, classes], float32."""
-    with model.unmerged():
-        return model(pixel_values=pixel_values).logits.float()
 
 
 def kl_to(reference: Tensor, logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels of the data (METHOD.md section 5)."""
+"""Cross-entropy with the labels of the data, mixed as the images are (METHOD.md section 5)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import BadValue
-from .images import ImageTask
+from ..mixing import soft_targets
+from .images import ClassifierTask
 
 
-class Classification(ImageTask):
-    """Every image needs a label."""
+class Classification(ClassifierTask):
+    """Every image needs a label. Trained end to end, a model may come without a head."""
 
     name: ClassVar[str] = "classification"
     ranked_by: ClassVar[str] = "cross_entropy"
@@ -23,4 +24,10 @@ class Classification(ImageTask):
             raise BadValue(
                 "task", self.name, f"image {int(unlabelled[0])} has no label; label it, or use task distillation"
             )
-        return F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"])
+        mixed = self.mixed(batch)
+        logits = model(pixel_values=mixed.pixel_values).logits.float()
+        targets = soft_targets(batch["labels"], mixed, logits.shape[-1])
+        return F.cross_entropy(logits, targets, label_smoothing=self.arguments.label_smoothing)
+
+    def _may_lack_head(self) -> bool:
+        return self.arguments.train_backbone

@@ -1,4 +1,4 @@
-"""Label-free: a merged model should say what the same model says without merging."""
+"""Label-free: a merged classifier should say what the same model says without merging."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import kl_to, unmerged_logits
-from .images import ImageTask
+from ..features import feature_distance, recorded_features
+from .base import kl_to
+from .images import ClassifierTask
 
 
-class Distillation(ImageTask):
-    """KL from the model's own unmerged output; any folder of images will do."""
+class Distillation(ClassifierTask):
+    """KL from the model's own unmerged logits, and a distance of final features if `feature_weight` says so."""
 
     name: ClassVar[str] = "distillation"
     ranked_by: ClassVar[str] = "kl"
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        reference = unmerged_logits(plain_model, batch["pixel_values"])
-        return kl_to(reference, model(pixel_values=batch["pixel_values"]).logits).mean()
+        a, pixels = self.arguments, self.mixed(batch).pixel_values
+        if not a.feature_weight:
+            reference = self.unmerged(plain_model, pixel_values=pixels).logits.float()
+            return kl_to(reference, model(pixel_values=pixels).logits).mean()
+        with recorded_features(self.teacher(plain_model), a.features) as features:
+            reference, reference_features = self.unmerged(plain_model, pixel_values=pixels).logits.float(), features()
+        with recorded_features(plain_model, a.features) as features:
+            logits = model(pixel_values=pixels).logits
+            distance = feature_distance(reference_features, features(), a.feature_loss)
+        return (kl_to(reference, logits) + a.feature_weight * distance).mean()

@@ -1,4 +1,4 @@
-"""What the tasks on image classifiers have in common: labelled or unlabelled images, and figures of the logits."""
+"""What the tasks on images alone have in common: where the images come from; and the figures of classifiers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from torch.nn import functional as F
 from ...auto import AutoModelForImageClassification
 from ...data import ProcessedImages, collate, load_images, load_processor
 from ...errors import BadValue
-from .base import Task, TaskData, kl_to, unmerged_logits
+from ..mixing import Mixed, mix
+from .base import Task, TaskData, kl_to
 
 
 class ImageTask(Task):
-    """Base of tasks whose model maps images to logits."""
-
-    def load_model(self) -> Any:
-        a = self.arguments
-        return AutoModelForImageClassification.from_pretrained(a.model, merge=a.merge_config())
+    """Base of tasks that learn from images, with labels or without."""
 
     def load_data(self, model: Any) -> TaskData:
         a = self.arguments
@@ -36,15 +33,49 @@ class ImageTask(Task):
         else:
             held_out = load_images(a.validation_data, a.validation_split).shuffle(seed=0)
             held_out = held_out.select(range(min(a.validation_size, len(held_out))))
-        options: dict[str, Any] = {"processor": processor, "num_labels": model.config.num_labels, "seed": a.seed}
+        options: dict[str, Any] = {"processor": processor, "num_labels": self.num_labels(model), "seed": a.seed}
         return TaskData(
             ProcessedImages(images, augmentation=a.augmentation, **options),
             ProcessedImages(held_out, **options),
             collate,
         )
 
+    def num_labels(self, model: Any) -> int | None:
+        """How many classes there are; None where labels are not looked at."""
+        return None
+
+    def mixed(self, batch: dict[str, Tensor]) -> Mixed:
+        """The batch under mixup and cutmix, as the options say. What is drawn depends on the batch's first item."""
+        a = self.arguments
+        key = (a.seed, int(batch["epoch"][0]), int(batch["index"][0])) if a.mixup or a.cutmix else ()
+        return mix(batch["pixel_values"], a.mixup, a.cutmix, key)
+
+
+class ClassifierTask(ImageTask):
+    """Base of tasks whose model maps images to logits."""
+
+    def load_model(self) -> Any:
+        a = self.arguments
+        model, info = AutoModelForImageClassification.from_pretrained(
+            a.model, merge=a.merge_config(), output_loading_info=True
+        )
+        if info["missing_keys"] and not self._may_lack_head():
+            raise BadValue(
+                "model",
+                a.model,
+                f"a trained classifier, and this one lacks {min(info['missing_keys'])}; an encoder without a head is "
+                "taught by --task feature_distillation",
+            )
+        return model
+
+    def _may_lack_head(self) -> bool:
+        return False
+
+    def num_labels(self, model: Any) -> int | None:
+        return model.config.num_labels
+
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return unmerged_logits(plain_model, batch["pixel_values"])
+        return self.unmerged(plain_model, pixel_values=batch["pixel_values"]).logits.float()
 
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
         """KL to the unmerged model (nats), agreement with it and, where labelled, top-1 (%) and cross-entropy."""

@@ -1,0 +1,156 @@
+"""What merging costs a captioning model in the loss of captions that people wrote, on images held out of training.
+
+python recipes/evaluate_caption_loss.py --model runs/small-git --images path/to/flickr8k --captions captions.txt \\
+    --hold_out 200 --r 4 8 12 --adapter runs/small-git-dtem/adapter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from ..adapter import MergeAdapter
+from ..arguments import option, parse_arguments, parse_reduction
+from ..auto import auto_class
+from ..card import reduction_label
+from ..conditions import command, data_name, hardware, versions
+from ..data import load_processor
+from ..errors import BadValue
+from ..files import write_json
+from ..training.captioned_images import CaptionedImages, Images, hold_out
+from ..training.tasks.captioning import MODEL_INPUTS, caption_losses
+from ..training.tasks.captions import CaptionCollate
+from .captions_format import read_annotations
+from .classification import describe_model, evaluation_device
+from .variants import make_variants, method_names, run_in_turn
+
+
+@dataclass(kw_only=True)
+class CaptionLossArguments:
+    """Measure a captioning model's loss under several methods and amounts of merging."""
+
+    model: str = option("captioning model: Hub id or local folder")
+    images: str = option("folder of the captioned images")
+    captions: str = option("COCO's annotations, Karpathy's JSON, or a table of image and caption")
+    split: str | None = option("split of Karpathy's file: train, restval, val or test", default=None)
+    hold_out: int | None = option("only the images that training with this validation_size holds out", default=None)
+    methods: list[str] = option(f"some of {', '.join(method_names())}", default_factory=lambda: ["tome", "dtem"])
+    r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["4", "8", "12"])
+    adapter: str | None = option("trained adapter for dtem: Hub id or local folder", default=None)
+    max_caption_tokens: int = option("captions are cut to this length", default=40)
+    batch_size: int = option("captions per batch", default=32)
+    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
+    output: str = option("file for the result", default="runs/caption_loss.json")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "hold_out"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadValue(name, getattr(self, name), "1 or more")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, print and write the result."""
+    arguments = parse_arguments(CaptionLossArguments, argv, __doc__ or "")
+    result = evaluate_caption_loss(arguments)
+    write_json(arguments.output, result)
+    print_table(result)
+    print(f"written: {arguments.output}")
+
+
+@torch.inference_mode()
+def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
+    """Every row's mean loss per caption (nats per token), and the captions for which it is below ToMe's at its r."""
+    a, device = arguments, evaluation_device(arguments.device)
+    config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
+    model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
+    adapters = {} if a.adapter is None else {a.adapter: MergeAdapter.from_reference(a.adapter)}
+    variants = make_variants(model, a.methods, [parse_reduction(text) for text in a.r], [], adapters)
+    images: Images = read_annotations(a.captions, a.split)
+    if a.hold_out is not None:
+        _, images = hold_out(images, a.hold_out)
+    data = CaptionedImages(images, Path(a.images), load_processor(a.model), every_caption=True)
+    collate = CaptionCollate(
+        AutoTokenizer.from_pretrained(a.model), {"max_length": a.max_caption_tokens, "padding": True}
+    )
+    parts: list[list[torch.Tensor]] = [[] for _ in variants]
+    for batch in tqdm(DataLoader(data, a.batch_size, collate_fn=collate), desc="captions", unit="batch"):
+        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS}
+        outputs, _ = run_in_turn(variants, lambda merged: merged(**inputs).logits, device)  # noqa: B023 (run at once)
+        for part, logits in zip(parts, outputs, strict=True):
+            part.append(caption_losses(logits, batch["labels"].to(device)).double().cpu())
+    losses = [torch.cat(part) for part in parts]
+    rows = [
+        {
+            "method": variant.method,
+            "r": variant.shown_r,
+            "visual_tokens": variant.plan.output_tokens,
+            "ratio": variant.plan.ratio,
+            "loss": own.nanmean().item(),
+            "loss_ratio": (own.nanmean() / losses[0].nanmean()).item(),
+            # Of the mean difference to the unmerged model, caption by caption.
+            "added_loss": (own - losses[0]).nanmean().item(),
+            "standard_error": standard_error(own - losses[0]),
+        }
+        for variant, own in zip(variants, losses, strict=True)
+    ]
+    return {
+        "command": command(),
+        "model": describe_model(a.model, model),
+        "adapter": a.adapter,
+        "data": {"name": data_name(a.images), "num_images": len(images), "num_captions": data.num_captions},
+        "batch_size": a.batch_size,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "rows": rows,
+        "comparisons": _compare(variants, losses),
+    }
+
+
+def _compare(variants: Sequence[Any], losses: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+    """DTEM's loss minus ToMe's at the same r, caption by caption."""
+    by_row = {(v.method, str(v.shown_r)): own for v, own in zip(variants, losses, strict=True)}
+    found = []
+    for variant, own in zip(variants, losses, strict=True):
+        other = by_row.get(("tome", str(variant.shown_r)))
+        if variant.method == "dtem" and other is not None:
+            difference = own - other
+            found.append(
+                {
+                    "r": variant.shown_r,
+                    "dtem_minus_tome": difference.nanmean().item(),
+                    "standard_error": standard_error(difference),
+                }
+            )
+    return found
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Standard error of the mean of values that are not NaN."""
+    known = values[~values.isnan()]
+    return (known.std() / len(known) ** 0.5).item() if len(known) > 1 else 0.0
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Show the rows, and DTEM against ToMe, in the terminal."""
+    data = result["data"]
+    table = Table(title=f"{result['model']['name']} on {data['num_captions']} captions of {data['num_images']} images")
+    for column in ("method", "r", "visual tokens", "share", "loss", "ratio", "added", "±"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in result["rows"]:
+        r = "" if row["r"] is None else reduction_label(row["r"])
+        shares = [f"{row['ratio']:.3f}", f"{row['loss']:.4f}", f"{row['loss_ratio']:.4f}"]
+        errors = [f"{row['added_loss']:+.4f}", f"{row['standard_error']:.4f}"]
+        table.add_row(row["method"], r, str(row["visual_tokens"]), *shares, *errors)
+    Console(width=120).print(table)
+    for each in result["comparisons"]:
+        difference = f"{each['dtem_minus_tome']:+.4f} ± {each['standard_error']:.4f}"
+        print(f"r={each['r']}: DTEM − ToMe = {difference} nats per token")

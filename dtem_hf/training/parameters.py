@@ -1,0 +1,84 @@
+"""What learns in a run, how fast, and what is random meanwhile: the embedding alone, or the backbone with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..backbones import find_backbone
+from ..modeling import merged_layers
+
+
+if TYPE_CHECKING:
+    from .arguments import TrainArguments
+
+
+def freeze_backbone(model: Any) -> None:
+    """Leave only the learned embedding to be trained, and relax the layers without waking the backbone's dropout."""
+    choose_learned(model, train_backbone=False)
+    relax(model, True)
+
+
+def choose_learned(model: Any, train_backbone: bool) -> None:
+    """Say which parameters get gradients: the embedding, and the backbone where it is trained end to end."""
+    model.requires_grad_(train_backbone)
+    for parameter in model.merge_parameters():
+        parameter.requires_grad_(True)
+
+
+def learned_parameters(model: Any) -> Iterator[nn.Parameter]:
+    """The parameters that get gradients."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
+    """Merge softly or hard; dropout and drop path are on only where a backbone is trained, and the merge is soft.
+
+    A frozen backbone is one fixed function.
+    """
+    model.train(soft and train_backbone)
+    for layer in merged_layers(model):
+        layer.training = soft
+
+
+def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, Any]]:
+    """Parameter groups of an optimiser: the embedding with `lr`, then the backbone with `backbone_lr`, if it learns.
+
+    With `layer_decay` d, the learning rate of layer i of L (from 1) is d^(L + 1 - i) of the backbone's, that of the
+    patch and position embeddings d^(L + 1), and what follows the layers learns at full rate (BEiT, arXiv 2106.08254).
+    Weight decay acts on the weights of linear maps and convolutions, and not on biases, norms and positions.
+    """
+    a = arguments
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    embedding = list(model.merge_parameters())
+    result = [{"name": "embedding", "params": embedding, "lr": a.lr, "weight_decay": a.weight_decay}]
+    if not a.train_backbone:
+        return result
+    own = {id(parameter) for parameter in embedding}
+    depths, deepest = _depths(model)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    for parameter in learned_parameters(model):
+        if id(parameter) in own:
+            continue
+        depth, decayed = depths.get(id(parameter), deepest), id(parameter) in matrices
+        if (depth, decayed) not in groups:
+            groups[depth, decayed] = {
+                "name": f"backbone {depth}{' decayed' if decayed else ''}",
+                "params": [],
+                "lr": a.backbone_lr * a.layer_decay ** (deepest - depth),
+                "weight_decay": a.backbone_weight_decay if decayed else 0.0,
+            }
+        groups[depth, decayed]["params"].append(parameter)
+    return result + [groups[key] for key in sorted(groups)]
+
+
+def _depths(model: Any) -> tuple[dict[int, int], int]:
+    """Depth by the identity of a parameter: 0 for embeddings, i for layer i from 1; and the depth of all else."""
+    _, encoder = find_backbone(model)
+    layers = merged_layers(model)
+    depths = {id(p): 0 for name, p in encoder.named_parameters() if "embeddings" in name.split(".")}
+    for number, layer in enumerate(layers, start=1):
+        depths.update({id(parameter): number for parameter in layer.parameters()})
+    return depths, len(layers) + 1

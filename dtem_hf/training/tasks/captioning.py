@@ -1,0 +1,59 @@
+"""Captioning models (GIT, BLIP): the language model's loss on captions that people wrote."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from ...auto import auto_class
+from ...errors import BadValue
+from .captions import CaptionTask
+
+
+MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+
+
+class Captioning(CaptionTask):
+    """The model's own loss; it needs `captions`, and the images they are about in the folder `data`."""
+
+    name: ClassVar[str] = "captioning"
+    ranked_by: ClassVar[str] = "loss"
+
+    def load_model(self) -> Any:
+        a = self.arguments
+        config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
+        model = auto_class(config).from_pretrained(a.model, merge=a.merge_config())
+        if not model.can_generate():
+            raise BadValue("model", a.model, f"a model that writes captions (GIT, BLIP), not {type(model).__name__}")
+        return model
+
+    def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return model(**{name: batch[name] for name in MODEL_INPUTS}, labels=batch["labels"]).loss
+
+    def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        output = self.unmerged(plain_model, **{name: batch[name] for name in MODEL_INPUTS})
+        return caption_losses(output.logits, batch["labels"])
+
+    def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
+        """Loss of each caption (nats per token) of the hard and of the unmerged model."""
+        output = model(**{name: batch[name] for name in MODEL_INPUTS})
+        return {"loss": caption_losses(output.logits, batch["labels"]), "unmerged_loss": reference}
+
+    def summarize(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds `ratio`, of the loss to the unmerged model's."""
+        return {**means, "ratio": means["loss"] / means["unmerged_loss"]}
+
+
+def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each caption's tokens but the first: [B, V + T, classes], [B, T] -> [B].
+
+    The V logits of visual tokens, which GIT puts in front of those of the text, are left out.
+    """
+    predicted, wanted = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
+    losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
+    counted = (wanted != -100).sum(dim=1)
+    return torch.where(counted > 0, losses.sum(dim=1) / counted, torch.nan)

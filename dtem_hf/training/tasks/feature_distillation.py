@@ -1,0 +1,65 @@
+"""Label-free, for encoders without a head (CLIP's and SigLIP's, DINOv2, ViT …): features stay what they were."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from ...auto import AutoModel
+from ..features import feature_distance, recorded_features
+from .images import ImageTask
+
+
+class FeatureDistillation(ImageTask):
+    """Distance of the model's features, as the options `features` and `feature_loss` say, to its unmerged own."""
+
+    name: ClassVar[str] = "feature_distillation"
+    ranked_by: ClassVar[str] = "distance"
+
+    def load_model(self) -> Any:
+        """The encoder alone: of a model that reads text too, its vision part."""
+        a = self.arguments
+        config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
+        vision = getattr(config, "vision_config", config)
+        return AutoModel.from_pretrained(a.model, merge=a.merge_config(), config=vision)
+
+    def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        a, pixels = self.arguments, self.mixed(batch).pixel_values
+        reference = self._unmerged_features(plain_model, pixels)
+        with recorded_features(plain_model, a.features) as features:
+            model(pixel_values=pixels)
+            return feature_distance(reference, features(), a.feature_loss).mean()
+
+    def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return self._unmerged_features(plain_model, batch["pixel_values"])
+
+    def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
+        """Distance and cosine to the unmerged features, and how often they find the same image.
+
+        `retrieval` (%): whether the image of the batch whose unmerged features are nearest, itself aside, is the same
+        for merged and unmerged features.
+        """
+        with recorded_features(model, self.arguments.features) as recorded:
+            model(pixel_values=batch["pixel_values"])
+            features = recorded()
+        same = nearest(features, reference) == nearest(reference, reference)
+        return {
+            "distance": feature_distance(reference, features, self.arguments.feature_loss),
+            "cosine": F.cosine_similarity(features, reference, dim=-1),
+            "retrieval": (100.0 * same) if len(same) > 2 else torch.full_like(features[:, 0], torch.nan),
+        }
+
+    def _unmerged_features(self, plain_model: Any, pixel_values: Tensor) -> Tensor:
+        with recorded_features(self.teacher(plain_model), self.arguments.features) as features:
+            self.unmerged(plain_model, pixel_values=pixel_values)
+            return features()
+
+
+def nearest(queries: Tensor, gallery: Tensor) -> Tensor:
+    """For query i, the place of the most similar of all others: [B, D] twice -> [B]."""
+    scores = F.normalize(queries, dim=-1) @ F.normalize(gallery, dim=-1).T
+    return scores.fill_diagonal_(-torch.inf).argmax(dim=-1)

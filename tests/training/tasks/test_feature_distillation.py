@@ -1,0 +1,91 @@
+"""Features: what is compared in which model, by hand, softly and hard; and who finds whom."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
+
+from dtem_hf import BadValue, DTEMConfig, attach
+from dtem_hf.training.features import feature_distance, recorded_features
+from dtem_hf.training.parameters import freeze_backbone, relax
+from dtem_hf.training.tasks.feature_distillation import nearest
+
+
+CASES = [
+    ("clip_folder", CLIPVisionModel, "auto", lambda out: out.pooler_output),
+    ("clip_folder", CLIPVisionModel, "cls", lambda out: out.last_hidden_state[:, 0]),
+    ("clip_folder", CLIPVisionModel, "patches", lambda out: out.last_hidden_state[:, 1:].mean(1)),
+    ("siglip_folder", SiglipVisionModel, "auto", lambda out: out.pooler_output),
+    ("siglip_folder", SiglipVisionModel, "patches", lambda out: out.last_hidden_state.mean(1)),
+    ("vit_folder", ViTModel, "auto", lambda out: out.last_hidden_state[:, 0]),  # its pooler is not in the checkpoint
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("folder", "stock", "kind", "expected"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_unmerged_features_are_the_stock_models(folder, stock, kind, expected, options, request, make_run):
+    folder = str(request.getfixturevalue(folder))
+    run = make_run({**options, "model": folder, "task": "feature_distillation", "features": kind})
+    batch = run.data.collate([run.data.train[0, i] for i in range(3)])
+    reference = run.task.reference(run.model, batch)
+    torch.testing.assert_close(reference, expected(stock.from_pretrained(folder).eval()(batch["pixel_values"])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("soft", [False, True])
+def test_mean_of_patches_is_weighted_by_sizes(clip_folder, soft):
+    """A token that stands for three patches counts three times, as the trace says how large tokens are."""
+    model = attach(CLIPVisionModel.from_pretrained(clip_folder), DTEMConfig(r=4))
+    freeze_backbone(model)
+    relax(model, soft)
+    pixels = torch.randn(2, 3, 32, 32)
+    with model.trace_merging() as trace, recorded_features(model, "patches") as features:
+        model(pixel_values=pixels)
+        pooled = features()
+    tokens = model(pixel_values=pixels).last_hidden_state
+    sizes = trace.sizes[-1][:, 1:]
+    assert tokens.shape[1] == (17 if soft else 5)
+    by_hand = torch.stack([
+        sum(size * token for size, token in zip(sizes[b], tokens[b, 1:], strict=True)) / sizes[b].sum()
+        for b in range(2)
+    ])  # fmt: skip
+    torch.testing.assert_close(pooled, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_distances_by_hand():
+    reference, features = torch.randn(4, 7), torch.randn(4, 7)
+    for i in range(4):
+        a, b = reference[i].double(), features[i].double()
+        cosine = 1 - (a @ b / (a.norm() * b.norm())).item()
+        assert feature_distance(reference, features, "cosine")[i].item() == pytest.approx(cosine, abs=1e-6)
+        squares = sum((x - y) ** 2 for x, y in zip(a.tolist(), b.tolist(), strict=True)) / 7
+        assert feature_distance(reference, features, "mse")[i].item() == pytest.approx(squares, rel=1e-5)
+
+
+def test_nearest_is_somebody_else():
+    gallery, queries = torch.randn(6, 5), torch.randn(6, 5)
+    found = nearest(queries, gallery)
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        best = max(others, key=lambda j: F.cosine_similarity(queries[i], gallery[j], dim=0).item())
+        assert found[i] == best
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "message"),
+    [
+        ("siglip_folder", "cls", "features='cls': pooled or patches, as SiglipVisionModel has no CLS"),
+        ("clip_folder", "middle", "features='middle': one of auto, pooled, cls, patches"),
+    ],
+)
+def test_features_that_a_model_has_not(folder, kind, message, options, request, make_run):
+    changes = {"model": str(request.getfixturevalue(folder)), "task": "feature_distillation", "features": kind}
+    with pytest.raises(BadValue, match=message):
+        run = make_run({**options, **changes})
+        run.task.loss(run.model, run.model, run.data.collate([run.data.train[0, 0]]))
+
+
+def test_encoder_without_a_head_is_sent_here(options, make_run, tmp_path):
+    ViTModel.from_pretrained(options["model"]).save_pretrained(tmp_path / "bare")
+    with pytest.raises(BadValue, match=r"lacks classifier.*feature_distillation"):
+        make_run({**options, "model": str(tmp_path / "bare")})
