@@ -31,7 +31,7 @@ from .hub import cached_commit
 from .reducers import Reducer, make_reducer
 from .schedule import EncoderCost, FlopsSchedule, MergePlan
 from .scope import Scope, current_scope, open_scope
-from .token_state import MergeTrace, TokenState
+from .token_state import MergeStep, MergeTrace, TokenState
 
 
 EMBEDDING_KEYS = r"(^|\.)merge_embedding\."
@@ -48,6 +48,7 @@ class PassOptions:
 
     merge: bool = True
     trace: MergeTrace | None = None
+    steps: list[MergeStep] | None = None
 
 
 # Keyed by the identity of an encoder: threads, and models inside models, do not see each other's options.
@@ -147,6 +148,7 @@ class EncoderMerging(Renamed, ScopedForward):
             masked=masked,
             sizes=merging.backbone.padding_sizes(self, inputs),  # type: ignore[arg-type]
             keep_sources=keep_sources,
+            steps=None if options is None else options.steps,
         )
 
     def _check_checkpointing(self, merging: Merging) -> None:
@@ -336,6 +338,12 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
     return model
 
 
+def load_embedding(model: Any, adapter: MergeAdapter) -> None:
+    """Put an adapter's embedding in the place of a merged model's own; its config stays. Raises ValueError."""
+    adapter.check_fits(_facts(model))
+    adapter.load_into(_embedding(_merged_encoder(model)))
+
+
 def detach(model: PreTrainedModel) -> Any:
     """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
     inner = _inside(model)
@@ -468,6 +476,14 @@ def merged_layers(model: Any) -> Sequence[nn.Module]:
     """The encoder layers in which a model merges, in order."""
     backbone, encoder = find_backbone(model)
     return backbone.layers(encoder)
+
+
+@contextmanager
+def recorded_steps(model: Any) -> Iterator[list[MergeStep]]:
+    """`with recorded_steps(model) as steps:` appends what every layer that merges by matching chose from."""
+    steps: list[MergeStep] = []
+    with _pass_options(_merged_encoder(model), steps=steps):
+        yield steps
 
 
 def _merged_encoder(model: Any) -> Any:

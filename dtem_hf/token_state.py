@@ -26,6 +26,23 @@ class MergeTrace:
     sizes: list[Tensor] = field(default_factory=list)
 
 
+@dataclass
+class MergeStep:
+    """What a layer chose its merges from, for training that judges every possible one.
+
+    Tokens `x` [B, n, D] (their gradient can be asked for), `sizes` [B, n] or None where all are 1, what they were
+    compared by (`metric`) and would be by the mean attention key (`keys`) [B, n, d], which of them are `padding`
+    [B, n] or None, and how many were merged away.
+    """
+
+    x: Tensor
+    sizes: Tensor | None
+    metric: Tensor
+    keys: Tensor
+    padding: Tensor | None
+    r: int
+
+
 class TokenState:
     """Token sizes and counts of one forward pass, by layer; made new for every pass and never kept on a module.
 
@@ -33,7 +50,7 @@ class TokenState:
     reads the entry it read before.
 
     `resolve` maps a number of tokens to one r per layer. `sizes` [B, N] are given where the tokens come with padding,
-    which has size 0. With `keep_sources`, every layer's source map is kept.
+    which has size 0. With `keep_sources`, every layer's source map is kept; `steps` is filled, if it is given.
     """
 
     def __init__(
@@ -45,9 +62,11 @@ class TokenState:
         masked: bool = False,
         sizes: Tensor | None = None,
         keep_sources: bool = False,
+        steps: list[MergeStep] | None = None,
     ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.embedding = embedding
+        self.steps = steps
         self._masked = masked
         self._padded = sizes is not None
         self._resolve = resolve

@@ -1,8 +1,9 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
 from .attention import SMALLEST_SIZE, size_bias
+from .damage import first_order_change
 from .fusing import fuse_tokens, fused_source_map, split_by_score
-from .matching import Matching, bipartite_soft_matching, cosine_scores, split_counts
+from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first, split_counts, split_even_odd
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
 from .relaxation import (
     merge_along_flow,
@@ -22,12 +23,14 @@ __all__ = [
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
+    "first_order_change",
     "fuse_tokens",
     "fused_source_map",
     "merge_along_flow",
     "merge_tokens",
     "move_mass",
     "permute_tokens",
+    "put_empty_first",
     "size_bias",
     "size_order",
     "soft_assignment",
@@ -36,6 +39,7 @@ __all__ = [
     "source_map",
     "split_by_score",
     "split_counts",
+    "split_even_odd",
     "straight_through_matching",
     "unmerge_tokens",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..configuration import MatchingConfig
-from ..token_state import TokenState
+from ..token_state import MergeStep, TokenState
 from .base import AttentionInputs, Reducer
 
 
@@ -30,7 +30,12 @@ class MatchingReducer(Reducer[M]):
         if r == 0:
             state.pass_on(index, x)
             return x
-        return self.merge(x, self.metric(normed, layer, index, state), r, layer, index, state)
+        metric = self.metric(normed, layer, index, state)
+        if state.steps is not None:
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            keys = self.backbone.mean_keys(layer, normed.detach())
+            state.steps.append(MergeStep(x, state.sizes(index), metric, keys, state.padding(index), r))
+        return self.merge(x, metric, r, layer, index, state)
 
     def merge(self, x: Tensor, metric: Tensor, r: int, layer: nn.Module, index: int, state: TokenState) -> Tensor:
         """Merge r tokens of layer `index` by a metric: x [B, n, D], metric [B, n, d] -> [B, n - r, D]."""

@@ -11,6 +11,7 @@ from ..configuration import DTEMConfig
 from ..errors import BadValue
 from .curriculum import CurriculumArguments
 from .features import FEATURE_LOSSES, FEATURES
+from .fisher import FisherArguments
 from .tasks import task_names
 
 
@@ -28,7 +29,7 @@ MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only
 
 
 @dataclass(kw_only=True)
-class TrainArguments(CurriculumArguments, MergeArguments):
+class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     """Learn a merge embedding for a frozen backbone."""
 
     model: str = option("backbone: Hub id or local folder")
@@ -45,6 +46,7 @@ class TrainArguments(CurriculumArguments, MergeArguments):
     )
     validation_captions: str | None = option("captions of the images to validate on", default=None)
     output_dir: str = option("folder for checkpoints, metrics and the adapter", default="runs/train")
+    start_from: str | None = option("adapter (Hub id or folder) to go on from, instead of init", default=None)
     task: str = option("what teaches the embedding: " + " or ".join(task_names()), default="distillation")
     steps: int = option("optimiser steps", default=400)
     batch_size: int = option("images per process and step", default=32)
@@ -116,6 +118,7 @@ class TrainArguments(CurriculumArguments, MergeArguments):
         if self.push_every and not self.push_to_hub:
             raise BadValue("push_every", self.push_every, "0, or push_to_hub and hub_model_id beside it")
         self.check_curriculum()
+        self.check_fisher()
         self.merge_config()
 
     def merge_config(self) -> DTEMConfig:

@@ -22,11 +22,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from ..adapter import MergeAdapter
 from ..arguments import parse_arguments
 from ..card import TRAINING_NAME, refreshed_card
 from ..conditions import command, data_name, hardware, versions
 from ..errors import BadValue
 from ..files import replacing_folder, write_json, write_text
+from ..modeling import load_embedding
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
@@ -75,12 +77,14 @@ class _Run:
         self.task, self.curriculum = make_task(arguments), Curriculum(arguments)
         set_seed(arguments.seed)
         self.model = self.task.load_model()
+        if arguments.start_from:
+            load_embedding(self.model, MergeAdapter.from_reference(arguments.start_from))
         if arguments.train_backbone:
             self.task.keep_teacher(self.model)
             # What the adapter belongs to is no longer the backbone that training began with.
             self.model.name_or_path = str(self.output / "model")
         choose_learned(self.model, arguments.train_backbone)
-        relax(self.model, True, arguments.train_backbone)
+        relax(self.model, self.task.soft, arguments.train_backbone)
         if arguments.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.data = self.task.load_data(self.model)
@@ -169,7 +173,7 @@ class _Run:
         relax(self.model, False)
         self.curriculum.leave(self.model)
         figures = self.validation(self.model)
-        relax(self.model, True, self.arguments.train_backbone)
+        relax(self.model, self.task.soft, self.arguments.train_backbone)
         if self.task.ranked_by not in figures:
             raise BadValue("task", self.task.name, "validation images with labels")
         self._log({"step": self.step, "validation": figures})

@@ -39,10 +39,14 @@ class TaskData:
 
 
 class Task(ABC):
-    """`name` is what the command line calls it; `ranked_by` the validation figure of which lower is better."""
+    """`name` is what the command line calls it; `ranked_by` the validation figure of which lower is better.
+
+    `soft` says whether the model merges softly when `loss` runs it.
+    """
 
     name: ClassVar[str]
     ranked_by: ClassVar[str]
+    soft: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:

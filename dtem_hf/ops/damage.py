@@ -1,0 +1,28 @@
+"""What a merge would do to the output, in first order: the damage of every edge of the bipartite graph."""
+
+import torch
+from torch import Tensor
+
+from .matching import split_even_odd
+
+
+_SMALLEST_TOTAL = 1e-12
+
+
+def first_order_change(x: Tensor, sizes: Tensor | None, gradient: Tensor, num_prefix_tokens: int = 1) -> Tensor:
+    """How much a function of the tokens changes, to first order, if two of them merge: [B, a, b] float32.
+
+    `x` and the function's `gradient` with respect to it [B, N, D], sizes [B, N] or None where all are 1. Entry (i, j)
+    is of A token i and B token j, which both become their size-weighted mean; of two tokens of no size, 0.
+    """
+    if sizes is None:
+        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        a, b = split_even_odd(x.float(), num_prefix_tokens)
+        grad_a, grad_b = split_even_odd(gradient.float(), num_prefix_tokens)
+        size_a, size_b = split_even_odd(sizes.unsqueeze(-1), num_prefix_tokens)
+        size_b = size_b.transpose(1, 2)
+        # A token moves towards its partner by the partner's share of their size.
+        pull_a = grad_a @ b.transpose(1, 2) - (grad_a * a).sum(dim=-1, keepdim=True)
+        pull_b = a @ grad_b.transpose(1, 2) - (grad_b * b).sum(dim=-1).unsqueeze(1)
+        return (size_b * pull_a + size_a * pull_b) / (size_a + size_b).clamp(min=_SMALLEST_TOTAL)
