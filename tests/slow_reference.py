@@ -16,23 +16,31 @@ def cosine(u: Tensor, v: Tensor) -> Tensor:
     return (u * v).sum() / (u.norm() * v.norm())
 
 
-def hard_matching(metric: Tensor, r: int, prefix: int) -> list[tuple[int, int]]:
-    """Section 3, for one image [N, d]: the r best pairs, equal scores to the lower position."""
-    metric = metric.double()
+def hard_matching(metric: Tensor, r: int, prefix: int, sizes: Tensor | None = None) -> list[tuple[int, int | None]]:
+    """Section 3, for one image [N, d]: the r best pairs, equal scores to the lower position.
+
+    With sizes [N], tokens of size 0 are padding: what of it is in A leaves first, and joins nobody (None).
+    """
+    directions = [row / row.norm() for row in metric.double()]
     free = range(prefix, len(metric))
+    real = [i for i in free if sizes is None or sizes[i] > 0]
     best = []
-    for i in (i for i in free if i % 2 == 0):
-        scores = [(cosine(metric[i], metric[j]).item(), -j) for j in free if j % 2 == 1]
+    for i in (i for i in real if i % 2 == 0):
+        scores = [((directions[i] @ directions[j]).item(), -j) for j in real if j % 2 == 1]
         if scores:
             score, minus_j = max(scores)
             best.append((-score, i, -minus_j))
-    return [(i, j) for _, i, j in sorted(best)[:r]]
+    padding = [(i, None) for i in free if i % 2 == 0 and i not in real]
+    return [*padding, *((i, j) for _, i, j in sorted(best))][:r]
 
 
 def hard_merge(
-    x: Tensor, sizes: Tensor, pairs: list[tuple[int, int]], prefix: int
+    x: Tensor, sizes: Tensor, pairs: list[tuple[int, int | None]], prefix: int
 ) -> tuple[Tensor, Tensor, list[int], dict[int, int]]:
-    """Section 3, for one image: features, sizes, the source map, and {output: input} of the tokens nobody joined."""
+    """Section 3, for one image: features, sizes, the source map, and {output: input} of the tokens nobody joined.
+
+    Whoever leaves and joins nobody is at -1 in the source map.
+    """
     x, sizes = x.double(), sizes.double()
     free = range(prefix, len(x))
     leaving = {i for i, _ in pairs}
@@ -45,7 +53,7 @@ def hard_merge(
     for position, i in enumerate(order):
         members = [i, *(a for a, b in pairs if b == i)]
         mass = sum(sizes[k] for k in members)
-        rows.append(sum(sizes[k] * x[k] for k in members) / mass)
+        rows.append(x[i] if len(members) == 1 else sum(sizes[k] * x[k] for k in members) / mass)
         new_sizes.append(mass)
         for k in members:
             source[k] = position
@@ -85,17 +93,25 @@ def soft_merge(
     top_k: int = 3,
     t1: float = 0.1,
     t2: float = 0.1,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Section 4, for one image, before the tokens are sorted; differentiable."""
+    """Section 4, for one image, before the tokens are sorted; differentiable.
+
+    If it is padded, a token of size 0 outranks every cosine, and nothing else is drawn to one.
+    """
     a, b = list(range(prefix, active, 2)), list(range(prefix + 1, active, 2))
     directions = [row / row.norm() for row in metric]
     scores = torch.stack([torch.stack([directions[i] @ directions[j] for j in b]) for i in a])
+    if padded:
+        scores[:, sizes[b] == 0] = -2.0
+        scores[sizes[a] == 0] = 2.0
     assignment = soft_grouping(scores, r, top_k, t1, t2)
     new_x, new_sizes = list(x), list(sizes)
     for column, j in enumerate(b):
         flow = assignment[:, column] * sizes[a]
         new_sizes[j] = sizes[j] + flow.sum()
-        new_x[j] = (sizes[j] * x[j] + flow @ x[a]) / new_sizes[j]
+        if new_sizes[j] > 0:
+            new_x[j] = (sizes[j] * x[j] + flow @ x[a]) / new_sizes[j]
     for row, i in enumerate(a):
         left = 1 - assignment[row].sum()
         new_sizes[i] = sizes[i] * (left + (left.clamp(0, 1) - left).detach())
@@ -108,18 +124,44 @@ def sort_by_size(sizes: Tensor, active: int, prefix: int) -> list[int]:
     return [*range(prefix), *sorted(free, key=lambda i: -sizes[i].item()), *range(active, len(sizes))]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scaling: float, sizes: Tensor | None) -> Tensor:
-    """Section 1, for one image: the exponentials are multiplied by the sizes. q, k, v [N, H·d] -> [N, H·d]."""
+def fuse(x: Tensor, sizes: Tensor, attended: Tensor, num_kept: int, prefix: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Section 7, for one image: keep the patches attended to most [N], fuse the others; and the source map."""
+    patches = range(prefix, len(x))
+    ranked = sorted(patches, key=lambda i: -attended[i].item())
+    staying, fused = [*range(prefix), *sorted(ranked[:num_kept])], ranked[num_kept:]
+    rows = [*(x[i] for i in staying), sum(attended[i] * x[i] for i in fused)]
+    new_sizes = [*(sizes[i] for i in staying), sum(sizes[i] for i in fused)]
+    source = [staying.index(i) if i in staying else len(staying) for i in range(len(x))]
+    return torch.stack(rows), torch.stack(new_sizes), source
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, heads: int, scaling: float, sizes: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Section 1, for one image: the exponentials are multiplied by the sizes. q [M, H·d], k [N, H·d] -> [H, M, N].
+
+    `bias` [H, M, N] is added to the scores.
+    """
     width = q.shape[-1] // heads
-    rows = []
-    for i in range(len(q)):
-        parts = []
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
+    weights = []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        for i in range(len(q)):
             scores = k[:, part] @ q[i, part] * scaling
-            weights = (scores - scores.max().detach()).exp()
+            if bias is not None:
+                scores = scores + bias[head, i]
+            exponentials = (scores - scores.max().detach()).exp()
             if sizes is not None:
-                weights = weights * sizes
-            parts.append((weights / weights.sum()) @ v[:, part])
-        rows.append(torch.cat(parts))
-    return torch.stack(rows)
+                exponentials = exponentials * sizes
+            weights.append(exponentials / exponentials.sum())
+    return torch.stack(weights).unflatten(0, (heads, len(q)))
+
+
+def mix(weights: Tensor, v: Tensor) -> Tensor:
+    """What attention makes of the values, head by head: [H, M, N], [N, H·d] -> [M, H·d]."""
+    return torch.cat([share @ part for share, part in zip(weights, v.chunk(len(weights), dim=1), strict=True)], dim=1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scaling: float, sizes: Tensor | None) -> Tensor:
+    """Section 1, for one image: q [M, H·d], k and v [N, H·d] -> [M, H·d]."""
+    return mix(attention_weights(q, k, heads, scaling, sizes), v)

@@ -1,4 +1,4 @@
-"""Attaching, changing and detaching on models in memory; what every backbone promises is in `test_families.py`."""
+"""Attaching, changing and detaching on models in memory; what merged models promise is in `test_families.py`."""
 
 from __future__ import annotations
 

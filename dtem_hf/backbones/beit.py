@@ -32,9 +32,17 @@ def grid_places(height: int, width: int, num_prefix_tokens: int, device: torch.d
     return torch.cat([places.new_zeros(num_prefix_tokens, 2), places])
 
 
+# Means of whole coordinates: what is no tie lies further from one than this, up to some 4,000 patches in a token.
+_RESOLUTION = 2.0**-12
+
+
 def nearest_tokens(positions: Tensor, width: int, num_prefix_tokens: int) -> Tensor:
-    """The original token nearest to each token's place: [B, n, 2] -> [B, n] int64; prefix tokens are their own."""
-    rows, columns = positions[:, num_prefix_tokens:].round().long().unbind(-1)
+    """The original token nearest to each token's place: [B, n, 2] -> [B, n] int64; prefix tokens are their own.
+
+    Halfway between two, the even row or column, whatever the rounding of the mean was.
+    """
+    places = (positions[:, num_prefix_tokens:] / _RESOLUTION).round() * _RESOLUTION
+    rows, columns = places.round().long().unbind(-1)
     prefix = torch.arange(num_prefix_tokens, device=positions.device).expand(positions.shape[0], -1)
     return torch.cat([prefix, rows * width + columns + num_prefix_tokens], dim=1)
 

@@ -1,4 +1,4 @@
-"""The registry of families, and what is read off an encoder; that a family merges rightly is `test_families.py`'s."""
+"""The registry of families, and what is read off an encoder (`test_equals_slow_reference.py`: what it computes)."""
 
 from __future__ import annotations
 

@@ -213,60 +213,6 @@ def test_classifiers_weigh_tokens_by_their_sizes(model_class: Any, method: Any, 
             assert (naive - logits[row]).abs().max() > 1e-3
 
 
-def merge_one(
-    x: list[Tensor], metric: list[Tensor], sizes: list[float], r: int
-) -> tuple[list[Tensor], list[float], list[list[int]]]:
-    """One step for one padded image, by the rule: padding in A leaves first, and real tokens only join real ones."""
-    a, b = range(0, len(x), 2), range(1, len(x), 2)
-    leaving = [i for i in a if sizes[i] == 0][:r]
-    candidates = []
-    for i in (i for i in a if sizes[i] > 0):
-        scores = [(slow.cosine(metric[i], metric[j]).item(), -j) for j in b if sizes[j] > 0]
-        score, minus_j = max(scores)
-        candidates.append((-score, i, -minus_j))
-    pairs = [(i, j) for _, i, j in sorted(candidates)[: r - len(leaving)]]
-    order = [*(i for i in a if i not in leaving and i not in [p[0] for p in pairs]), *b]
-    members = [[i, *(leaver for leaver, j in pairs if j == i)] for i in order]
-    merged_sizes = [sum(sizes[i] for i in group) for group in members]
-    merged_x = [
-        x[group[0]] if len(group) == 1 else sum(sizes[i] * x[i] for i in group) / size
-        for group, size in zip(members, merged_sizes, strict=True)
-    ]
-    return merged_x, merged_sizes, members
-
-
-@pytest.mark.parametrize("r", [9, [11, 0, 14, 3]], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_padded_images_equal_the_slow_reference(method: Any, r: Any) -> None:
-    """One image at a time, with loops, in float64; padding takes part in no attention."""
-    model, images = merged(Siglip2VisionModel, method, r), padded(GRIDS)
-    with model.trace_merging() as trace:
-        ours = model(**images)
-    reductions = model.merge_plan().reductions
-    exact = make(Siglip2VisionModel).double()
-    embedding = model.merge_embedding.double() if method is DTEMConfig else None
-    embedded = exact.embeddings(images["pixel_values"].double(), images["spatial_shapes"])
-    for row, (height, width) in enumerate(GRIDS):
-        x, sizes = embedded[row], [1.0] * (height * width) + [0.0] * (PATCHES - height * width)
-        for index, layer in enumerate(exact.encoder.layers):
-            h, attention = layer.layer_norm1(x), layer.self_attn
-            q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
-            mixed = slow.attention(q, k, v, 4, 8**-0.5, torch.tensor(sizes).double())
-            x = x + attention.out_proj(mixed)
-            metric = k.unflatten(-1, (4, 8)).mean(dim=1) if embedding is None else embedding.layers[index](h)
-            if reductions[index]:
-                rows, sizes, _ = merge_one(list(x), list(metric), sizes, reductions[index])
-                x = torch.stack(rows)
-            x = x + layer.mlp(layer.layer_norm2(x))
-            assert trace.sizes[index][row].tolist() == sizes
-        real = torch.tensor(sizes) > 0
-        last = exact.post_layernorm(x)
-        torch.testing.assert_close(ours.last_hidden_state[row][real].double(), last[real], atol=2e-5, rtol=2e-5)
-        expected = exact.head(expand(last, torch.tensor(sizes)).unsqueeze(0))[0]
-        torch.testing.assert_close(ours.pooler_output[row].double(), expected, atol=2e-5, rtol=2e-5)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @torch.no_grad()

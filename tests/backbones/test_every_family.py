@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
+from family_table import FAMILIES, inputs_of, make
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,100 +15,6 @@ import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, UnsupportedModelError, attach, detach
 
 
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 4,
-    "initializer_range": 0.2,
-}
-LABELLED = {**VISION, "num_labels": 10}
-DINO = {name: value for name, value in LABELLED.items() if name != "intermediate_size"} | {"mlp_ratio": 2}
-TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 99,
-    "max_position_embeddings": 32,
-}
-RELATIVE, SHARED = {"use_relative_position_bias": True}, {"use_shared_relative_position_bias": True}
-ABSOLUTE = {"use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0}
-MAE = {**VISION, "mask_ratio": 0.25}
-
-# Model class, its config, the Auto class that yields it (None: none does), and the output that is compared.
-FAMILIES: dict[str, tuple[str, Callable[..., Any], str | None, str]] = {
-    "vit": (
-        "ViTForImageClassification",
-        lambda: hf.ViTConfig(**LABELLED),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "deit": (
-        "DeiTForImageClassification",
-        lambda: hf.DeiTConfig(**LABELLED),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "deit-teacher": (
-        "DeiTForImageClassificationWithTeacher",
-        lambda: hf.DeiTConfig(**LABELLED),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "vit_msn": (
-        "ViTMSNForImageClassification",
-        lambda: hf.ViTMSNConfig(**LABELLED),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "vit_mae": ("ViTMAEModel", lambda: hf.ViTMAEConfig(**MAE), "AutoModel", "last_hidden_state"),
-    **{
-        f"{family}-{name}": (f"{model}ForImageClassification", make, "AutoModelForImageClassification", "logits")
-        for name, bias in (("relative", RELATIVE), ("shared", SHARED), ("absolute", ABSOLUTE))
-        for family, model, make in (
-            ("beit", "Beit", lambda bias=bias: hf.BeitConfig(**LABELLED, **bias)),
-            ("data2vec", "Data2VecVision", lambda bias=bias: hf.Data2VecVisionConfig(**LABELLED, **bias)),
-        )
-    },
-    "dinov2": (
-        "Dinov2ForImageClassification",
-        lambda: hf.Dinov2Config(**DINO),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "dinov2_with_registers": (
-        "Dinov2WithRegistersForImageClassification",
-        lambda: hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "dinov3_vit": (
-        "DINOv3ViTModel",
-        lambda: hf.DINOv3ViTConfig(**VISION, num_register_tokens=4),
-        "AutoModel",
-        "pooler_output",
-    ),
-    "clip": ("CLIPVisionModel", lambda: hf.CLIPVisionConfig(**VISION), "AutoModel", "pooler_output"),
-    "clip-projection": ("CLIPVisionModelWithProjection", lambda: hf.CLIPVisionConfig(**VISION), None, "image_embeds"),
-    "clip-classifier": (
-        "CLIPForImageClassification",
-        lambda: hf.CLIPConfig(vision_config=VISION, text_config=TEXT, num_labels=10),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "siglip": ("SiglipVisionModel", lambda: hf.SiglipVisionConfig(**VISION), "AutoModel", "pooler_output"),
-    "siglip-classifier": (
-        "SiglipForImageClassification",
-        lambda: hf.SiglipConfig(vision_config=VISION, text_config=TEXT, num_labels=10),
-        "AutoModelForImageClassification",
-        "logits",
-    ),
-    "git": ("GitVisionModel", lambda: hf.GitVisionConfig(**VISION), None, "last_hidden_state"),
-    "blip": ("BlipVisionModel", lambda: hf.BlipVisionConfig(**VISION), None, "pooler_output"),
-}
 METHODS = {
     "tome": lambda: ToMeConfig(r=9),
     "dtem": lambda: DTEMConfig(r=9),
@@ -131,24 +36,10 @@ def method(request: pytest.FixtureRequest, family: str) -> str:
     return request.param
 
 
-def make(family: str, attention: str = "sdpa") -> Any:
-    name, config, _, _ = FAMILIES[family]
-    torch.manual_seed(1)
-    config = config()
-    config._attn_implementation = "eager" if family in ("git", "blip") else attention  # these know no other
-    model = getattr(hf, name)(config).eval()
-    for parameter in model.parameters():  # some start at zero: positions, biases by position
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
-
-
 def run(family: str, model: Any, count: int = 2, **kwargs: Any) -> Tensor:
-    draw = torch.Generator().manual_seed(2)
-    dtype = next(model.parameters()).dtype
-    pixels = torch.randn(count, 3, 32, 32, generator=draw).to(dtype)
-    if family == "vit_mae":  # its mask is drawn from this noise
-        kwargs["noise"] = torch.rand(count, 64, generator=draw)
-    return model(pixel_values=pixels, **kwargs)[FAMILIES[family][3]]
+    inputs = inputs_of(family, count)
+    inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+    return model(**inputs, **kwargs)[FAMILIES[family].output]
 
 
 @torch.no_grad()
@@ -175,7 +66,7 @@ def test_untrained_dtem_from_keys_is_tome(family: str) -> None:
 
 @torch.no_grad()
 def test_eager_attention_equals_sdpa(family: str, method: str) -> None:
-    if family in ("git", "blip"):
+    if "sdpa" not in FAMILIES[family].attentions:
         pytest.skip("transformers knows eager attention alone for this family")
     ours, theirs = (run(family, attach(make(family, kind), METHODS[method]())) for kind in ("eager", "sdpa"))
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
@@ -211,7 +102,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
 
 @torch.no_grad()
 def test_saved_and_loaded_is_the_same_bit_for_bit(family: str, tmp_path: Path) -> None:
-    auto = FAMILIES[family][2]
+    auto = FAMILIES[family].auto
     if auto is None:
         pytest.skip("no Auto class yields this model alone")
     model = attach(make(family), DTEMConfig(r=[11, 0, 9, 3]))

@@ -1,16 +1,16 @@
-"""EViT against a slow one, written out here from METHOD.md section 7; and what it asks of a model."""
+"""EViT against a slow one, written from METHOD.md section 7; and what it asks of a model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import slow_reference as slow
+import slow_model
 import torch
 import transformers
+from slow_anatomies import ANATOMIES
+from slow_model import Reduction
 from torch import Tensor
 
 from dtem_hf import (
@@ -29,73 +29,27 @@ from dtem_hf.backbones import Backbone
 Make = Callable[..., Any]
 
 
-@dataclass
-class SlowPass:
-    """What the slow EViT finds for one image: source maps and sizes behind every layer."""
-
-    logits: Tensor
-    source_maps: list[list[int]]
-    sizes: list[list[float]]
-
-
-def slow_evit(
-    model: Any, image: Tensor, keep_rate: float, layers: list[int], prefix: int = 1, proportional: bool = False
-) -> SlowPass:
-    """One image [3, h, w] through the modules of a plain model in float64, token by token."""
-    model = model.double()
-    encoder = getattr(model, model.base_model_prefix)
-    x = encoder.embeddings(image.double().unsqueeze(0)).squeeze(0)
-    sizes, source = [1.0] * len(x), list(range(len(x)))
-    found = SlowPass(x, [], [])
-    for index, layer in enumerate(encoder.layers):
-        attention, h = layer.attention, layer.layernorm_before(x)
-        heads, scaling = attention.num_attention_heads, attention.scaling
-        q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
-        counted = torch.tensor(sizes).double() if proportional else torch.ones(len(x)).double()
-        x = x + attention.o_proj(slow.attention(q, k, v, heads, scaling, counted))
-        patches = list(range(prefix, len(x)))
-        num_kept = math.ceil(keep_rate * len(patches) - 1e-9)
-        if index in layers and len(patches) - num_kept > 1:
-            attended = cls_attention(q, k, heads, scaling, counted)
-            ranked = sorted(patches, key=lambda position: -attended[position])
-            kept, fused = sorted(ranked[:num_kept]), ranked[num_kept:]
-            token = sum(attended[position] * x[position] for position in fused)
-            staying = [*range(prefix), *kept]
-            x = torch.stack([*(x[position] for position in staying), token])
-            place = {
-                position: staying.index(position) if position in staying else len(staying) for position in patches
-            }
-            source = [place.get(position, position) for position in source]
-            sizes = [*(sizes[position] for position in staying), sum(sizes[position] for position in fused)]
-        x = x + layer.mlp(layer.layernorm_after(x))
-        found.source_maps.append(source)
-        found.sizes.append(sizes)
-    found.logits = model.classifier(encoder.layernorm(x)[0])
-    return found
-
-
-def cls_attention(q: Tensor, k: Tensor, heads: int, scaling: float, counted: Tensor) -> list[float]:
-    """How much the first token attends to every token, averaged over heads."""
-    width, shares = q.shape[-1] // heads, torch.zeros(len(q)).double()
-    for head in range(heads):
-        part = slice(head * width, (head + 1) * width)
-        exponentials = torch.stack([(q[0, part] @ key[part] * scaling).exp() for key in k]) * counted
-        shares += exponentials / exponentials.sum() / heads
-    return shares.tolist()
-
-
 @torch.no_grad()
 def assert_equal_to_slow(
-    merged: Any, plain: Any, pixels: Tensor, config: EViTConfig, layers: list[int], prefix: int = 1
+    merged: Any, plain: Any, pixels: Tensor, config: EViTConfig, layers: list[int], family: str = "vit"
 ) -> None:
+    """Logits, source maps and sizes are those of METHOD.md section 7, one image at a time."""
+    weights = {name: value.double() for name, value in plain.state_dict().items()}
+    rates = [config.keep_rate if index in layers else None for index in range(4)]
+    reduction = Reduction(keep_rates=rates, proportional=config.proportional_attention)
     with merged.trace_merging() as trace:
         logits = merged(pixels).logits
     for image in range(len(pixels)):
-        expected = slow_evit(plain, pixels[image], config.keep_rate, layers, prefix, config.proportional_attention)
-        assert [source[image].tolist() for source in trace.source_maps] == expected.source_maps
-        assert [sizes[image].tolist() for sizes in trace.sizes] == expected.sizes
-        torch.testing.assert_close(logits[image].double(), expected.logits, atol=2e-5, rtol=1e-5)
-    assert [len(sizes) for sizes in expected.sizes] == merged.merge_plan().tokens
+        inputs = {"pixel_values": pixels[image].double()}
+        expected, trail = slow_model.run(weights, ANATOMIES[family], inputs, reduction)
+        torch.testing.assert_close(logits[image].double(), expected["logits"], atol=2e-5, rtol=1e-5)
+        for source, sizes, tokens in zip(trace.source_maps, trace.sizes, trail, strict=True):
+            members = [
+                [i for i, place in enumerate(source[image].tolist()) if place == j] for j in range(len(tokens.x))
+            ]
+            assert members == tokens.members
+            assert sizes[image].tolist() == tokens.sizes.tolist()
+    assert [len(tokens.x) for tokens in trail] == merged.merge_plan().tokens
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -129,7 +83,7 @@ def test_all_prefix_tokens_stay_and_the_first_one_ranks(pixels: Tensor) -> None:
     merged = transformers.DeiTForImageClassification(config).eval()
     merged.load_state_dict(plain.state_dict())
     evit = EViTConfig(0.5)
-    assert_equal_to_slow(attach(merged, evit), plain, pixels, evit, [1, 2, 3], prefix=2)
+    assert_equal_to_slow(attach(merged, evit), plain, pixels, evit, [1, 2, 3], "deit")
 
 
 @pytest.mark.parametrize("config", [EViTConfig(1.0), EViTConfig(0.5, [])], ids=str)

@@ -1,0 +1,196 @@
+"""Every family, every method: equal to loops over tokens, written from METHOD.md and fed with the weights alone."""
+
+from __future__ import annotations
+
+import re
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slow_model
+import torch
+import transformers
+from family_table import FAMILIES, inputs_of, make
+from PIL import Image
+from slow_anatomies import ANATOMIES, first_token_logits, vit_like
+from slow_model import Reduction, Tokens
+from torch import Tensor
+from transformers import ViTImageProcessorPil
+
+from dtem_hf import AutoModelForImageClassification, DTEMConfig, EViTConfig, ToMeConfig, attach
+from dtem_hf.backbones import families
+
+
+R = [8, 5, 4]
+# Softly merged tokens are sorted by size: at these temperatures no two sizes are equal but for rounding.
+MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0, "top_k": 8}
+# Each method as the package takes it, and as the reference does.
+METHODS = {
+    "tome": (ToMeConfig(r=R), Reduction(r=R)),
+    "tome-uncounted": (ToMeConfig(r=R, proportional_attention=False), Reduction(r=R, proportional=False)),
+    "dtem": (DTEMConfig(r=[8, 0, 7]), Reduction(r=[8, 0, 7])),
+    "evit": (EViTConfig(0.7, [0, 1]), Reduction(keep_rates=[0.7, 0.7, None], proportional=False)),
+    "evit-counted": (
+        EViTConfig(0.6, [0, 2], proportional_attention=True),
+        Reduction(keep_rates=[0.6, None, 0.6]),
+    ),
+    # Soft in `.eval()`: nothing else is drawn.
+    "soft": (
+        DTEMConfig(r=[6, 0, 5], relaxation="soft", **MILD),
+        Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
+    ),
+}
+ROWS = [(family, method) for family in FAMILIES for method in METHODS if not ("evit" in method and "siglip" in family)]
+
+
+def lively(family: str, attention: str = "sdpa") -> Any:
+    """A model of three layers and 36 patches, whose every weight matters."""
+    smaller = {"num_patches": 36} if family.startswith("siglip2") else {"image_size": 24}
+    model = make(family, attention, num_hidden_layers=3, **smaller)
+    draw = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        scale = 0.2 if name.endswith("bias") or parameter.dim() > 1 else 0.1
+        parameter.data = scale * torch.randn(parameter.shape, generator=draw)
+        if "table" in name:  # as large as the scores that it is added to
+            parameter.data *= 5
+        if parameter.dim() == 1 and not name.endswith("bias"):  # norms and layer scales
+            parameter.data += 0.8
+    return model
+
+
+def merged(family: str, method: str, attention: str = "sdpa") -> Any:
+    """What a method learns is drawn as well: nothing reminds of the keys."""
+    model = attach(lively(family, attention), METHODS[method][0])
+    draw = torch.Generator().manual_seed(3)
+    for parameter in model.merge_parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def images(family: str) -> dict[str, Tensor]:
+    """Two; those of DINOv3 are not square, those of SigLIP 2 come with padding, and with noise in it."""
+    if family == "dinov3_vit":
+        return inputs_of(family, 2, 20, 28)
+    if family.startswith("siglip2"):
+        inputs = inputs_of(family, 2, 24, 24)
+        inputs["spatial_shapes"] = torch.tensor([[4, 7], [5, 6]])
+        for row, real in enumerate((28, 30)):
+            inputs["pixel_attention_mask"][row, real:] = 0
+        return inputs
+    return inputs_of(family, 2, 24, 24)
+
+
+def name_of(name: str) -> str:
+    """A name in the state dict as the anatomies know it; older releases call projections otherwise."""
+    name = re.sub(r"attention\.attention\.(query|key|value)\.", lambda found: f"attention.{found[1][0]}_proj.", name)
+    return name.replace("attention.output.dense", "attention.o_proj")
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """The state dict in float64."""
+    return {name_of(name): value.double() for name, value in model.state_dict().items()}
+
+
+def one(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One image, in float64."""
+    return {name: value[row].double() if value.is_floating_point() else value[row] for name, value in inputs.items()}
+
+
+@cache
+def expected(family: str, method: str) -> list[tuple[dict[str, Tensor], list[Tokens]]]:
+    """Image by image."""
+    weights, inputs = weights_of(merged(family, method)), images(family)
+    return [slow_model.run(weights, ANATOMIES[family], one(inputs, row), METHODS[method][1]) for row in range(2)]
+
+
+def assert_same_tokens(trace: Any, row: int, trail: list[Tokens]) -> None:
+    """What they count for, and who stands for whom, behind every layer; padding may go anywhere."""
+    for source, sizes, tokens in zip(trace.source_maps, trace.sizes, trail, strict=True):
+        torch.testing.assert_close(sizes[row].double(), tokens.sizes, atol=1e-5, rtol=0)
+        place = {
+            member: position
+            for position, members in enumerate(tokens.members)
+            for member in members
+            if tokens.sizes[position] > 0
+        }
+        assert {member: int(source[row, member]) for member in place} == place
+
+
+def assert_same_outputs(output: Any, row: int, outputs: dict[str, Tensor], last: Tokens) -> None:
+    for name, theirs in outputs.items():
+        ours = output[name][row].double()
+        if name == "last_hidden_state":  # what padding says is nobody's business
+            ours, theirs = ours[last.sizes > 0], theirs[last.sizes > 0]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6, msg=partial("{}: {}".format, name))
+
+
+def test_every_family_has_a_row() -> None:
+    """With the slow reference that it is compared with."""
+    models = [getattr(transformers, row.model) for row in FAMILIES.values()]
+    for family in families():
+        assert any(model in family.all_models() for model in models), type(family).__name__
+    assert ANATOMIES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family, method", ROWS)
+@torch.no_grad()
+def test_a_merged_model_equals_the_slow_reference(family: str, method: str, attention: str) -> None:
+    """All outputs, and who stands for whom behind every layer."""
+    if attention not in FAMILIES[family].attentions:
+        pytest.skip("transformers knows eager attention alone for this family")
+    model = merged(family, method, attention)
+    with model.trace_merging() as trace:
+        output = model(**images(family))
+    for row, (outputs, trail) in enumerate(expected(family, method)):
+        assert_same_tokens(trace, row, trail)
+        assert_same_outputs(output, row, outputs, trail[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_soft_gradients_equal_those_of_the_slow_reference(family: str) -> None:
+    """Of every weight, of the learned embedding among them, by a fixed function of the output."""
+    model, inputs = merged(family, "soft"), images(family)
+    output = model(**inputs)[FAMILIES[family].output]
+    slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+    (output * slope).sum().backward()
+    weights = {name: value.requires_grad_() for name, value in weights_of(model).items()}
+    for row in range(2):
+        outputs, _ = slow_model.run(weights, ANATOMIES[family], one(inputs, row), METHODS["soft"][1])
+        (outputs[FAMILIES[family].output] * slope[row]).sum().backward()
+    largest = max(float(value.grad.norm()) for value in weights.values() if value.grad is not None)
+    compared = 0
+    for name, parameter in model.named_parameters():
+        theirs = weights[name_of(name)].grad
+        if parameter.requires_grad and theirs is not None and theirs.norm() > 1e-6 * largest:
+            error = (parameter.grad.double() - theirs).norm() / theirs.norm()
+            assert error < 1e-4, (name, float(error))
+            compared += "merge_embedding" in name
+    assert compared >= 2
+
+
+@pytest.mark.parametrize("method", ["tome", "dtem", "evit"])
+@torch.no_grad()
+def test_a_real_model_equals_the_slow_reference(method: str, shared: Path, deit_tiny_folder: Path) -> None:
+    """The published DeiT-tiny, twelve layers of 197 tokens, on two photographs."""
+    config, reduction = {
+        "tome": (ToMeConfig(r=13), Reduction(r=[13] * 12)),
+        "dtem": (DTEMConfig(r=13, init="random"), Reduction(r=[13] * 12)),
+        "evit": (
+            EViTConfig(0.7),
+            Reduction(keep_rates=[0.7 if i in (3, 6, 9) else None for i in range(12)], proportional=False),
+        ),
+    }[method]
+    model = AutoModelForImageClassification.from_pretrained(deit_tiny_folder, merge=config).double()
+    files = sorted((shared / "assets" / "images" / "dev").glob("*.jpg"))[:2]
+    processor = ViTImageProcessorPil.from_pretrained(deit_tiny_folder)
+    pixels = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
+    inputs = {"pixel_values": pixels.double()}
+    with model.trace_merging() as trace:
+        output = model(**inputs)
+    anatomy = vit_like("vit.", first_token_logits("vit.layernorm", 1e-6), eps=1e-6, heads=3)
+    for row in range(2):
+        outputs, trail = slow_model.run(weights_of(model), anatomy, one(inputs, row), reduction)
+        assert_same_tokens(trace, row, trail)
+        assert_same_outputs(output, row, outputs, trail[-1])

@@ -1,0 +1,229 @@
+"""A merged vision transformer from its weights alone: METHOD.md section 1, one image at a time, token by token.
+
+Nothing here calls the package or the layers of transformers: an `Anatomy` says what a family's layers are like and
+where its state dict keeps what they need, `run` runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import slow_reference as slow
+import torch
+from torch import Tensor
+
+
+Weights = Mapping[str, Tensor]
+Inputs = Mapping[str, Tensor]
+Outputs = dict[str, Tensor]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x / (1 + (-1.702 * x).exp())
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A family. `embed` makes the first tokens [N, D] of one image, `head` outputs of the last ones and their sizes.
+
+    `layer` is what the weights of a layer begin with, its number in braces; the other names come behind it. `qkv` are
+    three linear maps or one. `tables` are those of relative position biases, with their whole names. `theta` is the
+    base of rotary positions. Where it or a table is given, `places` says where the patches of an image lie [N - P, 2].
+    """
+
+    embed: Callable[[Weights, Inputs], Tensor]
+    head: Callable[[Weights, Tensor, Tensor], Outputs]
+    prefix: int
+    layer: str
+    norms: tuple[str, str]
+    qkv: tuple[str, ...]
+    out: str
+    mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2")
+    activation: Callable[[Tensor], Tensor] = gelu
+    eps: float = 1e-12
+    heads: int = 4
+    scales: tuple[str, str] | None = None
+    tables: tuple[str, ...] = ()
+    theta: float | None = None
+    places: Callable[[Inputs], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What the layers of a method do; one entry per layer of `r` (tokens fewer) or of `keep_rates` (None: all)."""
+
+    r: list[int] = field(default_factory=list)
+    keep_rates: list[float | None] = field(default_factory=list)
+    soft: bool = False
+    proportional: bool = True
+    relaxation: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one image: features [n, D], sizes [n], and where the tokens lie [n, 2], if they lie anywhere.
+
+    `members` are the tokens of the first layer that each stands for; `active` of them still take part.
+    """
+
+    x: Tensor
+    sizes: Tensor
+    places: Tensor | None
+    members: list[list[int]]
+    active: int
+
+
+def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction) -> tuple[Outputs, list[Tokens]]:
+    """Outputs for one image, and the tokens behind every layer."""
+    x = anatomy.embed(weights, inputs)
+    sizes = torch.ones(len(x), dtype=x.dtype)
+    if "pixel_attention_mask" in inputs:
+        sizes = inputs["pixel_attention_mask"].to(x.dtype)
+    places = None
+    if anatomy.places is not None:
+        patches = anatomy.places(inputs).to(x.dtype)
+        places = torch.cat([patches.new_zeros(anatomy.prefix, 2), patches])
+    start = Tokens(x, sizes, places, [[i] for i in range(len(x))], len(x))
+    trail = [start]
+    for index in range(len(reduction.r or reduction.keep_rates)):
+        trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
+    return anatomy.head(weights, trail[-1].x, trail[-1].sizes), trail[1:]
+
+
+def run_layer(
+    weights: Weights, anatomy: Anatomy, index: int, tokens: Tokens, start: Tokens, reduction: Reduction
+) -> Tokens:
+    """One layer: attention, the reduction, the MLP."""
+    root = anatomy.layer.format(index)
+    attend_scale, mlp_scale = (weights[root + name] for name in anatomy.scales) if anatomy.scales else (1.0, 1.0)
+    h = layer_norm(weights, root + anatomy.norms[0], tokens.x, anatomy.eps)
+    if len(anatomy.qkv) == 1:
+        q, k, v = linear(weights, root + anatomy.qkv[0], h).chunk(3, dim=1)
+    else:
+        q, k, v = (linear(weights, root + name, h) for name in anatomy.qkv)
+    # Padding (of size 0) is never attended to, whatever sizes count for.
+    counted = tokens.sizes if reduction.proportional or reduction.soft else (tokens.sizes > 0).to(h.dtype)
+    bias = None
+    if anatomy.tables:
+        tables = [weights[name.format(index)] for name in anatomy.tables]
+        bias = sum(relative_bias(table, tokens.places, start.places, anatomy.prefix) for table in tables)
+    turned = [rotate(part, tokens.places, anatomy) if anatomy.theta else part for part in (q, k)]
+    scaling = (q.shape[1] // anatomy.heads) ** -0.5
+    shares = slow.attention_weights(*turned, anatomy.heads, scaling, counted, bias)
+    x = tokens.x + attend_scale * linear(weights, root + anatomy.out, slow.mix(shares, v))
+
+    learned = next((name for name in weights if name.endswith(f"merge_embedding.layers.{index}.weight")), None)
+    if learned is None:
+        metric = sum(k.chunk(anatomy.heads, dim=1)) / anatomy.heads
+    else:
+        metric = linear(weights, learned.removesuffix(".weight"), h.detach())
+    merged = reduce(x, tokens, start, index, metric, shares[:, 0].mean(dim=0), anatomy.prefix, reduction)
+
+    h = layer_norm(weights, root + anatomy.norms[1], merged.x, anatomy.eps)
+    grown = linear(weights, root + anatomy.mlp[1], anatomy.activation(linear(weights, root + anatomy.mlp[0], h)))
+    return Tokens(merged.x + mlp_scale * grown, merged.sizes, merged.places, merged.members, merged.active)
+
+
+def reduce(
+    x: Tensor,
+    tokens: Tokens,
+    start: Tokens,
+    index: int,
+    metric: Tensor,
+    attended: Tensor,
+    prefix: int,
+    reduction: Reduction,
+) -> Tokens:
+    """The tokens that a layer hands to its MLP; a merged token lies at the mean of all that it stands for."""
+    if reduction.keep_rates:
+        rate, patches = reduction.keep_rates[index], len(x) - prefix
+        num_kept = patches if rate is None else math.ceil(rate * patches - 1e-9)
+        if patches - num_kept < 2:
+            return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
+        x, sizes, source = slow.fuse(x, tokens.sizes, attended, num_kept, prefix)
+        return follow(x, sizes, source, tokens, start)
+    r = reduction.r[index]
+    if r == 0:
+        return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
+    if not reduction.soft:
+        pairs = slow.hard_matching(metric, r, prefix, tokens.sizes)
+        x, sizes, source, _ = slow.hard_merge(x, tokens.sizes, pairs, prefix)
+        return follow(x, sizes, source, tokens, start)
+    # What the tokens carry is moved as their features are.
+    carried = x if tokens.places is None else torch.cat([x, tokens.places], dim=1)
+    padded = bool((start.sizes == 0).any())
+    carried, sizes = slow.soft_merge(
+        carried, tokens.sizes, metric, tokens.active, r, prefix, padded=padded, **reduction.relaxation
+    )
+    order = slow.sort_by_size(sizes, tokens.active, prefix)
+    places = None if tokens.places is None else carried[order][:, x.shape[1] :]
+    members = [tokens.members[i] for i in order]
+    return Tokens(carried[order][:, : x.shape[1]], sizes[order], places, members, tokens.active - r)
+
+
+def follow(x: Tensor, sizes: Tensor, source: list[int], tokens: Tokens, start: Tokens) -> Tokens:
+    """The tokens that a source map leads to."""
+    members = [
+        sorted(m for i, place in enumerate(source) if place == new for m in tokens.members[i]) for new in range(len(x))
+    ]
+    places = None if start.places is None else torch.stack([start.places[group].mean(dim=0) for group in members])
+    return Tokens(x, sizes, places, members, len(x))
+
+
+def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """A linear map, which may have a bias."""
+    mapped = x @ weights[f"{name}.weight"].T
+    return mapped + weights[f"{name}.bias"] if f"{name}.bias" in weights else mapped
+
+
+def layer_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
+    """Every token minus its mean, by its standard deviation."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    variance = (centred**2).mean(dim=-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def relative_bias(table: Tensor, places: Tensor, original: Tensor, prefix: int) -> Tensor:
+    """BEiT's bias between tokens, each at the patch nearest to its place: table [(2h-1)(2w-1) + 3, H] -> [H, n, n].
+
+    The last three rows are those from CLS to a patch, from a patch to CLS, and from CLS to itself.
+    """
+    height, width = (int(side) + 1 for side in original.max(dim=0).values.tolist())
+    nearest = [(round(row), round(column)) for row, column in places.tolist()]
+    index = []
+    for i, (row, column) in enumerate(nearest):
+        for j, (other_row, other_column) in enumerate(nearest):
+            if i < prefix or j < prefix:
+                index.append(len(table) - (1 if i < prefix and j < prefix else 3 if i < prefix else 2))
+            else:
+                down, right = row - other_row + height - 1, column - other_column + width - 1
+                index.append(down * (2 * width - 1) + right)
+    return table[index].T.unflatten(1, (len(nearest), len(nearest)))
+
+
+def rotate(x: Tensor, places: Tensor, anatomy: Anatomy) -> Tensor:
+    """DINOv3's rotary positions: the pairs of a head, as complex numbers, turn with row and then with column.
+
+    x [n, H·d], places [n, 2] between -1 and 1; prefix tokens are not turned.
+    """
+    heads = []
+    for part in x.chunk(anatomy.heads, dim=1):
+        real, imaginary = part.chunk(2, dim=1)
+        quarter = real.shape[1] // 2
+        frequencies = torch.tensor([anatomy.theta ** (-j / quarter) for j in range(quarter)], dtype=x.dtype)
+        angles = math.tau * torch.cat([places[:, :1] * frequencies, places[:, 1:] * frequencies], dim=1)
+        turned = torch.complex(real, imaginary) * torch.complex(angles.cos(), angles.sin())
+        whole = torch.cat([turned.real, turned.imag], dim=1)
+        heads.append(torch.cat([part[: anatomy.prefix], whole[anatomy.prefix :]]))
+    return torch.cat(heads, dim=1)
