@@ -114,12 +114,13 @@ class Row:
     def encoder_class(self) -> Any:
         return getattr(transformers, self.encoder)
 
-    def make(self, model_class: Any) -> Any:
+    def make(self, model_class: Any, attention: str | None = None) -> Any:
         """A plain model with random weights, always the same ones."""
-        config = next(config for config in self.configs if type(config) is model_class.config_class)
+        config = copy.deepcopy(next(config for config in self.configs if type(config) is model_class.config_class))
+        config._attn_implementation = attention
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return model_class(copy.deepcopy(config)).eval()
+            return model_class(config).eval()
 
 
 def relative_bias(**values: Any) -> dict[str, Any]:
@@ -192,10 +193,12 @@ def tasks_of(row: Row) -> list[tuple[str, str, Any]]:
 
 
 def exported_models(row: Row) -> list[Any]:
-    """The encoder, and the classifiers around it."""
-    return [row.encoder_class, *(each for auto, each in models_of(row) if auto == "AutoModelForImageClassification")]
+    """The encoder; of those that most people use, the classifier around it, too."""
+    classifiers = [each for auto, each in models_of(row) if auto == "AutoModelForImageClassification"]
+    return [row.encoder_class, *(classifiers if row.name in MOST_USED else [])]
 
 
+MOST_USED = ("vit", "dinov2", "clip", "git")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ecosystem.md"
 PREFACE = """# What holds with merging on
 
@@ -203,7 +206,8 @@ Written by `python tests/ecosystem.py` from the rows that `tests/test_ecosystem.
 own code with small random weights. Pipelines run a merged model that is given, one that is loaded with
 `model_kwargs={"merge": ...}` and one that was saved merged. Classes are those that take `merge=`: of `dtem_hf`, and of
 transformers after `register()`. `device_map` is "cpu", "auto", or one with a layer on disk. Compiled and exported are
-the encoder and the classifiers around it; exports take any batch size, and onnxruntime runs the ONNX file.
+the encoders, and the classifiers of ViT, DINOv2 and CLIP; exports take any batch size, and onnxruntime runs the ONNX
+file. "Eager only" means `attn_implementation="eager"`.
 """
 COLUMNS = {
     "device_map": "`device_map`",

@@ -18,6 +18,7 @@ import transformers
 from ecosystem import (
     DOCUMENT,
     MERGE,
+    MOST_USED,
     PATCH,
     PATCHES,
     ROWS,
@@ -288,10 +289,7 @@ by_exported = pytest.mark.parametrize(
 
 
 def make_merged(row: Row, model_class: Any, config: Any = MERGE, eager: bool = False) -> Any:
-    model = row.make(model_class)
-    if eager:
-        model.set_attn_implementation("eager")
-    return attach(model, config)
+    return attach(row.make(model_class, "eager" if eager else None), config)
 
 
 def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -387,4 +385,4 @@ def test_the_documented_table_is_what_is_tested_here() -> None:
 
 def test_all_holds_for_the_families_that_most_people_use() -> None:
     whole = {row.name for row in ROWS if not row.lacking and not row.eager_only}
-    assert whole >= {"vit", "dinov2", "clip", "git"}
+    assert whole >= set(MOST_USED)
