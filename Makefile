@@ -4,19 +4,29 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process for each core, each with one thread of torch's own: small models are not worth sharing out.
+PYTEST := python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# The oldest transformers that pyproject.toml allows, and the tests that come near its code.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST_BIN := .venv-oldest/bin
+OLDEST_TESTS := backbones convert reducers test_adapter.py test_auto.py test_dense.py test_ecosystem.py \
+	test_families.py test_hub.py test_modeling.py test_peft.py test_scope.py evaluation/test_captions.py
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test model-cards quality style build
+.PHONY: help quickstart test test-oldest model-cards quality style build
 .SECONDARY:
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-quickstart  ## Train, merge, measure and save a small model, on a CPU
 	$(BIN)/python recipes/quickstart.py
 
 test: $(VENV)/.installed-test  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
+
+test-oldest: .venv-oldest/.installed  ## Run what touches transformers on the oldest one, in .venv-oldest
+	$(OLDEST_BIN)/$(PYTEST) $(addprefix tests/,$(OLDEST_TESTS))
 
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
 	$(BIN)/python recipes/model_cards.py
@@ -41,6 +51,13 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-build: | $(BIN)/python
 	$(BIN)/python -m pip install "build>=1.2"
 	@touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints.txt | $(OLDEST_BIN)/python
+	$(OLDEST_BIN)/python -m pip install -c constraints.txt -e ".[test]" "transformers==$(OLDEST).*"
+	@touch $@
+
+$(OLDEST_BIN)/python:
+	$(PYTHON) -m venv .venv-oldest
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

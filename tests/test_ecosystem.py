@@ -1,14 +1,12 @@
 """What people do with models, for every family: pipelines, registration, device maps, dtypes, compilers, exports.
 
-A new family is one entry of `ROWS`. What a family cannot do stands in `lacking` with the reason, and is tested, too:
-the plain model cannot do it either.
+A new family is one entry of `ROWS` in `ecosystem.py`. What a family cannot do stands there with the reason, and is
+tested, too: the plain model cannot do it either.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,179 +15,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from ecosystem import (
+    DOCUMENT,
+    MERGE,
+    MOST_USED,
+    PATCH,
+    PATCHES,
+    ROWS,
+    SIDE,
+    WORDS,
+    Row,
+    document,
+    exported_models,
+    models_of,
+    tasks_of,
+)
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    BeitConfig,
-    BertTokenizer,
-    BlipConfig,
-    BlipProcessor,
-    BlipVisionConfig,
-    CLIPConfig,
-    CLIPVisionConfig,
-    Data2VecVisionConfig,
-    DeiTConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    DINOv3ViTConfig,
-    GitConfig,
-    GitProcessor,
-    GitVisionConfig,
-    PretrainedConfig,
-    Siglip2Config,
-    Siglip2ImageProcessorPil,
-    Siglip2VisionConfig,
-    SiglipConfig,
-    SiglipVisionConfig,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTMAEConfig,
-    ViTMSNConfig,
-)
+from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2ImageProcessorPil, ViTImageProcessorPil
 
 import dtem_hf
-from dtem_hf import DTEMConfig, ToMeConfig, attach, detach, register, unregister
+from dtem_hf import DTEMConfig, EViTConfig, attach, detach, register, unregister
 from dtem_hf.backbones import families
 from dtem_hf.modeling import merged_layers
-
-
-SIDE, PATCH, PATCHES = 24, 4, 36
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-    "initializer_range": 0.2,
-}
-NAFLEX = {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": PATCHES}
-DINO = {**{k: v for k, v in VISION.items() if k != "intermediate_size"}, "mlp_ratio": 2}
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "is", "a", "photo", "of", ".", "cat", "dog", "hen"]
-TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": len(WORDS),
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "initializer_range": 0.2,
-}
-BLIP_TEXT = {**TEXT, "encoder_hidden_size": 32, "sep_token_id": 3}
-MERGE = ToMeConfig(r=6)
-TASKS = {
-    "AutoModelForImageClassification": "image-classification",
-    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
-    "AutoModelForImageTextToText": "image-text-to-text",
-}
-
-
-def images(count: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))}
-
-
-def noisy_images(count: int) -> dict[str, Tensor]:
-    """With the noise that decides which patches are masked."""
-    return {**images(count), "noise": torch.rand(count, PATCHES, generator=torch.Generator().manual_seed(3))}
-
-
-def patches(count: int) -> dict[str, Tensor]:
-    """Images of six by six patches, the first of five by six and with padding."""
-    generator = torch.Generator().manual_seed(2)
-    mask, shapes = torch.ones(count, PATCHES, dtype=torch.int32), torch.full((count, 2), 6)
-    mask[0, 30:], shapes[0, 0] = 0, 5
-    pixel_values = torch.randn(count, PATCHES, 3 * PATCH**2, generator=generator)
-    return {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One family: a small config for each of its config classes, and what goes into its encoder.
-
-    `lacking` names what does not hold ("compile", "export", "onnx"), and why.
-    """
-
-    name: str
-    configs: tuple[PretrainedConfig, ...]
-    encoder: str
-    inputs: Callable[[int], dict[str, Tensor]] = images
-    lacking: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def encoder_class(self) -> Any:
-        return getattr(transformers, self.encoder)
-
-    def make(self, model_class: Any) -> Any:
-        """A plain model with random weights, always the same ones."""
-        config = next(config for config in self.configs if type(config) is model_class.config_class)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return model_class(copy.deepcopy(config)).eval()
-
-
-def relative_bias(**values: Any) -> dict[str, Any]:
-    return {**values, "use_shared_relative_position_bias": True}
-
-
-SDPA_ONNX = "torch.onnx cannot follow SDPA with a bias for every pair of tokens; attn_implementation='eager' goes"
-ROWS = [
-    Row("vit", (ViTConfig(**VISION),), "ViTModel"),
-    Row("deit", (DeiTConfig(**VISION),), "DeiTModel"),
-    Row("vit_msn", (ViTMSNConfig(**VISION),), "ViTMSNModel"),
-    Row(
-        "vit_mae",
-        (ViTMAEConfig(**VISION, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2),),
-        "ViTMAEModel",
-        noisy_images,
-    ),
-    Row(
-        "beit",
-        (BeitConfig(**{**relative_bias(**VISION), "num_hidden_layers": 3, "out_indices": [0, 1, 2, 3]}),),
-        "BeitModel",
-        lacking={"onnx": SDPA_ONNX},
-    ),
-    Row(
-        "data2vec_vision",
-        (Data2VecVisionConfig(**relative_bias(**VISION)),),
-        "Data2VecVisionModel",
-        lacking={"onnx": SDPA_ONNX},
-    ),
-    Row("dinov2", (Dinov2Config(**DINO),), "Dinov2Model"),
-    Row("dinov2_with_registers", (Dinov2WithRegistersConfig(**DINO),), "Dinov2WithRegistersModel"),
-    Row("dinov3_vit", (DINOv3ViTConfig(**VISION),), "DINOv3ViTModel"),
-    Row(
-        "clip",
-        (CLIPVisionConfig(**VISION), CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=16)),
-        "CLIPVisionModel",
-    ),
-    Row(
-        "siglip",
-        (SiglipVisionConfig(**VISION), SiglipConfig(vision_config=VISION, text_config=TEXT)),
-        "SiglipVisionModel",
-    ),
-    Row(
-        "siglip2",
-        (Siglip2VisionConfig(**NAFLEX), Siglip2Config(vision_config=NAFLEX, text_config=TEXT)),
-        "Siglip2VisionModel",
-        patches,
-        lacking=dict.fromkeys(["export", "onnx"], "positions are resized image by image, in a loop over the batch"),
-    ),
-    Row("git", (GitVisionConfig(**VISION), GitConfig(vision_config=VISION, **TEXT)), "GitVisionModel"),
-    Row(
-        "blip",
-        (BlipVisionConfig(**VISION), BlipConfig(vision_config=VISION, text_config=BLIP_TEXT, projection_dim=16)),
-        "BlipVisionModel",
-    ),
-]
-
-
-def models_of(row: Row) -> list[tuple[str, Any]]:
-    """The models of a row's family with the Auto classes that yield them."""
-    family = next(each for each in families() if row.encoder_class in each.all_models())
-    return [(auto, model_class) for auto, group in family.models.items() for model_class in group]
 
 
 AUTO = [(row, auto, model_class) for row in ROWS for auto, model_class in models_of(row)]
@@ -208,15 +56,6 @@ def registered() -> Iterator[None]:
     register()
     yield
     unregister()
-
-
-def last_hidden_state(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs)[0]
-
-
-def merged_encoder(row: Row) -> Any:
-    return attach(row.make(row.encoder_class), MERGE)
 
 
 def test_every_family_has_a_row() -> None:
@@ -333,13 +172,6 @@ def alike(ours: Any, theirs: Any) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def tasks_of(row: Row) -> list[tuple[str, str, Any]]:
-    """Every task of a family; of those that have none but to see, the features."""
-    found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(row) if auto in TASKS]
-    bare = [("image-feature-extraction", auto, each) for auto, each in models_of(row) if auto == "AutoModel"]
-    return found or bare
-
-
 PIPELINES = [(row, *rest) for row in ROWS for rest in tasks_of(row)]
 
 
@@ -450,14 +282,28 @@ def test_loading_as_bfloat16(row: Row, folder: Path) -> None:
 
 # Compilers and exports
 
+EXPORTED = [(row, model_class) for row in ROWS for model_class in exported_models(row)]
+by_exported = pytest.mark.parametrize(
+    "row, model_class", EXPORTED, ids=[model_class.__name__ for _, model_class in EXPORTED]
+)
 
-def test_one_graph_of_torch_compile(row: Row) -> None:
+
+def make_merged(row: Row, model_class: Any, config: Any = MERGE, eager: bool = False) -> Any:
+    return attach(row.make(model_class, "eager" if eager else None), config)
+
+
+def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+@by_exported
+def test_one_graph_of_torch_compile(row: Row, model_class: Any) -> None:
     torch._dynamo.reset()
-    model = merged_encoder(row)
+    model = make_merged(row, model_class)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        last_hidden_state(compiled, row.inputs(3)), last_hidden_state(model, row.inputs(3)), atol=1e-5, rtol=1e-5
-    )
+    ours, theirs = first_output(compiled, row.inputs(3)), first_output(model, row.inputs(3))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def export(model: Any, row: Row) -> torch.export.ExportedProgram:
@@ -466,37 +312,77 @@ def export(model: Any, row: Row) -> torch.export.ExportedProgram:
 
 
 @cache
-def exported(row_name: str) -> tuple[Any, torch.export.ExportedProgram]:
-    """A merged encoder and its graph for any batch."""
+def exported(row_name: str, model_class: Any, config: Any = MERGE) -> tuple[Any, torch.export.ExportedProgram]:
+    """A merged model and its graph for any batch, as the ONNX exporter can read it."""
     row = next(row for row in ROWS if row.name == row_name)
-    model = merged_encoder(row)
+    model = make_merged(row, model_class, config, eager="onnx" in row.eager_only)
     return model, export(model, row)
 
 
-def test_export_with_a_dynamic_batch(row: Row) -> None:
+def assert_exports(row: Row, model: Any, program: torch.export.ExportedProgram) -> None:
+    for count in (1, 5):
+        ours, theirs = first_output(program.module(), row.inputs(count)), first_output(model, row.inputs(count))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@by_exported
+def test_export_with_a_dynamic_batch(row: Row, model_class: Any) -> None:
     if "export" in row.lacking:
         with pytest.raises(Exception, match="batch"):
-            export(row.make(row.encoder_class), row)
+            export(row.make(model_class), row)
         return
-    model, program = exported(row.name)
-    for count in (1, 5):
-        ours = last_hidden_state(program.module(), row.inputs(count))
-        torch.testing.assert_close(ours, last_hidden_state(model, row.inputs(count)), atol=1e-5, rtol=1e-5)
+    model, program = exported(row.name, model_class)
+    assert_exports(row, model, program)
+    if "onnx" in row.eager_only:
+        model = make_merged(row, model_class)
+        assert_exports(row, model, export(model, row))
 
 
-def test_onnx_runtime_with_a_dynamic_batch(row: Row, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    path = str(tmp_path / "model.onnx")
-    if "onnx" in row.lacking:
-        with pytest.raises(Exception):  # noqa: B017 (what torch.onnx raises is its own affair)
-            program = export(row.make(row.encoder_class), row)
-            torch.onnx.export(program, f=path, dynamo=True, optimize=False, verbose=False)
-        return
-    model, program = exported(row.name)
+def write_onnx(program: torch.export.ExportedProgram, path: str) -> None:
     torch.onnx.export(program, f=path, dynamo=True, optimize=False, verbose=False)
+
+
+def assert_onnx_runs(row: Row, model: Any, program: torch.export.ExportedProgram, path: str) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    write_onnx(program, path)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for count in (1, 5):
         ours = session.run(None, {name: value.numpy() for name, value in row.inputs(count).items()})[0]
-        theirs = last_hidden_state(model, row.inputs(count))
-        torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(ours), first_output(model, row.inputs(count)), atol=1e-4, rtol=1e-4
+        )
+
+
+@by_exported
+def test_onnx_runtime_with_a_dynamic_batch(row: Row, model_class: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    path = str(tmp_path / "model.onnx")
+    if "onnx" in row.lacking or "onnx" in row.eager_only:
+        with pytest.raises(Exception):  # noqa: B017 (what torch.onnx raises is its own affair)
+            write_onnx(export(row.make(model_class), row), path)
+    if "onnx" not in row.lacking:
+        assert_onnx_runs(row, *exported(row.name, model_class), path)
+
+
+@pytest.mark.parametrize("config", [DTEMConfig(r=6), EViTConfig(layers=[0, 1])], ids=["dtem", "evit"])
+def test_other_methods_are_exported(config: Any, tmp_path: Path) -> None:
+    """That of the table is ToMe, as its keys are each family's own."""
+    pytest.importorskip("onnxscript")
+    row = ROWS[0]
+    model = make_merged(row, row.encoder_class, config)
+    program = export(model, row)
+    assert_exports(row, model, program)
+    assert_onnx_runs(row, model, program, str(tmp_path / "model.onnx"))
+
+
+# The table of all this
+
+
+def test_the_documented_table_is_what_is_tested_here() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == document()
+    assert {column for row in ROWS for column in (*row.lacking, *row.eager_only)} <= {"export", "onnx"}
+
+
+def test_all_holds_for_the_families_that_most_people_use() -> None:
+    whole = {row.name for row in ROWS if not row.lacking and not row.eager_only}
+    assert whole >= set(MOST_USED)

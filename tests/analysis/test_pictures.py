@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
 import dtem_hf
 from dtem_hf.analysis.pictures import (

@@ -10,18 +10,19 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, GitConfig, GitForCausalLM, GitModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from dtem_hf import AutoModelForCausalLM, DTEMConfig, ToMeConfig, attach, detach
-from dtem_hf.backbones.git import TrueImagePatchTokens
+from dtem_hf.backbones import git
 from dtem_hf.scope import current_scope
 
 
@@ -145,18 +146,22 @@ def assert_loss_by_hand(model: Any, pixel_values: Tensor, **kwargs: Any) -> None
     torch.testing.assert_close(output.loss.double(), torch.stack(losses).mean(), atol=1e-6, rtol=1e-6)
 
 
-@cache
-def plain_model_caches_rightly() -> bool:
-    """transformers 5.17 adds the length of the cache to positions that hold it already, merged or not."""
-    plain = make()
-    cached, uncached = (generate(plain, images(2), PROMPTS, use_cache=use_cache).logits for use_cache in (True, False))
-    return all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(cached, uncached, strict=True))
+CACHES_RIGHTLY = Version(transformers.__version__) >= Version("5.18")
 
 
 @pytest.fixture
 def right_cache() -> None:
-    if not plain_model_caches_rightly():
-        pytest.skip("this version of transformers generates something else with a cache than without")
+    if not CACHES_RIGHTLY:
+        pytest.skip("before 5.18, the plain model adds the length of its cache to positions that hold it already")
+
+
+def test_the_plain_model_generates_the_same_with_a_cache_from_5_18_on() -> None:
+    """Why the promises about caches are skipped before."""
+    cached, uncached = (
+        generate(make(), images(2), PROMPTS, use_cache=use_cache).logits for use_cache in (True, False)
+    )
+    same = all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(cached, uncached, strict=True))
+    assert same == CACHES_RIGHTLY
 
 
 Promise = Callable[[Any, Any], None]
@@ -284,18 +289,52 @@ def test_promise(promise: Promise, method: Any, r: Any) -> None:
     promise(method, r)
 
 
-def count_of_an_unmerged_image(attention: Any) -> int:
-    """As the stock model has it."""
+Patch = pytest.MonkeyPatch
+Naive = Callable[[Patch], None]
+
+
+def stock_count(attention: Any) -> int:
     return attention.__dict__["image_patch_tokens"]
 
 
-def count_of_one_frame(attention: Any) -> int:
-    scope = current_scope()
-    return scope.num_tokens // 3 if scope is not None else count_of_an_unmerged_image(attention)
+def count_with(patch: Patch, count: Callable[[Any], int]) -> None:
+    """Have the decoder ask `count`, which is given the attention that the stock model asks."""
+    patch.setattr(git.TrueImagePatchTokens, "image_patch_tokens", property(count))
 
 
-def count_of_the_models_own_image_size(attention: Any) -> int:
-    return 65 - 4 * 9
+def count_of_an_unmerged_image(patch: Patch) -> None:
+    """A merged tower in a stock model."""
+    count_with(patch, stock_count)
+
+
+def count_of_one_frame(patch: Patch) -> None:
+    def count(attention: Any) -> int:
+        scope = current_scope()
+        return scope.num_tokens // 3 if scope is not None else stock_count(attention)
+
+    count_with(patch, count)
+
+
+def count_of_the_models_own_image_size(patch: Patch) -> None:
+    """From the plan, once and for all."""
+    count_with(patch, lambda _: 65 - 4 * 9)
+
+
+def count_where_there_are_pictures_only(patch: Patch) -> None:
+    """Right in the first pass, forgotten in those that have a cache instead."""
+    patch.setattr(git, "cached_visual_tokens", lambda inputs: 0)
+
+
+def count_that_takes_padding_for_pictures(patch: Patch) -> None:
+    """What is in the cache and is none of the words that the mask of the first image lets through."""
+
+    def count(inputs: Any) -> int:
+        if inputs.get("pixel_values") is not None or inputs.get("past_key_values") is None:
+            return 0
+        words = int(inputs["attention_mask"][0].sum())
+        return inputs["past_key_values"].get_seq_length() + inputs["input_ids"].shape[1] - words
+
+    patch.setattr(git, "cached_visual_tokens", count)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -303,6 +342,8 @@ def count_of_the_models_own_image_size(attention: Any) -> int:
     "promise, naive",
     [
         *((promise, count_of_an_unmerged_image) for promise in PROMISES),
+        *((promise, count_where_there_are_pictures_only) for promise in CACHED),
+        *((promise, count_that_takes_padding_for_pictures) for promise in CACHED),
         (the_loss_knows_the_number_of_frames, count_of_one_frame),
         (generation_knows_the_number_of_frames, count_of_one_frame),
         (the_loss_knows_the_image_size, count_of_the_models_own_image_size),
@@ -312,10 +353,9 @@ def count_of_the_models_own_image_size(attention: Any) -> int:
     ids=lambda function: function.__name__,
 )
 def test_a_naive_count_breaks_the_promise(
-    promise: Promise, naive: Callable[[Any], int], method: Any, monkeypatch: pytest.MonkeyPatch
+    promise: Promise, naive: Naive, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    promise(method, 9)
-    monkeypatch.setattr(TrueImagePatchTokens, "image_patch_tokens", property(naive))
+    naive(monkeypatch)
     # A loss that is not the one by hand or of no words at all, another caption, a mask of the wrong length.
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
         promise(method, 9)
@@ -403,6 +443,17 @@ def test_the_decoder_gets_the_merged_tokens_as_they_are(method: Any, frames: int
             ours, theirs = (m(pixel_values=pixel_values, **inputs).logits for m in (model, plain))
         assert ours.shape[1] == model.merge_plan().output_tokens + 5
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("frames", [None, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_stock_model_generates_the_same_when_told_tokens_and_number(method: Any, frames: int | None) -> None:
+    """With a cache and padding, greedily, by beams and by lot: nothing but the tower is another."""
+    model, plain = merged(method, 9, frames), make(frames=frames)
+    pixel_values = images(2) if frames is None else images(2, frames)
+    plain.git.image_encoder = model.git.image_encoder
+    plain.git.encoder.layer[0].attention.self.image_patch_tokens = model.merge_plan().output_tokens
+    assert all(map(torch.equal, captions(model, pixel_values), captions(plain, pixel_values)))
 
 
 @pytest.mark.usefixtures("right_cache")

@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
 import dtem_hf
 from dtem_hf import BadValue, ToMeConfig, attach
