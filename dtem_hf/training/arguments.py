@@ -67,9 +67,10 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     features: str = option("what of an encoder is distilled: " + ", ".join(FEATURES), default="auto")
     feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
     feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
-    similarity_weight: float = option(
-        "contrastive: share of the loss that distils the unmerged similarities; the rest is the model's own loss",
-        default=1.0,
+    distillation_weight: float | None = option(
+        "captioning, contrastive: share of the loss that is the divergence from the unmerged model, the rest being the "
+        "model's own loss; left out: 0 in captioning, 1 in contrastive",
+        default=None,
     )
     max_caption_tokens: int = option("captions are cut to this length", default=40)
     seed: int = option("of everything that is drawn", default=0)
@@ -101,8 +102,8 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
         _at_least("max_caption_tokens", self.max_caption_tokens, 2)
         for name in ("backbone_lr", "backbone_weight_decay", "mixup", "cutmix", "feature_weight"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("label_smoothing", "similarity_weight"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("label_smoothing", "distillation_weight"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise BadValue(name, getattr(self, name), "a number from 0 to 1")
         if not 0 < self.layer_decay <= 1:
             raise BadValue("layer_decay", self.layer_decay, "above 0 and at most 1, which is none")

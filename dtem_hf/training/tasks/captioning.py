@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from ...auto import auto_class
 from ...errors import BadValue
+from .base import kl_to
 from .captions import CaptionTask
 
 
@@ -18,7 +19,10 @@ MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
 class Captioning(CaptionTask):
-    """The model's own loss; it needs `captions`, and the images they are about in the folder `data`."""
+    """The model's own loss; it needs `captions`, and the images they are about in the folder `data`.
+
+    `distillation_weight` of the loss is the divergence of the words' probabilities from the unmerged model's.
+    """
 
     name: ClassVar[str] = "captioning"
     ranked_by: ClassVar[str] = "loss"
@@ -32,7 +36,12 @@ class Captioning(CaptionTask):
         return model
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return model(**{name: batch[name] for name in MODEL_INPUTS}, labels=batch["labels"]).loss
+        weight, inputs = self.arguments.distillation_weight or 0.0, {name: batch[name] for name in MODEL_INPUTS}
+        output = model(**inputs, labels=batch["labels"])
+        if not weight:
+            return output.loss
+        target = self.unmerged(plain_model, **inputs).logits
+        return (1 - weight) * output.loss + weight * word_divergence(target, output.logits, batch["labels"])
 
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         output = self.unmerged(plain_model, **{name: batch[name] for name in MODEL_INPUTS})
@@ -46,6 +55,13 @@ class Captioning(CaptionTask):
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """Adds `ratio`, of the loss to the unmerged model's."""
         return {**means, "ratio": means["loss"] / means["unmerged_loss"]}
+
+
+def word_divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the words of all captions of KL(target ‖ model), in nats: [B, V + T, classes] twice, [B, T]."""
+    predicts = labels[:, 1:] != -100
+    length = labels.shape[1]
+    return kl_to(target[:, -length:-1][predicts].float(), logits[:, -length:-1][predicts]).mean()
 
 
 def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .captions import CaptionCollate, CaptionTask
 class Contrastive(CaptionTask):
     """The image encoder learns against captions, whose embeddings are computed once; text and projections are frozen.
 
-    The loss is `similarity_weight` of the divergence between unmerged and merged similarities of a batch's images and
+    The loss is `distillation_weight` of the divergence between unmerged and merged similarities of a batch's images and
     captions, and the rest the model's own contrastive loss.
     """
 
@@ -54,7 +54,8 @@ class Contrastive(CaptionTask):
         return CaptionCollate(tokenizer, {"max_length": length, **options})
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        weight, texts = self.arguments.similarity_weight, self._text["train"](batch)
+        weight, texts = self.arguments.distillation_weight, self._text["train"](batch)
+        weight = 1.0 if weight is None else weight
         similarities = self._similarities(model(pixel_values=batch["pixel_values"]).pooler_output, texts)
         loss = similarities.new_zeros(())
         if weight < 1:

@@ -18,9 +18,9 @@ ROWS = [
     ("feature_distillation", "clip_folder", {"feature_loss": "mse"}),
     ("feature_distillation", "siglip_folder", {}),
     ("captioning", "git_folder", {}),
-    ("captioning", "blip_folder", {}),
-    ("contrastive", "clip_folder", {"similarity_weight": 0.5}),
-    ("contrastive", "siglip_folder", {"similarity_weight": 0.5}),
+    ("captioning", "blip_folder", {"distillation_weight": 0.5}),
+    ("contrastive", "clip_folder", {"distillation_weight": 0.5}),
+    ("contrastive", "siglip_folder", {"distillation_weight": 0.5}),
 ]
 
 

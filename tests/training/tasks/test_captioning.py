@@ -1,6 +1,7 @@
 """The captioning task: the model's own loss, each caption's loss, and what is said of captions without images."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import BlipForConditionalGeneration, GitForCausalLM
 from dtem_hf import BadValue, MergeAdapter
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
-from dtem_hf.training.tasks.captioning import caption_losses
+from dtem_hf.training.tasks.captioning import caption_losses, word_divergence
 
 
 CLASSES = {"git_folder": GitForCausalLM, "blip_folder": BlipForConditionalGeneration}
@@ -43,6 +44,16 @@ def test_loss_of_a_caption_is_what_the_stock_model_says_of_it_alone(captioner):
         alone = stock(pixel_values=batch["pixel_values"][i : i + 1], input_ids=ids, labels=ids).loss
         torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(figures["unmerged_loss"], figures["loss"], rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_by_plain_loops():
+    target, logits = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    labels = torch.tensor([[1, 2, 3], [1, 0, -100]])
+    terms = []
+    for b, t in ((0, 0), (0, 1), (1, 0)):  # the words that are predicted, three visual tokens in front
+        p, q = (x[b, 3 + t].softmax(-1).tolist() for x in (target, logits))
+        terms.append(sum(a * math.log(a / c) for a, c in zip(p, q, strict=True)))
+    assert word_divergence(target, logits, labels).item() == pytest.approx(sum(terms) / 3, rel=1e-5)
 
 
 def test_caption_without_a_second_token_has_no_loss():

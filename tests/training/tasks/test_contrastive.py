@@ -56,7 +56,7 @@ def test_divergence_by_plain_loops():
 @pytest.fixture(params=CLASSES)
 def dual(request, caption_options, make_run):
     folder = str(request.getfixturevalue(request.param))
-    changes = {"model": folder, "task": "contrastive", "r": "0", "similarity_weight": 0.0}
+    changes = {"model": folder, "task": "contrastive", "r": "0", "distillation_weight": 0.0}
     run = make_run({**caption_options, **changes})
     batch = run.data.collate([run.data.train[0, i] for i in range(6)])
     return run, batch, CLASSES[request.param].from_pretrained(folder).eval()
