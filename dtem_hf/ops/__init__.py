@@ -1,6 +1,7 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
 from .attention import SMALLEST_SIZE, size_bias
+from .forms import MERGE_FORMS, exports_one_hot, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .matching import Matching, bipartite_soft_matching, cosine_scores, split_counts
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
@@ -17,14 +18,17 @@ from .relaxation import (
 
 
 __all__ = [
+    "MERGE_FORMS",
     "SMALLEST_SIZE",
     "Matching",
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
+    "exports_one_hot",
     "fuse_tokens",
     "fused_source_map",
     "merge_along_flow",
+    "merge_form",
     "merge_tokens",
     "move_mass",
     "permute_tokens",
