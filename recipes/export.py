@@ -2,7 +2,7 @@
 
 python recipes/export.py --model facebook/deit-small-patch16-224 --method tome --r 16
 python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx aot_inductor
-python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model, to compare with
+python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 """
 
 from dtem_hf.deploy.program import main

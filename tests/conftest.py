@@ -17,7 +17,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which transformers does
 
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel  # noqa: E402
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 
 HERE = Path(__file__).resolve().parent

@@ -68,11 +68,13 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-        except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        except (errors.NotImplemented, errors.InvalidGraph) as error:
+            reason = str(error).rsplit(":", 1)[-1].strip()
             raise BadValue(
-                "dtype", dtype, f"float32 or float16: onnxruntime's {provider} does not have all it takes ({error})"
+                "dtype", dtype, f"float32 or float16; onnxruntime's {provider} cannot run this ({reason})"
             ) from error
         self.device = device
 
@@ -88,7 +90,7 @@ class OnnxRunner:
         for output in self.session.get_outputs():
             binding.bind_output(output.name, self.device.type, self.device.index or 0)
         self.session.run_with_iobinding(binding)
-        return [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
+        return [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
 
 
 def need_onnx(*modules: str) -> None:

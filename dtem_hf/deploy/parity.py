@@ -17,9 +17,9 @@ Runner = Callable[[Tensor], Sequence[Tensor]]
 
 # What torch and another runtime may differ by in float32.
 TOLERANCE = 1e-4
-# In half precision a rounding may decide whom a token is merged with, and no two runtimes round alike. What can be
-# asked is that a file be no further from float32 than this many times what eager is in the same dtype.
-HALF_FACTOR = 2.0
+# In half precision a rounding may decide whom a token is merged with, and no two runtimes round alike: a pair chosen
+# otherwise moves the outputs by some hundredths of their size, a wrong graph by all of it.
+HALF_TOLERANCE = 0.05
 _BATCHES = (1, 2, 5)
 
 
@@ -35,8 +35,9 @@ def check_parity(
     """Compare a runner with the eager model on noise of [C, H, W] in batches of 1, 2 and 5.
 
     In float32 no number may differ by more than `tolerance`, absolute or relative, whichever is more. In half
-    precision, the root mean square of the difference from float32 (same weights) may be HALF_FACTOR times eager's,
-    and `tolerance` of the values' own. Returns a record; raises ValueError with the figures where more is between.
+    precision, the root mean square of the difference from float32 (same weights) may be twice that of eager, or
+    HALF_TOLERANCE of the values' own, whichever is more. Returns a record; raises ValueError with the figures where
+    an output is further away.
     """
     parameter = next(model.parameters())
     draw = torch.Generator().manual_seed(seed)
@@ -53,7 +54,8 @@ def check_parity(
         else:
             record["rms_from_float32"] = _rms(found[i] - exact[i])
             record["eager_rms_from_float32"] = _rms(expected[i] - exact[i])
-            allowed = HALF_FACTOR * record["eager_rms_from_float32"] + tolerance * _rms(exact[i])
+            record["float32_rms"] = _rms(exact[i])
+            allowed = max(2 * record["eager_rms_from_float32"], HALF_TOLERANCE * record["float32_rms"])
             fits = record["rms_from_float32"] <= allowed
         if not fits:
             raise BadValue(

@@ -3,7 +3,7 @@
 python recipes/export.py --model facebook/deit-small-patch16-224 --method tome --r 16
 python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx aot_inductor
 python recipes/export.py --model path/to/model --flops 0.5 --dtype bfloat16 --formats aot_inductor
-python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model, to compare with
+python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 
 Beside every file lies a record of it: model.onnx and model.onnx.json, model.pt2 and model.pt2.json.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(arguments: ExportArguments) -> list[dict[str, Any]]:
-    """Write every format. Returns the records that lie beside the files. A format that fails leaves no file of its own."""
+    """Write every format. Returns the records beside the files; a format that fails leaves no file of its own."""
     if "onnx" in arguments.formats:
         need_onnx("onnx", "onnxscript", *([] if arguments.unchecked else ["onnxruntime"]))
     device = evaluation_device(arguments.device)

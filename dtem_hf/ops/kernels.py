@@ -1,7 +1,7 @@
 """When matching and merging run as Triton kernels, and what torch.compile sees of them.
 
-The kernels are for CUDA, where Triton is installed, and where no gradient flows through a merge; the plain path is their
-reference and what runs everywhere else. DTEM_HF_TRITON=0 in the environment keeps to the plain path.
+The kernels are for CUDA, where Triton is installed, and where no gradient flows through a merge; the plain path is
+their reference and what runs everywhere else. DTEM_HF_TRITON=0 in the environment keeps to the plain path.
 """
 
 import os
