@@ -38,7 +38,7 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             if ctx.params["traceback"]:
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
@@ -303,6 +303,7 @@ _PROGRAMS = {
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
     "benchmark": ("evaluation.benchmark", "Measure multiply-adds, speed and memory, without any images."),
+    "export": ("deploy.program", "Write a merged model for ONNX Runtime or AOTInductor, and check it against eager."),
 }
 
 

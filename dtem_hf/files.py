@@ -48,6 +48,21 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         filled.rename(path)
 
 
+@contextmanager
+def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder to write files to; they take their places in `folder` only if nothing was raised.
+
+    They move in the order of their names' lengths, so that `model.onnx` is there before the record of it,
+    `model.onnx.json`; nothing that was there before is lost if writing fails.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as staging:
+        yield Path(staging)
+        for path in sorted(Path(staging).iterdir(), key=lambda path: len(path.name)):
+            os.replace(path, folder / path.name)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with replacing(path) as temporary:

@@ -192,6 +192,48 @@ def plot_correlation(
     save_figure(figure, path)
 
 
+def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot speed-up against batch size: a line per row of a benchmark's JSON, dashed at what its count would give.
+
+    The suffix of `path` is the format; the file is written whole or not at all. Raises ValueError for no rows.
+    """
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    figure = Figure(figsize=(6.8, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    axis.axhline(1, color="0.45", linewidth=1, zorder=1)
+    merged = [row for row in rows if row["method"] != _UNMERGED]
+    amounts = list(dict.fromkeys((row["method"], str(row["r"])) for row in merged))
+    runtimes = list(dict.fromkeys(row["runtime"] for row in merged))
+    colours = dict(zip(amounts, cycle([style for style, _ in (*_STYLES.values(), *_SPARE_STYLES)]), strict=False))
+    dashes = dict(zip(runtimes, cycle(["-", "--", ":", "-."]), strict=False))
+    drawn = set()
+    for row in merged:
+        colour = colours[row["method"], str(row["r"])]
+        label = f"{method_name(row['method'])} {reduction_label(row['r'])}, {row['runtime']}"
+        x = [batch["batch_size"] for batch in row["batches"]]
+        y = [batch["speedup"]["median"] for batch in row["batches"]]
+        axis.plot(x, y, dashes[row["runtime"]], color=colour, marker="o", markersize=4.5, label=label, zorder=3)
+        ideal = row["ideal_speedup"]
+        if ideal is not None and (colour, round(ideal, 3)) not in drawn:
+            axis.axhline(ideal, color=colour, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
+            drawn.add((colour, round(ideal, 3)))
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("Batch size")
+    axis.set_ylabel("Speed-up over the unmerged model (dotted: by count)")
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if merged:
+        for text in axis.legend(frameon=False, fontsize=8).get_texts():
+            text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
 def check_figure_format(path: str | os.PathLike[str]) -> None:
     """Raise ValueError where the suffix of a path is no format that figures are written in."""
     formats = FigureCanvasAgg.get_supported_filetypes()

@@ -120,12 +120,13 @@ def _benchmark_tables(record: dict[str, Any]) -> list[Table]:
             f"{batch['images_per_second']['median']:.1f} ({batch['speedup']['median']:.2f}×)"
             for batch in row["batches"]
         ]
-        cost = [f"{row['multiply_adds'] / 1e6:.1f}", f"{row['ideal_speedup']:.2f}×"]
-        rows.append(
-            [row["method"], reduction_label(row["r"]), *cost, *speeds, str(row["break_even_batch_size"] or "–")]
-        )
+        counted = row["multiply_adds"] is not None
+        cost = [f"{row['multiply_adds'] / 1e6:.1f}", f"{row['ideal_speedup']:.2f}×"] if counted else ["–", "–"]
+        # Records of earlier versions know one runtime.
+        start = [row.get("runtime", "eager"), row["method"], reduction_label(row["r"])]
+        rows.append([*start, *cost, *speeds, str(row["break_even_batch_size"] or "–")])
     columns = [f"images/s, batch {size}" for size in sizes]
-    return [Table(["method", "r", "M mult-adds", "ideal", *columns, "break-even batch"], rows)]
+    return [Table(["runtime", "method", "r", "M mult-adds", "ideal", *columns, "break-even batch"], rows)]
 
 
 def _plain_tables(record: dict[str, Any]) -> list[Table]:

@@ -73,8 +73,17 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
     return int(max(0, *held)) if len(held) else 0
 
 
-def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int = 20, warmup: int = 3) -> np.ndarray:
-    """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are not timed."""
+def time_interleaved(
+    runs: Sequence[Run],
+    device: torch.device,
+    rounds: int = 20,
+    warmup: int = 3,
+    advance: Callable[[], Any] = lambda: None,
+) -> np.ndarray:
+    """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are not timed.
+
+    `advance` is called behind every run, to show that it goes on.
+    """
     for name, value, low in (("rounds", rounds, 1), ("warmup", warmup, 0)):
         if value < low:
             raise BadValue(name, value, f"{low} or more")
@@ -87,6 +96,7 @@ def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int = 20
             synchronize(device)
             if number >= 0:
                 seconds[number, i] = time.perf_counter() - started
+            advance()
     return seconds
 
 
@@ -109,14 +119,18 @@ class Spread:
         return {"median": self.median, "q25": self.low, "q75": self.high}
 
 
-def speeds(seconds: np.ndarray, batch_size: int) -> list[dict[str, Any]]:
-    """Images per second and speed-up over the first run, of every run: seconds [rounds, runs] -> one dict per run."""
+def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Images per second and speed-up of every run: seconds [rounds, runs] -> one dict per run.
+
+    `references` are the runs that each is compared with; left out, all are compared with the first.
+    """
+    references = [0] * seconds.shape[1] if references is None else references
     return [
         {
             "images_per_second": Spread.of(batch_size / seconds[:, i]).to_json(),
-            "speedup": Spread.of(seconds[:, 0] / seconds[:, i]).to_json(),
+            "speedup": Spread.of(seconds[:, reference] / seconds[:, i]).to_json(),
         }
-        for i in range(seconds.shape[1])
+        for i, reference in enumerate(references)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from .attention import SMALLEST_SIZE, size_bias
 from .damage import first_order_change
+from .forms import MERGE_FORMS, exports_one_hot, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first, split_counts, split_even_odd
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
@@ -18,15 +19,18 @@ from .relaxation import (
 
 
 __all__ = [
+    "MERGE_FORMS",
     "SMALLEST_SIZE",
     "Matching",
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
+    "exports_one_hot",
     "first_order_change",
     "fuse_tokens",
     "fused_source_map",
     "merge_along_flow",
+    "merge_form",
     "merge_tokens",
     "move_mass",
     "permute_tokens",

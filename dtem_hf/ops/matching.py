@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import kernels
+
 
 class Matching(NamedTuple):
     """Who is merged into whom, as indices into the non-prefix halves A and B.
@@ -60,6 +62,16 @@ def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
     return scores.masked_fill(empty_a.unsqueeze(2), 2.0)
 
 
+def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
+    if empty is None and kernels.can_match(metric):
+        return kernels.best_partner(metric, num_prefix_tokens)
+    scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
+    if empty is not None:
+        scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
+    return scores.max(dim=-1)  # the first of equal maxima
+
+
 def bipartite_soft_matching(
     metric: Tensor, r: int, num_prefix_tokens: int = 1, empty: Tensor | None = None
 ) -> Matching:
@@ -80,10 +92,7 @@ def bipartite_soft_matching(
         nobody = torch.empty(batch, 0, dtype=torch.int64, device=metric.device)
         everybody = torch.arange(even, device=metric.device).expand(batch, -1)
         return Matching(nobody, nobody, everybody, num_prefix_tokens)
-    scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
-    if empty is not None:
-        scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
-    best, partner = scores.max(dim=-1)  # the first of equal maxima
+    best, partner = _best_partner(metric, num_prefix_tokens, empty)
     order = descending_order(best)
     merged = order[:, :r]
     return Matching(merged, partner.gather(1, merged), order[:, r:].sort(dim=-1).values, num_prefix_tokens)

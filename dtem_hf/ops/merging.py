@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from . import kernels
+from .forms import exports_one_hot
 from .matching import Matching, split_counts, split_even_odd
 
 
@@ -20,7 +22,7 @@ def _add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     CUDA scatters by atomics in no fixed order, and the same input must give the same output: there, the sum is a
     product with the one-hot matrix of the index.
     """
-    if base.is_cuda:
+    if base.is_cuda or exports_one_hot():
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         return torch.baddbmm(base, (positions == index.unsqueeze(1)).to(base.dtype), rows)  # [B, b, r] @ [B, r, D]
     return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
@@ -33,6 +35,8 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     its own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32. Tokens
     that nobody joined are copied, bit for bit.
     """
+    if kernels.can_merge(x, sizes):
+        return kernels.merge_tokens(x, sizes, *matching)
     prefix = matching.num_prefix_tokens
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)

@@ -1,0 +1,36 @@
+"""AOTInductor: a graph compiled ahead of time into one package, which runs without Dynamo and without this library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ..errors import UnsupportedModelError
+from .graph import INPUT_NAME
+
+
+def write_package(program: ExportedProgram, path: Path) -> list[Path]:
+    """Compile a graph for the device it is on into a package, weights included. Returns the file.
+
+    Raises UnsupportedModelError where the compiler does not get through; on a CPU it needs a C++ compiler.
+    """
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # the compiler's own errors have no common kind
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"AOTInductor does not compile this model here: {reason}") from error
+    return [path]
+
+
+class PackageRunner:
+    """A package that was written here: pixels [B, C, H, W] -> tensors. It holds native code: load your own only."""
+
+    def __init__(self, path: Path) -> None:
+        self._run: Any = torch._inductor.aoti_load_package(str(path))
+
+    def __call__(self, pixel_values: Tensor) -> list[Tensor]:
+        return list(self._run(**{INPUT_NAME: pixel_values}))

@@ -1,0 +1,65 @@
+"""The part of a model that sees images as one graph of pixels, for any batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..backbones import find_backbone
+from ..errors import UnsupportedModelError
+from ..vision import run_on_pixels
+
+
+INPUT_NAME = "pixel_values"
+# Two, as a graph that is traced with one image is a graph for one image.
+_TRACED_BATCH = 2
+
+
+class ImageGraph(nn.Module):
+    """pixel_values [B, C, H, W] float32 -> the model's tensors, in the order of `output_names`, as float32.
+
+    Inside, the model computes in its own dtype. Float32 at both ends is what every runtime's arrays can hold.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        output = run_on_pixels(self.model, pixel_values)
+        return tuple(output[name].float() for name in _tensor_names(output))
+
+
+def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
+    """What the tensors are called that a model makes of pixels [B, C, H, W]: `logits`, `last_hidden_state`, …"""
+    with torch.inference_mode():
+        return _tensor_names(run_on_pixels(model, pixel_values))
+
+
+def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own."""
+    config: Any = find_backbone(model)[1].config
+    size = config.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.num_channels, height, width
+
+
+def export_graph(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
+    """Trace a model for images of [C, H, W] and a batch of any size. Raises UnsupportedModelError where that fails."""
+    pixels = torch.zeros(_TRACED_BATCH, *shape, device=next(model.parameters()).device)
+    batch = {INPUT_NAME: {0: Dim("batch", min=1)}}
+    try:
+        with torch.no_grad():
+            return torch.export.export(ImageGraph(model), (), {INPUT_NAME: pixels}, dynamic_shapes=batch)
+    except Exception as error:  # torch documents no kind of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of {model.config.model_type} cannot be exported as one graph: {reason}"  # type: ignore[union-attr]
+        ) from error
+
+
+def _tensor_names(output: Any) -> list[str]:
+    return [name for name, value in output.items() if isinstance(value, Tensor)]

@@ -1,0 +1,107 @@
+"""ONNX: a graph as a file, and ONNX Runtime to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ..errors import BadValue
+from .graph import INPUT_NAME
+
+
+# The lowest opset that torch's exporter writes; runtimes of 2023 and later read it.
+OPSET = 18
+
+
+def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
+    """Write a graph as an ONNX file whose weights, if they are many, lie in a second one beside it.
+
+    Returns the files. Raises ValueError for an opset below 18.
+    """
+    if opset < OPSET:
+        raise BadValue("opset", opset, f"{OPSET} or more")
+    need_onnx("onnx", "onnxscript")
+    torch.onnx.export(
+        program,
+        f=path,
+        input_names=[INPUT_NAME],
+        output_names=names,
+        opset_version=opset,
+        # A protocol buffer ends at 2 GiB.
+        external_data=_weight_bytes(program) > 1 << 30,
+        dynamo=True,
+        verbose=False,
+    )
+    beside = path.with_name(f"{path.name}.data")
+    return [path, *([beside] if beside.is_file() else [])]
+
+
+def written_opset(path: Path) -> int:
+    """The opset that an ONNX file states."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+class OnnxRunner:
+    """An ONNX file in ONNX Runtime: pixels [B, C, H, W] -> tensors, on the CPU or, with onnxruntime-gpu, on CUDA.
+
+    It runs with as many threads as torch does. Raises ValueError naming `dtype` where the runtime has no kernels for
+    what the file computes in, and `device` where it cannot run there.
+    """
+
+    def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
+        need_onnx("onnxruntime")
+        import onnxruntime
+
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
+        if provider not in onnxruntime.get_available_providers():
+            raise BadValue(
+                "device", device.type, f"this onnxruntime runs on {', '.join(onnxruntime.get_available_providers())}"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except (errors.NotImplemented, errors.InvalidGraph) as error:
+            reason = str(error).rsplit(":", 1)[-1].strip()
+            raise BadValue(
+                "dtype", dtype, f"float32 or float16; onnxruntime's {provider} cannot run this ({reason})"
+            ) from error
+        self.device = device
+
+    def __call__(self, pixel_values: Tensor) -> list[Tensor]:
+        if self.device.type == "cpu":
+            found = self.session.run(None, {INPUT_NAME: pixel_values.numpy()})
+            return [torch.from_numpy(value) for value in found]
+        binding = self.session.io_binding()
+        pixels = pixel_values.contiguous()
+        binding.bind_input(
+            INPUT_NAME, self.device.type, self.device.index or 0, np.float32, tuple(pixels.shape), pixels.data_ptr()
+        )
+        for output in self.session.get_outputs():
+            binding.bind_output(output.name, self.device.type, self.device.index or 0)
+        self.session.run_with_iobinding(binding)
+        return [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
+
+
+def need_onnx(*modules: str) -> None:
+    """Raise ImportError that says what to install where one of the packages is absent."""
+    for module in modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise ImportError(f"ONNX takes the package {module}: pip install 'dtem-hf[onnx]'") from error
+
+
+def _weight_bytes(program: ExportedProgram) -> int:
+    tensors: list[Any] = [*program.state_dict.values(), *program.constants.values()]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))

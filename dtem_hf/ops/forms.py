@@ -1,0 +1,35 @@
+"""How a merge is written into an exported graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from ..errors import BadValue
+
+
+MERGE_FORMS = ("scatter", "one_hot")
+_FORM: ContextVar[str] = ContextVar("dtem_hf_merge_form", default="scatter")
+
+
+@contextmanager
+def merge_form(form: str) -> Iterator[None]:
+    """What `torch.export` writes for the sum of merged tokens inside the block; elsewhere it makes no difference.
+
+    "scatter" adds rows in place; "one_hot" multiplies by the one-hot matrix of the matching, for runtimes that cannot
+    scatter with a sum (TensorRT) or are slow at it. Raises ValueError for another form.
+    """
+    if form not in MERGE_FORMS:
+        raise BadValue("merge_form", form, f"one of {', '.join(MERGE_FORMS)}")
+    before = _FORM.set(form)
+    try:
+        yield
+    finally:
+        _FORM.reset(before)
+
+
+def exports_one_hot() -> bool:
+    """Whether a graph is being exported that is to have no scatter. Dynamo, which cannot ask, never exports so."""
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exporting and _FORM.get() == "one_hot"

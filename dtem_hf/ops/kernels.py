@@ -1,0 +1,87 @@
+"""When matching and merging run as Triton kernels, and what torch.compile sees of them.
+
+The kernels are for CUDA, where Triton is installed, and where no gradient flows through a merge; the plain path is
+their reference and what runs everywhere else. DTEM_HF_TRITON=0 in the environment keeps to the plain path.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Looked up once, without importing it, which takes a while.
+_AVAILABLE = find_spec("triton") is not None and os.environ.get("DTEM_HF_TRITON") != "0"
+
+
+def can_match(metric: Tensor) -> bool:
+    """Whether `best_partner` runs on a metric. An exported graph has to do without."""
+    return _AVAILABLE and metric.is_cuda and metric.dtype in _DTYPES and not torch.compiler.is_exporting()
+
+
+def can_merge(x: Tensor, sizes: Tensor | None) -> bool:
+    """Whether `merge_tokens` runs on tokens: not where a gradient has to come back through it."""
+    differentiated = x.requires_grad or (sizes is not None and sizes.requires_grad)
+    return can_match(x) and not (torch.is_grad_enabled() and differentiated)
+
+
+def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """The highest cosine of every A token and the first B token that has it: metric [B, N, d] -> two of [B, a].
+
+    Float32 and int64; no similarity matrix is ever in memory.
+    """
+    run = _best_partner_op if torch.compiler.is_compiling() else _best_partner
+    return run(metric.detach(), num_prefix_tokens)
+
+
+def merge_tokens(
+    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """`ops.merge_tokens` in one launch: every output token is written once, features and size together."""
+    run = _merge_tokens_op if torch.compiler.is_compiling() else _merge_tokens
+    return run(x, sizes, merged, target, kept, num_prefix_tokens)
+
+
+def _best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    from . import triton_kernels
+
+    with _on(metric):
+        return triton_kernels.best_partner(metric, num_prefix_tokens)
+
+
+def _merge_tokens(
+    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    from . import triton_kernels
+
+    with _on(x):
+        return triton_kernels.merge_tokens(x, sizes, merged, target, kept, num_prefix_tokens)
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# Opaque to torch.compile, which needs no more of them than the shapes of what they return.
+_best_partner_op = torch.library.custom_op("dtem_hf::best_partner", _best_partner, mutates_args=())
+_merge_tokens_op = torch.library.custom_op("dtem_hf::merge_tokens", _merge_tokens, mutates_args=())
+
+
+@_best_partner_op.register_fake
+def _(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    from .matching import split_counts  # which imports this file
+
+    shape = metric.shape[0], split_counts(metric.shape[1], num_prefix_tokens)[0]
+    return metric.new_empty(shape, dtype=torch.float32), metric.new_empty(shape, dtype=torch.int64)
+
+
+@_merge_tokens_op.register_fake
+def _(
+    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    shape = x.shape[0], x.shape[1] - merged.shape[1]
+    return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=torch.float32)

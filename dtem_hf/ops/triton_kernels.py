@@ -1,0 +1,185 @@
+"""Matching and merging as Triton kernels (METHOD.md section 3). Imported on CUDA alone; `kernels.py` is the way in."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .matching import split_counts
+
+
+_SMALLEST_NORM = 1e-12  # of torch.nn.functional.normalize
+_SMALLEST_TOTAL = 1e-12  # of merge_tokens
+
+
+@triton.jit
+def _best_partner_kernel(
+    metric,
+    best,
+    partner,
+    num_a,
+    num_b,
+    width,
+    first_a,
+    first_b,
+    stride_image,
+    stride_token,
+    smallest_norm,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Rows of A against all of B, tile by tile: the maximum and its first place are all that is kept of a tile."""
+    image = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    features = tl.arange(0, BLOCK_D)
+    tokens = metric + image * stride_image
+    a_tokens = tokens + (first_a + 2 * rows)[:, None] * stride_token
+    highest = tl.full([BLOCK_A], float("-inf"), tl.float32)
+    place = tl.zeros([BLOCK_A], tl.int32)
+    square_a = tl.zeros([BLOCK_A], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        inside = (start + features) < width
+        a = tl.load(a_tokens + (start + features)[None, :], mask=(rows < num_a)[:, None] & inside[None, :], other=0.0)
+        square_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
+    for first in range(0, num_b, BLOCK_B):
+        columns = first + tl.arange(0, BLOCK_B)
+        b_tokens = tokens + (first_b + 2 * columns)[:, None] * stride_token
+        product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        square_b = tl.zeros([BLOCK_B], tl.float32)
+        for start in range(0, width, BLOCK_D):
+            inside = (start + features) < width
+            offsets = (start + features)[None, :]
+            a = tl.load(a_tokens + offsets, mask=(rows < num_a)[:, None] & inside[None, :], other=0.0)
+            b = tl.load(b_tokens + offsets, mask=(columns < num_b)[:, None] & inside[None, :], other=0.0)
+            square_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            # Products of half-precision numbers are exact in float32; TF32 would round those of float32.
+            product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
+        norm_b = tl.maximum(tl.sqrt(square_b), smallest_norm)
+        scores = tl.where((columns < num_b)[None, :], product / norm_b[None, :], float("-inf"))
+        tile_highest, tile_place = tl.max(scores, axis=1, return_indices=True)  # the first of equal maxima
+        better = tile_highest > highest
+        place = tl.where(better, first + tile_place, place)
+        highest = tl.where(better, tile_highest, highest)
+    norm_a = tl.maximum(tl.sqrt(square_a), smallest_norm)
+    tl.store(best + image * num_a + rows, highest / norm_a, mask=rows < num_a)
+    tl.store(partner + image * num_a + rows, place.to(tl.int64), mask=rows < num_a)
+
+
+@triton.jit
+def _merge_kernel(
+    x,
+    sizes,
+    merged,
+    target,
+    kept,
+    out,
+    out_sizes,
+    num_tokens,
+    width,
+    num_merged,
+    num_kept,
+    num_prefix,
+    smallest_total,
+    HAS_SIZES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One output token: the one it is made from, and, if it is one of B, those that join it, best score first."""
+    row = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    first_a = num_prefix + num_prefix % 2
+    first_b = num_prefix + 1 - num_prefix % 2
+    column = row - num_prefix - num_kept  # below 0 for prefix tokens and unmerged A
+    features = tl.arange(0, BLOCK_D)
+    inside = features < width
+    tokens = x + image * num_tokens * width
+    own = row
+    if column >= 0:
+        own = first_b + 2 * column
+    elif row >= num_prefix:
+        own = first_a + 2 * tl.load(kept + image * num_kept + row - num_prefix).to(tl.int32)
+    value = tl.load(tokens + own * width + features, mask=inside, other=0.0)
+    size = 1.0
+    if HAS_SIZES:
+        size = tl.load(sizes + image * num_tokens + own)
+    total = size
+    result = value.to(tl.float32) * size
+    if column >= 0:
+        for i in range(0, num_merged):
+            if tl.load(target + image * num_merged + i) == column:
+                joining = first_a + 2 * tl.load(merged + image * num_merged + i).to(tl.int32)
+                joining_size = 1.0
+                if HAS_SIZES:
+                    joining_size = tl.load(sizes + image * num_tokens + joining)
+                joiner = tl.load(tokens + joining * width + features, mask=inside, other=0.0)
+                result += joiner.to(tl.float32) * joining_size
+                total += joining_size
+    mean = (result / tl.maximum(total, smallest_total)).to(value.dtype)
+    output = image * (num_tokens - num_merged) + row
+    tl.store(out + output * width + features, tl.where(total == size, value, mean), mask=inside)
+    tl.store(out_sizes + output, total)
+
+
+def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """The highest cosine of every A token and the first B token that has it: metric [B, N, d] -> two of [B, a].
+
+    Float32 and int64. No similarity matrix is ever in memory.
+    """
+    metric = metric.contiguous()
+    batch, num_tokens, width = metric.shape
+    num_a, num_b = split_counts(num_tokens, num_prefix_tokens)
+    best = metric.new_empty(batch, num_a, dtype=torch.float32)
+    partner = metric.new_empty(batch, num_a, dtype=torch.int64)
+    block = 64
+    _best_partner_kernel[(triton.cdiv(num_a, block), batch)](
+        metric,
+        best,
+        partner,
+        num_a,
+        num_b,
+        width,
+        num_prefix_tokens + num_prefix_tokens % 2,
+        num_prefix_tokens + 1 - num_prefix_tokens % 2,
+        metric.stride(0),
+        metric.stride(1),
+        _SMALLEST_NORM,
+        BLOCK_A=block,
+        BLOCK_B=block,
+        BLOCK_D=max(16, min(128, triton.next_power_of_2(width))),
+        WIDEN=not metric.is_cuda,  # Triton's interpreter, which runs there, multiplies the bits of bfloat16
+    )
+    return best, partner
+
+
+def merge_tokens(
+    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """`ops.merge_tokens` in one launch: every output token is written once, features and size together."""
+    x = x.contiguous()
+    batch, num_tokens, width = x.shape
+    num_merged, num_kept = merged.shape[1], kept.shape[1]
+    out = x.new_empty(batch, num_tokens - num_merged, width)
+    out_sizes = x.new_empty(batch, num_tokens - num_merged, dtype=torch.float32)
+    _merge_kernel[(num_tokens - num_merged, batch)](
+        x,
+        x if sizes is None else sizes.contiguous(),
+        merged.contiguous(),
+        target.contiguous(),
+        kept.contiguous(),
+        out,
+        out_sizes,
+        num_tokens,
+        width,
+        num_merged,
+        num_kept,
+        num_prefix_tokens,
+        _SMALLEST_TOTAL,
+        HAS_SIZES=sizes is not None,
+        BLOCK_D=triton.next_power_of_2(width),
+    )
+    return out, out_sizes

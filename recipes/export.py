@@ -1,0 +1,12 @@
+"""Write a merged model as an ONNX file or an AOTInductor package, for any batch, and check it against eager.
+
+python recipes/export.py --model facebook/deit-small-patch16-224 --method tome --r 16
+python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx aot_inductor
+python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
+"""
+
+from dtem_hf.deploy.program import main
+
+
+if __name__ == "__main__":
+    main()
