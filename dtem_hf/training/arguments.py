@@ -68,8 +68,8 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
     feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
     distillation_weight: float | None = option(
-        "captioning, contrastive: share of the loss that is the divergence from the unmerged model, the rest being the "
-        "model's own loss; left out: 0 in captioning, 1 in contrastive",
+        "captioning, contrastive: share of the loss that is the divergence from the unmerged model, the rest being "
+        "the model's own loss; left out: 0 in captioning, 1 in contrastive",
         default=None,
     )
     max_caption_tokens: int = option("captions are cut to this length", default=40)
@@ -110,10 +110,11 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
         for name, names in (("features", FEATURES), ("feature_loss", FEATURE_LOSSES)):
             if getattr(self, name) not in names:
                 raise BadValue(name, getattr(self, name), f"one of {', '.join(names)}")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
+        for name in ("min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
             _at_least(name, getattr(self, name), 0)
-        if self.max_grad_norm <= 0:
-            raise BadValue("max_grad_norm", self.max_grad_norm, "a number above 0")
+        for name in ("lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise BadValue(name, getattr(self, name), "a number above 0")
         if self.push_to_hub and not self.hub_model_id:
             raise BadValue("hub_model_id", self.hub_model_id, "a repository like user/repo, as push_to_hub is set")
         if self.push_every and not self.push_to_hub:

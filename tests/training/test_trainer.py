@@ -63,7 +63,7 @@ def test_loss_falls_and_only_the_embedding_moves(make_trainer, vit_folder):
 
 
 def test_checkpoint_resumes_to_the_same_bits(make_trainer, tmp_path):
-    """The model is loaded from it first: for ViT, the Trainer of transformers 5.23 finds no weight of a checkpoint under
+    """The model is loaded first: for ViT, the Trainer of transformers 5.23 finds no weight of a checkpoint under
     the name that it has in memory, of a plain model neither, and restores the rest."""
     torch.manual_seed(1)
     whole = make_trainer("whole", 10)

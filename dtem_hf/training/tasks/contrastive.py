@@ -20,8 +20,8 @@ from .captions import CaptionCollate, CaptionTask
 class Contrastive(CaptionTask):
     """The image encoder learns against captions, whose embeddings are computed once; text and projections are frozen.
 
-    The loss is `distillation_weight` of the divergence between unmerged and merged similarities of a batch's images and
-    captions, and the rest the model's own contrastive loss.
+    The loss is `distillation_weight` of the divergence between unmerged and merged similarities of a batch's images
+    and captions, and the rest the model's own contrastive loss.
     """
 
     name: ClassVar[str] = "contrastive"

@@ -1,0 +1,110 @@
+"""What changes from step to step: by the seed and the step alone, and never when the model is measured."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
+from dtem_hf.training.arguments import TrainArguments
+from dtem_hf.training.curriculum import Curriculum
+from dtem_hf.training.parameters import freeze_backbone
+from dtem_hf.training.program import train
+
+
+def curriculum(options, **changes):
+    return Curriculum(TrainArguments(**{**options, **changes}))
+
+
+def test_without_options_every_step_is_as_the_config_says(options):
+    plain = curriculum(options)
+    assert {repr(plain.at(step)) for step in range(6)} == {repr(plain.config)}
+
+
+def test_r_is_drawn_evenly_and_by_step(options):
+    drawn = [curriculum(options, sample_r=[1, 2, 3], steps=600).at(step).r for step in range(600)]
+    again = [curriculum(options, sample_r=[1, 2, 3], steps=600).at(step).r for step in range(600)]
+    assert drawn == again
+    assert all(150 < count < 250 for count in Counter(drawn).values()) and len(set(drawn)) == 3
+    other = [curriculum(options, sample_r=[1, 2, 3], steps=600, seed=1).at(step).r for step in range(600)]
+    assert other != drawn
+
+
+def test_temperatures_fall_by_the_same_factor_every_step(options):
+    steps = [curriculum(options, last_score_temperature=0.01, steps=5).at(step) for step in range(5)]
+    temperatures = [step.score_temperature for step in steps]
+    assert temperatures == pytest.approx([0.1 * 0.1 ** (i / 4) for i in range(5)])
+    assert {step.assignment_temperature for step in steps} == {0.1}
+
+
+def test_straight_through_begins_at_its_step(options):
+    relaxations = [curriculum(options, straight_through_from=2).at(step).relaxation for step in range(4)]
+    assert relaxations == ["auto", "auto", "straight_through", "straight_through"]
+
+
+def test_straight_through_removes_tokens_and_reaches_the_embedding(vit_folder):
+    config = DTEMConfig(r=2, relaxation="straight_through")
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=config)
+    hard = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=2)).eval()
+    freeze_backbone(model)
+    pixels = torch.randn(3, 3, 32, 32)
+    with model.trace_merging() as trace:
+        logits = model(pixels).logits
+    assert [size.shape[1] for size in trace.sizes] == [15, 13, 11, 9]
+    torch.testing.assert_close(logits, hard(pixels).logits, rtol=1e-4, atol=1e-5)
+    logits.logsumexp(-1).sum().backward()
+    # What is merged in the last layer reaches no class: it happens behind the CLS token's last look at the others.
+    norms = [layer.weight.grad.norm().item() for layer in model.vit.merge_embedding.layers]
+    assert all(norm > 0 for norm in norms[:-1]) and norms[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_r": [1, 2, 3]},
+        {"last_score_temperature": 0.05, "last_assignment_temperature": 0.2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_runs_learn_and_are_measured_as_they_will_be_used(changes, options):
+    summary = train(TrainArguments(**{**options, **changes, "steps": 60, "lr": 0.02, "init": "random"}))
+    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 60 and sum(losses[-20:]) < sum(losses[:20])
+    adapter = MergeAdapter.from_pretrained(Path(options["output_dir"], "adapter"))
+    assert adapter.config == DTEMConfig(r=2, init="random")
+    assert summary["best_validation"]["kl"] < lines[0]["validation"]["kl"]
+
+
+def test_a_last_phase_of_straight_through_learns_from_the_hard_loss(options):
+    """Its training loss is the hard model's own KL: what validation finds for the same images."""
+    data = {"validation_data": options["data"], "validation_size": 4, "batch_size": 4}
+    run = {**options, **data, "steps": 2, "straight_through_from": 1, "lr": 1e-9, "validate_every": 1}
+    train(TrainArguments(**run, task="distillation"))
+    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    soft, hard = (line["loss"] for line in lines if "loss" in line)
+    assert 0 < hard < 0.5 and hard != pytest.approx(soft, rel=1e-3)
+
+
+def test_a_run_goes_on_from_an_adapter(options, tmp_path):
+    first = train(TrainArguments(**{**options, "steps": 20, "init": "random", "lr": 0.02, "validate_every": 20}))
+    adapter = str(Path(options["output_dir"], "adapter"))
+    second = {**options, "start_from": adapter, "steps": 1, "output_dir": str(tmp_path / "second")}
+    train(TrainArguments(**second))
+    lines = [json.loads(line) for line in Path(second["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["validation"]["kl"] == pytest.approx(first["best_validation"]["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_r": [-1]}, r"sample_r=\[-1\]"),
+        ({"last_score_temperature": 0.0}, r"last_score_temperature=0\.0"),
+        ({"straight_through_from": -1}, "straight_through_from=-1"),
+    ],
+)
+def test_refusals(change, message, options):
+    with pytest.raises(BadValue, match=message):
+        TrainArguments(**{**options, **change})
