@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         medians = [row[name]["median"] for name in ("seconds", "ratio_to_plain", "ratio_to_definition")]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         table.add_row(row["step"], *(f"{median:.3f}" for median in medians), peak)
-    Console().print(table)
+    Console(width=120).print(table)
     print(f"written: {path}")
 
 
