@@ -10,8 +10,9 @@ from ...errors import BadValue
 from ...modeling import merging_of, recorded_steps
 from ...token_state import MergeStep
 from ..features import recorded_features
-from ..fisher import Sampler, fisher_loss, sampled_log_probability, sampled_projection
+from ..fisher import Sampler, fisher_loss, sampled_log_probability, sampled_projection, sampled_words
 from .base import Task
+from .captioning import MODEL_INPUTS, Captioning
 from .feature_distillation import FeatureDistillation
 from .images import ClassifierTask
 
@@ -49,6 +50,22 @@ class FeatureFisher(FeatureDistillation):
             model(pixel_values=self.mixed(batch).pixel_values)
             output = features()
         return _loss(self, plain_model, steps, output, sampled_projection, batch)
+
+
+class CaptionFisher(Captioning):
+    """The same for captioning models, by the Fisher information of every word of a caption."""
+
+    name: ClassVar[str] = "caption_fisher"
+    soft: ClassVar[bool] = False
+
+    def load_model(self) -> Any:
+        _check(self)
+        return super().load_model()
+
+    def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with recorded_steps(plain_model) as steps:
+            logits = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        return _loss(self, plain_model, steps, logits, sampled_words, batch)
 
 
 def _loss(
