@@ -68,8 +68,8 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
     feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
     distillation_weight: float | None = option(
-        "captioning, contrastive: share of the loss that is the divergence from the unmerged model, the rest being "
-        "the model's own loss; left out: 0 in captioning, 1 in contrastive",
+        "captioning, contrastive: share of the loss that is the divergence from the unmerged model; the rest is the "
+        "model's own loss; left out: 0 in captioning, 1 in contrastive",
         default=None,
     )
     max_caption_tokens: int = option("captions are cut to this length", default=40)

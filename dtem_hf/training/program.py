@@ -32,7 +32,7 @@ from ..modeling import load_embedding
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
-from .parameters import choose_learned, learned_parameters, optimizer_groups, relax
+from .parameters import choose_learned, dropout_drawn_for, learned_parameters, optimizer_groups, relax
 from .publication import Publication
 from .stream import ImageStream
 from .tasks import make_task
@@ -148,7 +148,7 @@ class _Run:
 
     def _backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.accelerator.accumulate(self.wrapped):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), dropout_drawn_for(batch, self.arguments):
                 loss = self.task.loss(self.wrapped, self.model, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:

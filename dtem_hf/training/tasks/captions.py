@@ -36,7 +36,10 @@ class CaptionTask(Task):
 
 
 class CaptionCollate:
-    """pixel_values [B, C, H, W]; input_ids, attention_mask, labels (-100 at padding) [B, T]; index, epoch, caption_id."""
+    """Batches: pixel_values [B, C, H, W]; input_ids, attention_mask and labels (-100 at padding) [B, T]; and numbers.
+
+    The numbers are index, epoch and caption_id, [B] each.
+    """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:
         self.tokenizer, self.options = tokenizer, options

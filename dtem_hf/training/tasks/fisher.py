@@ -21,7 +21,7 @@ class Fisher(ClassifierTask):
     """The expected cost of the merges that the embedding would choose, by the Fisher information of the logits."""
 
     name: ClassVar[str] = "fisher"
-    ranked_by: ClassVar[str] = "kl"
+    ranked_by = "kl"
     soft: ClassVar[bool] = False
 
     def load_model(self) -> Any:
@@ -38,7 +38,7 @@ class FeatureFisher(FeatureDistillation):
     """The same for encoders without a head, by how far their features would move."""
 
     name: ClassVar[str] = "feature_fisher"
-    ranked_by: ClassVar[str] = "distance"
+    ranked_by = "distance"
     soft: ClassVar[bool] = False
 
     def load_model(self) -> Any:
