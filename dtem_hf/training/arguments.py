@@ -85,7 +85,7 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     base_model: str | None = option(
         "the backbone's Hub id, for the adapter's record, if model is a folder", default=None
     )
-    push_to_hub: bool = option("publish the adapter on the Hub when the run is finished", default=False)
+    push_to_hub: bool = option("publish what was learned on the Hub when the run is finished", default=False)
     hub_model_id: str | None = option("repository that it goes to (user/repo), made if it is not there", default=None)
     hub_private_repo: bool = option("make the repository private", default=False)
     push_every: int = option(
