@@ -74,8 +74,8 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
     feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
     distillation_weight: float | None = option(
-        "captioning, contrastive: share of the loss that is the divergence from the unmerged model, the rest being "
-        "the model's own loss; left out: 0 in captioning, 1 in contrastive",
+        "captioning, contrastive: share of the loss that is the divergence from the unmerged model; the rest is the "
+        "model's own loss; left out: 0 in captioning, 1 in contrastive",
         default=None,
     )
     max_caption_tokens: int = option("captions are cut to this length", default=40)
@@ -104,7 +104,7 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     base_model: str | None = option(
         "the backbone's Hub id, for the adapter's record, if model is a folder", default=None
     )
-    push_to_hub: bool = option("publish the adapter on the Hub when the run is finished", default=False)
+    push_to_hub: bool = option("publish what was learned on the Hub when the run is finished", default=False)
     hub_model_id: str | None = option("repository that it goes to (user/repo), made if it is not there", default=None)
     hub_private_repo: bool = option("make the repository private", default=False)
     push_every: int = option(

@@ -23,7 +23,7 @@ Images = Mapping[int, CaptionedImage]
 
 
 class CaptionedImages(torch.utils.data.Dataset):
-    """{"pixel_values": [C, H, W], "caption": str, "caption_id": int, "index": int} for i or (epoch, i).
+    """{"pixel_values": [C, H, W], "caption": str, "caption_id", "index", "epoch": int} for i or (epoch, i).
 
     `index` counts images or, with `every_caption`, their captions one after the other; otherwise, which caption an
     image comes with depends on seed, epoch and index alone. `caption_id` counts the captions of all images. Raises
@@ -68,6 +68,7 @@ class CaptionedImages(torch.utils.data.Dataset):
             "caption": self.images.captioned(image).captions[number],
             "caption_id": int(self._first[image]) + number,
             "index": index,
+            "epoch": epoch,
         }
 
 

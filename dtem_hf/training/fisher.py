@@ -101,6 +101,20 @@ def sampled_log_probability(logits: Tensor, batch: dict[str, Tensor], seed: int,
     return log_p.gather(1, y).sum()
 
 
+def sampled_words(logits: Tensor, batch: dict[str, Tensor], seed: int, sample: int) -> Tensor:
+    """As `sampled_log_probability`, for a word y each at every place of a caption where one is predicted.
+
+    logits [B, V + T, classes], those of V visual tokens in front; the batch's labels [B, T] are -100 at padding.
+    """
+    labels = batch["labels"]
+    log_p = logits[:, -labels.shape[1] : -1].float().log_softmax(-1)
+    uniform = np.stack([draw.random(labels.shape[1] - 1, np.float32) for draw in _generators(batch, seed, sample)])
+    up_to = log_p.detach().exp().cumsum(-1)
+    wanted = torch.from_numpy(uniform).to(up_to.device).unsqueeze(-1) * up_to[..., -1:]
+    y = torch.searchsorted(up_to, wanted).clamp(max=logits.shape[-1] - 1)
+    return log_p.gather(-1, y).squeeze(-1)[labels[:, 1:] != -100].sum()
+
+
 def sampled_projection(features: Tensor, batch: dict[str, Tensor], seed: int, sample: int) -> Tensor:
     """Sum over the images of a random direction's share of their features, which are brought to length 1: a scalar.
 

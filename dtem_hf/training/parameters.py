@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..augmentation import drawn_from
 from ..backbones import find_backbone
 from ..modeling import merged_layers
 
@@ -41,6 +43,19 @@ def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
     model.train(soft and train_backbone)
     for layer in merged_layers(model):
         layer.training = soft
+
+
+@contextmanager
+def dropout_drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> Iterator[None]:
+    """Inside the block, what a backbone that learns drops depends on the seed and on the batch's first item alone.
+
+    A run that is resumed drops what it would have dropped.
+    """
+    if not arguments.train_backbone:
+        yield
+        return
+    with drawn_from((arguments.seed, int(batch["epoch"][0]), int(batch["index"][0]), 2)):
+        yield
 
 
 def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, Any]]:

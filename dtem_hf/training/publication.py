@@ -43,11 +43,19 @@ class Publication:
             self.say(f"step {step}: not published, training goes on: {error}")
 
     def push(self, best_step: int) -> None:
-        """Publish the finished adapter with its card."""
+        """Publish the finished adapter with its card and, if the backbone has learned, the whole model beside it."""
         a = self.arguments
-        if a.push_to_hub:
-            commit = self._push(f"Adapter of step {best_step} of {a.steps}", overwrite_card=a.overwrite_card)
-            self.say(f"published: {commit}")
+        if not a.push_to_hub:
+            return
+        commit = self._push(f"Adapter of step {best_step} of {a.steps}", overwrite_card=a.overwrite_card)
+        if a.train_backbone:
+            with clear_errors(self.repo_id, publishing=True):
+                commit = HfApi().upload_folder(
+                    repo_id=self.repo_id,
+                    folder_path=self.folder.with_name("model"),
+                    commit_message=f"Model of step {best_step} of {a.steps}",
+                )
+        self.say(f"published: {commit}")
 
     def _push(self, message: str, **options: Any) -> Any:
         a = self.arguments

@@ -30,7 +30,7 @@ from .exchange import exchange, raise_not_finite
 from .feed import loader, make_feed
 from .gaps import REASONS
 from .interruption import Interruption
-from .parameters import choose_learned, optimizer_groups, relax
+from .parameters import choose_learned, dropout_drawn_for, optimizer_groups, relax
 from .publication import Publication
 from .same_run import check_same_run
 from .tasks import make_task
@@ -180,7 +180,7 @@ class Run:
         """Loss, and the norm of the gradients before they are clipped (0 while batches are added up)."""
         norm = torch.zeros(())
         with self.accelerator.accumulate(self.wrapped):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), dropout_drawn_for(batch, self.arguments):
                 loss = self.task.loss(self.wrapped, self.model, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:

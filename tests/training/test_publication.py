@@ -52,6 +52,16 @@ def test_best_so_far_goes_to_a_branch_and_the_finished_adapter_to_main(hub, clie
     assert record["arguments"]["output_dir"] == "…/run" and str(tmp_path) not in str(files)
 
 
+def test_end_to_end_the_whole_model_lies_beside_the_adapter(hub, client, published):
+    """One repository is both: a merged model, and the adapter for whoever has the backbone."""
+    client(TRAIN, {**published, "push_every": 0, "train_backbone": True})
+    files, run = hub.files("me/run"), Path(published["output_dir"])
+    assert {CONFIG_NAME, WEIGHTS_NAME, "README.md", "preprocessor_config.json"} < set(files)
+    assert files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
+    config = json.loads(files["config.json"])
+    assert config["model_type"] == "vit" and config["merge"]["r"] == 2
+
+
 def test_killed_in_a_push_it_goes_on_and_ends_in_the_same_bits(hub, client, published, options, tmp_path):
     client(TRAIN, {**options, "output_dir": str(tmp_path / "whole")})
     published["push_every"] = 4

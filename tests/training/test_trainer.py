@@ -63,8 +63,8 @@ def test_loss_falls_and_only_the_embedding_moves(make_trainer, vit_folder):
 
 
 def test_checkpoint_resumes_to_the_same_bits(make_trainer, tmp_path):
-    """The model is loaded first: for ViT, the Trainer of transformers 5.23 finds no weight of a checkpoint under
-    the name that it has in memory, of a plain model neither, and restores the rest."""
+    """The model is loaded from it first: the Trainer of transformers 5.23 looks for a ViT's weights, merged or plain,
+    under names that they do not have in a checkpoint, and restores all but those."""
     torch.manual_seed(1)
     whole = make_trainer("whole", 10)
     whole.train()

@@ -53,7 +53,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    ranked_by: ClassVar[str]
+    ranked_by: str
     soft: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:

@@ -25,7 +25,7 @@ class Captioning(CaptionTask):
     """
 
     name: ClassVar[str] = "captioning"
-    ranked_by: ClassVar[str] = "loss"
+    ranked_by = "loss"
 
     def load_model(self) -> Any:
         a = self.arguments

@@ -36,7 +36,10 @@ class CaptionTask(Task):
 
 
 class CaptionCollate:
-    """pixel_values [B, C, H, W]; input_ids, attention_mask, labels (-100 at padding) [B, T]; index, caption_id [B]."""
+    """Batches: pixel_values [B, C, H, W]; input_ids, attention_mask and labels (-100 at padding) [B, T]; and numbers.
+
+    The numbers are index, epoch and caption_id, [B] each.
+    """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:
         self.tokenizer, self.options = tokenizer, options
@@ -54,5 +57,5 @@ class CaptionCollate:
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
             "labels": text["input_ids"].masked_fill(text["attention_mask"] == 0, -100),
-            **{name: torch.tensor([item[name] for item in items]) for name in ("index", "caption_id")},
+            **{name: torch.tensor([item[name] for item in items]) for name in ("index", "epoch", "caption_id")},
         }

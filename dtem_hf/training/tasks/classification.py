@@ -16,7 +16,7 @@ class Classification(ClassifierTask):
     """Every image needs a label. Trained end to end, a model may come without a head."""
 
     name: ClassVar[str] = "classification"
-    ranked_by: ClassVar[str] = "cross_entropy"
+    ranked_by = "cross_entropy"
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         unlabelled = batch["index"][batch["labels"] < 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from .base import TaskData, kl_to
 from .captions import CaptionCollate, CaptionTask
 
 
+if TYPE_CHECKING:
+    from ..arguments import TrainArguments
+
+
 class Contrastive(CaptionTask):
     """The image encoder learns against captions, whose embeddings are computed once; text and projections are frozen.
 
@@ -25,7 +29,14 @@ class Contrastive(CaptionTask):
     """
 
     name: ClassVar[str] = "contrastive"
-    ranked_by: ClassVar[str] = "similarity_kl"
+    ranked_by = "similarity_kl"
+
+    def __init__(self, arguments: TrainArguments) -> None:
+        super().__init__(arguments)
+        given = arguments.distillation_weight
+        self.weight = 1.0 if given is None else given
+        if not self.weight:  # then it is no aim to stay where the unmerged model is
+            self.ranked_by = "contrastive"
 
     def load_model(self) -> Any:
         """The vision part of a dual encoder; the rest of it stays with the task."""
@@ -54,8 +65,7 @@ class Contrastive(CaptionTask):
         return CaptionCollate(tokenizer, {"max_length": length, **options})
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        weight, texts = self.arguments.distillation_weight, self._text["train"](batch)
-        weight = 1.0 if weight is None else weight
+        weight, texts = self.weight, self._text["train"](batch)
         similarities = self._similarities(model(pixel_values=batch["pixel_values"]).pooler_output, texts)
         loss = similarities.new_zeros(())
         if weight < 1:

@@ -15,7 +15,7 @@ class Distillation(ClassifierTask):
     """KL from the model's own unmerged logits, and a distance of final features if `feature_weight` says so."""
 
     name: ClassVar[str] = "distillation"
-    ranked_by: ClassVar[str] = "kl"
+    ranked_by = "kl"
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         a, pixels = self.arguments, self.mixed(batch).pixel_values

@@ -18,7 +18,7 @@ class FeatureDistillation(ImageTask):
     """Distance of the model's features, as the options `features` and `feature_loss` say, to its unmerged own."""
 
     name: ClassVar[str] = "feature_distillation"
-    ranked_by: ClassVar[str] = "distance"
+    ranked_by = "distance"
 
     def load_model(self) -> Any:
         """The encoder alone: of a model that reads text too, its vision part."""

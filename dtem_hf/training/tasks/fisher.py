@@ -10,8 +10,9 @@ from ...errors import BadValue
 from ...modeling import merging_of, recorded_steps
 from ...token_state import MergeStep
 from ..features import recorded_features
-from ..fisher import Sampler, fisher_loss, sampled_log_probability, sampled_projection
+from ..fisher import Sampler, fisher_loss, sampled_log_probability, sampled_projection, sampled_words
 from .base import Task
+from .captioning import MODEL_INPUTS, Captioning
 from .feature_distillation import FeatureDistillation
 from .images import ClassifierTask
 
@@ -20,7 +21,7 @@ class Fisher(ClassifierTask):
     """The expected cost of the merges that the embedding would choose, by the Fisher information of the logits."""
 
     name: ClassVar[str] = "fisher"
-    ranked_by: ClassVar[str] = "kl"
+    ranked_by = "kl"
     soft: ClassVar[bool] = False
 
     def load_model(self) -> Any:
@@ -37,7 +38,7 @@ class FeatureFisher(FeatureDistillation):
     """The same for encoders without a head, by how far their features would move."""
 
     name: ClassVar[str] = "feature_fisher"
-    ranked_by: ClassVar[str] = "distance"
+    ranked_by = "distance"
     soft: ClassVar[bool] = False
 
     def load_model(self) -> Any:
@@ -49,6 +50,22 @@ class FeatureFisher(FeatureDistillation):
             model(pixel_values=self.mixed(batch).pixel_values)
             output = features()
         return _loss(self, plain_model, steps, output, sampled_projection, batch)
+
+
+class CaptionFisher(Captioning):
+    """The same for captioning models, by the Fisher information of every word of a caption."""
+
+    name: ClassVar[str] = "caption_fisher"
+    soft: ClassVar[bool] = False
+
+    def load_model(self) -> Any:
+        _check(self)
+        return super().load_model()
+
+    def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with recorded_steps(plain_model) as steps:
+            logits = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        return _loss(self, plain_model, steps, logits, sampled_words, batch)
 
 
 def _loss(

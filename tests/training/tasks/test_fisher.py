@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dtem_hf import BadValue
 from dtem_hf.modeling import recorded_steps
 from dtem_hf.training.arguments import TrainArguments
-from dtem_hf.training.fisher import sampled_log_probability, sampled_projection
+from dtem_hf.training.fisher import sampled_log_probability, sampled_projection, sampled_words
 from dtem_hf.training.parameters import relax
 from dtem_hf.training.program import train
 
@@ -131,3 +131,24 @@ def test_mean_square_of_a_projection_is_the_squared_distance():
 def test_refusals(change, message, options, make_run):
     with pytest.raises(BadValue, match=message):
         make_run({**options, "task": "fisher", **change})
+
+
+def test_words_are_drawn_as_likely_as_they_are_and_none_at_padding():
+    """Three visual tokens in front; the first caption has two words to predict, the second one."""
+    probabilities = torch.tensor([0.1, 0.6, 0.3])
+    logits = torch.randn(2, 6, 3)
+    logits[:, 3:] = probabilities.log()
+    batch = {"labels": torch.tensor([[0, 1, 2], [0, 1, -100]])}
+    counts = torch.zeros(3)
+    for epoch in range(200):
+        batch |= {"epoch": torch.full((2,), epoch), "index": torch.arange(2)}
+        words = logits.clone().requires_grad_()
+        sampled_words(words, batch, seed=0, sample=0).backward()
+        # The gradient of log p(y) is one-hot(y) - p where a word is drawn, and nothing elsewhere.
+        drawn = words.grad.abs().sum(-1) > 0
+        assert drawn.tolist() == [[False, False, False, True, True, False], [False, False, False, True, False, False]]
+        for place in words.grad[drawn]:
+            counts[place.argmax()] += 1
+            torch.testing.assert_close(place, torch.eye(3)[place.argmax()] - probabilities)
+    expected = 600 * probabilities
+    assert ((counts - expected).abs() < 4 * (expected * (1 - probabilities)).sqrt()).all()
