@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
-from .. import ops
 from ..adapter import MergeAdapter
 from ..analysis.plots import plot_speedups
 from ..arguments import option, parse_arguments, parse_reduction
@@ -56,7 +55,6 @@ class BenchmarkArguments:
     compile_mode: str = option(
         f"torch.compile's: {', '.join(COMPILE_MODES)}; reduce-overhead is for CUDA, by CUDA graphs", default="default"
     )
-    merge_form: str = option(f"onnxruntime: {' or '.join(ops.MERGE_FORMS)}, as for export", default="scatter")
     peer: list[str] = option(
         "module:function of your own, measured in the same run: function(model, r), with a plain model of its own "
         "(eval mode, on the device, in the dtype) and each r, returns a callable that takes pixels [B, C, H, W]",
@@ -82,12 +80,11 @@ class BenchmarkArguments:
             raise BadValue("runtimes", self.runtimes, f"some of {', '.join(RUNTIMES)}")
         if self.compile_mode not in COMPILE_MODES:
             raise BadValue("compile_mode", self.compile_mode, f"one of {', '.join(COMPILE_MODES)}")
-        if self.merge_form not in ops.MERGE_FORMS:
-            raise BadValue("merge_form", self.merge_form, f"one of {', '.join(ops.MERGE_FORMS)}")
         for name, low in (("rounds", 1), ("warmup", 0), ("caption_tokens", 1)):
             if getattr(self, name) < low:
                 raise BadValue(name, getattr(self, name), f"{low} or more")
-        if self.dtype == "bfloat16" and "onnxruntime" in self.runtimes and self.device == "cpu":
+        with_onnx = any(name.startswith("onnxruntime") for name in self.runtimes)
+        if self.dtype == "bfloat16" and with_onnx and self.device == "cpu":
             raise BadValue("dtype", self.dtype, "float32 or float16 with the runtime onnxruntime on a CPU")
         if self.task == "captioning" and (self.runtimes != ["eager"] or self.peer or self.breakdown):
             raise BadValue("task", self.task, "the runtime eager alone, without peers and breakdown")
@@ -123,9 +120,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         entries = captioning_entries(variants, shape, arguments.caption_tokens)
     else:
         peers = [(name, r) for name in arguments.peer for r in reductions]
-        entries = image_entries(
-            model, variants, shape, arguments.runtimes, arguments.compile_mode, arguments.merge_form, peers
-        )
+        entries = image_entries(model, variants, shape, arguments.runtimes, arguments.compile_mode, peers)
     with room_for_graphs(len(entries) * (1 + len(arguments.batch_sizes))):
         rows = measure_entries(
             entries,
@@ -147,7 +142,6 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         "image_size": list(shape[1:]),
         "rounds": arguments.rounds,
         "compile_mode": arguments.compile_mode,
-        "merge_form": arguments.merge_form,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "hardware": hardware(device),

@@ -55,7 +55,6 @@ def image_entries(
     shape: tuple[int, int, int],
     runtimes: Sequence[str],
     compile_mode: str,
-    merge_form: str = "scatter",
     peers: Sequence[tuple[str, Any]] = (),
 ) -> list[Entry]:
     """Every variant in every runtime, then every peer at every r; the first variant is the unmerged model."""
@@ -69,8 +68,8 @@ def image_entries(
         reference = len(entries)
         for variant, merged, count in zip(variants, models, counts, strict=True):
             preparing.set_postfix_str(f"{runtime} {variant.label}")
-            run = make_run(runtime, merged, shape, compile_mode, merge_form)
-            dtype = torch.float32 if runtime == "onnxruntime" else parameter.dtype
+            run = make_run(runtime, merged, shape, compile_mode)
+            dtype = torch.float32 if runtime.startswith("onnxruntime") else parameter.dtype
             facts = {"model": merged, "plan": _plan(merged, shape), "adapter": variant.adapter}
             entries.append(Entry(runtime, variant.method, variant.shown_r, run, dtype, reference, count, **facts))
             preparing.update()

@@ -24,7 +24,8 @@ from ..vision import run_on_pixels
 # Pixels [B, C, H, W] on the model's device -> anything.
 Run = Callable[[Tensor], Any]
 
-RUNTIMES = ("eager", "compile", "onnxruntime")
+# The second form of ONNX Runtime runs graphs that merge by one-hot products instead of a scatter.
+RUNTIMES = ("eager", "compile", "onnxruntime", "onnxruntime_one_hot")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -33,7 +34,6 @@ def make_run(
     model: nn.Module,
     shape: tuple[int, int, int],
     compile_mode: str = "default",
-    merge_form: str = "scatter",
 ) -> Run:
     """Make a model ready to run on images of [C, H, W] in batches of any size; ONNX Runtime takes float32 pixels.
 
@@ -49,7 +49,7 @@ def make_run(
     implementation = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation("eager")  # type: ignore[operator] # the shorter graph
     try:
-        with ops.merge_form(merge_form):
+        with ops.merge_form("one_hot" if runtime.endswith("one_hot") else "scatter"):
             program = export_graph(model, shape)
         names = output_names(model, torch.zeros(1, *shape, device=parameter.device))
     finally:
