@@ -61,7 +61,7 @@ class ExportArguments:
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
     opset: int = option(f"ONNX: operator set, {LOWEST_OPSET} or more", default=OPSET)
     merge_form: str = option(
-        "ONNX: scatter, or one_hot for runtimes without a scatter that adds (TensorRT)", default="scatter"
+        "ONNX: one_hot, which every runtime can run (TensorRT has no scatter that adds), or scatter", default="one_hot"
     )
     attention: str = option(
         "eager, sdpa, or auto: eager in ONNX, where it is the shorter graph, and sdpa in AOTInductor", default="auto"
