@@ -120,7 +120,7 @@ def test_merging_alone_does_what_the_plan_says(make_classifier):
 
 def test_captioning_from_pixels_to_text(tmp_path):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
-    config = GitConfig(vision_config={**sizes, "image_size": 16, "patch_size": 4}, **sizes, vocab_size=50)
+    config = GitConfig(vision_config={**sizes, "image_size": 16, "patch_size": 4}, **sizes, vocab_size=110)
     config.save_pretrained(tmp_path)
     settings = {"methods": ["tome"], "r": ["2"], "batch_sizes": [1, 2], "rounds": 1, "warmup": 0}
     result = benchmark(
