@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             intermediate_size=4 * width,
             image_size=32 if arguments.tiny else 224,
             patch_size=4 if arguments.tiny else 16,
-            num_labels=1000,
+            id2label={i: str(i) for i in range(1000)},
             architectures=["ViTForImageClassification"],
         ).save_pretrained(config)
         for mode in arguments.modes:
