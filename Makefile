@@ -12,6 +12,8 @@ OLDEST_BIN := .venv-oldest/bin
 OLDEST_TESTS := backbones convert reducers test_adapter.py test_auto.py test_dense.py test_ecosystem.py \
 	test_families.py test_hub.py test_modeling.py test_peft.py test_scope.py evaluation/test_captions.py
 
+MEASURED := --model recipes/configs/deit_small --random_weights True --device cpu --methods tome --r 16 --rounds 12
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-oldest model-cards quality style build
 .SECONDARY:
@@ -30,6 +32,13 @@ test-oldest: .venv-oldest/.installed  ## Run what touches transformers on the ol
 
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
 	$(BIN)/python recipes/model_cards.py
+
+performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the tables in docs/performance anew
+	$(BIN)/python recipes/benchmark.py $(MEASURED) --runtimes eager compile --batch_sizes 1 16 --breakdown True --output_dir docs/performance/deit-small
+	$(BIN)/python recipes/benchmark.py $(MEASURED) --dtype bfloat16 --batch_sizes 16 --output_dir docs/performance/deit-small-bfloat16
+	$(BIN)/python recipes/benchmark.py $(MEASURED) --runtimes onnxruntime onnxruntime_one_hot --batch_sizes 8 --output_dir docs/performance/deit-small-onnx
+	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
+		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base
 
 quality: $(VENV)/.installed-quality  ## Check style and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dtem_hf.evaluation import benchmark_tables
 from dtem_hf.evaluation.comparison import csv_table, markdown
 
 
@@ -23,3 +24,11 @@ def test_comparison_is_what_the_json_holds(path):
 
 def test_there_is_a_comparison_to_check():
     assert list(DOCS.rglob("comparison.json"))
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("performance/*/benchmark.json")), ids=lambda path: path.parent.name)
+def test_benchmark_is_what_the_json_holds(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == benchmark_tables.markdown(result)
+    assert (path.parent / "speedup.png").is_file()
+    assert f"(performance/{path.parent.name}/benchmark.md)" in (DOCS / "performance.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtem_hf.errors import BadValue
-from dtem_hf.files import read_json, replacing, write_json, write_text
+from dtem_hf.files import read_json, replacing, replacing_together, write_json, write_text
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -90,3 +90,18 @@ def test_json_beyond_a_megabyte_is_not_read(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
+
+
+def test_files_that_belong_together_come_together_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("old")
+    with pytest.raises(RuntimeError, match="disk on fire"), replacing_together(tmp_path) as staging:
+        (staging / "model.onnx").write_text("new")
+        raise RuntimeError("disk on fire")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.onnx": "old"}
+    with replacing_together(tmp_path) as staging:
+        (staging / "model.onnx").write_text("new")
+        (staging / "model.onnx.json").write_text("{}")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "model.onnx": "new",
+        "model.onnx.json": "{}",
+    }

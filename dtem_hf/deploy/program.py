@@ -33,7 +33,7 @@ from ..files import replacing_together, write_json
 from ..modeling import UNSET
 from .aot_inductor import PackageRunner, write_package
 from .graph import INPUT_NAME, export_graph, image_shape, output_names
-from .onnx_runtime import OPSET, OnnxRunner, need_onnx, write_onnx, written_opset
+from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need_onnx, write_onnx, written_opset
 from .parity import TOLERANCE, check_parity
 
 
@@ -59,9 +59,9 @@ class ExportArguments:
     formats: list[str] = option(f"some of {', '.join(FORMATS)}", default_factory=lambda: ["onnx"])
     dtype: str = option(f"what is computed in: {', '.join(DTYPES)}; input and outputs are float32", default="float32")
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
-    opset: int = option(f"ONNX: operator set, {OPSET} or more", default=OPSET)
+    opset: int = option(f"ONNX: operator set, {LOWEST_OPSET} or more", default=OPSET)
     merge_form: str = option(
-        "ONNX: scatter, or one_hot for runtimes without a scatter that adds (TensorRT)", default="scatter"
+        "ONNX: one_hot, which every runtime can run (TensorRT has no scatter that adds), or scatter", default="one_hot"
     )
     attention: str = option(
         "eager, sdpa, or auto: eager in ONNX, where it is the shorter graph, and sdpa in AOTInductor", default="auto"
@@ -84,8 +84,8 @@ class ExportArguments:
                 raise BadValue(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
         if not self.formats or not set(self.formats) <= set(FORMATS):
             raise BadValue("formats", self.formats, f"some of {', '.join(FORMATS)}")
-        if self.opset < OPSET:
-            raise BadValue("opset", self.opset, f"{OPSET} or more")
+        if self.opset < LOWEST_OPSET:
+            raise BadValue("opset", self.opset, f"{LOWEST_OPSET} or more")
         if self.tolerance <= 0:
             raise BadValue("tolerance", self.tolerance, "a number above 0")
         if self.merge is not None and self.method is not None:

@@ -83,7 +83,8 @@ class BenchmarkArguments:
         for name, low in (("rounds", 1), ("warmup", 0), ("caption_tokens", 1)):
             if getattr(self, name) < low:
                 raise BadValue(name, getattr(self, name), f"{low} or more")
-        if self.dtype == "bfloat16" and "onnxruntime" in self.runtimes and self.device == "cpu":
+        with_onnx = any(name.startswith("onnxruntime") for name in self.runtimes)
+        if self.dtype == "bfloat16" and with_onnx and self.device == "cpu":
             raise BadValue("dtype", self.dtype, "float32 or float16 with the runtime onnxruntime on a CPU")
         if self.task == "captioning" and (self.runtimes != ["eager"] or self.peer or self.breakdown):
             raise BadValue("task", self.task, "the runtime eager alone, without peers and breakdown")

@@ -69,7 +69,7 @@ def image_entries(
         for variant, merged, count in zip(variants, models, counts, strict=True):
             preparing.set_postfix_str(f"{runtime} {variant.label}")
             run = make_run(runtime, merged, shape, compile_mode)
-            dtype = torch.float32 if runtime == "onnxruntime" else parameter.dtype
+            dtype = torch.float32 if runtime.startswith("onnxruntime") else parameter.dtype
             facts = {"model": merged, "plan": _plan(merged, shape), "adapter": variant.adapter}
             entries.append(Entry(runtime, variant.method, variant.shown_r, run, dtype, reference, count, **facts))
             preparing.update()

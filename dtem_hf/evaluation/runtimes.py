@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..deploy.graph import ImageGraph, export_graph, output_names
 from ..deploy.onnx_runtime import OnnxRunner, need_onnx, write_onnx
 from ..errors import BadValue
@@ -23,11 +24,17 @@ from ..vision import run_on_pixels
 # Pixels [B, C, H, W] on the model's device -> anything.
 Run = Callable[[Tensor], Any]
 
-RUNTIMES = ("eager", "compile", "onnxruntime")
+# The second form of ONNX Runtime runs graphs that merge by one-hot products instead of a scatter.
+RUNTIMES = ("eager", "compile", "onnxruntime", "onnxruntime_one_hot")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-def make_run(runtime: str, model: nn.Module, shape: tuple[int, int, int], compile_mode: str = "default") -> Run:
+def make_run(
+    runtime: str,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    compile_mode: str = "default",
+) -> Run:
     """Make a model ready to run on images of [C, H, W] in batches of any size; ONNX Runtime takes float32 pixels.
 
     Raises ImportError without the ONNX packages, and ValueError naming `dtype` or `device` where onnxruntime has no
@@ -42,7 +49,8 @@ def make_run(runtime: str, model: nn.Module, shape: tuple[int, int, int], compil
     implementation = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation("eager")  # type: ignore[operator] # the shorter graph
     try:
-        program = export_graph(model, shape)
+        with ops.merge_form("one_hot" if runtime.endswith("one_hot") else "scatter"):
+            program = export_graph(model, shape)
         names = output_names(model, torch.zeros(1, *shape, device=parameter.device))
     finally:
         model.set_attn_implementation(implementation)  # type: ignore[operator]

@@ -1,12 +1,38 @@
-"""The benchmark program: rows, batch sizes and what it refuses. No figure of speed is tested."""
+"""The benchmark program: rows, runtimes, batch sizes and what it refuses. No figure of speed is tested."""
 
 import json
 
 import pytest
-from transformers import ViTConfig
+import torch
+from transformers import GitConfig, ViTConfig
 
-from dtem_hf import BadValue
+from dtem_hf import BadValue, ToMeConfig, attach, ops
 from dtem_hf.evaluation.benchmark import BenchmarkArguments, benchmark, main
+from dtem_hf.evaluation.benchmark_tables import markdown
+from dtem_hf.evaluation.breakdown import PARTS, MergingAlone, break_down
+from dtem_hf.evaluation.runtimes import load_peer
+
+
+PEERS = """
+from dtem_hf import ToMeConfig, attach
+not_a_function = 3
+def plain(model, r):
+    return lambda pixels: model(pixel_values=pixels).logits
+def merged(model, r):
+    model = attach(model, ToMeConfig(r=r))
+    return lambda pixels: model(pixel_values=pixels).logits
+def nothing(model, r):
+    return None
+"""
+
+
+@pytest.fixture
+def peers(tmp_path, monkeypatch):
+    """The name of a module of the user's own, in the folder one is in."""
+    (tmp_path / "my_peers.py").write_text(PEERS)
+    (tmp_path / "my_broken_peers.py").write_text("import no_such_library")
+    monkeypatch.chdir(tmp_path)
+    return "my_peers"
 
 
 def test_every_row_at_every_batch_size(vit_folder, tmp_path, capsys):
@@ -15,13 +41,122 @@ def test_every_row_at_every_batch_size(vit_folder, tmp_path, capsys):
     result = json.loads((tmp_path / "benchmark.json").read_text())
     rows = result["rows"]
     assert [row["method"] for row in rows] == ["none", "tome", "tome", "tome"]
+    assert {row["runtime"] for row in rows} == {"eager"}
     assert all([batch["batch_size"] for batch in row["batches"]] == [1, 3] for row in rows)
     assert rows[3]["ratio"] <= 0.7 and rows[1]["multiply_adds"] > rows[2]["multiply_adds"]
     for row in rows:
         assert row["ideal_speedup"] == pytest.approx(1 / row["ratio"])
-        assert all(batch["peak_memory"] > 0 for batch in row["batches"])
+        for batch in row["batches"]:
+            assert batch["peak_memory"] > 0
+            assert batch["of_ideal"] == pytest.approx(batch["speedup"]["median"] / row["ideal_speedup"])
     assert result["image_size"] == [32, 32]
     assert "tome" in capsys.readouterr().out
+    assert (tmp_path / "benchmark.md").read_text() == markdown(result)
+    assert (tmp_path / "speedup.png").stat().st_size > 0
+
+
+def test_runtimes_and_peers_stand_in_the_same_rounds(vit_folder, peers):
+    pytest.importorskip("onnxruntime")
+    settings = {
+        "model": str(vit_folder),
+        "methods": ["tome"],
+        "r": ["4"],
+        "batch_sizes": [2],
+        "rounds": 1,
+        "warmup": 0,
+    }
+    arguments = BenchmarkArguments(
+        **settings, runtimes=["onnxruntime", "eager"], peer=[f"{peers}:plain", f"{peers}:merged"], breakdown=True
+    )
+    rows = benchmark(arguments)["rows"]
+    assert [(row["runtime"], row["method"], row["r"]) for row in rows] == [
+        ("onnxruntime", "none", None),
+        ("onnxruntime", "tome", 4),
+        ("eager", "none", None),
+        ("eager", "tome", 4),
+        ("peer", "my_peers:plain", 4),
+        ("peer", "my_peers:merged", 4),
+    ]
+    # A peer's cost is counted as anybody's, and it is compared with the plain model in eager.
+    assert [row["multiply_adds"] for row in rows[4:]] == [row["multiply_adds"] for row in rows[2:4]]
+    assert rows[5]["ideal_speedup"] == rows[3]["ideal_speedup"] > 1
+    for i in (0, 2):
+        assert rows[i]["batches"][0]["speedup"]["median"] == 1
+    assert set(rows[3]["batches"][0]["breakdown"]["shares"]) == {*PARTS, "rest"}
+    assert rows[2]["batches"][0]["breakdown"] is None
+
+
+def test_compiled_rows_and_what_merging_takes_of_them(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTConfig(image_size=16, patch_size=4, **sizes).save_pretrained(tmp_path)
+    settings = {"methods": ["tome"], "r": ["2"], "batch_sizes": [2], "rounds": 1, "warmup": 0}
+    arguments = BenchmarkArguments(
+        model=str(tmp_path), random_weights=True, runtimes=["compile"], breakdown=True, **settings
+    )
+    rows = benchmark(arguments)["rows"]
+    assert rows[0]["batches"][0]["merging_alone"] is None
+    alone = rows[1]["batches"][0]["merging_alone"]
+    assert alone["seconds"] > 0 and alone["share"] > 0
+
+
+def test_the_breakdown_sees_every_part_and_leaves_no_trace(make_classifier, pixels):
+    model = attach(make_classifier(), ToMeConfig(r=6))
+    before = dict(vars(ops))
+    found = break_down(model, lambda: model(pixels), torch.device("cpu"), rounds=2, warmup=0)
+    assert all(found["seconds"][part] > 0 for part in (*PARTS, "rest"))
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert dict(vars(ops)) == before
+    assert not [name for layer in model.vit.layers for name in vars(layer.merge_reducer) if name == "metric"]
+    assert break_down(make_classifier(), lambda: None, torch.device("cpu"), rounds=1, warmup=0) is None
+
+
+def test_merging_alone_does_what_the_plan_says(make_classifier):
+    plan = attach(make_classifier(), ToMeConfig(r=[6, 0, 5, 4])).merge_plan()
+    counts = [n for n, r in zip([plan.num_tokens, *plan.tokens], plan.reductions, strict=False) if r]
+    noise = [torch.randn(2, n, 8) for n in counts]
+    merged = MergingAlone(plan, 1)(noise, noise, [torch.ones(2, n) for n in counts])
+    assert [x.shape[1] for x in merged[::2]] == [plan.tokens[i] for i in (0, 2, 3)]
+
+
+def test_captioning_from_pixels_to_text(tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = GitConfig(vision_config={**sizes, "image_size": 16, "patch_size": 4}, **sizes, vocab_size=110)
+    config.save_pretrained(tmp_path)
+    settings = {"methods": ["tome"], "r": ["2"], "batch_sizes": [1, 2], "rounds": 1, "warmup": 0}
+    result = benchmark(
+        BenchmarkArguments(model=str(tmp_path), random_weights=True, task="captioning", caption_tokens=3, **settings)
+    )
+    plain, merged = result["rows"]
+    assert (plain["output_tokens"], merged["output_tokens"]) == (17, 13)
+    # The decoder reads fewer tokens, too.
+    assert merged["multiply_adds"] < plain["multiply_adds"]
+    assert "captions of 3 tokens" in markdown(result)
+
+
+def test_captioning_takes_a_model_that_writes(vit_folder):
+    with pytest.raises(BadValue, match=r"task='captioning'.*writes text"):
+        benchmark(BenchmarkArguments(model=str(vit_folder), task="captioning", r=["2"], batch_sizes=[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_colon", "module:function"),
+        (":plain", "module:function"),
+        ("no_such_module:f", "ModuleNotFoundError"),
+        ("my_broken_peers:f", "no_such_library"),
+        ("my_peers:missing", "my_peers, which has .*merged, nothing, plain"),
+        ("my_peers:not_a_function", "a function of my_peers"),
+    ],
+)
+def test_a_peer_that_cannot_be_had_is_named(peers, name, message):
+    with pytest.raises(BadValue, match=message):
+        load_peer(name)
+
+
+def test_a_peer_that_returns_nothing_to_call(vit_folder, peers):
+    with pytest.raises(BadValue, match="returns a callable, not NoneType"):
+        benchmark(BenchmarkArguments(model=str(vit_folder), r=["2"], batch_sizes=[1], peer=[f"{peers}:nothing"]))
 
 
 def test_a_config_is_enough_with_random_weights(tmp_path):
@@ -35,7 +170,19 @@ def test_a_config_is_enough_with_random_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch_sizes": []}, "batch_sizes"), ({"batch_sizes": [4, 0]}, "batch_sizes"), ({"dtype": "int8"}, "dtype")],
+    [
+        ({"batch_sizes": []}, "batch_sizes"),
+        ({"batch_sizes": [4, 0]}, "batch_sizes"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"runtimes": ["tensorrt"]}, "runtimes"),
+        ({"runtimes": []}, "runtimes"),
+        ({"compile_mode": "fast"}, "compile_mode"),
+        ({"rounds": 0}, "rounds"),
+        ({"caption_tokens": 0}, "caption_tokens"),
+        ({"runtimes": ["onnxruntime"], "dtype": "bfloat16", "device": "cpu"}, "dtype"),
+        ({"task": "captioning", "runtimes": ["compile"]}, "task"),
+        ({"peer": ["no_such_module:f"]}, "peer"),
+    ],
 )
 def test_bad_options_are_named(change, message):
     with pytest.raises(BadValue, match=message):

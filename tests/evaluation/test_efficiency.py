@@ -88,6 +88,10 @@ def test_speeds_are_medians_of_rounds_and_speedups_of_ratios_within_them():
         assert row["speedup"]["median"] == pytest.approx(statistics.median(ratios))
         assert row["speedup"]["q25"] == pytest.approx((sorted(ratios)[1] + sorted(ratios)[2]) / 2)
     assert rows[0]["speedup"] == {"median": 1, "q25": 1, "q75": 1}
+    compared = speeds(seconds, 4, references=[0, 1, 1])
+    assert [row["speedup"]["median"] for row in compared] == pytest.approx(
+        [1, 1, statistics.median(seconds[:, 1] / seconds[:, 2])]
+    )
     assert Spread.of([1, 2, 3, 4, 5]) == Spread(3, 2, 4)
 
 

@@ -1,0 +1,152 @@
+"""Exported models: files that say what eager says, for any batch, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtem_hf import BadValue, ToMeConfig, attach, ops
+from dtem_hf.deploy.graph import ImageGraph, export_graph, image_shape, output_names
+from dtem_hf.deploy.onnx_runtime import OnnxRunner, write_onnx
+from dtem_hf.deploy.parity import check_parity
+from dtem_hf.deploy.program import ExportArguments, export, export_format, load_for_export, main
+from dtem_hf.errors import UnsupportedModelError
+
+
+def operators(path: Path) -> set[str]:
+    import onnx
+
+    return {node.op_type for node in onnx.load(str(path)).graph.node}
+
+
+@pytest.fixture
+def merged(make_classifier: Any) -> Any:
+    return attach(make_classifier(num_hidden_layers=2), ToMeConfig(r=6))
+
+
+def test_an_onnx_file_and_its_record(vit_folder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    main(
+        ["--model", str(vit_folder), "--method", "tome", "--r", "3", "--output_dir", str(tmp_path), "--device", "cpu"]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.json"]
+    record = json.loads((tmp_path / "model.onnx.json").read_text())
+    assert record["opset"] == 20 and record["merge"]["r"] == 3 and record["plan"]["tokens"] == [14, 11, 8, 5]
+    file = record["files"][0]
+    assert file["sha256"] == hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
+    assert record["parity"]["outputs"]["logits"]["largest_difference"] < 1e-4
+    assert "logits within" in capsys.readouterr().out
+
+    arguments = ExportArguments(model=str(vit_folder), method="tome", r="3")
+    model = load_for_export(arguments).eval()
+    run = OnnxRunner(tmp_path / "model.onnx", torch.device("cpu"))
+    for count in (1, 3, 7):
+        pixels = torch.randn(count, 3, 32, 32)
+        torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_both_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(merged, tmp_path):
+    pytest.importorskip("onnxruntime")
+    merged.set_attn_implementation("eager")
+    pixels = torch.randn(4, 3, 32, 32)
+    expected = ImageGraph(merged)(pixels)
+    for form in ops.MERGE_FORMS:
+        with ops.merge_form(form):
+            program = export_graph(merged, (3, 32, 32))
+        path = tmp_path / f"{form}.onnx"
+        write_onnx(program, path, ["logits"])
+        assert any(name.startswith("Scatter") for name in operators(path)) == (form == "scatter")
+        found = OnnxRunner(path, torch.device("cpu"))(pixels)
+        torch.testing.assert_close(found, list(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(BadValue, match="merge_form"), ops.merge_form("sparse"):
+        pass
+
+
+def test_a_file_that_fails_its_check_is_not_written(vit_folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    arguments = ExportArguments(model=str(vit_folder), method="tome", r="2", output_dir=str(tmp_path), device="cpu")
+    model = load_for_export(arguments).eval()
+    (tmp_path / "model.onnx").write_text("what was there before")
+
+    def off(self: OnnxRunner, pixels: torch.Tensor) -> list[torch.Tensor]:
+        return [value + 0.01 for value in right(self, pixels)]
+
+    right = OnnxRunner.__call__
+    monkeypatch.setattr(OnnxRunner, "__call__", off)
+    with pytest.raises(BadValue, match="tolerance"):
+        export_format(arguments, model, "onnx", torch.device("cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "what was there before"
+
+
+def test_bfloat16_in_onnx_is_refused_where_nothing_runs_it(vit_folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    settings = {"model": str(vit_folder), "method": "none", "dtype": "bfloat16", "device": "cpu"}
+    with pytest.raises(BadValue, match=r"dtype='bfloat16'.*float32 or float16"):
+        export(ExportArguments(**settings, output_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+    (record,) = export(ExportArguments(**settings, output_dir=str(tmp_path), unchecked=True))
+    assert record["parity"] is None and "bfloat16" in record["unchecked_because"]
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_what_cannot_be_one_graph_says_so(make_classifier):
+    model = make_classifier(num_hidden_layers=1)
+
+    class Branching(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model.vit.layernorm = Branching()
+    with pytest.raises(UnsupportedModelError, match="one graph"):
+        export_graph(model, (3, 32, 32))
+
+
+def test_parity_is_found_and_missed(merged):
+    shape = image_shape(merged)
+    names = output_names(merged, torch.zeros(1, *shape))
+    assert shape == (3, 32, 32) and names == ["logits"]
+    same = check_parity(merged, ImageGraph(merged), names, shape)
+    assert same["outputs"]["logits"] == {"largest_difference": 0.0}
+
+    def other(pixels: torch.Tensor) -> list[torch.Tensor]:
+        return [ImageGraph(merged)(pixels.flip(-1))[0]]
+
+    with pytest.raises(BadValue, match="largest_difference"):
+        check_parity(merged, other, names, shape)
+    half = merged.bfloat16()
+    assert check_parity(half, ImageGraph(half), names, shape)["outputs"]["logits"]["rms_from_float32"] > 0
+    with pytest.raises(BadValue, match="rms_from_float32"):
+        check_parity(half, other, names, shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"formats": ["tensorrt"]}, "formats"),
+        ({"formats": []}, "formats"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"opset": 17}, "opset"),
+        ({"merge_form": "sparse"}, "merge_form"),
+        ({"attention": "flash_attention_2"}, "attention"),
+        ({"method": "pool"}, "method"),
+        ({"method": "tome", "merge": "a/b"}, "method"),
+        ({"r": "4", "flops": 0.5}, "r, flops"),
+        ({"r": "4", "method": "none"}, "r, flops"),
+        ({"tolerance": 0}, "tolerance"),
+    ],
+)
+def test_bad_options_are_named(change, message):
+    with pytest.raises(BadValue, match=message):
+        ExportArguments(model="m", **change)
+
+
+def test_help_shows_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--formats onnx aot_inductor" in capsys.readouterr().out

@@ -1,0 +1,33 @@
+"""The program for an accelerator runs from end to end on a CPU, in small."""
+
+import json
+
+import pytest
+import torch
+
+from dtem_hf import BadValue
+from dtem_hf.evaluation.benchmark_device import DeviceArguments, compare_kernels, main
+
+
+def test_it_runs_in_small(tmp_path):
+    main(["--tiny", "True", "--device", "cpu", "--dtype", "float32", "--output_dir", str(tmp_path)])
+    summary = json.loads((tmp_path / "device.json").read_text())
+    assert [row["batch_size"] for row in summary["rows"]] == [1, 2]
+    for row in summary["rows"]:
+        assert row["of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+        assert row["merging_share"] > 0
+    assert summary["kernels"] is None
+    assert (tmp_path / "tiny-default" / "benchmark.md").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels run")
+def test_there_is_nothing_to_compare_where_no_kernel_runs():
+    assert compare_kernels(torch.device("cpu")) is None
+
+
+def test_bad_options_are_named():
+    with pytest.raises(BadValue, match="models"):
+        DeviceArguments(models=["vit-huge"], device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(BadValue, match="no CUDA device"):
+            DeviceArguments()
