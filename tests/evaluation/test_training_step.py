@@ -30,7 +30,8 @@ def test_every_row_is_measured(autocast, vit_folder, tmp_path, capsys):
     assert list(rows) == ["plain", "classification", "distillation", "straight_through", "fisher", "definition"]
     assert rows["plain"]["ratio_to_plain"]["median"] == 1 and rows["definition"]["ratio_to_definition"]["median"] == 1
     assert all(row["peak_bytes"] > 0 and row["seconds"]["median"] > 0 for row in record["rows"])
-    assert all(name in capsys.readouterr().out for name in [*rows])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
 
 
 def test_bad_values(vit_folder):
