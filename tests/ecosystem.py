@@ -29,6 +29,7 @@ from transformers import (
     DINOv3ViTConfig,
     GitConfig,
     GitVisionConfig,
+    IJepaConfig,
     PretrainedConfig,
     Siglip2Config,
     Siglip2VisionConfig,
@@ -138,6 +139,7 @@ ROWS = [
         "ViTMAEModel",
         noisy_images,
     ),
+    Row("ijepa", (IJepaConfig(**VISION),), "IJepaModel"),
     Row(
         "beit",
         (BeitConfig(**{**relative_bias(**VISION), "num_hidden_layers": 3, "out_indices": [0, 1, 2, 3]}),),

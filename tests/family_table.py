@@ -41,13 +41,17 @@ CLASSIFIER = "AutoModelForImageClassification"
 
 @dataclass(frozen=True)
 class Family:
-    """The model class, its config, the Auto class that yields it (None: none does), and the output compared."""
+    """The model class, its config, the Auto class that yields it (None: none does), and the output compared.
+
+    `cls` says whether there is a CLS token, without which EViT is refused.
+    """
 
     model: str
     config: Callable[[], Any]
     auto: str | None = CLASSIFIER
     output: str = "logits"
     attentions: tuple[str, ...] = ("eager", "sdpa")
+    cls: bool = True
 
 
 def towers(config: Any, vision: dict[str, Any] = VISION) -> Callable[[], Any]:
@@ -63,6 +67,8 @@ FAMILIES: dict[str, Family] = {
     "vit_mae": Family(
         "ViTMAEModel", lambda: hf.ViTMAEConfig(**VISION, mask_ratio=0.25), "AutoModel", "last_hidden_state"
     ),
+    "ijepa": Family("IJepaModel", lambda: hf.IJepaConfig(**VISION), "AutoModel", "last_hidden_state", cls=False),
+    "ijepa-classifier": Family("IJepaForImageClassification", lambda: hf.IJepaConfig(**LABELLED), cls=False),
     **{
         f"{family}-{name}": Family(model, lambda config=config, bias=bias: config(**LABELLED, **bias))
         for name, bias in (("relative", OWN), ("shared", SHARED), ("both", OWN | SHARED), ("absolute", ABSOLUTE))
@@ -84,10 +90,14 @@ FAMILIES: dict[str, Family] = {
         "CLIPVisionModelWithProjection", lambda: hf.CLIPVisionConfig(**VISION), None, "image_embeds"
     ),
     "clip-classifier": Family("CLIPForImageClassification", towers(hf.CLIPConfig)),
-    "siglip": Family("SiglipVisionModel", lambda: hf.SiglipVisionConfig(**VISION), "AutoModel", "pooler_output"),
-    "siglip-classifier": Family("SiglipForImageClassification", towers(hf.SiglipConfig)),
-    "siglip2": Family("Siglip2VisionModel", lambda: hf.Siglip2VisionConfig(**PATCHES), "AutoModel", "pooler_output"),
-    "siglip2-classifier": Family("Siglip2ForImageClassification", towers(hf.Siglip2Config, PATCHES)),
+    "siglip": Family(
+        "SiglipVisionModel", lambda: hf.SiglipVisionConfig(**VISION), "AutoModel", "pooler_output", cls=False
+    ),
+    "siglip-classifier": Family("SiglipForImageClassification", towers(hf.SiglipConfig), cls=False),
+    "siglip2": Family(
+        "Siglip2VisionModel", lambda: hf.Siglip2VisionConfig(**PATCHES), "AutoModel", "pooler_output", cls=False
+    ),
+    "siglip2-classifier": Family("Siglip2ForImageClassification", towers(hf.Siglip2Config, PATCHES), cls=False),
     # transformers knows eager attention alone for these two.
     "git": Family("GitVisionModel", lambda: hf.GitVisionConfig(**VISION), None, "last_hidden_state", ("eager",)),
     "blip": Family("BlipVisionModel", lambda: hf.BlipVisionConfig(**VISION), None, "pooler_output", ("eager",)),

@@ -93,6 +93,11 @@ def teacher_head(weights: Weights, x: Tensor, sizes: Tensor) -> Outputs:
     return {"logits": (ours + theirs) / 2, "cls_logits": ours, "distillation_logits": theirs}
 
 
+def ijepa_head(weights: Weights, x: Tensor, sizes: Tensor) -> Outputs:
+    """The patches are normalised first, and averaged then."""
+    return {"logits": linear(weights, "classifier", mean(layer_norm(weights, "ijepa.layernorm", x, 1e-12), sizes))}
+
+
 def mae_embed(weights: Weights, inputs: Inputs) -> Tensor:
     """The quarter of the patches that is left out is that of the largest noise; the others come by their noise."""
     positions = weights["embeddings.position_embeddings"][0]
@@ -273,6 +278,10 @@ ANATOMIES: dict[str, Anatomy] = {
         lambda weights, x, sizes: {"last_hidden_state": layer_norm(weights, "layernorm", x, 1e-12)},
         embed=mae_embed,
     ),
+    "ijepa": vit_like(
+        "", lambda weights, x, sizes: {"last_hidden_state": layer_norm(weights, "layernorm", x, 1e-12)}, ()
+    ),
+    "ijepa-classifier": vit_like("ijepa.", ijepa_head, ()),
     "beit-relative": beit("layers.{}." + RELATIVE_TABLE),
     "beit-shared": beit("shared_position_bias.relative_position_bias_table"),
     "beit-both": beit("layers.{}." + RELATIVE_TABLE, "shared_position_bias.relative_position_bias_table"),

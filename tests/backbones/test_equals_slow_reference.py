@@ -41,7 +41,7 @@ METHODS = {
         Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
     ),
 }
-ROWS = [(family, method) for family in FAMILIES for method in METHODS if not ("evit" in method and "siglip" in family)]
+ROWS = [(family, method) for family, row in FAMILIES.items() for method in METHODS if row.cls or "evit" not in method]
 
 
 def lively(family: str, attention: str = "sdpa") -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_table import FAMILIES, inputs_of, make
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,8 +32,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=METHODS, ids=str)
 def method(request: pytest.FixtureRequest, family: str) -> str:
-    if request.param == "evit" and family.startswith("siglip"):
-        pytest.skip("SigLIP has no CLS token for EViT")
+    if request.param == "evit" and not FAMILIES[family].cls:
+        pytest.skip("no CLS token for EViT")
     return request.param
 
 
@@ -143,13 +144,21 @@ def test_a_trace_counts_every_patch_once(family: str, method: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["beit-absolute", "data2vec-absolute", "dinov2", "clip-classifier"])
+@pytest.mark.parametrize(
+    "family", ["beit-absolute", "data2vec-absolute", "dinov2", "clip-classifier", "ijepa-classifier"]
+)
 def test_means_are_weighted_by_sizes(family: str) -> None:
     """With every token put back where it was, a plain mean is the weighted one."""
     weighed, whole = (run(family, attach(make(family), ToMeConfig(r=9), unmerge=back)) for back in (False, True))
     torch.testing.assert_close(weighed, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_evit_is_refused_without_a_cls_token() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"evit.*SiglipVisionModel has none"):
-        attach(make("siglip"), EViTConfig())
+@pytest.mark.parametrize("family", [family for family, row in FAMILIES.items() if not row.cls])
+def test_evit_is_refused_without_a_cls_token(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"evit.*Model has none"):
+        attach(make(family), EViTConfig())
+
+
+def test_a_pooler_on_a_patch_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="pooler reads the first patch"):
+        attach(transformers.IJepaModel(FAMILIES["ijepa"].config(), add_pooling_layer=True), ToMeConfig(r=9))
