@@ -1,5 +1,8 @@
 """Images come out of every supported layout with their labels, are augmented reproducibly, and bad data is named."""
 
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,16 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from dtem_hf import BadValue
-from dtem_hf.data import ProcessedImages, collate, load_images
+from dtem_hf.data import (
+    ProcessedImages,
+    UnreadableImage,
+    check_labels,
+    collate,
+    first_rows,
+    load_images,
+    open_image,
+    stream_images,
+)
 
 
 def picture(value, size=(24, 20)):
@@ -130,3 +142,74 @@ def test_images_of_several_sizes_do_not_make_a_batch(noise):
     items = [{"pixel_values": torch.zeros(3, n, n), "labels": 0, "index": n} for n in (4, 5)]
     with pytest.raises(BadValue, match="images of one size"):
         collate(items)
+
+
+def test_webdataset_shards_and_columns_of_other_names(tmp_path):
+    """An image called `jpg` or `img`, a label called `cls` or `labels`."""
+    with tarfile.open(tmp_path / "train-0000.tar", "w") as tar:
+        for i in range(3):
+            encoded = io.BytesIO()
+            picture(40 * i).save(encoded, "png")
+            for name, content in ((f"{i}.png", encoded.getvalue()), (f"{i}.cls", b"%d" % (2 - i))):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    images = load_images(str(tmp_path))
+    assert images["label"] == [2, 1, 0]
+    assert [np.asarray(image)[0, 0, 0] for image in images["image"]] == [0, 40, 80]
+    other = tmp_path / "other"
+    other.mkdir()
+    Dataset.from_dict({"img": [picture(7)], "labels": [4]}).to_parquet(str(other / "train.parquet"))
+    assert load_images(str(other))["label"] == [4]
+    (row,) = stream_images(str(other))
+    assert row["label"] == 4 and np.asarray(open_image(row["image"], "it"))[0, 0, 0] == 7
+
+
+def test_folder_with_labels_csv_can_be_streamed(csv_folder):
+    rows = list(stream_images(str(csv_folder)))
+    assert sorted(row["label"] for row in rows) == [-1, 0, 4]
+    assert [row["label"] for row in first_rows(stream_images(str(csv_folder)), 2, "x")] == [
+        row["label"] for row in rows[:2]
+    ]
+
+
+def test_labels_that_are_text_are_refused(tmp_path):
+    Dataset.from_dict({"image": [picture(7)], "label": ["cat"]}).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(BadValue, match="whole numbers as labels, not string"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [None, "readme.txt"])
+def test_folder_without_images_is_named(tmp_path, name):
+    if name:
+        (tmp_path / name).write_text("")
+    with pytest.raises(BadValue, match=r"data=.*at least one image"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("label", [3, -2])
+def test_labels_are_checked_in_front_of_a_run(csv_folder, label):
+    (csv_folder / "labels.csv").write_text(f"file,label\na.png,2\nsub/b.png,{label}\nc.png,\n")
+    images = load_images(str(csv_folder))
+    with pytest.raises(BadValue, match=rf"label={label}: image 1 needs one below the model's 3 classes \(.*b.png\)"):
+        check_labels(images, 3)
+    (csv_folder / "labels.csv").write_text("file,label\na.png,2\nsub/b.png,\nc.png,0\n")
+    check_labels(load_images(str(csv_folder)), 3)
+    check_labels(images, None)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "text", "empty", "gone"])
+def test_unreadable_image_is_named(csv_folder, damage):
+    path, rng = csv_folder / "sub" / "b.png", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    images = ProcessedImages(load_images(str(csv_folder)), PROCESSOR)
+    whole = path.read_bytes()
+    {
+        "cut off": lambda: path.write_bytes(whole[: len(whole) // 2]),
+        "text": lambda: path.write_text("no image at all"),
+        "empty": lambda: path.write_bytes(b""),
+        "gone": path.unlink,
+    }[damage]()
+    assert images[0]["index"] == 0
+    with pytest.raises(UnreadableImage, match=r"b\.png cannot be read .*--on_bad_image skip"):
+        images[1]

@@ -35,6 +35,11 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     model: str = option("backbone: Hub id or local folder")
     data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
     split: str = option("split of a Hub dataset", default="train")
+    streaming: bool = option("read the data as it arrives, instead of storing it first", default=False)
+    shuffle_buffer: int = option("images of a stream that are shuffled together", default=1000)
+    on_bad_image: Literal["error", "skip"] = option(
+        "error: an unreadable image ends the run; skip: it is left out, and counted", default="error"
+    )
     validation_data: str | None = option(
         "images to validate on; left out, some are held out of the data", default=None
     )
@@ -49,6 +54,7 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     start_from: str | None = option("adapter (Hub id or folder) to go on from, instead of init", default=None)
     task: str = option("what teaches the embedding: " + " or ".join(task_names()), default="distillation")
     steps: int = option("optimiser steps", default=400)
+    epochs: float | None = option("passes over the images, instead of steps", default=None)
     batch_size: int = option("images per process and step", default=32)
     gradient_accumulation_steps: int = option("batches added up per optimiser step", default=1)
     lr: float = option("learning rate at the start", default=5e-4)
@@ -75,12 +81,25 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     max_caption_tokens: int = option("captions are cut to this length", default=40)
     seed: int = option("of everything that is drawn", default=0)
     validate_every: int = option("steps between validations of the hard model", default=100)
+    glance_every: int = option(
+        "steps between looks at one fixed batch, softly and hard merged, and at tokens per layer; 0: none", default=50
+    )
     checkpoint_every: int = option("steps between checkpoints", default=50)
     keep_checkpoints: int = option("checkpoints that are kept", default=2)
     resume: Literal["auto", "never"] = option(
         "auto: go on where the run in output_dir stopped; never: start over", default="auto"
     )
     num_workers: int = option("processes that decode images", default=1)
+    num_threads: int | None = option(
+        "CPU threads of each process; left out: OMP_NUM_THREADS if you set it, or the cores shared out", default=None
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        "number format of the forward pass; left out: what the launcher says", default=None
+    )
+    report_to: list[str] = option(
+        "trackers, beside metrics.jsonl: tensorboard, trackio, wandb, any other of Accelerate's, or none",
+        default_factory=lambda: ["none"],
+    )
     gradient_checkpointing: bool = option("recompute activations to save memory", default=False)
     base_model: str | None = option(
         "the backbone's Hub id, for the adapter's record, if model is a folder", default=None
@@ -97,7 +116,7 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "validation_size", "validate_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "shuffle_buffer"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_caption_tokens", self.max_caption_tokens, 2)
         for name in ("backbone_lr", "backbone_weight_decay", "mixup", "cutmix", "feature_weight"):
@@ -110,7 +129,11 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
         for name, names in (("features", FEATURES), ("feature_loss", FEATURE_LOSSES)):
             if getattr(self, name) not in names:
                 raise BadValue(name, getattr(self, name), f"one of {', '.join(names)}")
-        for name in ("min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
+        if self.num_threads is not None:
+            _at_least("num_threads", self.num_threads, 1)
+        if self.epochs is not None and not self.epochs > 0:
+            raise BadValue("epochs", self.epochs, "a number above 0")
+        for name in ("glance_every", "min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0:

@@ -8,32 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from ..files import read_json, write_json
 
 
 STATE_NAME = "run_state.json"
+_LARGEST_STATE = 64 << 20  # positions in streams of many shards
 
 
 def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_dir: str) -> None:
-    """Hook for `Accelerator.save_state`: the frozen backbone is not written again with every checkpoint."""
-    for model, state in zip(models, weights, strict=True):
-        learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for key in [key for key in state if key not in learned]:
-            del state[key]
+    """Hook for `Accelerator.save_state`: what is frozen is not written again with every checkpoint."""
+    # FSDP and DeepSpeed write models themselves, and hand over no weights.
+    for model, state in zip(models, weights, strict=False):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                state.pop(name, None)
 
 
 def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint under a temporary name and rename it; then remove all but the newest `keep`."""
+    """Write a checkpoint under a temporary name and rename it; then remove all but the newest `keep`.
+
+    Raises OSError that names the newest whole checkpoint where this one could not be written, which leaves no trace.
+    """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
     if accelerator.is_main_process:
+        _remove_partial(folder)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(partial / STATE_NAME, state)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when a disk is full
+        free = _free_megabytes(folder)
         shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+        raise OSError(
+            f"the checkpoint of step {step} could not be written to {folder} ({free:.0f} MB are free there): "
+            f"{error}. {last_good(folder)}. Make room and give the same command again."
+        ) from error
     if accelerator.is_main_process:
-        write_json(partial / STATE_NAME, state)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in complete(folder)[:-keep]:
@@ -48,7 +63,24 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / STATE_NAME).is_file())
 
 
+def last_good(folder: Path) -> str:
+    """The newest whole checkpoint, in words."""
+    kept = complete(folder)
+    return f"last good checkpoint: {kept[-1].name if kept else 'none'}"
+
+
 def load(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
     """Put optimiser, schedule, random numbers and learned weights back; returns what was saved beside them."""
     accelerator.load_state(str(checkpoint), strict=False)
-    return read_json(checkpoint / STATE_NAME)
+    # Checkpoints are written between steps, where a new cycle of accumulated batches begins.
+    accelerator.step = 0
+    return read_json(checkpoint / STATE_NAME, _LARGEST_STATE)
+
+
+def _remove_partial(folder: Path) -> None:
+    for left in folder.glob(".partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _free_megabytes(folder: Path) -> float:
+    return shutil.disk_usage(folder).free / 1e6

@@ -1,32 +1,90 @@
-"""How well the hard model does on held-out data, while it is being trained."""
+"""How well the hard model does on held-out data, while it is being trained; and an early sight of it on one batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .gaps import GAPS
 from .tasks import Task
 
 
-class Validation:
-    """Held-out data and what the unmerged model makes of it, which is computed once."""
+class Stopped(Exception):
+    """A validation was broken off because the run is to end."""
 
-    def __init__(self, accelerator: Accelerator, loader: DataLoader[Any], task: Task) -> None:
-        self.accelerator, self.task = accelerator, task
+
+class Validation:
+    """Held-out data and what the unmerged model makes of it, which is computed once.
+
+    `stopping` is asked in front of every batch, in all processes, and breaks the validation off with Stopped.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, loader: DataLoader[Any], task: Task, stopping: Callable[[], bool]
+    ) -> None:
+        self.accelerator, self.task, self.stopping = accelerator, task, stopping
         self.loader = accelerator.prepare_data_loader(loader)
         self._references: list[Any] = []
+        self._glanced: Any = None
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
         """The task's figures, each a mean over the items that have it; left out where none has."""
-        columns: dict[str, list[torch.Tensor]] = {}
+        columns: dict[str, list[Tensor]] = {}
         for number, batch in enumerate(self.loader):
+            if self.stopping():
+                raise Stopped
             if number == len(self._references):
                 self._references.append(self.task.reference(model, batch))
-            for name, value in self.task.figures(model, batch, self._references[number]).items():
+            for name, value in self._figures(model, batch, self._references[number]).items():
                 columns.setdefault(name, []).append(self.accelerator.gather_for_metrics(value).cpu())
-        means = {name: torch.cat(parts).double().nanmean() for name, parts in columns.items()}
+        return self._summary({name: torch.cat(parts) for name, parts in columns.items()})
+
+    @torch.no_grad()
+    def glance(self, model: Any, relax: Callable[[bool], None]) -> dict[str, Any]:
+        """Figures of the soft and of the hard model on the first validation batch, their gap, and effective tokens.
+
+        `relax` puts the model into its soft or its hard form, with nothing random in it.
+        """
+        if self._glanced is None:
+            batch = next(iter(self.loader))
+            self.loader.end()  # or accelerate would take it for the one that is being iterated over
+            self._glanced = batch, self.task.reference(model, batch)
+        batch, reference = self._glanced
+        relax(False)
+        hard = self._gathered(self._figures(model, batch, reference))
+        relax(True)
+        with model.trace_merging() as trace:
+            soft = self._gathered(self._figures(model, batch, reference))
+        tokens = torch.stack([effective_tokens(sizes).mean() for sizes in trace.sizes])
+        tokens = self.accelerator.gather(tokens[None]).double().mean(0)
+        gap = {name: hard[name] - soft[name] for name in hard if name in soft}
+        return {"glance": {"soft": soft, "hard": hard, "gap": gap}, "tokens": tokens.tolist()}
+
+    def _figures(self, model: Any, batch: dict[str, Tensor], reference: Any) -> dict[str, Tensor]:
+        figures = self.task.figures(model, batch, reference)
+        gaps = batch.get(GAPS)
+        if gaps is None or not gaps.any():
+            return figures
+        # What stands in for an unreadable image counts once only.
+        return {name: value.float().masked_fill(gaps, torch.nan) for name, value in figures.items()}
+
+    def _gathered(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        return self._summary({name: self.accelerator.gather(value) for name, value in figures.items()})
+
+    def _summary(self, columns: dict[str, Tensor]) -> dict[str, float]:
+        means = {name: values.double().nanmean() for name, values in columns.items()}
         return self.task.summarize({name: value.item() for name, value in means.items() if not value.isnan()})
+
+
+def effective_tokens(sizes: Tensor) -> Tensor:
+    """How many tokens are still there, given their sizes [B, n] -> [B]: each counts min(size, 1).
+
+    Where merging is hard, that is their number; a token of which half was merged away counts as half.
+    """
+    return sizes.float().clamp(max=1.0).sum(-1)

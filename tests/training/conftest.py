@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_processes import start_training, wait_for
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -120,6 +121,28 @@ def siglip_folder(tmp_path_factory):
 def make_run():
     """Makes a run that has not begun: its task, its model, and batches of its data."""
     from dtem_hf.training.arguments import TrainArguments
-    from dtem_hf.training.program import _Run
+    from dtem_hf.training.run import Run
 
-    return lambda options: _Run(TrainArguments(**options))
+    return lambda options: Run(TrainArguments(**options))
+
+
+@pytest.fixture
+def start_processes(tmp_path):
+    """Starts the training program in real processes that see each other; what they print is in `process.log`."""
+    started = []
+
+    def start(options, num_processes=1):
+        new = start_training(options, num_processes, tmp_path / f"log-{len(started)}")
+        started.extend(new)
+        return new
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def finish_processes(start_processes):
+    """Runs the training program to its end in real processes, and returns what each printed."""
+    return lambda options, num_processes=1: wait_for(start_processes(options, num_processes))

@@ -18,7 +18,8 @@ from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, Merge
 from dtem_hf.data import ProcessedImages, collate, load_images, load_processor
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.parameters import freeze_backbone
-from dtem_hf.training.program import _Run, train
+from dtem_hf.training.program import train
+from dtem_hf.training.run import Run
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def learned(output_dir):
 
 
 def test_backbone_is_untouched_and_gets_no_gradients(options):
-    run = _Run(TrainArguments(**options))
+    run = Run(TrainArguments(**options))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters() if "merge_embedding" not in name}
     run.train()
     for name, parameter in run.model.named_parameters():

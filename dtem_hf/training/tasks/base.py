@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,12 +31,19 @@ class TaskData:
     """What a run learns from and is validated on.
 
     The sets have a length and are indexed by i, or by (epoch, i) so that what is drawn for an item depends on nothing
-    else; their items hold `index`. `collate` makes a batch, a dict of tensors, of items.
+    else; their items hold `index`. `collate` makes a batch, a dict of tensors, of items. Where `rows` is a stream,
+    `train` has no length and is indexed by (epoch, number, row).
     """
 
     train: Any
     validation: Any
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    rows: IterableDataset | None = None
+    num_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            self.num_images = len(self.train)
 
 
 class Task(ABC):

@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...auto import AutoModelForImageClassification
-from ...data import ProcessedImages, collate, load_images, load_processor
+from ...data import (
+    ProcessedImages,
+    check_labels,
+    collate,
+    first_rows,
+    load_images,
+    load_processor,
+    num_images,
+    stream_images,
+)
 from ...errors import BadValue
 from ..mixing import Mixed, mix
 from .base import Task, TaskData, kl_to
@@ -20,25 +30,49 @@ class ImageTask(Task):
 
     def load_data(self, model: Any) -> TaskData:
         a = self.arguments
-        processor = load_processor(a.model)
-        images = load_images(a.data, a.split)
-        if a.validation_data is None:
-            if a.validation_size >= len(images):
-                raise BadValue(
-                    "validation_size", a.validation_size, f"fewer than the {len(images)} images of the data"
-                )
-            # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
-            parts = images.train_test_split(test_size=a.validation_size, seed=0)
-            images, held_out = parts["train"], parts["test"]
+        options: dict[str, Any] = {
+            "processor": load_processor(a.model),
+            "num_labels": self.num_labels(model),
+            "seed": a.seed,
+        }
+        rows: IterableDataset | None = None
+        if a.streaming:
+            images, held_out, rows = None, self._validation_images(), stream_images(a.data, a.split)
         else:
-            held_out = load_images(a.validation_data, a.validation_split).shuffle(seed=0)
-            held_out = held_out.select(range(min(a.validation_size, len(held_out))))
-        options: dict[str, Any] = {"processor": processor, "num_labels": self.num_labels(model), "seed": a.seed}
+            images = load_images(a.data, a.split)
+            check_labels(images, self.num_labels(model))
+            whole = a.validation_data is not None
+            images, held_out = (images, self._validation_images()) if whole else self._split(images)
+        check_labels(held_out, self.num_labels(model))
         return TaskData(
             ProcessedImages(images, augmentation=a.augmentation, **options),
             ProcessedImages(held_out, **options),
             collate,
+            rows,
+            None if rows is None else num_images(rows, a.split),
         )
+
+    def _split(self, images: Dataset) -> tuple[Dataset, Dataset]:
+        a = self.arguments
+        if a.validation_size >= len(images):
+            raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} images of the data")
+        # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
+        parts = images.train_test_split(test_size=a.validation_size, seed=0)
+        return parts["train"], parts["test"]
+
+    def _validation_images(self) -> Dataset:
+        a = self.arguments
+        if a.validation_data is None:
+            raise BadValue(
+                "validation_data",
+                None,
+                "images to validate on (perhaps the same, of another split): of a stream, none are held out",
+            )
+        if a.streaming:
+            rows = stream_images(a.validation_data, a.validation_split).shuffle(seed=0, buffer_size=a.shuffle_buffer)
+            return first_rows(rows, a.validation_size, a.validation_data)
+        held_out = load_images(a.validation_data, a.validation_split).shuffle(seed=0)
+        return held_out.select(range(min(a.validation_size, len(held_out))))
 
     def num_labels(self, model: Any) -> int | None:
         """How many classes there are; None where labels are not looked at."""

@@ -1,0 +1,124 @@
+"""Rows of a dataset that is read as it arrives: in a new order every epoch, resumed where a checkpoint left them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import IterableDataset, concatenate_datasets
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import Sampler
+
+from ..data import row_name
+from ..errors import BadValue
+
+
+# Batches whose names are known: those of a step, and those that workers were handed ahead of it.
+_NAMES_KEPT = 256
+
+
+class _Block(NamedTuple):
+    """Rows that are shuffled together: `state` is the dataset's in front of them, `first` the first one's number."""
+
+    epoch: int
+    state: dict[str, Any]
+    first: int
+    rows: list[dict[str, Any]]
+
+
+class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
+    """Batches of (epoch, number, row) for one of `world_size` processes, without end or `num_batches` long.
+
+    Every epoch puts the shards of a process in another order and shuffles their rows in blocks of `buffer_size`; the
+    next block is read while one is used. Where shards cannot be dealt out evenly, each process reads all of them and
+    keeps every `world_size`-th row. What comes after batch b depends on `position_after(b)` and on nothing else.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        position: dict[str, Any] | None = None,
+    ) -> None:
+        self.rows = split_dataset_by_node(rows, rank, world_size)
+        self.batch_size, self.num_batches, self.seed, self.buffer_size = batch_size, num_batches, seed, buffer_size
+        self.rank, self.world_size = rank, world_size
+        self._start = position or {"epoch": 0, "state": None, "first": 0, "used": 0}
+        self._positions: dict[int, dict[str, Any]] = {}
+        self._names: deque[tuple[int, str]] = deque(maxlen=_NAMES_KEPT * batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def position_after(self, batch: int) -> dict[str, Any]:
+        """Where batch `batch` (from 0, counted from where this stream began) ended; asked for once, in order."""
+        for earlier in [number for number in self._positions if number < batch]:
+            del self._positions[earlier]
+        return self._positions[batch]
+
+    def name_of(self, number: int) -> str:
+        """What one of the last rows is called."""
+        return dict(self._names).get(number, str(number))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
+        used = self._start["used"]
+        batch: list[tuple[int, int, dict[str, Any]]] = []
+        number = 0
+        for block in self._read_ahead():
+            order = np.random.default_rng((self.seed, self.rank, block.first)).permutation(len(block.rows))
+            for place in range(used, len(order)):
+                # Numbers of other processes lie between, so that no two of their images are augmented alike.
+                identity = (block.first + place) * self.world_size + self.rank
+                row = block.rows[order[place]]
+                batch.append((block.epoch, identity, row))
+                self._names.append((identity, row_name(row, identity)))
+                if len(batch) == self.batch_size:
+                    self._positions[number] = {
+                        "epoch": block.epoch,
+                        "state": block.state,
+                        "first": block.first,
+                        "used": place + 1,
+                    }
+                    yield batch
+                    batch, number = [], number + 1
+                    if number == self.num_batches:
+                        return
+            used = 0
+
+    def _read_ahead(self) -> Iterator[_Block]:
+        blocks = self._blocks()
+        with ThreadPoolExecutor(1) as reader:
+            upcoming = reader.submit(next, blocks)
+            while True:
+                block = upcoming.result()
+                upcoming = reader.submit(next, blocks)
+                yield block
+
+    def _blocks(self) -> Iterator[_Block]:
+        epoch, state, first = self._start["epoch"], self._start["state"], self._start["first"]
+        while True:
+            rows = self._in_order_of(epoch)
+            if state is not None:
+                rows.load_state_dict(state)
+            before, arriving = rows.state_dict() if state is None else state, iter(rows)
+            empty = state is None
+            while block := list(islice(arriving, self.buffer_size)):
+                yield _Block(epoch, before, first, block)
+                before, first, empty = rows.state_dict(), first + len(block), False
+            if empty:
+                raise BadValue("data", "a stream without rows", f"images for each of {self.world_size} processes")
+            epoch, state = epoch + 1, None
+
+    def _in_order_of(self, epoch: int) -> IterableDataset:
+        count = self.rows.num_shards
+        order = np.random.default_rng((self.seed, epoch)).permutation(count)
+        return concatenate_datasets([self.rows.shard(count, int(shard)) for shard in order])

@@ -1,0 +1,341 @@
+"""One run of the training program, in each of its processes."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from tqdm.auto import tqdm
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from ..adapter import MergeAdapter
+from ..card import TRAINING_NAME, refreshed_card
+from ..conditions import command, data_name, hardware, versions
+from ..errors import BadValue
+from ..files import replacing_folder, write_json
+from ..modeling import load_embedding
+from . import checkpoints
+from .arguments import TrainArguments
+from .curriculum import Curriculum
+from .exchange import exchange, raise_not_finite
+from .feed import loader, make_feed
+from .gaps import REASONS
+from .interruption import Interruption
+from .parameters import choose_learned, optimizer_groups, relax
+from .publication import Publication
+from .same_run import check_same_run
+from .tasks import make_task
+from .threads import use_threads
+from .trackers import LOGS_NAME, Metrics, wanted_trackers
+from .validation import Stopped, Validation
+
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Run:
+    """Loads everything, and goes on from the newest checkpoint in the output folder when it trains."""
+
+    def __init__(self, arguments: TrainArguments, interruption: Interruption | None = None) -> None:
+        self.arguments = a = replace(arguments)
+        self.interruption = interruption or Interruption()
+        self.output = Path(a.output_dir)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=a.gradient_accumulation_steps,
+            mixed_precision=a.mixed_precision,
+            log_with=wanted_trackers(a.report_to) or None,
+            project_config=ProjectConfiguration(str(self.output), str(self.output / LOGS_NAME)),
+        )
+        use_threads(a.num_threads, self.accelerator.device)
+        self.publication = Publication(a, self.output / "adapter", self.accelerator.print)
+        if self.accelerator.is_main_process:
+            self.publication.prepare()
+        self.metrics = Metrics(self.accelerator, self.output)
+        self.task, self.curriculum = make_task(a), Curriculum(a)
+        set_seed(a.seed)
+        self.model = self.task.load_model()
+        if a.start_from:
+            load_embedding(self.model, MergeAdapter.from_reference(a.start_from))
+        if a.train_backbone:
+            self.task.keep_teacher(self.model)
+            # What the adapter belongs to is no longer the backbone that training began with.
+            self.model.name_or_path = str(self.output / "model")
+        choose_learned(self.model, a.train_backbone)
+        relax(self.model, self.task.soft, a.train_backbone)
+        if a.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.data = self.task.load_data(self.model)
+        self._count_steps()
+        self.feed = make_feed(a, self.accelerator, self.data)
+        held_out = loader(a, self.data, self.data.validation, batch_size=a.batch_size)
+        self.validation = Validation(self.accelerator, held_out, self.task, self._stopping)
+        self._prepare()
+        self.step, self.seconds = 0, 0.0
+        self.best: dict[str, Any] = {}
+        self.unreadable: list[str] = []
+        self.position: Any = None
+        self.validation_due = True
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that all processes together see between two steps of the optimiser."""
+        a = self.arguments
+        return a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _count_steps(self) -> None:
+        a = self.arguments
+        if a.epochs is None:
+            return
+        if self.data.num_images is None:
+            raise BadValue("epochs", a.epochs, "steps instead, as this stream does not tell how many images it has")
+        a.steps = max(1, round(a.epochs * self.data.num_images / self.images_per_step))
+
+    def _prepare(self) -> None:
+        a = self.arguments
+        optimizer = torch.optim.AdamW(optimizer_groups(self.model, a), lr=a.lr, weight_decay=a.weight_decay)
+        self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, num_warmup_steps=a.warmup_steps, num_training_steps=a.steps, min_lr=min(a.min_lr, a.lr)
+        )
+        # A layer that merges nothing leaves its embedding unused, and a backbone may have a head that a task does not.
+        if a.train_backbone or 0 in (*self.model.merge_plan().reductions, *a.sample_r):
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        if self.accelerator.state.deepspeed_plugin is not None:  # it wants to know, and sees no DataLoader
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = a.batch_size
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        # Not prepared: accelerate would step it once per process.
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.accelerator.register_save_state_pre_hook(checkpoints.keep_only_learned)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last step; returns what is written to `training.json`.
+
+        Raises SystemExit(0) where the run was asked to end, behind a checkpoint.
+        """
+        self._enter_output()
+        self._say_conditions()
+        try:
+            for _ in self._steps():
+                if self.step % self.arguments.checkpoint_every == 0 or self.step == self.arguments.steps:
+                    self._checkpoint()
+                if self.accelerator.is_main_process:
+                    self.publication.push_so_far(self.step, self.best["step"])
+        except Stopped:
+            self._stop()
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL:
+                raise
+            kept = checkpoints.last_good(self.output / "checkpoints")
+            raise OSError(error.errno, f"{error.strerror} under {self.output}; {kept}") from error
+        return self._finish()
+
+    def _steps(self) -> Iterator[None]:
+        """Take the steps that are left, each with what is due behind it. Raises Stopped where the run is to end."""
+        a = self.arguments
+        if self._stopping():
+            raise Stopped
+        if self.validation_due:
+            self._validate()
+        progress = tqdm(
+            total=a.steps, initial=self.step, desc="train", unit="step", disable=not self.accelerator.is_main_process
+        )
+        began = time.perf_counter()
+        losses: list[torch.Tensor] = []
+        batches: list[dict[str, Any]] = []
+        for batch in self.feed.batches(self.step, self.position):
+            self.curriculum.enter(self.model, self.step)
+            loss, norm = self._backward(batch)
+            losses.append(loss)
+            batches.append(batch)
+            if not self.accelerator.sync_gradients:
+                continue
+            self.step += 1
+            figures, stop = self._exchange(losses, norm, batches)
+            losses, batches = [], []
+            took = time.perf_counter() - began
+            self.seconds, began = self.seconds + took, began + took
+            rate = self.images_per_step / took
+            progress.update()
+            progress.set_postfix(loss=f"{figures['loss']:.4f}", images_per_s=f"{rate:.1f}")
+            if a.glance_every and self.step % a.glance_every == 0:
+                figures.update(self._glance())
+            self.metrics.log(self.step, figures, {"images_per_second": rate})
+            self.validation_due = self.step % a.validate_every == 0 or self.step == a.steps
+            if stop and self.step < a.steps:
+                raise Stopped
+            if self.validation_due:
+                self._validate()
+            yield
+        progress.close()
+
+    def _backward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, and the norm of the gradients before they are clipped (0 while batches are added up)."""
+        norm = torch.zeros(())
+        with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.autocast():
+                loss = self.task.loss(self.wrapped, self.model, batch)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                # FSDP clips only what it is given whole; frozen parameters have no gradient.
+                norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.arguments.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.scheduler.step()
+        return loss.detach(), torch.as_tensor(0.0 if norm is None else norm).detach()
+
+    def _exchange(
+        self, losses: list[torch.Tensor], norm: torch.Tensor, batches: list[dict[str, Any]]
+    ) -> tuple[dict[str, float], bool]:
+        """Figures of the step over all processes, and whether one of them was asked to end."""
+        unreadable = [reason for batch in batches for reason in batch.get(REASONS, ())]
+        facts = exchange(self.accelerator, losses, norm, self.interruption.reason is not None, len(unreadable))
+        # Scaled float16 gradients overflow now and then; that step is left out, and the scale made smaller.
+        if not facts.losses_are_finite or (self.accelerator.scaler is None and not math.isfinite(facts.norm)):
+            names = [self.feed.names(batch) for batch in batches]
+            raise_not_finite(self.accelerator, facts, self.step, names, self.output / "checkpoints")
+        if facts.unreadable:
+            self._report_unreadable(unreadable)
+        figures = {"loss": facts.loss, "lr": self.scheduler.get_last_lr()[0]}
+        if math.isfinite(facts.norm):
+            figures["grad_norm"] = facts.norm
+        return figures, facts.stop
+
+    def _report_unreadable(self, reasons: list[str]) -> None:
+        found = set(gather_object(reasons)) - set(self.unreadable)
+        self.unreadable = sorted({*self.unreadable, *found})
+        for reason in sorted(found):
+            self.accelerator.print(f"step {self.step}: left out: {reason} ({len(self.unreadable)} so far)")
+
+    def _glance(self) -> dict[str, Any]:
+        self.curriculum.leave(self.model)
+        figures = self.validation.glance(self.model, lambda soft: relax(self.model, soft))
+        relax(self.model, self.task.soft, self.arguments.train_backbone)
+        return figures
+
+    def _validate(self) -> None:
+        relax(self.model, False)
+        self.curriculum.leave(self.model)
+        try:
+            figures = self.validation(self.model)
+        finally:
+            relax(self.model, self.task.soft, self.arguments.train_backbone)
+        if self.task.ranked_by not in figures:
+            raise BadValue("task", self.task.name, "validation images with labels")
+        self.metrics.log(self.step, {"validation": figures})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.accelerator.print(f"step {self.step}: hard model on {len(self.data.validation)} items: {shown}")
+        if not self.best or figures[self.task.ranked_by] < self.best["validation"][self.task.ranked_by]:
+            self.best = {"step": self.step, "validation": figures}
+            self._save_adapter()
+        self.validation_due = False
+
+    def _save_adapter(self) -> None:
+        if self.accelerator.is_main_process:
+            if self.arguments.train_backbone:
+                with replacing_folder(self.output / "model") as folder:
+                    self.task.save_model(self.model, folder)
+            with refreshed_card(self.output / "adapter") as folder:
+                self.model.save_merge_adapter(folder, base_model=self.arguments.base_model)
+                write_json(folder / TRAINING_NAME, self._summary())
+
+    def _checkpoint(self) -> Path:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "validation_due": self.validation_due,
+            "unreadable": self.unreadable,
+            "position": self.feed.state_after(self.step),
+            "images_per_step": self.images_per_step,
+            "arguments": asdict(self.arguments),
+        }
+        return checkpoints.save(
+            self.accelerator, self.output / "checkpoints", self.step, state, self.arguments.keep_checkpoints
+        )
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to end; to be called in all of them."""
+        flag = torch.tensor([self.interruption.reason is not None], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+    def _stop(self) -> None:
+        """Write a checkpoint, unless there is one of this step, and end the process with exit status 0."""
+        newest = self.output / "checkpoints" / f"step-{self.step:08d}"
+        if self.step and newest not in checkpoints.complete(newest.parent):
+            self._checkpoint()
+        reason = next((reason for reason in gather_object([self.interruption.reason]) if reason), "a signal")
+        where = f"the checkpoint is {newest}" if self.step else "nothing was learned yet"
+        self.accelerator.print(
+            f"stopped by {reason} behind step {self.step} of {self.arguments.steps}; {where}. "
+            "The same command goes on from there."
+        )
+        self.accelerator.end_training()
+        raise SystemExit(0)
+
+    def _enter_output(self) -> None:
+        folder = self.output / "checkpoints"
+        if self.arguments.resume == "never":
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+        found = checkpoints.complete(folder)
+        if found:
+            state = checkpoints.load(self.accelerator, found[-1])
+            check_same_run(self.arguments, self.images_per_step, state)
+            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self.unreadable, self.position = state["unreadable"], state["position"]
+            self.validation_due = state["validation_due"]
+            self.accelerator.print(f"going on from {found[-1]} (step {self.step} of {self.arguments.steps})")
+        self.metrics.start(asdict(self.arguments), self.step)
+
+    def _say_conditions(self) -> None:
+        accelerator, a = self.accelerator, self.arguments
+        learned = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        accelerator.print(
+            f"{learned:,} parameters learn for {a.steps} steps of {self.images_per_step} images: "
+            f"{accelerator.num_processes} × {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        a = self.arguments
+        return {
+            "command": command(),
+            "arguments": asdict(a),
+            "data": {"name": data_name(a.data), "num_images": self.data.num_images},
+            "steps": self.step,
+            "images_seen": self.step * self.images_per_step,
+            "unreadable_images": len(self.unreadable),
+            "seconds": round(self.seconds, 1),
+            "best_step": self.best["step"],
+            "best_validation": self.best["validation"],
+            "seed": a.seed,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": versions(),
+            "hardware": f"{self.accelerator.num_processes} × {hardware(self.accelerator.device)}",
+        }
+
+    def _finish(self) -> dict[str, Any]:
+        summary = self._summary()
+        if self.accelerator.is_main_process:
+            with refreshed_card(self.output / "adapter") as folder:
+                write_json(folder / TRAINING_NAME, summary)
+        self.accelerator.print(
+            f"best step {self.best['step']}: {self.task.ranked_by} "
+            f"{self.best['validation'][self.task.ranked_by]:.4f}; "
+            f"adapter in {self.output / 'adapter'}"
+            + (f", the whole model in {self.output / 'model'}" if self.arguments.train_backbone else "")
+            + (f"; {len(self.unreadable)} unreadable images were left out" if self.unreadable else "")
+        )
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self.publication.push(self.best["step"])
+        return summary

@@ -1,0 +1,93 @@
+"""What a run writes down while it goes: `metrics.jsonl`, and the trackers that Accelerate knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from ..errors import BadValue
+from ..files import write_text
+
+
+METRICS_NAME = "metrics.jsonl"
+LOGS_NAME = "logs"
+
+
+def wanted_trackers(report_to: list[str]) -> list[str]:
+    """The trackers that `report_to` asks for. Raises ValueError for one that is unknown or not installed."""
+    names = [name for name in report_to if name != "none"]
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise BadValue("report_to", name, f"none, or of the trackers installed here: {', '.join(installed)}")
+    return list(dict.fromkeys(names))
+
+
+class Metrics:
+    """Figures by step. What depends on time goes to trackers only: `metrics.jsonl` is the same in every repetition."""
+
+    def __init__(self, accelerator: Accelerator, output: Path) -> None:
+        self.accelerator, self.output = accelerator, output
+        self.path = output / METRICS_NAME
+
+    def start(self, arguments: dict[str, Any], step: int) -> None:
+        """Forget what was written behind `step`, where the run goes on (0: everything), and open the trackers."""
+        if self.accelerator.is_main_process:
+            self._forget_after(step)
+        if not self.accelerator.log_with:
+            return
+        name = self.output.name or "train"
+        self.accelerator.init_trackers(
+            "dtem-hf",
+            config={key: _plain(value) for key, value in arguments.items()} if step == 0 else None,
+            init_kwargs={
+                # Steps behind the checkpoint are drawn anew, over those of the run that was cut off.
+                "tensorboard": {"purge_step": step + 1} if step else {},
+                "trackio": {"name": name, "resume": "allow", "auto_log_gpu": False},
+                "wandb": {"name": name, "id": name, "resume": "allow", "dir": str(self.output)},
+            },
+        )
+
+    def log(self, step: int, figures: dict[str, Any], timing: dict[str, float] | None = None) -> None:
+        """Write down figures of a step; nested ones get names like `validation/kl` in trackers."""
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self.accelerator.log_with:
+            self.accelerator.log({**flat(figures), **flat(timing or {})}, step=step)
+
+    def _forget_after(self, step: int) -> None:
+        if step == 0:
+            self.path.unlink(missing_ok=True)
+        elif self.path.is_file():
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            write_text(self.path, "".join(line + "\n" for line in lines))
+
+
+def flat(figures: dict[str, Any], group: str = "train") -> dict[str, float]:
+    """Names for trackers: {"loss": 1.0, "tokens": [17.0, 9.0]} -> {"train/loss": 1.0, "tokens/layer_00": 17.0, …}."""
+    named: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            named.update(flat(value, name if group == "train" else f"{group}_{name}"))
+        elif isinstance(value, list):
+            named.update({f"{name}/layer_{i:02d}": item for i, item in enumerate(value)})
+        else:
+            named[f"{group}/{name}"] = value
+    return named
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that was being written when the run was killed
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
