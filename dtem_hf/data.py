@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,9 +210,16 @@ class UnreadableImage(ValueError):
 
 def open_image(value: Any, name: str, index: int = -1) -> Image.Image:
     """Decode what an undecoded image column holds, to RGB. Raises UnreadableImage that names it."""
-    try:
+    with naming_unreadable(name, index):
         return ImageFeature().decode_example(value).convert("RGB")
-    except Exception as error:  # Pillow raises whatever a broken file leads its decoders to
+
+
+@contextmanager
+def naming_unreadable(name: str, index: int = -1) -> Iterator[None]:
+    """Whatever is raised inside the block becomes UnreadableImage: broken files lead decoders to anything."""
+    try:
+        yield
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UnreadableImage(
             f"image {name} cannot be read ({reason}); mend it, or leave such images out with --on_bad_image skip",

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from ..backbones import find_backbone
+from ..data import naming_unreadable
 from ..errors import BadValue
 from ..vision import image_part
 from .captions_format import CaptionedImage
@@ -52,8 +53,9 @@ class CaptionImages(torch.utils.data.Dataset):
         return self.images[self.ids[index]]
 
     def open(self, index: int) -> Image.Image:
-        """An image, in RGB."""
-        with Image.open(self._path(self.captioned(index))) as image:
+        """An image, in RGB. Raises UnreadableImage that names it."""
+        path = self._path(self.captioned(index))
+        with naming_unreadable(path.name, index), Image.open(path) as image:
             return image.convert("RGB")
 
     def _path(self, image: CaptionedImage) -> Path:
