@@ -72,7 +72,9 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
     """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
     if empty is None and kernels.can_match(metric):
         return kernels.best_partner(metric, num_prefix_tokens)
-    scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
+    with without_autocast(metric.device.type):
+        a, b = split_even_odd(F.normalize(metric.float(), dim=-1), num_prefix_tokens)
+        scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
     return scores.max(dim=-1)  # the first of equal maxima
