@@ -260,13 +260,29 @@ class MergeMixin(Renamed):
         """The config in force."""
         return merging_of(self).config
 
-    def set_reduction(self, r: Any = None, *, flops: float | None = None) -> None:
-        """Change how much is merged: r (an int, one per layer, or a schedule) or the share of multiply-adds to reach.
+    def set_reduction(
+        self,
+        r: Any = None,
+        *,
+        flops: float | None = None,
+        target_speedup: float | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """Change how much is merged: r (an int, one per layer, or a schedule), or the share of multiply-adds to reach.
 
-        Raises ValueError that names the value and what would fit; the model is unchanged then.
+        Or a speed-up over the unmerged model: it is measured, where the model is now and with batches of `batch_size`,
+        which share of the multiply-adds gives it (eager; about a minute on a CPU), and that share is kept. Raises
+        ValueError that names the value and what would fit; the model is unchanged then.
         """
-        if (r is None) == (flops is None):
-            raise BadValue("r, flops", (r, flops), "exactly one of them")
+        given = [value for value in (r, flops, target_speedup) if value is not None]
+        if len(given) != 1:
+            raise BadValue("r, flops, target_speedup", (r, flops, target_speedup), "exactly one of them")
+        if target_speedup is not None:
+            from .speedup import share_for_speedup  # which measures merged models
+
+            if not 1 < target_speedup < float("inf"):
+                raise BadValue("target_speedup", target_speedup, "a number above 1")
+            flops = share_for_speedup(self, target_speedup, batch_size)
         merging = merging_of(self)
         wanted = r if flops is None else FlopsSchedule(flops)
         set_merge_config(self, merging.config.with_reduction(wanted, merging.cost, merging.plan.num_tokens))
