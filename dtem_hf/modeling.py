@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapter import BackboneFacts, MergeAdapter
 from .backbones import Backbone, check_attention_implementation, find_backbone, find_family
-from .backbones.readers import ScopedForward, finish_output
+from .backbones.readers import ScopedForward, finish_output, is_watched
 from .configuration import MergeConfig
 from .embedding import DecoupledEmbedding
 from .errors import BadValue, UnsupportedModelError
@@ -35,6 +35,8 @@ from .token_state import MergeStep, MergeTrace, TokenState
 
 
 EMBEDDING_KEYS = r"(^|\.)merge_embedding\."
+# What transformers records of a forward pass if it is asked to.
+_RECORDED = ("hidden_states", "attentions")
 # What `from_pretrained` of a model hands on to that of an adapter.
 ADAPTER_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 MergeLike = MergeConfig | MergeAdapter | str | os.PathLike[str] | None
@@ -118,7 +120,8 @@ class EncoderMerging(Renamed, ScopedForward):
         outer = current_scope()
         unmerge = self.merging is not None and (self.merging.unmerge or (outer is not None and outer.unmerges))
         masked = inputs.get("attention_mask") is not None if outer is None or outer.masked is None else outer.masked
-        state = self._new_token_state(inputs, unmerge, masked)
+        prefix_only = outer is not None and outer.reads_prefix and not unmerge and self._is_unwatched(inputs)
+        state = self._new_token_state(inputs, unmerge, masked, prefix_only)
         with open_scope(Scope(state, closed=True)):
             output = stock()
         if state is not None and state.changed:
@@ -128,7 +131,18 @@ class EncoderMerging(Renamed, ScopedForward):
             outer.num_tokens += output[0].shape[1]
         return output
 
-    def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:
+    def _is_unwatched(self: Any, inputs: dict[str, Any]) -> bool:
+        """Whether nobody but the model around sees what the last layer hands on."""
+        if self.merging is None or self.training:
+            return False
+        if any(inputs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in _RECORDED):
+            return False
+        last = self.merging.backbone.layers(self)[-1]
+        return not is_watched([self, *self.children(), *last.modules()])
+
+    def _new_token_state(
+        self, inputs: dict[str, Any], keep_sources: bool, masked: bool, prefix_only: bool = False
+    ) -> TokenState | None:
         merging = self.merging
         # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
         options = None if torch.compiler.is_compiling() else _PASS_OPTIONS.get().get(id(self))
@@ -149,6 +163,7 @@ class EncoderMerging(Renamed, ScopedForward):
             sizes=merging.backbone.padding_sizes(self, inputs),  # type: ignore[arg-type]
             keep_sources=keep_sources,
             steps=None if options is None else options.steps,
+            prefix_only=prefix_only,
         )
 
     def _check_checkpointing(self, merging: Merging) -> None:
@@ -245,13 +260,29 @@ class MergeMixin(Renamed):
         """The config in force."""
         return merging_of(self).config
 
-    def set_reduction(self, r: Any = None, *, flops: float | None = None) -> None:
-        """Change how much is merged: r (an int, one per layer, or a schedule) or the share of multiply-adds to reach.
+    def set_reduction(
+        self,
+        r: Any = None,
+        *,
+        flops: float | None = None,
+        target_speedup: float | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """Change how much is merged: r (an int, one per layer, or a schedule), or the share of multiply-adds to reach.
 
-        Raises ValueError that names the value and what would fit; the model is unchanged then.
+        Or a speed-up over the unmerged model: it is measured, where the model is now and with batches of `batch_size`,
+        which share of the multiply-adds gives it (eager; about a minute on a CPU), and that share is kept. Raises
+        ValueError that names the value and what would fit; the model is unchanged then.
         """
-        if (r is None) == (flops is None):
-            raise BadValue("r, flops", (r, flops), "exactly one of them")
+        given = [value for value in (r, flops, target_speedup) if value is not None]
+        if len(given) != 1:
+            raise BadValue("r, flops, target_speedup", (r, flops, target_speedup), "exactly one of them")
+        if target_speedup is not None:
+            from .speedup import share_for_speedup  # which measures merged models
+
+            if not 1 < target_speedup < float("inf"):
+                raise BadValue("target_speedup", target_speedup, "a number above 1")
+            flops = share_for_speedup(self, target_speedup, batch_size)
         merging = merging_of(self)
         wanted = r if flops is None else FlopsSchedule(flops)
         set_merge_config(self, merging.config.with_reduction(wanted, merging.cost, merging.plan.num_tokens))

@@ -50,16 +50,17 @@ class PassVariable(Generic[T]):
 class Scope:
     """`state` is the token state of the encoder that is running, or of the last one that ran inside.
 
-    `averages` and `unmerges` are wishes of an outer model to the encoder inside: it averages its tokens, or needs all
-    of them in place. `masked` says whether that model was given a mask over patches, where it hands the encoder one
-    that it made itself; None where the encoder's own arguments say so. `num_tokens` adds up what the encoders inside
-    have handed on, and `unmerged` says that it was with all tokens back in place. A `closed` scope is an encoder's
-    own: what runs inside (a teacher in a hook, say) has no say in it.
+    `averages`, `unmerges` and `reads_prefix` are wishes of an outer model to the encoder inside: it averages its
+    tokens, needs all of them in place, or reads none but the prefix tokens. `masked` says whether that model was given
+    a mask over patches, where it hands the encoder one that it made itself; None where the encoder's own arguments say
+    so. `num_tokens` adds up what the encoders inside have handed on, and `unmerged` says that it was with all tokens
+    back in place. A `closed` scope is an encoder's own: what runs inside (a teacher in a hook, say) has no say in it.
     """
 
     state: TokenState | None = None
     averages: bool = False
     unmerges: bool = False
+    reads_prefix: bool = False
     masked: bool | None = None
     num_tokens: int = 0
     unmerged: bool = False

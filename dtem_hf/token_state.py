@@ -50,7 +50,8 @@ class TokenState:
     reads the entry it read before.
 
     `resolve` maps a number of tokens to one r per layer. `sizes` [B, N] are given where the tokens come with padding,
-    which has size 0. With `keep_sources`, every layer's source map is kept; `steps` is filled, if it is given.
+    which has size 0. With `keep_sources`, every layer's source map is kept; `steps` is filled, if it is given. With
+    `prefix_only`, nobody reads any but the prefix tokens of the last layer.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TokenState:
         sizes: Tensor | None = None,
         keep_sources: bool = False,
         steps: list[MergeStep] | None = None,
+        prefix_only: bool = False,
     ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.embedding = embedding
@@ -73,6 +75,7 @@ class TokenState:
         self._reductions: Sequence[int] | None = None
         self._trace = trace
         self._keep_sources = keep_sources or trace is not None
+        self._prefix_only = prefix_only and not self._keep_sources and steps is None
         # None stands for "every token is one patch": then attention needs no bias.
         self._sizes: list[Tensor | None] = [sizes]
         self._active: list[int] = []
@@ -143,6 +146,22 @@ class TokenState:
             self._reductions = self._resolve(num_tokens)
         assert self._reductions is not None
         return self._active[layer], self._reductions[layer]
+
+    def rows_read(self, layer: int) -> int | None:
+        """How many of the first tokens anybody reads of what a layer hands on; None: all, or it has to be assumed."""
+        # Where nothing was merged, the plain model's own computation is kept, bit for bit.
+        if not self._prefix_only or not self.has_merged(layer):
+            return None
+        assert self._reductions is not None
+        return self.num_prefix_tokens if layer == len(self._reductions) - 1 else None
+
+    def hand_on_rows(self, layer: int, num_rows: int) -> None:
+        """Record that a layer hands on its first tokens alone."""
+        sizes = self._sizes[layer]
+        if len(self._sizes) == layer + 1:
+            self._sizes.append(None if sizes is None else sizes[:, :num_rows])
+            self._active.append(num_rows)
+            self._positions.append(None)
 
     def pass_on(self, layer: int, x: Tensor) -> None:
         """Record that a layer hands on all that entered it: x [B, n, D]."""

@@ -377,7 +377,8 @@ def test_a_model_that_runs_inside_anothers_layers_changes_nothing_there(
         layer.register_forward_hook(lambda *_: inside.append(logits(other, pixels[:2])))
     if unmerged:
         detach(other)
-    assert torch.equal(logits(ours, pixels), expected)
+    # A hook sees all tokens, which the last layer else leaves out: the same up to rounding.
+    torch.testing.assert_close(logits(ours, pixels), expected, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(found, logits(other, pixels[:2])) for found in inside)
 
 

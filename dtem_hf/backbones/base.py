@@ -16,7 +16,7 @@ from ..reducers import AttentionInputs, Reducer
 from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
-from .readers import Averaging
+from .readers import Averaging, ReadsPrefix, ScopedForward
 
 
 class LayerMerging:
@@ -48,9 +48,10 @@ class LayerMerging:
         state: TokenState,
         bias: Tensor | Callable[[], Tensor | None] | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. `bias`, `rotate`: see `AttentionInputs`."""
-        inputs = AttentionInputs(bias, rotate)
+        """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. The rest: see `AttentionInputs`."""
+        inputs = AttentionInputs(bias, rotate, keys)
         return self.merge_reducer.reduce(hidden_states, normed, self, self.merge_index, state, inputs)  # type: ignore[arg-type]
 
 
@@ -60,7 +61,8 @@ class Backbone(ABC):
     `encoder_class` is the stock module that runs the layers, `layer_merging` the mixin for them. `models` are the
     whole models in which that encoder may be merged, by the Auto class that yields them; `other_models` those that no
     Auto class yields. Of these, `composites` do more than see, and are costed by their encoder alone; `averaging`
-    average the tokens that the encoder hands on, without knowing their sizes; `dense` read all tokens in place.
+    average the tokens that the encoder hands on, without knowing their sizes; `dense` read all tokens in place;
+    `prefix_readers` read none but the prefix tokens, and show no others to anybody.
     """
 
     encoder_class: ClassVar[type[nn.Module]]
@@ -70,6 +72,7 @@ class Backbone(ABC):
     composites: ClassVar[tuple[type[nn.Module], ...]] = ()
     averaging: ClassVar[tuple[type[nn.Module], ...]] = ()
     dense: ClassVar[tuple[type[nn.Module], ...]] = ()
+    prefix_readers: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     def all_models(self) -> tuple[type[nn.Module], ...]:
         """Every model class of the family, once."""
@@ -77,7 +80,14 @@ class Backbone(ABC):
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
         """Mixins for a merged model of a class, in front of the class itself."""
+        if self.reads_prefix(model_class):
+            return (ReadsPrefix,)
         return (Averaging,) if issubclass(model_class, self.averaging) else ()
+
+    def reads_prefix(self, model_class: type) -> bool:
+        """Whether models of a class read the prefix tokens alone; one with a `forward` of its own may read others."""
+        with_forward = (cls for cls in model_class.__mro__ if "forward" in vars(cls))
+        return next(cls for cls in with_forward if not issubclass(cls, ScopedForward)) in self.prefix_readers
 
     @abstractmethod
     def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
@@ -102,6 +112,14 @@ class Backbone(ABC):
     def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
         """Modules that read merged tokens or their number, each with the mixin that makes it read them right."""
         yield from ()
+
+    def hands_out_keys(self, layer: nn.Module) -> bool:
+        """Whether the attention of a layer hands out the keys it computed, in inference."""
+        return False
+
+    def row_cost(self, layer: nn.Module) -> int:
+        """Multiply-adds of what attention spends on each row of its output alone: queries, and the last projection."""
+        raise NotImplementedError
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         """Sizes [B, N] for inputs that come with padding (size 0), read off the encoder's arguments; None: no such."""
@@ -178,7 +196,12 @@ class Backbone(ABC):
             head=head,
             tail=tail,
             num_prefix_tokens=self.num_prefix_tokens(encoder),
+            row_cost=self.row_cost(layers[-1]) if self.narrows(model, layers[-1]) else None,
         )
+
+    def narrows(self, model: nn.Module, last: nn.Module) -> bool:
+        """Whether the last layer computes the prefix tokens alone, where nobody looks at the others."""
+        return self.reads_prefix(type(model)) and self.hands_out_keys(last)
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
         """Multiply-adds of the modules around the layers: per patch, per image, and per token handed on."""

@@ -18,6 +18,7 @@ class DeiTFamily(ViTLike):
         "AutoModel": (DeiTModel,),
         "AutoModelForImageClassification": (DeiTForImageClassification, DeiTForImageClassificationWithTeacher),
     }
+    prefix_readers = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
 
     def num_prefix_tokens(self, encoder: nn.Module) -> int:
         return 2

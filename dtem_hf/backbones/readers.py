@@ -5,17 +5,20 @@ The mixins ask for the scope of the pass they run in, and leave everything as it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..scope import Scope, current_scope, current_state, open_scope
 from ..token_state import TokenState
+
+
+_RECORDERS = "transformers.utils.output_capturing"
 
 
 def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor:
@@ -104,6 +107,24 @@ class Averaging(ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         with open_scope(Scope(averages=True)):
             return stock()
+
+
+class ReadsPrefix(ScopedForward):
+    """A model that reads the prefix tokens of the encoder inside, and hands no others on."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        with open_scope(Scope(reads_prefix=True)):
+            return stock()
+
+
+def is_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether a hook of anybody's may see what some modules compute; transformers' recorders are asked elsewhere."""
+    for module in modules:
+        if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        if any(hook.__module__ != _RECORDERS for hook in module._forward_hooks.values()):
+            return True
+    return False
 
 
 class MaskedAveraging(ScopedForward):

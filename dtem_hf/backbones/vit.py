@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
 
 from ..token_state import TokenState
-from .base import Backbone, LayerMerging
+from .base import Backbone, LayerMerging, linear_cost
+from .open_attention import AttentionPass, OpenAttention, opens
 
 
 class ViTLayerMerging(LayerMerging):
@@ -26,8 +27,20 @@ class ViTLayerMerging(LayerMerging):
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
-        attended, _ = self.attention(normed, bias, **kwargs)
-        hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
+        num_rows = token_state.rows_read(self.merge_index)
+        opened = isinstance(self.attention, OpenAttention) and not self.training
+        if not opened:
+            attended, _ = self.attention(normed, bias, **kwargs)
+            hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
+        elif num_rows is None:
+            inside = AttentionPass()
+            attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)
+            attended = self.dropout(attended) + hidden_states
+            hidden_states = self.merge_step(attended, normed, token_state, bias, keys=inside.keys)
+        else:
+            attended, _ = self.attention(normed, bias, attention_pass=AttentionPass(num_rows), **kwargs)
+            hidden_states = self.dropout(attended) + hidden_states[:, :num_rows]
+            token_state.hand_on_rows(self.merge_index, num_rows)
         return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
 
 
@@ -51,7 +64,19 @@ class ViTLike(Backbone):
     def query_linear(self, layer: Any) -> nn.Module:
         return layer.attention.q_proj
 
+    def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+        for layer in self.layers(encoder):
+            if self.hands_out_keys(layer):
+                yield self.attention(layer), OpenAttention
+
+    def hands_out_keys(self, layer: Any) -> bool:
+        return opens(layer.attention, self.encoder_class)
+
+    def row_cost(self, layer: Any) -> int:
+        return linear_cost([layer.attention.q_proj, layer.attention.o_proj])
+
 
 class ViTFamily(ViTLike):
     encoder_class = ViTModel
     models = {"AutoModel": (ViTModel,), "AutoModelForImageClassification": (ViTForImageClassification,)}
+    prefix_readers = (ViTForImageClassification,)

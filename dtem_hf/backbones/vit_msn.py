@@ -10,3 +10,4 @@ from .vit import ViTLike
 class ViTMSNFamily(ViTLike):
     encoder_class = ViTMSNModel
     models = {"AutoModel": (ViTMSNModel,), "AutoModelForImageClassification": (ViTMSNForImageClassification,)}
+    prefix_readers = (ViTMSNForImageClassification,)

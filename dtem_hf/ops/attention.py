@@ -18,5 +18,7 @@ def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """
     floor = SMALLEST_SIZE[dtype]
     sizes = sizes.float()
-    clamped = sizes + (sizes.clamp(min=floor) - sizes).detach()
+    clamped = sizes.clamp(min=floor)
+    if sizes.requires_grad:
+        clamped = sizes + (clamped - sizes).detach()
     return clamped.log().to(dtype)[:, None, None, :]

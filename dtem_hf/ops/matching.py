@@ -4,7 +4,8 @@ Positions are counted over the whole sequence. Even positions form A and odd one
 (CLS, distillation, registers) take part in neither, which is the same as giving their scores -inf, and needs no -inf.
 """
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +40,14 @@ def split_even_odd(x: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     return x[:, first_even::2], x[:, first_odd::2]
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, at no cost where it is off already."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity of two token sets in float32, whatever autocast says: [B, a, d], [B, b, d] -> [B, a, b]."""
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device.type):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(1, 2)
 
 
@@ -66,7 +72,9 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
     """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
     if empty is None and kernels.can_match(metric):
         return kernels.best_partner(metric, num_prefix_tokens)
-    scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))  # [B, a, b]
+    with without_autocast(metric.device.type):
+        a, b = split_even_odd(F.normalize(metric.float(), dim=-1), num_prefix_tokens)
+        scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
     return scores.max(dim=-1)  # the first of equal maxima

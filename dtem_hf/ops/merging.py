@@ -5,27 +5,47 @@ from torch import Tensor
 
 from . import kernels
 from .forms import exports_one_hot
-from .matching import Matching, split_counts, split_even_odd
+from .matching import Matching, split_counts, split_even_odd, without_autocast
 
 
 _SMALLEST_TOTAL = 1e-12
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each image: [B, N, D], [B, n] -> [B, n, D]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def _rows(index: Tensor, num_tokens: int, first: int = 0, step: int = 1) -> Tensor:
+    """Where positions in each image are in all images below each other: [B, n] -> [B · n].
 
-
-def _add_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Add each row to the base row it points at: [B, b, D], [B, r], [B, r, D] -> [B, b, D].
-
-    CUDA scatters by atomics in no fixed order, and the same input must give the same output: there, the sum is a
-    product with the one-hot matrix of the index.
+    An index i stands for position `first` + i · `step`. A gather along tokens would read its index anew for every
+    feature, and take ten times as long on a CPU.
     """
+    batch = index.shape[0]
+    images = torch.arange(first, first + batch * num_tokens, num_tokens, device=index.device).unsqueeze(1)
+    return torch.add(images, index, alpha=step).flatten()
+
+
+def _add_sizes(base: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
+    """Add each size to the one it points at: [B, b], [B, r], [B, r] -> [B, b]."""
     if base.is_cuda or exports_one_hot():
-        positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
-        return torch.baddbmm(base, (positions == index.unsqueeze(1)).to(base.dtype), rows)  # [B, b, r] @ [B, r, D]
-    return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
+        return _add_by_product(base.unsqueeze(-1), index, sizes.unsqueeze(-1)).squeeze(-1)
+    return base.scatter_add(1, index, sizes)
+
+
+def _add_rows(base: Tensor, index: Tensor, rows: Tensor, flat_index: Tensor) -> Tensor:
+    """Add each row to the base row it points at: [B, b, D], [B, r], [B, r, D] -> [B, b, D]. Overwrites `base`."""
+    if base.is_cuda or exports_one_hot():
+        return _add_by_product(base, index, rows)
+    if torch.compiler.is_exporting():
+        return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
+    base.flatten(0, 1).index_add_(0, flat_index, rows.flatten(0, 1))
+    return base
+
+
+def _add_by_product(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """The same as a product with the one-hot matrix of the index.
+
+    CUDA scatters by atomics in no fixed order, and the same input must give the same output.
+    """
+    positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
+    return torch.baddbmm(base, (positions == index.unsqueeze(1)).to(base.dtype), rows)  # [B, b, r] @ [B, r, D]
 
 
 def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
@@ -37,24 +57,29 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     """
     if kernels.can_merge(x, sizes):
         return kernels.merge_tokens(x, sizes, *matching)
-    prefix = matching.num_prefix_tokens
+    prefix, target = matching.num_prefix_tokens, matching.target
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    a, b = split_even_odd(x, prefix)
+    _, b = split_even_odd(x, prefix)
     size_a, size_b = split_even_odd(sizes, prefix)
-
     leaving_size = size_a.gather(1, matching.merged)
-    with torch.autocast(x.device.type, enabled=False):
-        leaving = _take(a, matching.merged).float() * leaving_size.unsqueeze(-1)
-        total = _add_rows(b.float() * size_b.unsqueeze(-1), matching.target, leaving)
-        new_size_b = _add_rows(size_b.unsqueeze(-1), matching.target, leaving_size.unsqueeze(-1)).squeeze(-1)
-        # A hard merge behind a soft one meets tokens of no size at all.
-        mean = (total / new_size_b.clamp(min=_SMALLEST_TOTAL).unsqueeze(-1)).to(x.dtype)
-    merged_b = torch.where((new_size_b == size_b).unsqueeze(-1), b, mean)
+    new_size_b = _add_sizes(size_b, target, leaving_size)
+    # A mean as what it moves its target by, so that only targets are touched: x + Σ mᵢ (xᵢ - x) / m'. A hard merge
+    # behind a soft one meets tokens of no size at all.
+    share = leaving_size / new_size_b.gather(1, target).clamp_(min=_SMALLEST_TOTAL)
 
-    x = torch.cat([x[:, :prefix], _take(a, matching.kept), merged_b], dim=1)
-    sizes = torch.cat([sizes[:, :prefix], size_a.gather(1, matching.kept), new_size_b], dim=1)
-    return x, sizes
+    # A in its new order, and at the end those that leave.
+    rows = torch.cat([matching.kept, matching.merged], dim=1)
+    rows = _rows(rows, x.shape[1], first=prefix + prefix % 2, step=2)
+    a = x.flatten(0, 1).index_select(0, rows).view(x.shape[0], -1, x.shape[2])
+    kept, leaving = a.split_with_sizes([matching.kept.shape[1], target.shape[1]], dim=1)
+    merged_b = b.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    joined = _rows(target, b.shape[1])
+    with without_autocast(x.device.type):
+        steps = leaving.float() - merged_b.flatten(0, 1).index_select(0, joined).view_as(leaving)
+        merged_b = _add_rows(merged_b, target, steps * share.unsqueeze(-1), joined).to(x.dtype)
+    x = torch.cat([x[:, :prefix], kept, merged_b], dim=1)
+    return x, torch.cat([sizes[:, :prefix], size_a.gather(1, matching.kept), new_size_b], dim=1)
 
 
 def source_map(matching: Matching, num_tokens: int) -> Tensor:
@@ -82,4 +107,4 @@ def compose_source_maps(earlier: Tensor, later: Tensor) -> Tensor:
 
 def unmerge_tokens(x: Tensor, source: Tensor) -> Tensor:
     """Give every input token the output token it was merged into: [B, n, D], source [B, N] -> [B, N, D]."""
-    return _take(x, source)
+    return x.flatten(0, 1).index_select(0, _rows(source, x.shape[1])).view(*source.shape, -1)

@@ -26,11 +26,12 @@ class AttentionInputs(NamedTuple):
     """What a layer's scores depend on beside its projections.
 
     `bias` [B or 1, 1 or H, 1 or n, n] is added to them, and may be a function that makes it; `rotate` maps keys
-    [B, H, n, d] to rotated ones.
+    [B, H, n, d] to rotated ones. `keys` [B, n, H · d] are those that attention has computed, where it hands them out.
     """
 
     bias: Tensor | Callable[[], Tensor | None] | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    keys: Tensor | None = None
 
 
 _REDUCERS: dict[str, type[Reducer[Any]]] = {}

@@ -12,6 +12,7 @@ from ..configuration import DTEMConfig
 from ..embedding import DecoupledEmbedding, default_embed_dim, initialize_from_keys, initialize_randomly
 from ..schedule import MetricCost
 from ..token_state import TokenState
+from .base import AttentionInputs
 from .matching import MatchingReducer
 
 
@@ -51,7 +52,9 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
     def sizes_carry_gradient(self, layer: nn.Module) -> bool:
         return self.is_soft(layer) or self.is_straight_through(layer)
 
-    def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+    def metric(
+        self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
+    ) -> Tensor:
         assert state.embedding is not None
         # Detached, so that the backbone is never taught to be easy to compare.
         return state.embedding.layers[index](normed.detach())

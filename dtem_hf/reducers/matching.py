@@ -20,7 +20,9 @@ class MatchingReducer(Reducer[M]):
     """Hard bipartite soft matching; a subclass says by which metric."""
 
     @abstractmethod
-    def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+    def metric(
+        self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
+    ) -> Tensor:
         """What tokens are compared by: [B, n, D] -> [B, n, d]."""
 
     def reduce(
@@ -30,7 +32,7 @@ class MatchingReducer(Reducer[M]):
         if r == 0:
             state.pass_on(index, x)
             return x
-        metric = self.metric(normed, layer, index, state)
+        metric = self.metric(normed, layer, index, state, attention)
         if state.steps is not None:
             x = x if x.requires_grad else x.detach().requires_grad_()
             keys = self.backbone.mean_keys(layer, normed.detach())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..configuration import ToMeConfig
 from ..embedding import DecoupledEmbedding
 from ..schedule import MetricCost
 from ..token_state import TokenState
+from .base import AttentionInputs
 from .matching import MatchingReducer
 
 
@@ -23,7 +25,15 @@ class ToMeReducer(MatchingReducer[ToMeConfig]):
 
     def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
         keys = self.backbone.key_projection(layer)
+        if self.backbone.hands_out_keys(layer):
+            return MetricCost(0, width=keys.head_dim)
         return MetricCost(keys.weight.shape[1] * keys.head_dim, width=keys.head_dim)
 
-    def metric(self, normed: Tensor, layer: nn.Module, index: int, state: TokenState) -> Tensor:
-        return self.backbone.mean_keys(layer, normed)
+    def metric(
+        self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
+    ) -> Tensor:
+        if attention.keys is None:
+            return self.backbone.mean_keys(layer, normed)
+        # Their sum points where their mean does.
+        heads = self.backbone.key_linear(layer)[1]
+        return attention.keys.detach().unflatten(-1, (heads, -1)).sum(dim=-2, dtype=torch.float32)
