@@ -133,11 +133,14 @@ class EncoderMerging(Renamed, ScopedForward):
 
     def _is_unwatched(self: Any, inputs: dict[str, Any]) -> bool:
         """Whether nobody but the model around sees what the last layer hands on."""
-        if self.merging is None or self.training:
+        if self.merging is None:
+            return False
+        last = self.merging.backbone.layers(self)[-1]
+        # What is learned softly has a gradient in every layer, if only of 0: DDP would miss it.
+        if self.merging.reducer.sizes_carry_gradient(last):
             return False
         if any(inputs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in _RECORDED):
             return False
-        last = self.merging.backbone.layers(self)[-1]
         return not is_watched([self, *self.children(), *last.modules()])
 
     def _new_token_state(

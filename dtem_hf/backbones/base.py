@@ -114,7 +114,7 @@ class Backbone(ABC):
         yield from ()
 
     def hands_out_keys(self, layer: nn.Module) -> bool:
-        """Whether the attention of a layer hands out the keys it computed, in inference."""
+        """Whether the attention of a layer hands out the keys it computed."""
         return False
 
     def row_cost(self, layer: nn.Module) -> int:

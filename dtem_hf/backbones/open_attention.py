@@ -1,7 +1,7 @@
 """Attention that hands out the keys it computes, and computes no more rows than are read.
 
-The same projections and the same attention function as in the module of transformers that it is mixed into; the fast
-path of inference. The module's own forward pass runs wherever a layer asks for neither.
+The same projections and the same attention function as in the module of transformers that it is mixed into; the
+module's own forward pass runs wherever a layer asks for neither.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class ViTLayerMerging(LayerMerging):
         normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         num_rows = token_state.rows_read(self.merge_index)
-        opened = isinstance(self.attention, OpenAttention) and not self.training
+        opened = isinstance(self.attention, OpenAttention)
         if not opened:
             attended, _ = self.attention(normed, bias, **kwargs)
             hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)

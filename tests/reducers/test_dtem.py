@@ -105,7 +105,7 @@ def test_relaxation_says_when_merging_is_soft(
     assert [sizes.shape[1] for sizes in trace.sizes] == ([65] * 4 if soft else [56, 47, 38, 29])
     with torch.no_grad():
         reference = attach(make_classifier(), DTEMConfig(r=9)).train(soft)(pixels).logits
-    assert torch.equal(logits, reference)
+    torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)  # a trace sees all rows of the last layer
 
 
 def test_softly_merged_tokens_leave_attention_without_proportional_attention_too(
