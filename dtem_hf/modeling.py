@@ -125,7 +125,8 @@ class EncoderMerging(Renamed, ScopedForward):
         with open_scope(Scope(state, closed=True)):
             output = stock()
         if state is not None and state.changed:
-            output = finish_output(output, state, unmerge, average=outer is not None and outer.averages)
+            wishes = Scope() if outer is None else outer
+            output = finish_output(output, state, unmerge, average=wishes.averages, drop=wishes.drops)
         if outer is not None and not outer.closed:
             outer.state, outer.unmerged = state, unmerge
             outer.num_tokens += output[0].shape[1]

@@ -111,6 +111,11 @@ class TokenState:
         return self._active[0]
 
     @property
+    def num_active(self) -> int:
+        """How many of the tokens behind the last layer that has run still take part; they are the first."""
+        return self._active[-1]
+
+    @property
     def num_layers(self) -> int:
         """How many layers have run."""
         return len(self._sizes) - 1

@@ -19,6 +19,7 @@ from ..embedding import KeyProjection
 from .base import has_own_weight
 from .clip import CLIPLayerMerging, CLIPLike
 from .masked_attention import attend
+from .readers import ReadingAlike
 
 
 class BlipLayerMerging(CLIPLayerMerging):
@@ -79,6 +80,10 @@ class BlipFamily(CLIPLike):
             return F.linear(normed, qkv.weight.chunk(3)[part], qkv.bias.chunk(3)[part]).unflatten(-1, (heads, -1))
         # Whatever else stands there computes all three at once.
         return qkv(normed).unflatten(-1, (3, heads, -1))[..., part, :, :]
+
+    def model_mixins(self, model_class: type) -> tuple[type, ...]:
+        attending = (BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering)
+        return (ReadingAlike,) if issubclass(model_class, attending) else super().model_mixins(model_class)
 
     def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
         for layer in self.layers(encoder):

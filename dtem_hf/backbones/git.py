@@ -22,7 +22,7 @@ class CountsVisualTokens(ScopedForward):
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
-        with open_scope(Scope(num_tokens=cached_visual_tokens(inputs))) as scope:
+        with open_scope(Scope(num_tokens=cached_visual_tokens(inputs), drops=True)) as scope:
             output = stock()
         if outer is not None:
             outer.num_tokens = scope.num_tokens

@@ -42,8 +42,9 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
     return torch.cat([x[:, :prefix], weighed], dim=1)
 
 
-def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool) -> Any:
-    """What a merged encoder hands on: weighed for a plain mean, and with all tokens back in place, as is wanted.
+def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool, drop: bool = False) -> Any:
+    """What a merged encoder hands on, as is wanted: weighed for a plain mean, with all tokens back in place, or, where
+    `drop` is, without those that were softly merged away.
 
     `output` is a ModelOutput or a tuple that begins with the last hidden state.
     """
@@ -51,6 +52,8 @@ def finish_output(output: Any, state: TokenState, unmerge: bool, average: bool) 
     state.bring(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
+    elif drop:
+        last = last[:, : state.num_active]
     output = _with_last(output, weigh_tokens(last, state, unmerge) if average else last)
     if not unmerge:
         return output
@@ -125,6 +128,14 @@ def is_watched(modules: Iterable[nn.Module]) -> bool:
         if any(hook.__module__ != _RECORDERS for hook in module._forward_hooks.values()):
             return True
     return False
+
+
+class ReadingAlike(ScopedForward):
+    """A model whose decoder attends to all tokens that a module inside hands on, whatever their sizes."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        with open_scope(Scope(drops=True)):
+            return stock()
 
 
 class MaskedAveraging(ScopedForward):

@@ -500,7 +500,7 @@ def test_the_bare_model_steps_with_a_cache(method: Any) -> None:
 
 @pytest.mark.parametrize("frames", [None, 3])
 def test_the_captioning_loss_reaches_what_is_learned(frames: int | None) -> None:
-    """In training nothing leaves, so the decoder gets all tokens; the loss is by hand, and depends on the metric."""
+    """Softly merged tokens stay in the encoder, and do not reach the decoder; the loss depends on the metric."""
     model = merged(DTEMConfig, [7, 0, 6, 5], frames).train()
     pixel_values = images(2) if frames is None else images(2, frames)
     assert_loss_by_hand(model, pixel_values)
@@ -612,3 +612,17 @@ def test_threads_count_their_own_tokens() -> None:
         thread.join()
     assert not failures
     assert not torch.equal(expected[0], expected_unmerged)
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+def test_decoder_sees_as_many_tokens_softly_as_hard(frames: int | None) -> None:
+    """It weighs all alike: one that was merged away must not be read as if it were there."""
+    model = merged(DTEMConfig, [7, 0, 6, 5], frames)
+    pixel_values = images(2) if frames is None else images(2, frames)
+    with torch.no_grad():
+        hard = model.git(**pad(PROMPTS, "right"), pixel_values=pixel_values).last_hidden_state
+        soft = model.train().git(**pad(PROMPTS, "right"), pixel_values=pixel_values).last_hidden_state
+        with model.unmerged():
+            plain = model.git(**pad(PROMPTS, "right"), pixel_values=pixel_values).last_hidden_state
+    assert soft.shape == hard.shape
+    assert plain.shape[1] - soft.shape[1] == 18 * (frames or 1)
