@@ -53,8 +53,9 @@ class Scope:
     `averages`, `unmerges`, `reads_prefix` and `drops` are wishes of an outer model to the encoder inside: it averages
     its tokens, needs all of them in place, reads none but the prefix tokens, or reads all alike, so that those that
     were softly merged away must not reach it. `masked` says whether that model was given a mask over patches, where it
-    hands the encoder one that it made itself; None where the encoder's own arguments say so. `num_tokens` adds up what the encoders inside have handed on, and `unmerged` says that it was with all tokens
-    back in place. A `closed` scope is an encoder's own: what runs inside (a teacher in a hook, say) has no say in it.
+    hands the encoder one that it made itself; None where the encoder's own arguments say so. `num_tokens` adds up what
+    the encoders inside have handed on, and `unmerged` says that it was with all tokens back in place. A `closed` scope
+    is an encoder's own: what runs inside (a teacher in a hook, say) has no say in it.
     """
 
     state: TokenState | None = None
