@@ -127,7 +127,8 @@ def test_a_trace_says_which_token_every_patch_ended_in(row: Row, method: Method)
     with model.trace_merging() as trace:
         run(row, model, images(row, 5))
         outputs = run(row, model, images(row, 2))
-    assert same_bits(outputs, run(row, model, images(row, 2)))
+    # It sees all rows of the last layer, which a classifier leaves out else: the same up to rounding.
+    torch.testing.assert_close(outputs, run(row, model, images(row, 2)), atol=1e-5, rtol=1e-5)
     assert len(trace.source_maps) == len(trace.sizes) == 4
     for source, sizes, count in zip(trace.source_maps, trace.sizes, plan.tokens, strict=True):
         assert source.dtype == torch.int64
@@ -162,7 +163,7 @@ def test_other_image_sizes_follow_their_own_plan(row: Row, method: Method) -> No
             ours = run(row, model, images(row, 2, size), interpolate_pos_encoding=True)
         assert [sizes.shape[1] for sizes in trace.sizes] == plan.tokens
         listed = run(row, merged(row, method, r=plan.reductions), images(row, 2, size), interpolate_pos_encoding=True)
-        assert same_bits(ours, listed)
+        torch.testing.assert_close(ours, listed, atol=1e-5, rtol=1e-5)  # as above
         model.set_reduction(0)
         ours = run(row, model, images(row, 2, size), interpolate_pos_encoding=True)
         assert same_bits(ours, run(row, row.make(), images(row, 2, size), interpolate_pos_encoding=True))
