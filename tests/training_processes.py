@@ -59,7 +59,8 @@ def wait_for_step(output_dir, step, processes):
     metrics = Path(output_dir, "metrics.jsonl")
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and all(process.is_alive() for process in processes):
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        written = metrics.read_text() if metrics.is_file() else ""
+        lines = written[: written.rfind("\n") + 1].splitlines()  # the last one may be in the making
         if lines and json.loads(lines[-1])["step"] >= step:
             return
         time.sleep(0.002)

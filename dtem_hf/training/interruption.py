@@ -62,9 +62,20 @@ class Interruption:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: whoever signals a whole process group must not end the workers of a step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """`worker_init_fn` of a DataLoader: whoever signals all processes of a job must not end the workers of a step.
+
+    A worker still ends when its parent says so, or is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def launcher() -> psutil.Process | None:

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT end a run behind a step, with a checkpoint, and nothing is lost."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_processes import outcome, wait_for, wait_for_step
 
-from dtem_hf.training.interruption import Interruption
+from dtem_hf.training.interruption import Interruption, leave_signals_to_the_parent
 
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,27 @@ def test_second_interrupt_ends_at_once_and_handlers_are_put_back():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def _wait_as_a_worker(ready):
+    leave_signals_to_the_parent(0)
+    ready.set()
+    time.sleep(600)
+
+
+def test_worker_is_ended_by_its_parent_and_by_nobody_else():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_wait_as_a_worker, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    for name in ("TERM", "INT"):  # as a job scheduler, or a terminal
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(timeout=0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("name", ["accelerate", "torchrun"])
