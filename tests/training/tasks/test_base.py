@@ -136,5 +136,5 @@ def test_whole_model_is_saved_as_it_is(end_to_end_row, make_run, tmp_path):
 
 
 def test_unknown_task_is_named():
-    with pytest.raises(BadValue, match="task='guessing': one of captioning"):
+    with pytest.raises(BadValue, match="task='guessing': one of caption_fisher, captioning"):
         make_task(TrainArguments(model="m", data="d", task="guessing"))
