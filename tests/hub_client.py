@@ -81,6 +81,7 @@ def logits(model_name: str, pixels: Any, registered: bool = False, **kwargs: Any
 
     import dtem_hf
 
+    torch.set_num_threads(1)  # as in the tests: with more of them, sums may be split elsewhere
     if registered:
         dtem_hf.register()
     auto = (transformers if registered else dtem_hf).AutoModelForImageClassification

@@ -35,7 +35,8 @@ def similarity_correlations(model: Any, pixel_values: Tensor, r: Any = 0) -> NDA
     model.set_reduction(r)
     backbone, encoder = find_backbone(model)
     prefix = backbone.num_prefix_tokens(encoder)
-    with evaluating(model), _recording(merged_layers(model)) as inputs:
+    # A trace has the last layer see all its tokens, which a classifier else leaves out.
+    with evaluating(model), model.trace_merging(), _recording(merged_layers(model)) as inputs:
         run_on_pixels(model, pixel_values)
     taus = []
     for layer, embed, normed in zip(merged_layers(model), encoder.merge_embedding.layers, inputs, strict=True):

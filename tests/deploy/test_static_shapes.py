@@ -41,11 +41,11 @@ def test_as_many_graphs_as_amounts_of_merging(make_classifier):
     amounts = [6, 3, [8, 2]]
     for seen, r in enumerate(amounts, start=1):
         model.set_reduction(r)
-        compiled(noise(3))
+        compiled(noise(5))  # not 3, which the compiler would take for the number of channels
         assert graphs() == seen
     with torch._dynamo.config.patch(error_on_recompile=True):
         for r in (3, [8, 2], 6, 3):
             model.set_reduction(r)
-            pixels = noise(4)
+            pixels = noise(7)
             torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits, atol=1e-5, rtol=1e-5)
     assert graphs() == len(amounts)

@@ -127,7 +127,7 @@ def test_captioning_from_pixels_to_text(tmp_path):
         BenchmarkArguments(model=str(tmp_path), random_weights=True, task="captioning", caption_tokens=3, **settings)
     )
     plain, merged = result["rows"]
-    assert (plain["output_tokens"], merged["output_tokens"]) == (17, 13)
+    assert merged["output_tokens"] == 13 and "output_tokens" not in plain
     # The decoder reads fewer tokens, too.
     assert merged["multiply_adds"] < plain["multiply_adds"]
     assert "captions of 3 tokens" in markdown(result)
