@@ -13,7 +13,7 @@ from ..embedding import DecoupledEmbedding, default_embed_dim, initialize_from_k
 from ..schedule import MetricCost
 from ..token_state import TokenState
 from .base import AttentionInputs
-from .matching import MatchingReducer
+from .matching import MatchingReducer, leave_matched
 
 
 class DTEMReducer(MatchingReducer[DTEMConfig]):
@@ -101,12 +101,5 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
             state.padding(index),
         )
         x, sizes = ops.merge_along_flow(x, before, matching, flow)
-        state.leave(
-            index,
-            x,
-            sizes,
-            num_tokens - r,
-            source=lambda: ops.source_map(matching, num_tokens),
-            carry=lambda positions: ops.merge_tokens(positions, before, matching)[0],
-        )
+        leave_matched(state, index, x, sizes, matching, num_tokens)
         return x

@@ -44,12 +44,20 @@ class MatchingReducer(Reducer[M]):
         num_tokens, before = x.shape[1], state.sizes(index)
         matching = ops.bipartite_soft_matching(metric, r, state.num_prefix_tokens, state.padding(index))
         x, sizes = ops.merge_tokens(x, before, matching)
-        state.leave(
-            index,
-            x,
-            sizes,
-            num_tokens - r,
-            source=lambda: ops.source_map(matching, num_tokens),
-            carry=lambda positions: ops.merge_tokens(positions, before, matching)[0],
-        )
+        leave_matched(state, index, x, sizes, matching, num_tokens)
         return x
+
+
+def leave_matched(
+    state: TokenState, index: int, x: Tensor, sizes: Tensor, matching: ops.Matching, num_tokens: int
+) -> None:
+    """Record what a matching of `num_tokens` tokens left of them: x [B, n - r, D], sizes [B, n - r]."""
+    before = state.sizes(index)
+    state.leave(
+        index,
+        x,
+        sizes,
+        x.shape[1],
+        source=lambda: ops.source_map(matching, num_tokens),
+        carry=lambda positions: ops.merge_tokens(positions, before, matching)[0],
+    )
