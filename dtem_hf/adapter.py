@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .card import CARD_NAME, card_of
 from .configuration import CONFIG_NAME, MergeConfig, check_version
-from .embedding import DecoupledEmbedding
+from .embedding import DecoupledEmbedding, EmbeddingShape
 from .errors import AdapterError, BadValue
 from .files import LARGEST_JSON, read_json, replacing, write_json
 from .hub import download
@@ -66,7 +66,8 @@ class BackboneFacts:
 class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"], license="apache-2.0"):
     """A method's config, its learned tensors, and the backbone they were learned for.
 
-    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32.
+    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32, and what `DecoupledEmbedding` has
+    beside them where the config says so.
     """
 
     def __init__(self, config: MergeConfig, tensors: dict[str, Tensor], backbone: BackboneFacts) -> None:
@@ -81,10 +82,10 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         """Copy what a merged model has learned, in float32. Raises AdapterError where its method learns nothing."""
         if embedding is None:
             raise AdapterError(f"method={config.method!r} learns nothing, so there is no adapter; use method 'dtem'.")
-        wrapped = [type(layer).__name__ for layer in embedding.layers if type(layer) is not nn.Linear]
+        wrapped = next((type(layer) for layer in embedding.layers if type(layer) is not nn.Linear), None)
         if wrapped:
             raise AdapterError(
-                f"merge_embedding: its layers are {type(embedding.layers[0]).__module__}.{wrapped[0]}, as PEFT makes "
+                f"merge_embedding: its layers are {wrapped.__module__}.{wrapped.__name__}, as PEFT makes "
                 "them where target_modules covers them; pass it exclude_modules='.*merge_embedding.*', or call "
                 "merge_and_unload() first."
             )
@@ -116,7 +117,10 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
                 break
 
     def load_into(self, embedding: DecoupledEmbedding | None) -> None:
-        """Copy the tensors into a model's embedding of the same shape. Raises AdapterError where it has none."""
+        """Copy the tensors into a model's embedding of the same shape. Raises AdapterError where it has none.
+
+        What the adapter has no tensors for, as it was learned without, stays.
+        """
         if embedding is None:
             raise AdapterError(
                 f"method={self.config.method!r} learns nothing, so no model has a place for this adapter."
@@ -125,7 +129,12 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             raise AdapterError(
                 f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.embed_dim}."
             )
-        embedding.load_state_dict(self.tensors)
+        own = embedding.state_dict()
+        for key, tensor in self.tensors.items():
+            if key not in own or own[key].shape != tensor.shape:
+                place = list(own[key].shape) if key in own else "no place for it"
+                raise AdapterError(f"{key}: the adapter's is {list(tensor.shape)}, and the model has {place}.")
+        embedding.load_state_dict({**own, **self.tensors})
 
     def save_pretrained(
         self,
@@ -236,14 +245,11 @@ def _read_config(path: Path, name: str) -> tuple[MergeConfig, BackboneFacts]:
         raise AdapterError(f"{name}: in {CONFIG_NAME}, {error}") from error
 
 
-def _embed_dim(config: MergeConfig) -> int | None:
-    return getattr(config, "embed_dim", None)
-
-
 def _largest_weights(config: MergeConfig, backbone: BackboneFacts) -> int:
     """The most bytes that tensors of a config can take in a file; an embedding is no wider than its backbone."""
-    width = _embed_dim(config) or backbone.hidden_size
-    numbers = backbone.num_layers * width * (backbone.hidden_size + 1)
+    width = getattr(config, "embed_dim", None) or backbone.hidden_size
+    # An embedding, exponents of at most `hidden_size` heads, and one number for lengths.
+    numbers = backbone.num_layers * ((width + 1) * (backbone.hidden_size + 1))
     return min(_LARGEST_HEADER + 4 * numbers, _LARGEST_WEIGHTS)
 
 
@@ -253,7 +259,7 @@ def _read_tensors(path: Path, config: MergeConfig, backbone: BackboneFacts) -> d
     try:
         _check_sizes(path, _largest_weights(config, backbone))
         with safe_open(path, framework="pt") as file:
-            _check_header(file, path.name, backbone, _embed_dim(config))
+            _check_header(file, path.name, config, backbone)
             for key in file.keys():  # noqa: SIM118  # no dict
                 # A copy: the file is mapped, and what is done to it later must not reach the adapter.
                 tensors[key] = file.get_tensor(key).clone()
@@ -279,21 +285,30 @@ def _check_sizes(path: Path, largest: int) -> None:
         )
 
 
-def _check_header(file: Any, filename: str, backbone: BackboneFacts, embed_dim: int | None) -> None:
+def _check_header(file: Any, filename: str, config: MergeConfig, backbone: BackboneFacts) -> None:
     """Raise AdapterError for the first name, shape or dtype that is not what the config says."""
     names = set(file.keys())
-    expected = {f"layers.{i}.{part}" for i in range(backbone.num_layers) for part in ("weight", "bias")}
-    if names != expected:
-        odd = min(names ^ expected)
+    # Not in every config: the width, which may be that of a head, and how many heads there are.
+    embed_dim = getattr(config, "embed_dim", None) or _length(file, names, "layers.0.bias", most=1 << 20)
+    heads = 0
+    if getattr(config, "learn_exponents", False):
+        heads = _length(file, names, "exponents.0", most=backbone.hidden_size)
+    norms = getattr(config, "learn_norms", False)
+    expected = EmbeddingShape(backbone.num_layers, backbone.hidden_size, embed_dim, heads, norms).tensors()
+    if names != set(expected):
+        odd = min(names ^ set(expected))
         raise AdapterError(
             f"{filename}: its tensors are not those of {backbone.num_layers} layers; first difference: {odd[:200]!r}."
         )
-    first = file.get_slice("layers.0.bias").get_shape()
-    width = embed_dim or (first[0] if first else 0)
-    for key in sorted(names):
+    for key, shape in sorted(expected.items()):
         part = file.get_slice(key)
-        shape = [width, backbone.hidden_size] if key.endswith("weight") else [width]
-        if part.get_shape() != shape or part.get_dtype() != "F32" or not width:
+        if part.get_shape() != shape or part.get_dtype() != "F32":
             raise AdapterError(
                 f"{filename}: {key} is {part.get_dtype()} {part.get_shape()}, and F32 {shape} would fit its config."
             )
+
+
+def _length(file: Any, names: set[str], key: str, most: int) -> int:
+    """The length of a vector in a file, where nothing else says it; 1 where there is none to read it off."""
+    shape = file.get_slice(key).get_shape() if key in names else []
+    return min(max(shape[0], 1), most) if shape else 1

@@ -148,6 +148,10 @@ class ToMeConfig(MatchingConfig):
     method: ClassVar[str] = "tome"
 
 
+# Fields of DTEMConfig that add to what is learned.
+LEARN_FIELDS = ("learn_exponents", "learn_norms")
+
+
 @dataclass
 class DTEMConfig(MatchingConfig):
     """DTEM: merge by the similarity of a learned, decoupled embedding (NeurIPS 2024, arXiv 2412.10569)."""
@@ -168,9 +172,26 @@ class DTEMConfig(MatchingConfig):
         "soft one; soft or hard: always that",
         default="auto",
     )
+    learn_exponents: bool = _help(
+        "learn, for each head, how much a token's size counts in attention: m to a learned power, which starts at 1",
+        default=False,
+        kw_only=True,
+    )
+
+    learn_norms: bool = _help(
+        "learn, for each layer, how much of the length that a mean of tokens loses it is given back",
+        default=False,
+        kw_only=True,
+    )
 
     def check(self) -> None:
         super().check()
+        for name in LEARN_FIELDS:
+            _check_type(name, getattr(self, name), bool)
+        if self.learn_exponents and not self.proportional_attention:
+            raise BadValue(
+                "learn_exponents", True, "False, or proportional_attention: its exponents are those of sizes"
+            )
         if self.embed_dim is not None:
             _check_positive_int("embed_dim", self.embed_dim)
         _check_positive_int("top_k", self.top_k)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,21 +24,95 @@ class KeyProjection(NamedTuple):
         return self.weight.shape[0] // self.num_heads
 
 
-class DecoupledEmbedding(nn.Module):
-    """The learned embeddings of all layers of an encoder, in one container of their own.
+_SMALLEST_NORM = 1e-12
 
-    Parameters `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'].
+
+def norms_of(x: Tensor) -> Tensor:
+    """Lengths of tokens in float32: [B, n, D] -> [B, n, 1]."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class EmbeddingShape:
+    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and what there is beside.
+
+    `exponent_heads`: exponents of token sizes for so many heads, 0 for none; `norms`: how much of the length that a
+    mean loses is given back.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, embed_dim: int, device: torch.device | None = None) -> None:
+    num_layers: int
+    hidden_size: int
+    embed_dim: int
+    exponent_heads: int = 0
+    norms: bool = False
+
+    def tensors(self) -> dict[str, list[int]]:
+        """Shapes by the names that tensors have in an adapter."""
+        shapes = {}
+        for i in range(self.num_layers):
+            shapes[f"layers.{i}.weight"] = [self.embed_dim, self.hidden_size]
+            shapes[f"layers.{i}.bias"] = [self.embed_dim]
+            if self.exponent_heads:
+                shapes[f"exponents.{i}"] = [self.exponent_heads]
+            if self.norms:
+                shapes[f"norms.{i}"] = [1]
+        return shapes
+
+
+class DecoupledEmbedding(nn.Module):
+    """What is learned of all layers of an encoder, in one container of its own.
+
+    Parameters `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d']; where sizes have learned exponents,
+    `exponents.{i}` [H]; where means are lengthened, `norms.{i}` [1].
+    """
+
+    def __init__(self, shape: EmbeddingShape, device: torch.device | None = None) -> None:
         super().__init__()
         # False while from_pretrained has nothing to fill it from.
         self.is_filled = True
-        self.layers = nn.ModuleList(nn.Linear(hidden_size, embed_dim, device=device) for _ in range(num_layers))
+        self.shape = shape
+        depth, width = shape.num_layers, shape.hidden_size
+        self.layers = nn.ModuleList(nn.Linear(width, shape.embed_dim, device=device) for _ in range(depth))
+        self.exponents: nn.ParameterList | None = None
+        if shape.exponent_heads:
+            ones = (torch.ones(shape.exponent_heads, device=device) for _ in range(depth))
+            self.exponents = nn.ParameterList(nn.Parameter(one) for one in ones)
+        self.norms: nn.ParameterList | None = None
+        if shape.norms:
+            self.norms = nn.ParameterList(nn.Parameter(torch.zeros(1, device=device)) for _ in range(depth))
 
     @property
     def embed_dim(self) -> int:
-        return self.layers[0].out_features  # type: ignore[return-value]
+        return self.shape.embed_dim
+
+    def exponents_of(self, layer: int) -> Tensor | None:
+        """The powers to which sizes are raised in a layer's attention, one per head [H]; None where they are 1."""
+        return None if self.exponents is None else self.exponents[layer]
+
+    def lengthen(self, layer: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
+        """Give means of tokens back what they lost of their length, to a learned share: x [B, n, D] -> [B, n, D].
+
+        `norms` makes the mean lengths of the tokens that each is the mean of, [B, n, 1]. Where it is one token, and
+        where nothing is learned, x stays.
+        """
+        if self.norms is None:
+            return x
+        lost = norms().clamp(min=_SMALLEST_NORM) / norms_of(x).clamp(min=_SMALLEST_NORM)
+        return (x * lost.pow(self.norms[layer].float())).to(x.dtype)
+
+    def aggregation_parameters(self) -> Iterator[nn.Parameter]:
+        """What says how merged tokens count; all others say how tokens compare."""
+        for module in (self.exponents, self.norms):
+            if module is not None:
+                yield from module.parameters()
+
+    @torch.no_grad()
+    def reset_aggregation(self) -> None:
+        """Let sizes count as they are in attention, and means be as long as they are."""
+        for parameter in self.aggregation_parameters():
+            parameter.zero_()
+        for parameter in () if self.exponents is None else self.exponents:
+            parameter.fill_(1)
 
 
 def default_embed_dim(hidden_size: int, head_dim: int) -> int:
@@ -73,6 +148,7 @@ def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjec
         weight, bias = mean_key_projection(projection, embedding.embed_dim)
         layer.weight.copy_(weight)  # type: ignore[operator]
         layer.bias.copy_(bias)  # type: ignore[operator]
+    embedding.reset_aggregation()
 
 
 @torch.no_grad()
@@ -81,3 +157,4 @@ def initialize_randomly(embedding: DecoupledEmbedding, std: float) -> None:
     for layer in embedding.layers:
         nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    embedding.reset_aggregation()

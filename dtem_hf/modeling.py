@@ -425,12 +425,11 @@ def _prepare(model: PreTrainedModel, config: MergeConfig) -> _Prepared:
     check_attention_implementation(encoder.config._attn_implementation)
     backbone.check(model, encoder)
     merging = Merging(model, encoder, backbone, config)
-    embed_dim = merging.reducer.embed_dim(encoder)
+    shape = merging.reducer.embedding_shape(encoder)
     embedding = None
-    if embed_dim is not None:
-        layers = backbone.layers(encoder)
-        weight = backbone.key_projection(layers[0]).weight
-        embedding = DecoupledEmbedding(len(layers), weight.shape[1], embed_dim, weight.device).to(weight.dtype)
+    if shape is not None:
+        weight = backbone.key_projection(backbone.layers(encoder)[0]).weight
+        embedding = DecoupledEmbedding(shape, weight.device).to(weight.dtype)
         # On the meta device from_pretrained is at work: it fills what the checkpoint lacks when the rest is loaded.
         if not weight.is_meta:
             merging.reducer.initialize(embedding, encoder)
@@ -439,13 +438,21 @@ def _prepare(model: PreTrainedModel, config: MergeConfig) -> _Prepared:
 
 
 def _check_width(wanted: _Prepared, saved: _Prepared) -> None:
-    """The embedding in a checkpoint is kept under another config, and so must be as wide as that one says."""
+    """The embedding in a checkpoint is kept under another config, and so must have the shape that one says."""
     if wanted.embedding is not None and saved.embedding is not None:
-        width, saved_width = wanted.embedding.embed_dim, saved.embedding.embed_dim
-        if width != saved_width:
+        shape, saved_shape = wanted.embedding.shape, saved.embedding.shape
+        if shape.embed_dim != saved_shape.embed_dim:
             raise BadValue(
-                "embed_dim", width, f"the embedding in the checkpoint is {saved_width} wide; give that width"
+                "embed_dim",
+                shape.embed_dim,
+                f"the embedding in the checkpoint is {saved_shape.embed_dim} wide; give that width",
             )
+        for name, own, there in (
+            ("learn_exponents", bool(shape.exponent_heads), bool(saved_shape.exponent_heads)),
+            ("learn_norms", shape.norms, saved_shape.norms),
+        ):
+            if own != there:
+                raise BadValue(name, own, f"{there}, as the embedding in the checkpoint was learned")
 
 
 def _install(model: PreTrainedModel, prepared: _Prepared) -> None:

@@ -77,6 +77,8 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         "init": "keys",
         "proportional_attention": True,
         "relaxation": "auto",
+        "learn_exponents": False,
+        "learn_norms": False,
         "unmerge": False,
     }
     assert ToMeConfig().to_dict() == {

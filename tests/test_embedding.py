@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dtem_hf.embedding import (
     DecoupledEmbedding,
+    EmbeddingShape,
     KeyProjection,
     default_embed_dim,
     initialize_from_keys,
@@ -62,7 +63,7 @@ def test_default_width_doubles_from_1024_on(hidden_size: int, head_dim: int, exp
 
 
 def test_every_layer_takes_its_own_keys() -> None:
-    embedding = DecoupledEmbedding(3, 10, 6)
+    embedding = DecoupledEmbedding(EmbeddingShape(3, 10, 6))
     keys = [projection(4, 6, 10) for _ in range(3)]
     initialize_from_keys(embedding, keys)
     assert [name for name, _ in embedding.named_parameters()] == [
@@ -77,11 +78,11 @@ def test_every_layer_takes_its_own_keys() -> None:
 
 def test_another_number_of_layers_is_refused() -> None:
     with pytest.raises(ValueError):
-        initialize_from_keys(DecoupledEmbedding(3, 10, 6), [projection(4, 6, 10)] * 2)
+        initialize_from_keys(DecoupledEmbedding(EmbeddingShape(3, 10, 6)), [projection(4, 6, 10)] * 2)
 
 
 def test_random_initialisation_has_the_given_deviation_and_no_bias() -> None:
-    embedding = DecoupledEmbedding(2, 100, 50)
+    embedding = DecoupledEmbedding(EmbeddingShape(2, 100, 50))
     initialize_randomly(embedding, std=0.3)
     first, second = embedding.layers
     assert isinstance(first, nn.Linear)

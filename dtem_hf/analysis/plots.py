@@ -234,6 +234,28 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     save_figure(figure, path)
 
 
+def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int], path: str | os.PathLike[str]) -> None:
+    """Plot KL as a share of the first row's, best row at the top; rows are (title, KL at each r)."""
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    first = rows[0][1]
+    ranked = sorted(rows, key=lambda row: -sum(row[1]))
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for number, (amount, (colour, marker)) in enumerate(zip(r, (*_STYLES.values(), *_SPARE_STYLES), strict=False)):
+        shares = [values[number] / first[number] for _, values in ranked]
+        axis.plot(shares, range(len(ranked)), marker, color=colour, markersize=5, label=f"r = {amount}", alpha=0.9)
+    axis.axvline(1, color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+    axis.axvline(0.5, color="0.75", linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+    axis.set_yticks(range(len(ranked)), [title for title, _ in ranked], fontsize=7)
+    axis.set_xlabel(f"KL, as a share of that of “{rows[0][0]}”")
+    axis.grid(axis="x", color="0.92")
+    axis.legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
 def check_figure_format(path: str | os.PathLike[str]) -> None:
     """Raise ValueError where the suffix of a path is no format that figures are written in."""
     formats = FigureCanvasAgg.get_supported_filetypes()

@@ -10,8 +10,10 @@ from torch import Tensor
 SMALLEST_SIZE = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-6, torch.float16: 1e-4}
 
 
-def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
     """log m as an additive attention mask: sizes [B, N] -> [B, 1, 1, N] in `dtype`.
+
+    With `exponents` [H], one per head: log of m to that power, [B, H, 1, N].
 
     Finite for a fully merged token (m = 0), and so is its gradient, which is the exact one taken at the smallest size
     that counts: sizes below it are read as that size going forward and are differentiated as if they were not clamped.
@@ -21,4 +23,7 @@ def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     clamped = sizes.clamp(min=floor)
     if sizes.requires_grad:
         clamped = sizes + (clamped - sizes).detach()
-    return clamped.log().to(dtype)[:, None, None, :]
+    bias = clamped.log()[:, None, None, :]
+    if exponents is not None:
+        bias = bias * exponents.float()[:, None, None]
+    return bias.to(dtype)

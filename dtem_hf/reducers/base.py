@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from ..configuration import MergeConfig
-from ..embedding import DecoupledEmbedding
+from ..embedding import DecoupledEmbedding, EmbeddingShape
 from ..schedule import EncoderCost, MetricCost
 from ..token_state import TokenState
 
@@ -55,8 +55,8 @@ class Reducer(ABC, Generic[C]):
     def check(self, encoder: nn.Module) -> None:
         """Raise UnsupportedModelError for an encoder that has not what the method needs."""
 
-    def embed_dim(self, encoder: nn.Module) -> int | None:
-        """Width of the learned embedding this method adds to an encoder, None if it learns nothing."""
+    def embedding_shape(self, encoder: nn.Module) -> EmbeddingShape | None:
+        """What this method learns of an encoder, None if it learns nothing."""
         return None
 
     @abstractmethod

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..configuration import DTEMConfig
-from ..embedding import DecoupledEmbedding, default_embed_dim, initialize_from_keys, initialize_randomly
+from ..embedding import (
+    DecoupledEmbedding,
+    EmbeddingShape,
+    default_embed_dim,
+    initialize_from_keys,
+    initialize_randomly,
+    norms_of,
+)
 from ..schedule import MetricCost
 from ..token_state import TokenState
 from .base import AttentionInputs
-from .matching import MatchingReducer, leave_matched
+from .matching import MatchingReducer, leave_matched, lengthen
 
 
 class DTEMReducer(MatchingReducer[DTEMConfig]):
@@ -21,11 +28,14 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
 
     config_class: ClassVar[type[DTEMConfig]] = DTEMConfig
 
-    def embed_dim(self, encoder: nn.Module) -> int:
-        if self.config.embed_dim is not None:
-            return self.config.embed_dim
-        keys = self.backbone.key_projection(self.backbone.layers(encoder)[0])
-        return default_embed_dim(keys.weight.shape[1], keys.head_dim)
+    def embedding_shape(self, encoder: nn.Module) -> EmbeddingShape:
+        layers = self.backbone.layers(encoder)
+        keys = self.backbone.key_projection(layers[0])
+        hidden_size = keys.weight.shape[1]
+        embed_dim = self.config.embed_dim or default_embed_dim(hidden_size, keys.head_dim)
+        heads = keys.num_heads if self.config.learn_exponents else 0
+        c = self.config
+        return EmbeddingShape(len(layers), hidden_size, embed_dim, heads, c.learn_norms)
 
     def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
         if self.config.init == "random":
@@ -34,8 +44,8 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
             initialize_from_keys(embedding, [self.backbone.key_projection(x) for x in self.backbone.layers(encoder)])
 
     def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
-        width = self.embed_dim(encoder)
-        return MetricCost(self.backbone.key_projection(layer).weight.shape[1] * width, width=width)
+        shape = self.embedding_shape(encoder)
+        return MetricCost(shape.hidden_size * shape.embed_dim, width=shape.embed_dim)
 
     def is_soft(self, layer: nn.Module) -> bool:
         """Whether a layer merges softly at this moment."""
@@ -79,7 +89,14 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
             self.config.assignment_temperature,
             state.padding(index),
         )
+        unmerged = x
         x, sizes = ops.move_mass(x, before, assignment, active, prefix)
+        x = lengthen(
+            state,
+            index,
+            x,
+            lambda: ops.move_mass(norms_of(unmerged), before, assignment, active, prefix)[0],
+        )
         order = ops.size_order(sizes, active, prefix)
         x, sizes = ops.permute_tokens(x, order), ops.permute_tokens(sizes, order)
 
@@ -100,6 +117,8 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
             c.assignment_temperature,
             state.padding(index),
         )
+        unmerged = x
         x, sizes = ops.merge_along_flow(x, before, matching, flow)
+        x = lengthen(state, index, x, lambda: ops.merge_along_flow(norms_of(unmerged), before, matching, flow)[0])
         leave_matched(state, index, x, sizes, matching, num_tokens)
         return x

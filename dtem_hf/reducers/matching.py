@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from .. import ops
 from ..configuration import MatchingConfig
+from ..embedding import norms_of
 from ..token_state import MergeStep, TokenState
 from .base import AttentionInputs, Reducer
 
@@ -43,9 +45,16 @@ class MatchingReducer(Reducer[M]):
         """Merge r tokens of layer `index` by a metric: x [B, n, D], metric [B, n, d] -> [B, n - r, D]."""
         num_tokens, before = x.shape[1], state.sizes(index)
         matching = ops.bipartite_soft_matching(metric, r, state.num_prefix_tokens, state.padding(index))
+        unmerged = x
         x, sizes = ops.merge_tokens(x, before, matching)
+        x = lengthen(state, index, x, lambda: ops.merge_tokens(norms_of(unmerged), before, matching)[0])
         leave_matched(state, index, x, sizes, matching, num_tokens)
         return x
+
+
+def lengthen(state: TokenState, index: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
+    """Give merged tokens [B, n, D] back what layer `index` says of their length; `norms` merges lengths as them."""
+    return x if state.embedding is None else state.embedding.lengthen(index, x, norms)
 
 
 def leave_matched(

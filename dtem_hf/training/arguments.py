@@ -7,7 +7,7 @@ from typing import Any, Literal, get_type_hints
 
 from ..arguments import option, parse_reduction
 from ..augmentation import AUGMENTATIONS
-from ..configuration import DTEMConfig
+from ..configuration import LEARN_FIELDS, DTEMConfig
 from ..errors import BadValue
 from .curriculum import CurriculumArguments
 from .features import FEATURE_LOSSES, FEATURES
@@ -57,7 +57,10 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
     epochs: float | None = option("passes over the images, instead of steps", default=None)
     batch_size: int = option("images per process and step", default=32)
     gradient_accumulation_steps: int = option("batches added up per optimiser step", default=1)
-    lr: float = option("learning rate at the start", default=5e-4)
+    lr: float = option("learning rate at the start; 0 leaves as it is what tokens are compared by", default=5e-4)
+    aggregation_lr: float = option(
+        "learning rate at the start of what learn_exponents and learn_norms add", default=2e-2
+    )
     min_lr: float = option("learning rate at the end of the half cosine", default=1e-6)
     warmup_steps: int = option("steps of linear warm-up", default=0)
     weight_decay: float = option("AdamW's weight decay", default=1e-4)
@@ -135,9 +138,14 @@ class TrainArguments(CurriculumArguments, FisherArguments, MergeArguments):
             raise BadValue("epochs", self.epochs, "a number above 0")
         for name in ("glance_every", "min_lr", "warmup_steps", "weight_decay", "num_workers", "push_every"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise BadValue(name, getattr(self, name), "a number above 0")
+        if not self.max_grad_norm > 0:
+            raise BadValue("max_grad_norm", self.max_grad_norm, "a number above 0")
+        aggregates = any(getattr(self, name) for name in LEARN_FIELDS)
+        if not self.lr >= 0 or (self.lr == 0 and not aggregates):
+            right = "a number above 0" + (", or 0" if aggregates else f"; with {' or '.join(LEARN_FIELDS)} also 0")
+            raise BadValue("lr", self.lr, right)
+        if not self.aggregation_lr > 0:
+            raise BadValue("aggregation_lr", self.aggregation_lr, "a number above 0")
         if self.push_to_hub and not self.hub_model_id:
             raise BadValue("hub_model_id", self.hub_model_id, "a repository like user/repo, as push_to_hub is set")
         if self.push_every and not self.push_to_hub:

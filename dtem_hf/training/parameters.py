@@ -59,7 +59,8 @@ def dropout_drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> It
 
 
 def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser: the embedding with `lr`, then the backbone with `backbone_lr`, if it learns.
+    """Parameter groups of an optimiser: the embedding with `lr`, exponents and norms with `aggregation_lr`, and the
+    backbone with `backbone_lr`, where they learn.
 
     With `layer_decay` d, the learning rate of layer i of L (from 1) is d^(L + 1 - i) of the backbone's, that of the
     patch and position embeddings d^(L + 1), and what follows the layers learns at full rate (BEiT, arXiv 2106.08254).
@@ -68,7 +69,12 @@ def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, An
     a = arguments
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     embedding = list(model.merge_parameters())
-    result = [{"name": "embedding", "params": embedding, "lr": a.lr, "weight_decay": a.weight_decay}]
+    aggregation = list(find_backbone(model)[1].merge_embedding.aggregation_parameters())
+    others = {id(parameter) for parameter in aggregation}
+    comparing = [parameter for parameter in embedding if id(parameter) not in others]
+    result = [{"name": "embedding", "params": comparing, "lr": a.lr, "weight_decay": a.weight_decay}]
+    if aggregation:
+        result.append({"name": "aggregation", "params": aggregation, "lr": a.aggregation_lr, "weight_decay": 0.0})
     if not a.train_backbone:
         return result
     own = {id(parameter) for parameter in embedding}

@@ -103,10 +103,15 @@ class Run:
         a = self.arguments
         optimizer = torch.optim.AdamW(optimizer_groups(self.model, a), lr=a.lr, weight_decay=a.weight_decay)
         self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, num_warmup_steps=a.warmup_steps, num_training_steps=a.steps, min_lr=min(a.min_lr, a.lr)
+            optimizer,
+            num_warmup_steps=a.warmup_steps,
+            num_training_steps=a.steps,
+            min_lr_rate=min(a.min_lr / a.lr, 1.0) if a.lr else 0.0,
         )
-        # A layer that merges nothing leaves its embedding unused, and a backbone may have a head that a task does not.
-        if a.train_backbone or 0 in (*self.model.merge_plan().reductions, *a.sample_r):
+        # A layer that merges nothing leaves its embedding unused, and a backbone may have a head that a task does not;
+        # a hard merge teaches nothing of what tokens are compared by, and the first layer has no sizes yet.
+        unused = a.train_backbone or a.relaxation == "hard" or a.learn_exponents
+        if unused or 0 in (*self.model.merge_plan().reductions, *a.sample_r):
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.accelerator.state.deepspeed_plugin is not None:  # it wants to know, and sees no DataLoader
             self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = a.batch_size

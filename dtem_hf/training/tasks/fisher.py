@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...configuration import LEARN_FIELDS
 from ...errors import BadValue
 from ...modeling import merging_of, recorded_steps
 from ...token_state import MergeStep
@@ -84,5 +85,9 @@ def _check(task: Task) -> None:
     ):
         if getattr(a, name):
             raise BadValue(name, True, f"with task {task.name}, {right}")
+    for name in LEARN_FIELDS:
+        if getattr(a, name):
+            right = f"False: {task.name} teaches which tokens to merge; learn it by distillation, with start_from"
+            raise BadValue(name, True, right)
     if a.straight_through_from is not None:
         raise BadValue("straight_through_from", a.straight_through_from, f"nothing: {task.name} always merges hard")

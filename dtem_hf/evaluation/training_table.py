@@ -1,0 +1,193 @@
+"""What each way of training makes of one backbone: every row is trained and evaluated by the recipes themselves.
+
+python recipes/training_table.py --rows recipes/configs/training_table.yaml --model path/to/deit_tiny \\
+    --train path/to/images --dev path/to/labelled/images --output_dir docs/training
+
+A row that is finished (its JSON is in output_dir, with the same options) is left alone, so the same command goes on
+where it stopped; --only takes names of rows, and several commands may share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..analysis.plots import plot_training
+from ..arguments import option, parse_arguments
+from ..configuration import MergeConfig
+from ..errors import BadValue
+from ..files import read_json, write_json, write_text
+
+
+_RECIPES = Path(__file__).parents[2] / "recipes"
+_KEYS = {"name", "title", "options", "start_from", "program", "method"}
+
+
+@dataclass(kw_only=True)
+class TrainingTableArguments:
+    """Train, evaluate, and put into a table."""
+
+    rows: str = option("YAML file of the rows")
+    model: str = option("classifier: Hub id or local folder")
+    train: str = option("images to learn from: folder, or Hub dataset")
+    dev: str = option("labelled images to evaluate on: folder, or Hub dataset")
+    only: list[str] = option("names of rows; left out, all of them", default_factory=list)
+    work_dir: str = option("folder for the runs themselves", default="runs/training_table")
+    output_dir: str = option("folder for one JSON per row, table.md and table.png", default="docs/training")
+
+
+@dataclass
+class Row:
+    """One line of the YAML file. `program` is train or calibrate; a row with neither a program nor options is a method
+    as it is."""
+
+    name: str
+    title: str
+    options: dict[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
+    program: str | None = None
+    method: str | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, train and evaluate what is not there yet, and write the table of what is."""
+    arguments = parse_arguments(TrainingTableArguments, argv, __doc__ or "")
+    table = _Table(arguments)
+    for row in table.chosen():
+        table.make(row)
+    print(f"written: {table.write()}")
+
+
+class _Table:
+    def __init__(self, arguments: TrainingTableArguments) -> None:
+        self.arguments = arguments
+        values = yaml.safe_load(Path(arguments.rows).read_text(encoding="utf-8"))
+        self.reductions: list[int] = values["reductions"]
+        self.common: dict[str, Any] = values["common"]
+        self.rows: dict[str, Row] = {}
+        for given in values["rows"]:
+            if not set(given) <= _KEYS or "name" not in given:
+                raise BadValue("rows", given, f"a name and some of {', '.join(sorted(_KEYS))}")
+            self.rows[given["name"]] = Row(**given)
+        self.output, self.work = Path(arguments.output_dir), Path(arguments.work_dir)
+
+    def chosen(self) -> list[Row]:
+        """The rows that are asked for, behind those that they go on from."""
+        names = self.arguments.only or list(self.rows)
+        for name in names:
+            if name not in self.rows:
+                raise BadValue("only", name, f"one of {', '.join(self.rows)}")
+        wanted: dict[str, Row] = {}
+        for name in names:
+            line = [self.rows[name]]
+            while line[0].start_from is not None:
+                line.insert(0, self.rows[line[0].start_from])
+            wanted.update({row.name: row for row in line})
+        return list(wanted.values())
+
+    def make(self, row: Row) -> None:
+        """Train and evaluate a row, unless its JSON is there."""
+        path = self.output / f"{row.name}.json"
+        asked = {"row": vars(row), "common": self.common, "reductions": self.reductions}
+        if path.is_file() and read_json(path)["asked"] == json.loads(json.dumps(asked)):
+            return
+        print(f"== {row.name}: {row.title}", flush=True)
+        record: dict[str, Any] = {"asked": asked}
+        if row.program == "calibrate":
+            record["calibrations"] = [self._calibrate(row, r) for r in self.reductions]
+            record["evaluations"] = [
+                self._evaluate(row, [json.dumps(found["reductions"])]) for found in record["calibrations"]
+            ]
+        else:
+            if row.method is None:
+                record["training"] = self._train(row)
+            record["evaluations"] = [self._evaluate(row, [str(r) for r in self.reductions])]
+        write_json(path, record)
+
+    def write(self) -> Path:
+        """The table and the plot of all rows that are finished."""
+        records = [
+            (row, read_json(p)) for row in self.rows.values() if (p := self.output / f"{row.name}.json").is_file()
+        ]
+        baseline = next((_rows(record) for row, record in records if row.name == "tome"), None)
+        header = ["trained by"]
+        for r in self.reductions:
+            header += [f"KL, r = {r}", "of ToMe's", "top-1"]
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+        for row, record in records:
+            cells = [f"[{row.title}]({row.name}.json)"]
+            for i, own in enumerate(_rows(record)):
+                share = "" if baseline is None else f"{own['kl'] / baseline[i]['kl']:.2f}"
+                cells += [f"{own['kl']:.4f}", share, f"{own['top1']:.1f}"]
+            lines.append(cells)
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        first = records[0][1]["evaluations"][0]
+        plain = first["rows"][0]
+        head = (
+            f"`{first['model']['name']}` on {first['data']['num_images']} images; unmerged, its top-1 is "
+            f"{plain['top1']:.1f}. KL is the mean over images of KL(unmerged ‖ merged) in nats. Written by\n"
+            "`python recipes/training_table.py --rows recipes/configs/training_table.yaml --model … --train … "
+            "--dev …`; every row's JSON holds its commands.\n\n"
+        )
+        write_text(self.output / "table.md", head + text + "\n")
+        plot_training(
+            [(row.title, [r["kl"] for r in _rows(record)]) for row, record in records],
+            self.reductions,
+            self.output / "table.png",
+        )
+        return self.output / "table.md"
+
+    def _train(self, row: Row) -> dict[str, Any]:
+        folder = self.work / row.name
+        options = {**self.common, **row.options}
+        if row.start_from is not None:
+            options["start_from"] = self._adapter(row.start_from)
+        _run(
+            "train.py", {"model": self.arguments.model, "data": self.arguments.train, **options, "output_dir": folder}
+        )
+        return read_json(folder / "adapter" / "training.json")
+
+    def _calibrate(self, row: Row, r: int) -> dict[str, Any]:
+        folder = self.work / row.name / str(r)
+        source: dict[str, Any] = {"method": row.method}
+        if row.start_from is not None:
+            source = {"adapter": self._adapter(row.start_from)}
+        model, data = self.arguments.model, self.arguments.train
+        _run("calibrate.py", {"model": model, "data": data, **source, "r": r, **row.options, "output_dir": folder})
+        return read_json(folder / "calibration.json")
+
+    def _evaluate(self, row: Row, reductions: list[str]) -> dict[str, Any]:
+        folder = self.work / row.name / "evaluation"
+        adapter = {} if row.method is not None else {"adapter": self._adapter(row.name)}
+        method = row.method or MergeConfig.from_pretrained(adapter["adapter"]).method
+        asked = {"methods": ["none", method], **adapter, "r": reductions, "num_workers": 0}
+        _run("evaluate.py", {"model": self.arguments.model, "data": self.arguments.dev, **asked, "output_dir": folder})
+        return read_json(folder / "evaluation.json")
+
+    def _adapter(self, name: str) -> Path:
+        """The adapter that a row has made, or, if it only made a plan, the one that it started from."""
+        row = self.rows[name]
+        if row.program == "calibrate" and row.start_from is not None:
+            return self._adapter(row.start_from)
+        return self.work / name / "adapter"
+
+
+def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The merged rows of a record, one for each r."""
+    return [row for evaluation in record["evaluations"] for row in evaluation["rows"][1:]]
+
+
+def _run(recipe: str, options: dict[str, Any]) -> None:
+    """Run a recipe as a user would; raises CalledProcessError where it fails."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(str(one) for one in values)]
+    subprocess.run([sys.executable, str(_RECIPES / recipe), *words], check=True)

@@ -1,0 +1,10 @@
+"""Train one backbone in every way of a list, evaluate each, and put them into a table; `--help` has examples.
+
+python recipes/training_table.py --rows FILE --model M --train IMAGES --dev LABELLED_IMAGES
+"""
+
+from dtem_hf.evaluation.training_table import main
+
+
+if __name__ == "__main__":
+    main()
