@@ -33,10 +33,15 @@ class ViTLayerMerging(LayerMerging):
             attended, _ = self.attention(normed, bias, **kwargs)
             hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
         elif num_rows is None:
-            inside = AttentionPass()
+            inside = AttentionPass(
+                packs=token_state.merges_up_to(self.merge_index, hidden_states.shape[1]),
+                rider=self.merge_reducer.rider(self.merge_index, token_state),
+            )
             attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)
             attended = self.dropout(attended) + hidden_states
-            hidden_states = self.merge_step(attended, normed, token_state, bias, keys=inside.keys)
+            hidden_states = self.merge_step(
+                attended, normed, token_state, bias, keys=inside.keys, ridden=inside.ridden
+            )
         else:
             attended, _ = self.attention(normed, bias, attention_pass=AttentionPass(num_rows), **kwargs)
             hidden_states = self.dropout(attended) + hidden_states[:, :num_rows]

@@ -1,4 +1,4 @@
-"""Where a merged model's time goes: the metric, matching, merging, the attention bias, and the rest."""
+"""Where a merged model's time goes: the metric, matching and merging, the attention bias, and the rest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from .efficiency import synchronize
 
 # The functions of `ops` that make up a part.
 _PARTS = {
-    "matching": ("bipartite_soft_matching", "split_by_score"),
-    "merging": ("merge_tokens", "fuse_tokens"),
+    "matching and merging": ("match_and_merge", "merge_tokens", "split_by_score", "fuse_tokens"),
     "attention bias": ("size_bias",),
 }
 PARTS = ("metric", *_PARTS)
@@ -125,8 +124,7 @@ class MergingAlone(nn.Module):
     def forward(self, tokens: Sequence[Tensor], metrics: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
         merged: list[Tensor] = []
         for x, metric, size, r in zip(tokens, metrics, sizes, self.reductions, strict=True):
-            matching = ops.bipartite_soft_matching(metric, r, self.num_prefix_tokens)
-            merged += ops.merge_tokens(x, size, matching)
+            merged += ops.match_and_merge(x, size, metric, r, self.num_prefix_tokens)[:2]
         return merged
 
 

@@ -6,6 +6,7 @@ from .forms import MERGE_FORMS, exports_one_hot, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first, split_counts, split_even_odd
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
+from .reduction import add_heads, match_and_merge
 from .relaxation import (
     merge_along_flow,
     move_mass,
@@ -22,6 +23,7 @@ __all__ = [
     "MERGE_FORMS",
     "SMALLEST_SIZE",
     "Matching",
+    "add_heads",
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
@@ -29,6 +31,7 @@ __all__ = [
     "first_order_change",
     "fuse_tokens",
     "fused_source_map",
+    "match_and_merge",
     "merge_along_flow",
     "merge_form",
     "merge_tokens",

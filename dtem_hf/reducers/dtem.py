@@ -62,18 +62,25 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
     def sizes_carry_gradient(self, layer: nn.Module) -> bool:
         return self.is_soft(layer) or self.is_straight_through(layer)
 
+    def rider(self, index: int, state: TokenState) -> nn.Module | None:
+        return None if state.embedding is None else state.embedding.layers[index]
+
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
+        if attention.ridden is not None:
+            return attention.ridden, 1
         assert state.embedding is not None
         # Detached, so that the backbone is never taught to be easy to compare.
-        return state.embedding.layers[index](normed.detach())
+        return state.embedding.layers[index](normed.detach()), 1
 
-    def merge(self, x: Tensor, metric: Tensor, r: int, layer: nn.Module, index: int, state: TokenState) -> Tensor:
+    def merge(
+        self, x: Tensor, metric: Tensor, heads: int, r: int, layer: nn.Module, index: int, state: TokenState
+    ) -> Tensor:
         if self.is_straight_through(layer):
             return self._merge_straight_through(x, metric, r, index, state)
         if not self.is_soft(layer):
-            return super().merge(x, metric, r, layer, index, state)
+            return super().merge(x, metric, heads, r, layer, index, state)
         active, _ = state.enter(index, x.shape[1])
         sizes = state.sizes(index)
         if sizes is None:

@@ -24,8 +24,8 @@ class MatchingReducer(Reducer[M]):
     @abstractmethod
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
-    ) -> Tensor:
-        """What tokens are compared by: [B, n, D] -> [B, n, d]."""
+    ) -> tuple[Tensor, int]:
+        """What tokens are compared by, and how many heads of it are added up: [B, n, D] -> [B, n, H · d], H."""
 
     def reduce(
         self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
@@ -34,19 +34,23 @@ class MatchingReducer(Reducer[M]):
         if r == 0:
             state.pass_on(index, x)
             return x
-        metric = self.metric(normed, layer, index, state, attention)
+        metric, heads = self.metric(normed, layer, index, state, attention)
         if state.steps is not None:
             x = x if x.requires_grad else x.detach().requires_grad_()
             keys = self.backbone.mean_keys(layer, normed.detach())
-            state.steps.append(MergeStep(x, state.sizes(index), metric, keys, state.padding(index), r))
-        return self.merge(x, metric, r, layer, index, state)
+            state.steps.append(
+                MergeStep(x, state.sizes(index), ops.add_heads(metric, heads), keys, state.padding(index), r)
+            )
+        return self.merge(x, metric, heads, r, layer, index, state)
 
-    def merge(self, x: Tensor, metric: Tensor, r: int, layer: nn.Module, index: int, state: TokenState) -> Tensor:
-        """Merge r tokens of layer `index` by a metric: x [B, n, D], metric [B, n, d] -> [B, n - r, D]."""
-        num_tokens, before = x.shape[1], state.sizes(index)
-        matching = ops.bipartite_soft_matching(metric, r, state.num_prefix_tokens, state.padding(index))
-        unmerged = x
-        x, sizes = ops.merge_tokens(x, before, matching)
+    def merge(
+        self, x: Tensor, metric: Tensor, heads: int, r: int, layer: nn.Module, index: int, state: TokenState
+    ) -> Tensor:
+        """Merge r tokens of layer `index` by a metric: x [B, n, D], metric [B, n, H · d] -> [B, n - r, D]."""
+        num_tokens, before, unmerged = x.shape[1], state.sizes(index), x
+        x, sizes, matching = ops.match_and_merge(
+            x, before, metric, r, state.num_prefix_tokens, state.padding(index), heads
+        )
         x = lengthen(state, index, x, lambda: ops.merge_tokens(norms_of(unmerged), before, matching)[0])
         leave_matched(state, index, x, sizes, matching, num_tokens)
         return x

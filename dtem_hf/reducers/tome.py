@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..configuration import ToMeConfig
@@ -31,9 +30,7 @@ class ToMeReducer(MatchingReducer[ToMeConfig]):
 
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
         if attention.keys is None:
-            return self.backbone.mean_keys(layer, normed)
-        # Their sum points where their mean does.
-        heads = self.backbone.key_linear(layer)[1]
-        return attention.keys.detach().unflatten(-1, (heads, -1)).sum(dim=-2, dtype=torch.float32)
+            return self.backbone.mean_keys(layer, normed), 1
+        return attention.keys.detach(), self.backbone.key_linear(layer)[1]
