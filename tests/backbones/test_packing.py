@@ -31,7 +31,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(0 if found is None else len(found))
         return found
 
-    monkeypatch.setattr("dtem_hf.backbones.open_attention.project", project)
+    for module in ("open_attention", "lean"):
+        monkeypatch.setattr(f"dtem_hf.backbones.{module}.project", project)
     return seen
 
 
