@@ -98,7 +98,7 @@ class DecoupledEmbedding(nn.Module):
         if self.norms is None:
             return x
         lost = norms().clamp(min=_SMALLEST_NORM) / norms_of(x).clamp(min=_SMALLEST_NORM)
-        return (x * lost.pow(self.norms[layer].float())).to(x.dtype)
+        return (x * lost.pow(self.norms[layer].to(x.device, torch.float32))).to(x.dtype)
 
     def aggregation_parameters(self) -> Iterator[nn.Parameter]:
         """What says how merged tokens count; all others say how tokens compare."""

@@ -230,9 +230,11 @@ class TokenState:
         # What the model made itself (when it is exported) lets all tokens see all tokens, and now there are fewer.
         if not wanted and not self._padded:
             return None
+        exponents = None
         # Behind the last layer stands a head, which has no exponents.
-        learned = wanted and self.embedding is not None and layer < len(self.embedding.layers)
-        exponents = self.embedding.exponents_of(layer) if learned and self.embedding is not None else None
+        if wanted and self.embedding is not None and layer < len(self.embedding.layers):
+            exponents = self.embedding.exponents_of(layer)
+            exponents = None if exponents is None else exponents.to(sizes.device)
         bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), _attention_dtype(sizes, dtype), exponents)
         if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
             bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import slow_reference as slow
@@ -114,6 +114,9 @@ def run_layer(
         q, k, v = (linear(weights, root + name, h) for name in anatomy.qkv)
     # Padding (of size 0) is never attended to, whatever sizes count for.
     counted = tokens.sizes if reduction.proportional or reduction.soft else (tokens.sizes > 0).to(h.dtype)
+    exponents = learned_of(weights, f"merge_embedding.exponents.{index}")
+    if exponents is not None:
+        counted = slow.powers(counted, exponents)
     bias = None
     if anatomy.tables:
         tables = [weights[name.format(index)] for name in anatomy.tables]
@@ -123,12 +126,17 @@ def run_layer(
     shares = slow.attention_weights(*turned, anatomy.heads, scaling, counted, bias)
     x = tokens.x + attend_scale * linear(weights, root + anatomy.out, slow.mix(shares, v))
 
-    learned = next((name for name in weights if name.endswith(f"merge_embedding.layers.{index}.weight")), None)
-    if learned is None:
+    matrix = learned_of(weights, f"merge_embedding.layers.{index}.weight")
+    if matrix is None:
         metric = sum(k.chunk(anatomy.heads, dim=1)) / anatomy.heads
     else:
-        metric = linear(weights, learned.removesuffix(".weight"), h.detach())
-    merged = reduce(x, tokens, start, index, metric, shares[:, 0].mean(dim=0), anatomy.prefix, reduction)
+        metric = h.detach() @ matrix.T + learned_of(weights, f"merge_embedding.layers.{index}.bias")
+    share = learned_of(weights, f"merge_embedding.norms.{index}")
+    # The lengths of tokens are merged beside them, as one more feature.
+    carried = x if share is None else torch.cat([x, x.norm(dim=1, keepdim=True)], dim=1)
+    merged = reduce(carried, tokens, start, index, metric, shares[:, 0].mean(dim=0), anatomy.prefix, reduction)
+    if share is not None:
+        merged = replace(merged, x=slow.lengthen(merged.x[:, :-1], merged.x[:, -1], share))
 
     h = layer_norm(weights, root + anatomy.norms[1], merged.x, anatomy.eps)
     grown = linear(weights, root + anatomy.mlp[1], anatomy.activation(linear(weights, root + anatomy.mlp[0], h)))
@@ -179,6 +187,11 @@ def follow(x: Tensor, sizes: Tensor, source: list[int], tokens: Tokens, start: T
     ]
     places = None if start.places is None else torch.stack([start.places[group].mean(dim=0) for group in members])
     return Tokens(x, sizes, places, members, len(x))
+
+
+def learned_of(weights: Weights, name: str) -> Tensor | None:
+    """What an encoder has learned under a name, wherever the encoder is in the model."""
+    return next((value for key, value in weights.items() if key.endswith(name)), None)
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def attention_weights(
 ) -> Tensor:
     """Section 1, for one image: the exponentials are multiplied by the sizes. q [M, H·d], k [N, H·d] -> [H, M, N].
 
-    `bias` [H, M, N] is added to the scores.
+    `sizes` are [N], or [H, N] where heads count them differently. `bias` [H, M, N] is added to the scores.
     """
     width = q.shape[-1] // heads
     weights = []
@@ -152,9 +152,27 @@ def attention_weights(
                 scores = scores + bias[head, i]
             exponentials = (scores - scores.max().detach()).exp()
             if sizes is not None:
-                exponentials = exponentials * sizes
+                exponentials = exponentials * (sizes if sizes.dim() == 1 else sizes[head])
             weights.append(exponentials / exponentials.sum())
     return torch.stack(weights).unflatten(0, (heads, len(q)))
+
+
+def powers(sizes: Tensor, exponents: Tensor) -> Tensor:
+    """What tokens count for in each head: sizes [N], exponents [H] -> [H, N]. A token of no size counts for none."""
+    rows = [torch.stack([size**exponent if size > 0 else size for size in sizes]) for exponent in exponents]
+    return torch.stack(rows)
+
+
+def lengthen(x: Tensor, norms: Tensor, share: Tensor) -> Tensor:
+    """Tokens [N, D] times (mean length of what each is the mean of [N], by its own length) to the power `share` [1].
+
+    A token of length 0 has no direction to grow in.
+    """
+    rows = [
+        token * (norm / token.norm()) ** share if token.norm() > 0 else token
+        for token, norm in zip(x, norms, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ SMALLEST_SIZE = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-6
 def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
     """log m as an additive attention mask: sizes [B, N] -> [B, 1, 1, N] in `dtype`.
 
-    With `exponents` [H], one per head: log of m to that power, [B, H, 1, N].
+    With `exponents` [H], one per head: log of m to that power, [B, H, 1, N]. A token of no size has none to any power.
 
     Finite for a fully merged token (m = 0), and so is its gradient, which is the exact one taken at the smallest size
     that counts: sizes below it are read as that size going forward and are differentiated as if they were not clamped.
@@ -25,5 +25,7 @@ def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None
         clamped = sizes + (clamped - sizes).detach()
     bias = clamped.log()[:, None, None, :]
     if exponents is not None:
-        bias = bias * exponents.float()[:, None, None]
+        # To a small power the floor would be no small size, and empty tokens would be attended to.
+        empty = (sizes <= floor)[:, None, None, :]
+        bias = torch.where(empty, bias, bias * exponents.float()[:, None, None])
     return bias.to(dtype)

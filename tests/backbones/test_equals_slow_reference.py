@@ -25,6 +25,7 @@ from dtem_hf.backbones import families
 R = [8, 5, 4]
 # Softly merged tokens are sorted by size: at these temperatures no two sizes are equal but for rounding.
 MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0, "top_k": 8}
+LEARN = {"learn_exponents": True, "learn_norms": True}
 # Each method as the package takes it, and as the reference does.
 METHODS = {
     "tome": (ToMeConfig(r=R), Reduction(r=R)),
@@ -38,6 +39,12 @@ METHODS = {
     # Soft in `.eval()`: nothing else is drawn.
     "soft": (
         DTEMConfig(r=[6, 0, 5], relaxation="soft", **MILD),
+        Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
+    ),
+    # Powers of sizes in attention, and lengths of means, as they are learned.
+    "aggregated": (DTEMConfig(r=R, **LEARN), Reduction(r=R)),
+    "soft-aggregated": (
+        DTEMConfig(r=[6, 0, 5], relaxation="soft", **MILD, **LEARN),
         Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
     ),
 }
@@ -65,6 +72,9 @@ def merged(family: str, method: str, attention: str = "sdpa") -> Any:
     draw = torch.Generator().manual_seed(3)
     for parameter in model.merge_parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+    for name, parameter in model.named_parameters():
+        if "merge_embedding.exponents" in name:
+            parameter.data += 1
     return model
 
 
@@ -148,16 +158,20 @@ def test_a_merged_model_equals_the_slow_reference(family: str, method: str, atte
         assert_same_outputs(output, row, outputs, trail[-1])
 
 
+@pytest.mark.parametrize("method", ["soft", "aggregated", "soft-aggregated"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_soft_gradients_equal_those_of_the_slow_reference(family: str) -> None:
-    """Of every weight, of the learned embedding among them, by a fixed function of the output."""
-    model, inputs = merged(family, "soft"), images(family)
+def test_gradients_equal_those_of_the_slow_reference(family: str, method: str) -> None:
+    """Of every weight, of the learned embedding among them, by a fixed function of the output.
+
+    A hard merge teaches how merged tokens count, and nothing of how tokens compare.
+    """
+    model, inputs = merged(family, method), images(family)
     output = model(**inputs)[FAMILIES[family].output]
     slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
     (output * slope).sum().backward()
     weights = {name: value.requires_grad_() for name, value in weights_of(model).items()}
     for row in range(2):
-        outputs, _ = slow_model.run(weights, ANATOMIES[family], one(inputs, row), METHODS["soft"][1])
+        outputs, _ = slow_model.run(weights, ANATOMIES[family], one(inputs, row), METHODS[method][1])
         (outputs[FAMILIES[family].output] * slope[row]).sum().backward()
     largest = max(float(value.grad.norm()) for value in weights.values() if value.grad is not None)
     compared = 0
@@ -167,6 +181,8 @@ def test_soft_gradients_equal_those_of_the_slow_reference(family: str) -> None:
             error = (parameter.grad.double() - theirs).norm() / theirs.norm()
             assert error < 1e-4, (name, float(error))
             compared += "merge_embedding" in name
+        elif method == "aggregated" and "merge_embedding.layers" in name:
+            assert parameter.grad is None, name
     assert compared >= 2
 
 
