@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtem_hf.analysis.plots import pareto_front, plot_accuracy, plot_pareto, series_name
+from dtem_hf.analysis.plots import pareto_front, plot_accuracy, plot_pareto, plot_training, series_name
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -153,3 +153,15 @@ def test_pareto_plot_has_a_line_per_method_and_adapter(tmp_path):
     assert wide == 2 * narrow
     with pytest.raises(ValueError, match="at least one row"):
         plot_pareto([], tmp_path / "none.png")
+
+
+def test_ways_to_train_are_points_at_their_share_of_the_first(tmp_path):
+    plot_training([("first", [0.2, 0.4]), ("half", [0.1, 0.2])], [8, 16], tmp_path / "t.svg")
+    written = texts(tmp_path / "t.svg")
+    assert {"first", "half", "r = 8", "r = 16"} <= set(written)
+    # The better row stands above; its points are left of the first's, at half of the way to 0.
+    (half, first) = sorted({round(y, 3) for _, y in points(tmp_path / "t.svg")})
+    by_row = {y: sorted(x for x, at in points(tmp_path / "t.svg") if round(at, 3) == y) for y in (half, first)}
+    assert max(by_row[half]) < min(by_row[first])
+    with pytest.raises(ValueError, match="rows"):
+        plot_training([], [8], tmp_path / "t.svg")

@@ -1,0 +1,58 @@
+"""The search for a plan as a program: what it writes, and that the plan is the one it says."""
+
+import json
+
+import pytest
+import torch
+
+from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
+from dtem_hf.calibration_program import CalibrateArguments, main
+
+
+@pytest.fixture
+def common(vit_folder, image_folder):
+    return ["--model", str(vit_folder), "--data", str(image_folder), "--num_images", "12", "--evaluations", "8"]
+
+
+def test_an_adapter_gets_its_plan_and_keeps_its_tensors(vit_folder, common, tmp_path, capsys):
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=3, init="random"))
+    model.save_merge_adapter(tmp_path / "adapter")
+    main([*common, "--adapter", str(tmp_path / "adapter"), "--r", "2", "--output_dir", str(tmp_path / "found")])
+    before, after = (MergeAdapter.from_pretrained(tmp_path / name) for name in ("adapter", "found"))
+    record = json.loads((tmp_path / "found" / "calibration.json").read_text())
+    model.set_reduction(2)
+    assert record["flops"] <= model.merge_plan().ratio
+    model.set_reduction(record["reductions"])
+    assert model.merge_plan().ratio == record["flops"]
+    assert record["distance"] <= record["even_distance"] and record["evaluations"] <= 8
+    assert (
+        list(
+            AutoModelForImageClassification.from_pretrained(vit_folder, merge=str(tmp_path / "found"))
+            .merge_plan()
+            .reductions
+        )
+        == record["reductions"]
+    )
+    assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
+    assert "r per layer" in capsys.readouterr().out
+
+
+def test_a_method_without_an_adapter_gets_a_config(vit_folder, common, tmp_path):
+    main([*common, "--method", "tome", "--flops", "0.8", "--output_dir", str(tmp_path)])
+    record = json.loads((tmp_path / "calibration.json").read_text())
+    config = json.loads((tmp_path / "merge_config.json").read_text())
+    assert config["method"] == "tome" and record["flops"] <= 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "adapter, method"),
+        ({"adapter": "a", "method": "tome"}, "adapter, method"),
+        ({"method": "tome", "r": "3", "flops": 0.5}, "r, flops"),
+        ({"method": "tome", "num_images": 0}, "num_images=0: 1 or more"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(BadValue, match=message):
+        CalibrateArguments(model="m", data="d", **options)
