@@ -81,10 +81,11 @@ def match_and_merge(
 
 
 def _is_recorded() -> bool:
-    """Whether somebody writes down or counts the operations that run, and would miss this one."""
+    """Whether somebody writes down, counts or transforms the operations that run, and would miss this one."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
 

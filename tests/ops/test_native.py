@@ -101,6 +101,10 @@ def both(x: Tensor, metric: Tensor) -> bool:
     return native.can_match_and_merge(x, None, metric)
 
 
+def _assert_not(value: bool) -> None:
+    assert not value
+
+
 @compiled
 def test_stands_aside_where_it_is_not_exact_not_seen_or_slower() -> None:
     x, metric = torch.randn(1, 20, 8), torch.randn(1, 20, 4)
@@ -115,6 +119,7 @@ def test_stands_aside_where_it_is_not_exact_not_seen_or_slower() -> None:
         assert not both(x, metric)
         ops.match_and_merge(x, None, metric, 5)
     assert counter.get_total_flops() == 2 * 9 * 10 * 4  # one product of A and B
+    torch.func.vmap(lambda x, metric: _assert_not(both(x, metric)) or x)(x[None], metric[None])
     traced = torch.jit.trace(lambda x, metric: ops.match_and_merge(x, None, metric, 5)[0], (x, metric))
     other = torch.randn(1, 20, 8), torch.randn(1, 20, 4)
     torch.testing.assert_close(traced(*other), plain(other[0], None, other[1], 5, 1)[0])
