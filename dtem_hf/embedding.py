@@ -29,7 +29,9 @@ _SMALLEST_NORM = 1e-12
 
 def norms_of(x: Tensor) -> Tensor:
     """Lengths of tokens in float32: [B, n, D] -> [B, n, 1]."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    # Added up in float32 at least; a float64 model's may not be narrowed on the way.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).float()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dtem_hf.embedding import (
     initialize_from_keys,
     initialize_randomly,
     mean_key_projection,
+    norms_of,
 )
 from dtem_hf.errors import BadValue
 
@@ -90,3 +91,58 @@ def test_random_initialisation_has_the_given_deviation_and_no_bias() -> None:
     assert abs(first.weight.mean().item()) < 0.02
     assert not first.bias.any()
     assert not torch.equal(first.weight, second.weight)
+
+
+@pytest.mark.parametrize("heads", [0, 4])
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_shape_says_which_tensors_there_are_and_what_they_start_at(heads: int, norms: bool) -> None:
+    shape = EmbeddingShape(3, 10, 6, heads, norms)
+    embedding = DecoupledEmbedding(shape)
+    assert {name: list(tensor.shape) for name, tensor in embedding.state_dict().items()} == shape.tensors()
+    aggregation = list(embedding.aggregation_parameters())
+    assert len(aggregation) == 3 * (bool(heads) + norms)
+    for initialize in (
+        lambda: initialize_from_keys(embedding, [projection(4, 6, 10)] * 3),
+        lambda: initialize_randomly(embedding, std=0.3),
+    ):
+        for parameter in aggregation:
+            parameter.data.fill_(7)
+        initialize()
+        for name, parameter in embedding.named_parameters():
+            if not name.startswith("layers"):
+                assert torch.equal(parameter, torch.full_like(parameter, float(name.startswith("exponents"))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_means_are_lengthened_token_by_token(dtype: torch.dtype) -> None:
+    """And those of one token, whose mean length is their own, stay bit for bit; a mean of nothing stays nothing."""
+    embedding = DecoupledEmbedding(EmbeddingShape(2, 8, 6, norms=True)).to(dtype)
+    assert embedding.norms is not None
+    embedding.norms[1].data.fill_(0.375)
+    x = torch.randn(2, 5, 8).to(dtype)
+    x[1, 4] = 0
+    norms = norms_of(x)
+    norms[0, 1], norms[1, 2] = 9.0, 5.0
+    found = embedding.lengthen(1, x, lambda: norms)
+    assert found.dtype == dtype and torch.equal(embedding.lengthen(0, x, lambda: norms), x)
+    for image in range(2):
+        for token in range(5):
+            if (image, token) in ((0, 1), (1, 2)):
+                row = x[image, token].double()
+                expected = row * (norms[image, token].double() / row.norm()) ** 0.375
+                tolerance = torch.finfo(dtype).eps
+                torch.testing.assert_close(found[image, token].double(), expected, atol=0, rtol=2 * tolerance)
+            else:
+                assert torch.equal(found[image, token], x[image, token])
+
+
+def test_without_norms_nothing_is_computed() -> None:
+    embedding, x = DecoupledEmbedding(EmbeddingShape(2, 8, 6, exponent_heads=2)), torch.randn(1, 3, 8)
+    called: list[int] = []
+
+    def norms() -> Tensor:
+        called.append(1)
+        return norms_of(x)
+
+    assert embedding.lengthen(0, x, norms) is x
+    assert called == []
