@@ -99,3 +99,57 @@ def test_an_empty_token_weighs_next_to_nothing(dtype: torch.dtype, weight: float
     v[0, 0, 5] = 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=ops.size_bias(sizes, dtype))
     assert 0 <= out.max().item() < weight / 11
+
+
+EXPONENTS = torch.tensor([1.7, 0.4, -0.3])  # of three heads
+
+
+def multiplied_by_powers(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, exponents: Tensor) -> Tensor:
+    """The definition: head by head, exponentials times sizes to the head's power; a token of no size has none."""
+    heads = []
+    for h in range(q.shape[1]):
+        counted = torch.where(sizes > 0, sizes.clamp(min=1e-300) ** exponents[h], sizes)
+        heads.append(multiplied_attention(q[:, h : h + 1], k[:, h : h + 1], v[:, h : h + 1], counted))
+    return torch.cat(heads, dim=1)
+
+
+@pytest.mark.parametrize("empty", [[], [3, 5, 11]], ids=["no empty token", "empty tokens"])
+def test_powers_of_sizes_and_all_gradients_are_exact(empty: list[int]) -> None:
+    """Those of exponents, too. What an empty token would gain by growing is nothing that a power says."""
+    q, k, v, sizes = inputs()
+    sizes[:, empty] = 0
+    real = [i for i in range(12) if i not in empty]
+    leaves = [t.requires_grad_() for t in (q, k, v, sizes, EXPONENTS.clone())]
+    bias = ops.size_bias(leaves[3], torch.float32, leaves[4])
+    assert bias.shape == (2, 3, 1, 12)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    upstream = torch.randn(out.shape, dtype=torch.float64)
+    ours = torch.autograd.grad((out.double() * upstream).sum(), leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    expected = multiplied_by_powers(*doubles)
+    theirs = torch.autograd.grad((expected * upstream).sum(), doubles)
+    assert relative_error(out, expected) < 1e-6
+    for place, (gradient, wanted) in enumerate(zip(ours, theirs, strict=True)):
+        if place == 3:
+            gradient, wanted = gradient[:, real], wanted[:, real]
+        assert relative_error(gradient, wanted) < 5e-6, place
+    assert all(gradient.isfinite().all() for gradient in ours)
+
+
+def test_powers_of_one_are_the_sizes_themselves() -> None:
+    sizes = torch.rand(2, 12) * 5
+    sizes[:, 4] = 0
+    bias = ops.size_bias(sizes, torch.float32, torch.ones(3))
+    assert torch.equal(bias, ops.size_bias(sizes, torch.float32).expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_empty_token_is_empty_to_any_power(dtype: torch.dtype) -> None:
+    """To the power of 0.1, float16's smallest size would be 0.4 of a patch; to a negative one, thousands of them."""
+    sizes = torch.tensor([[1.0, 0.0, 3.0]])
+    bias = ops.size_bias(sizes, dtype, torch.tensor([1.0, 0.1, 0.0, -2.0]))
+    assert bias.dtype == dtype and bias.isfinite().all()
+    assert torch.equal(bias[0, :, 0, 1], ops.size_bias(sizes, dtype)[0, 0, 0, 1].expand(4))
+    torch.testing.assert_close(
+        bias[0, :, 0, 2].float(), torch.tensor([1.0, 0.1, 0.0, -2.0]) * torch.tensor(3.0).log(), atol=1e-2, rtol=1e-2
+    )
