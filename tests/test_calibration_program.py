@@ -9,13 +9,19 @@ from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, Merge
 from dtem_hf.calibration_program import CalibrateArguments, main
 
 
+LEARN = {"learn_exponents": True, "learn_norms": True}
+
+
 @pytest.fixture
 def common(vit_folder, image_folder):
     return ["--model", str(vit_folder), "--data", str(image_folder), "--num_images", "12", "--evaluations", "8"]
 
 
 def test_an_adapter_gets_its_plan_and_keeps_its_tensors(vit_folder, common, tmp_path, capsys):
-    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=3, init="random"))
+    model = AutoModelForImageClassification.from_pretrained(vit_folder, merge=DTEMConfig(r=3, init="random", **LEARN))
+    for name, parameter in model.named_parameters():
+        if "exponents" in name or "norms" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_merge_adapter(tmp_path / "adapter")
     main([*common, "--adapter", str(tmp_path / "adapter"), "--r", "2", "--output_dir", str(tmp_path / "found")])
     before, after = (MergeAdapter.from_pretrained(tmp_path / name) for name in ("adapter", "found"))
@@ -33,6 +39,7 @@ def test_an_adapter_gets_its_plan_and_keeps_its_tensors(vit_folder, common, tmp_
         )
         == record["reductions"]
     )
+    assert after.tensors.keys() == before.tensors.keys() and "exponents.3" in after.tensors
     assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
     assert "r per layer" in capsys.readouterr().out
 
@@ -51,6 +58,8 @@ def test_a_method_without_an_adapter_gets_a_config(vit_folder, common, tmp_path)
         ({"adapter": "a", "method": "tome"}, "adapter, method"),
         ({"method": "tome", "r": "3", "flops": 0.5}, "r, flops"),
         ({"method": "tome", "num_images": 0}, "num_images=0: 1 or more"),
+        ({"method": "tome", "evaluations": 0}, "evaluations=0: 1 or more"),
+        ({"method": "tome", "batch_size": -1}, "batch_size=-1: 1 or more"),
     ],
 )
 def test_refusals(options, message):

@@ -72,3 +72,10 @@ def test_a_line_with_an_unknown_key_is_refused(rows, tmp_path):
     rows.write_text(yaml.safe_dump(values))
     with pytest.raises(BadValue, match=r"a name and some of .*options"):
         main(["--rows", str(rows), "--model", "m", "--train", "t", "--dev", "d"])
+
+
+@pytest.mark.parametrize("row", [{"title": "without a name"}, {"name": "odd", "colour": "blue"}])
+def test_a_row_that_makes_no_sense_is_refused(rows, row):
+    rows.write_text(yaml.safe_dump({**yaml.safe_load(rows.read_text()), "rows": [row]}))
+    with pytest.raises(BadValue, match=r"rows=.*: a name and some of method, name, options, program"):
+        main(["--rows", str(rows), "--model", "m", "--train", "t", "--dev", "d"])
