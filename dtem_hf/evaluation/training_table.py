@@ -75,7 +75,11 @@ class _Table:
         for given in values["rows"]:
             if not set(given) <= _KEYS or "name" not in given:
                 raise BadValue("rows", given, f"a name and some of {', '.join(sorted(_KEYS))}")
-            self.rows[given["name"]] = Row(**given)
+            row = Row(**given)
+            # Behind it, so that no row waits for itself.
+            if row.start_from is not None and row.start_from not in self.rows:
+                raise BadValue(f"start_from of {row.name}", row.start_from, "a row above it")
+            self.rows[row.name] = row
         self.output, self.work = Path(arguments.output_dir), Path(arguments.work_dir)
 
     def chosen(self) -> list[Row]:

@@ -79,3 +79,11 @@ def test_a_row_that_makes_no_sense_is_refused(rows, row):
     rows.write_text(yaml.safe_dump({**yaml.safe_load(rows.read_text()), "rows": [row]}))
     with pytest.raises(BadValue, match=r"rows=.*: a name and some of method, name, options, program"):
         main(["--rows", str(rows), "--model", "m", "--train", "t", "--dev", "d"])
+
+
+def test_a_row_goes_on_from_one_above_it(rows):
+    values = yaml.safe_load(rows.read_text())
+    values["rows"][1]["start_from"] = "planned"
+    rows.write_text(yaml.safe_dump(values))
+    with pytest.raises(BadValue, match="start_from of learned='planned': a row above it"):
+        main(["--rows", str(rows), "--model", "m", "--train", "t", "--dev", "d"])
