@@ -10,7 +10,6 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTM
 
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging, linear_cost
-from .lean import Projected, is_lean, lean_layer
 from .open_attention import AttentionPass, OpenAttention, opens
 
 
@@ -30,22 +29,12 @@ class ViTLayerMerging(LayerMerging):
         num_rows = token_state.rows_read(self.merge_index)
         opened = isinstance(self.attention, OpenAttention)
         packs = opened and token_state.merges_up_to(self.merge_index, hidden_states.shape[1])
-        rider = self.merge_reducer.rider(self.merge_index, token_state)
-        if packs and num_rows is None and is_lean(self, hidden_states, self.attention.config._attn_implementation):
-
-            def merge(x: Tensor, normed: Tensor, projected: Projected) -> Tensor:
-                keys, ridden = projected.key, projected.ridden
-                return self.merge_step(x, normed, token_state, bias, keys=keys, ridden=ridden)
-
-            found = lean_layer(self, hidden_states, bias, rider, merge)
-            if found is not None:
-                return found
         normed = self.layernorm_before(hidden_states)
         if not opened:
             attended, _ = self.attention(normed, bias, **kwargs)
             hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
         elif num_rows is None:
-            inside = AttentionPass(packs=packs, rider=rider)
+            inside = AttentionPass(packs=packs, rider=self.merge_reducer.rider(self.merge_index, token_state))
             attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)
             attended = self.dropout(attended) + hidden_states
             hidden_states = self.merge_step(

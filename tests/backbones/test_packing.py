@@ -31,8 +31,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(0 if found is None else len(found))
         return found
 
-    for module in ("open_attention", "lean"):
-        monkeypatch.setattr(f"dtem_hf.backbones.{module}.project", project)
+    monkeypatch.setattr("dtem_hf.backbones.open_attention.project", project)
     return seen
 
 

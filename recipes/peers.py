@@ -1,0 +1,37 @@
+"""A peer for recipes/benchmark.py, which measures what fewer tokens save at most on a machine.
+
+python recipes/benchmark.py --model recipes/configs/deit_small --random_weights True --r 16 --peer recipes.peers:sliced
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
+    """A ViT that drops its last r tokens (half of them, where there are fewer) behind every attention, for nothing.
+
+    No metric, no matching, no merging, no sizes, and the same operations otherwise, called one after the other.
+    """
+
+    def run(pixels: Tensor) -> Tensor:
+        vit = model.vit
+        x = vit.embeddings(pixels)
+        for layer in vit.layers:
+            attention, normed = layer.attention, layer.layernorm_before(x)
+            shape = (*x.shape[:2], -1, attention.head_dim)
+            query, key, value = (
+                linear(normed).view(shape).transpose(1, 2)
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = x + attention.o_proj(mixed)
+            x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
+            x = x + layer.mlp(layer.layernorm_after(x))
+        return model.classifier(vit.layernorm(x)[:, 0])
+
+    return run
