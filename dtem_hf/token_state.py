@@ -152,10 +152,6 @@ class TokenState:
         assert self._reductions is not None
         return self._active[layer], self._reductions[layer]
 
-    def merges_up_to(self, layer: int, num_tokens: int) -> bool:
-        """Whether this layer or one in front of it merges any of the tokens; where none does, all is as unmerged."""
-        return self.has_merged(layer) or self.enter(layer, num_tokens)[1] > 0
-
     def rows_read(self, layer: int) -> int | None:
         """How many of the first tokens anybody reads of what a layer hands on; None: all, or it has to be assumed."""
         # Where nothing was merged, the plain model's own computation is kept, bit for bit.

@@ -49,10 +49,9 @@ class LayerMerging:
         bias: Tensor | Callable[[], Tensor | None] | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
         keys: Tensor | None = None,
-        ridden: Tensor | None = None,
     ) -> Tensor:
         """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. The rest: see `AttentionInputs`."""
-        inputs = AttentionInputs(bias, rotate, keys, ridden)
+        inputs = AttentionInputs(bias, rotate, keys)
         return self.merge_reducer.reduce(hidden_states, normed, self, self.merge_index, state, inputs)  # type: ignore[arg-type]
 
 

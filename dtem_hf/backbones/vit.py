@@ -25,21 +25,18 @@ class ViTLayerMerging(LayerMerging):
     ) -> Tensor:
         if token_state is None:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         num_rows = token_state.rows_read(self.merge_index)
         opened = isinstance(self.attention, OpenAttention)
-        packs = opened and token_state.merges_up_to(self.merge_index, hidden_states.shape[1])
-        normed = self.layernorm_before(hidden_states)
         if not opened:
             attended, _ = self.attention(normed, bias, **kwargs)
             hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
         elif num_rows is None:
-            inside = AttentionPass(packs=packs, rider=self.merge_reducer.rider(self.merge_index, token_state))
+            inside = AttentionPass()
             attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)
             attended = self.dropout(attended) + hidden_states
-            hidden_states = self.merge_step(
-                attended, normed, token_state, bias, keys=inside.keys, ridden=inside.ridden
-            )
+            hidden_states = self.merge_step(attended, normed, token_state, bias, keys=inside.keys)
         else:
             attended, _ = self.attention(normed, bias, attention_pass=AttentionPass(num_rows), **kwargs)
             hidden_states = self.dropout(attended) + hidden_states[:, :num_rows]

@@ -26,14 +26,12 @@ class AttentionInputs(NamedTuple):
     """What a layer's scores depend on beside its projections.
 
     `bias` [B or 1, 1 or H, 1 or n, n] is added to them, and may be a function that makes it; `rotate` maps keys
-    [B, H, n, d] to rotated ones. `keys` [B, n, H · d] are those that attention has computed, where it hands them out,
-    and `ridden` [B, n, d'] is what the reducer's rider made, where attention took it along.
+    [B, H, n, d] to rotated ones. `keys` [B, n, H · d] are those that attention has computed, where it hands them out.
     """
 
     bias: Tensor | Callable[[], Tensor | None] | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
     keys: Tensor | None = None
-    ridden: Tensor | None = None
 
 
 _REDUCERS: dict[str, type[Reducer[Any]]] = {}
@@ -77,10 +75,6 @@ class Reducer(ABC, Generic[C]):
 
         `normed` [B, n, D] is what fed the layer's queries, keys and values, `attention` what else its scores saw.
         """
-
-    def rider(self, index: int, state: TokenState) -> nn.Module | None:
-        """A linear map of what feeds a layer's queries, keys and values, to be computed with them; None: none."""
-        return None
 
     def wants_bias(self, layer: nn.Module) -> bool:
         """Whether attention in a layer weighs tokens by their sizes."""

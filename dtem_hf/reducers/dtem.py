@@ -62,14 +62,9 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
     def sizes_carry_gradient(self, layer: nn.Module) -> bool:
         return self.is_soft(layer) or self.is_straight_through(layer)
 
-    def rider(self, index: int, state: TokenState) -> nn.Module | None:
-        return None if state.embedding is None else state.embedding.layers[index]
-
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
     ) -> tuple[Tensor, int]:
-        if attention.ridden is not None:
-            return attention.ridden, 1
         assert state.embedding is not None
         # Detached, so that the backbone is never taught to be easy to compare.
         return state.embedding.layers[index](normed.detach()), 1
