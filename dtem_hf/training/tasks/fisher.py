@@ -18,16 +18,21 @@ from .feature_distillation import FeatureDistillation
 from .images import ClassifierTask
 
 
-class Fisher(ClassifierTask):
+class _JudgesMerges:
+    """What the tasks of this file share: they merge hard, and refuse options that they have no use for."""
+
+    soft: ClassVar[bool] = False
+
+    def load_model(self: Any) -> Any:
+        _check(self)
+        return super().load_model()  # type: ignore[misc]
+
+
+class Fisher(_JudgesMerges, ClassifierTask):
     """The expected cost of the merges that the embedding would choose, by the Fisher information of the logits."""
 
     name: ClassVar[str] = "fisher"
     ranked_by = "kl"
-    soft: ClassVar[bool] = False
-
-    def load_model(self) -> Any:
-        _check(self)
-        return super().load_model()
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         with recorded_steps(plain_model) as steps:
@@ -35,16 +40,11 @@ class Fisher(ClassifierTask):
         return _loss(self, plain_model, steps, logits, sampled_log_probability, batch)
 
 
-class FeatureFisher(FeatureDistillation):
+class FeatureFisher(_JudgesMerges, FeatureDistillation):
     """The same for encoders without a head, by how far their features would move."""
 
     name: ClassVar[str] = "feature_fisher"
     ranked_by = "distance"
-    soft: ClassVar[bool] = False
-
-    def load_model(self) -> Any:
-        _check(self)
-        return super().load_model()
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         with recorded_steps(plain_model) as steps, recorded_features(plain_model, self.arguments.features) as features:
@@ -53,15 +53,10 @@ class FeatureFisher(FeatureDistillation):
         return _loss(self, plain_model, steps, output, sampled_projection, batch)
 
 
-class CaptionFisher(Captioning):
+class CaptionFisher(_JudgesMerges, Captioning):
     """The same for captioning models, by the Fisher information of every word of a caption."""
 
     name: ClassVar[str] = "caption_fisher"
-    soft: ClassVar[bool] = False
-
-    def load_model(self) -> Any:
-        _check(self)
-        return super().load_model()
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         with recorded_steps(plain_model) as steps:
