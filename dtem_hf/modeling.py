@@ -464,7 +464,7 @@ def _install(model: PreTrainedModel, prepared: _Prepared) -> None:
     for index, layer in enumerate(prepared.backbone.layers(encoder)):
         _derive_class(layer, prepared.backbone.layer_merging, Renamed)
         layer.merge_index = index  # type: ignore[assignment]
-    for module, mixin in prepared.backbone.readers(model, encoder):
+    for module, mixin in prepared.backbone.opened_parts(model, encoder):
         _derive_class(module, mixin, Renamed)
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding

@@ -78,6 +78,8 @@ class TokenState:
         self._prefix_only = prefix_only and not self._keep_sources and steps is None
         # None stands for "every token is one patch": then attention needs no bias.
         self._sizes: list[Tensor | None] = [sizes]
+        # Their logarithms as an additive mask, where a merge has made them in passing.
+        self._biases: list[Tensor | None] = [None]
         self._active: list[int] = []
         self._positions: list[Tensor | None] = [None]
         self._sources: list[Tensor] = []
@@ -131,14 +133,15 @@ class TokenState:
 
     def bring(self, layer: int, device: torch.device) -> None:
         """Move what belongs to the tokens that enter a layer to where they are: layers may lie on several devices."""
-        carried: list[tuple[list[Any], int]] = [
+        lists: tuple[tuple[list[Any], int], ...] = (
             (self._sizes, layer),
+            (self._biases, layer),
             (self._positions, layer),
             (self._sources, layer - 1),
-        ]
-        for kept, index in carried:
-            if 0 <= index < len(kept) and kept[index] is not None and kept[index].device != device:
-                kept[index] = kept[index].to(device)
+        )
+        for kept, index in lists:
+            if 0 <= index < len(kept) and (tensor := kept[index]) is not None and tensor.device != device:
+                kept[index] = tensor.to(device)
 
     def place(self, positions: Tensor) -> None:
         """Say where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""
@@ -165,12 +168,14 @@ class TokenState:
         sizes = self._sizes[layer]
         if len(self._sizes) == layer + 1:
             self._sizes.append(None if sizes is None else sizes[:, :num_rows])
+            self._biases.append(None)
             self._active.append(num_rows)
             self._positions.append(None)
 
     def pass_on(self, layer: int, x: Tensor) -> None:
         """Record that a layer hands on all that entered it: x [B, n, D]."""
         if len(self._sizes) == layer + 1:
+            self._biases.append(self._biases[layer])
             self._record(layer, x, self._sizes[layer], self._active[layer], lambda: _identity(x))
             self._positions.append(self._positions[layer])
 
@@ -182,10 +187,12 @@ class TokenState:
         num_active: int,
         source: Callable[[], Tensor],
         carry: Callable[[Tensor], Tensor],
+        bias: Tensor | None = None,
     ) -> None:
         """Record what a layer hands on: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
 
         `source` makes its source map, and is called only if somebody asked; `carry` merges positions as the tokens.
+        `bias` [B, 1, 1, n'] is their `ops.size_bias` in float32, if it is at hand.
         """
         positions = self._positions[layer]
         # Also when the layer is run again: gradient checkpointing wants the same operations both times.
@@ -194,6 +201,7 @@ class TokenState:
             return
         if self._first_merge is None:
             self._first_merge = layer
+        self._biases.append(bias)
         self._record(layer, x, sizes, num_active, source)
         self._positions.append(carried)
 
@@ -226,12 +234,16 @@ class TokenState:
         # What the model made itself (when it is exported) lets all tokens see all tokens, and now there are fewer.
         if not wanted and not self._padded:
             return None
+        attention_dtype = _attention_dtype(sizes, dtype)
         exponents = None
         # Behind the last layer stands a head, which has no exponents.
         if wanted and self.embedding is not None and layer < len(self.embedding.layers):
             exponents = self.embedding.exponents_of(layer)
             exponents = None if exponents is None else exponents.to(sizes.device)
-        bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), _attention_dtype(sizes, dtype), exponents)
+        made = self._biases[layer]
+        if made is not None and wanted and exponents is None and made.dtype == attention_dtype:
+            return made
+        bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), attention_dtype, exponents)
         if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
             bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)
         return bias

@@ -16,6 +16,7 @@ from ..reducers import AttentionInputs, Reducer
 from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
+from .open_mlp import OpenMLP, opens_mlp
 from .readers import Averaging, ReadsPrefix, ScopedForward
 
 
@@ -53,6 +54,13 @@ class LayerMerging:
         """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. The rest: see `AttentionInputs`."""
         inputs = AttentionInputs(bias, rotate, keys)
         return self.merge_reducer.reduce(hidden_states, normed, self, self.merge_index, state, inputs)  # type: ignore[arg-type]
+
+    def run_mlp(self: Any, normed: Tensor, state: TokenState) -> Tensor:
+        """The layer's MLP, which knows whether the tokens before it were merged: [B, n, D] -> [B, n, D]."""
+        mlp: Any = self.mlp
+        if isinstance(mlp, OpenMLP) and state.has_merged(self.merge_index + 1):
+            return mlp(normed, merged=True)  # type: ignore[operator]
+        return mlp(normed)
 
 
 class Backbone(ABC):
@@ -112,6 +120,14 @@ class Backbone(ABC):
     def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
         """Modules that read merged tokens or their number, each with the mixin that makes it read them right."""
         yield from ()
+
+    def opened_parts(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+        """Modules that the layers run in another way, or that read tokens, each with the mixin that it needs."""
+        yield from self.readers(model, encoder)
+        for layer in self.layers(encoder):
+            mlp = getattr(layer, "mlp", None)
+            if opens_mlp(mlp):
+                yield mlp, OpenMLP
 
     def hands_out_keys(self, layer: nn.Module) -> bool:
         """Whether the attention of a layer hands out the keys it computed."""

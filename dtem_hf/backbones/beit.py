@@ -104,7 +104,7 @@ class BeitLayerMerging(RelativeBiasMerging):
         attended, _ = self.attention(normed, attention_mask=bias, **kwargs)
         attended = self.drop_path(self.lambda_1 * self.dropout(attended))
         hidden_states = self.merge_step(attended + hidden_states, normed, token_state, bias)
-        grown = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        grown = self.dropout(self.run_mlp(self.layernorm_after(hidden_states), token_state))
         return self.drop_path(self.lambda_2 * grown) + hidden_states
 
     def _bias(

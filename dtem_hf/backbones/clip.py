@@ -33,7 +33,7 @@ class CLIPLayerMerging(LayerMerging):
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=bias, **kwargs)
         hidden_states = self.merge_step(hidden_states + attended, normed, token_state, bias)
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + self.run_mlp(self.layer_norm2(hidden_states), token_state)
 
 
 class CLIPLike(Backbone):

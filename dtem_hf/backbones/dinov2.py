@@ -34,7 +34,7 @@ class Dinov2LayerMerging(LayerMerging):
         attended = attended[0] if isinstance(attended, tuple) else attended
         attended = self.drop_path(self.layer_scale1(attended))
         hidden_states = self.merge_step(attended + hidden_states, normed, token_state, bias)
-        return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
+        return self.drop_path(self.layer_scale2(self.run_mlp(self.norm2(hidden_states), token_state))) + hidden_states
 
 
 class Dinov2Like(Backbone):

@@ -78,7 +78,7 @@ class DINOv3ViTLayerMerging(LayerMerging):
         attended = self.drop_path(self.layer_scale1(attended))
         turn: Callable[[Tensor], Tensor] = lambda keys: rotate(keys, rotation)  # noqa: E731
         hidden_states = self.merge_step(attended + hidden_states, normed, token_state, bias, turn)
-        return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
+        return self.drop_path(self.layer_scale2(self.run_mlp(self.norm2(hidden_states), token_state))) + hidden_states
 
     def _rotation(self: Any, hidden_states: Tensor, original: Rotation, state: TokenState) -> Rotation:
         theta, prefix = self.attention.config.rope_theta, state.num_prefix_tokens

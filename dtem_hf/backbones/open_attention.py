@@ -10,15 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
+
+from .bare_modules import as_product, multiplies_faster
+from .masked_attention import attend
 
 
 @dataclass
 class AttentionPass:
-    """What a layer asks of its attention: `num_rows` first rows (None: all). It gets the `keys`, [B, n, H · d]."""
+    """What a layer asks of its attention: `num_rows` first rows (None: all), of tokens that were `merged` or not.
+
+    It gets the `keys`, [B, n, H · d].
+    """
 
     num_rows: int | None = None
+    merged: bool = False
     keys: Tensor | None = None
 
 
@@ -37,15 +45,21 @@ class OpenAttention:
         rows = hidden_states
         if attention_pass.num_rows is not None:
             rows = hidden_states[:, : attention_pass.num_rows]
-        projected = self.q_proj(rows), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        linears = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        fast = attention_pass.merged and multiplies_faster(rows, *linears)
+        to_query, to_key, to_value, to_output = map(as_product, linears) if fast else linears
+        projected = to_query(rows), to_key(hidden_states), to_value(hidden_states)
         attention_pass.keys = projected[1]
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in projected)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed, weights = attend(
+        if interface is sdpa_attention_forward and not kwargs:  # without the cases of decoders, which it looks into
+            mixed, weights = attend(query, key, value, attention_mask, self.scaling, dropout, weights=False)
+            return to_output(mixed), weights
+        mixed, weights = interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(mixed.reshape(*rows.shape[:-1], -1).contiguous()), weights
+        return to_output(mixed.reshape(*rows.shape[:-1], -1).contiguous()), weights
 
 
 def opens(attention: Any, encoder_class: type) -> bool:

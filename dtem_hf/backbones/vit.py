@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
 
 from ..token_state import TokenState
+from .bare_modules import drop
 from .base import Backbone, LayerMerging, linear_cost
 from .open_attention import AttentionPass, OpenAttention, opens
 
@@ -28,20 +29,19 @@ class ViTLayerMerging(LayerMerging):
         normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         num_rows = token_state.rows_read(self.merge_index)
-        opened = isinstance(self.attention, OpenAttention)
-        if not opened:
+        if not isinstance(self.attention, OpenAttention):
             attended, _ = self.attention(normed, bias, **kwargs)
-            hidden_states = self.merge_step(self.dropout(attended) + hidden_states, normed, token_state, bias)
-        elif num_rows is None:
-            inside = AttentionPass()
-            attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)
-            attended = self.dropout(attended) + hidden_states
-            hidden_states = self.merge_step(attended, normed, token_state, bias, keys=inside.keys)
+            hidden_states = self.merge_step(drop(self.dropout, attended) + hidden_states, normed, token_state, bias)
         else:
-            attended, _ = self.attention(normed, bias, attention_pass=AttentionPass(num_rows), **kwargs)
-            hidden_states = self.dropout(attended) + hidden_states[:, :num_rows]
-            token_state.hand_on_rows(self.merge_index, num_rows)
-        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
+            inside = AttentionPass(num_rows, merged=token_state.has_merged(self.merge_index))
+            attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)  # type: ignore[operator]
+            if num_rows is None:
+                attended = drop(self.dropout, attended) + hidden_states
+                hidden_states = self.merge_step(attended, normed, token_state, bias, keys=inside.keys)
+            else:
+                hidden_states = drop(self.dropout, attended) + hidden_states[:, :num_rows]
+                token_state.hand_on_rows(self.merge_index, num_rows)
+        return drop(self.dropout, self.run_mlp(self.layernorm_after(hidden_states), token_state)) + hidden_states
 
 
 class ViTLike(Backbone):

@@ -124,7 +124,7 @@ class MergingAlone(nn.Module):
     def forward(self, tokens: Sequence[Tensor], metrics: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
         merged: list[Tensor] = []
         for x, metric, size, r in zip(tokens, metrics, sizes, self.reductions, strict=True):
-            merged += ops.match_and_merge(x, size, metric, r, self.num_prefix_tokens)[:2]
+            merged += [*ops.match_and_merge(x, size, metric, r, self.num_prefix_tokens)[:2]]
         return merged
 
 

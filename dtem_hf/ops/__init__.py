@@ -5,7 +5,7 @@ from .damage import first_order_change
 from .forms import MERGE_FORMS, exports_one_hot, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first, split_counts, split_even_odd
-from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
+from .merging import Merged, compose_source_maps, merge_tokens, source_map, unmerge_tokens
 from .reduction import add_heads, match_and_merge
 from .relaxation import (
     merge_along_flow,
@@ -23,6 +23,7 @@ __all__ = [
     "MERGE_FORMS",
     "SMALLEST_SIZE",
     "Matching",
+    "Merged",
     "add_heads",
     "bipartite_soft_matching",
     "compose_source_maps",

@@ -1,5 +1,8 @@
 """Size-weighted merging along a matching, source maps, and the way back (METHOD.md section 3)."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,18 @@ from .matching import Matching, split_counts, split_even_odd, without_autocast
 
 
 _SMALLEST_TOTAL = 1e-12
+
+
+class Merged(NamedTuple):
+    """Tokens behind a merge: `x` [B, N - r, D], `sizes` [B, N - r], and `matching`, which makes what they went by.
+
+    `bias` [B, 1, 1, N - r] is the float32 `size_bias` of the sizes, where it was made in passing.
+    """
+
+    x: Tensor
+    sizes: Tensor
+    matching: Callable[[], Matching]
+    bias: Tensor | None = None
 
 
 def _rows(index: Tensor, num_tokens: int, first: int = 0, step: int = 1) -> Tensor:

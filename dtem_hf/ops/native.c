@@ -6,12 +6,12 @@
  */
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define LANES 16
 #define ROWS 4
 #define SMALLEST 1e-12f
+#define SMALLEST_SIZE 1e-8f /* as in attention.py */
 
 /* The processor that runs it need not be the one that compiled it: caches lie in homes that machines share. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
@@ -36,10 +36,14 @@ int64_t dtem_scratch_bytes(int64_t n, int64_t d) {
   return 4 * d * (columns + rows + 1) + rows * (int64_t)(sizeof(float) + sizeof(int64_t) + sizeof(Ranked)) + 256;
 }
 
-static int best_first(const void *p, const void *q) {
-  const Ranked *a = p, *b = q;
-  if (a->score != b->score) return a->score > b->score ? -1 : 1;
-  return a->row - b->row;
+/* The r highest of n scores that are no NaN, best first, and of equal ones the first. */
+static void rank(const float *score, int64_t n, int64_t r, Ranked *order) {
+  for (int64_t i = 0, full = 0; i < n; i++) {
+    if (full == r && (r == 0 || score[i] <= order[r - 1].score)) continue;
+    int64_t at = full < r ? full++ : r - 1;
+    for (; at > 0 && order[at - 1].score < score[i]; at--) order[at] = order[at - 1];
+    order[at] = (Ranked){score[i], (int32_t)i};
+  }
 }
 
 /* The sum of a token's heads, as `row`; returns what brings it to length 1. */
@@ -77,11 +81,11 @@ FAST static void move(float *out, const float *from, const float *base, float sh
 }
 
 /* metric [batch, n, heads * d], x [batch, n, width], sizes [batch, n] or NULL; strides in numbers, the last ones 1.
- * Out: out [batch, n - r, width], out_sizes [batch, n - r], and the indices of a Matching. */
+ * Out: out [batch, n - r, width], out_sizes [batch, n - r], their logarithms, and the indices of a Matching. */
 void dtem_match_and_merge(const float *metric, int64_t metric_image, int64_t metric_token, int64_t heads, int64_t d,
                           const float *x, int64_t x_image, int64_t x_token, int64_t width, const float *sizes,
                           int64_t sizes_image, int64_t batch, int64_t n, int64_t prefix, int64_t r, float *out,
-                          float *out_sizes, int64_t *merged, int64_t *target, int64_t *kept, char *scratch) {
+                          float *out_sizes, float *out_logs, int64_t *merged, int64_t *target, int64_t *kept, char *scratch) {
   int64_t first_a = prefix + prefix % 2, first_b = prefix + 1 - prefix % 2;
   int64_t num_a = (n + 1) / 2 - (prefix + 1) / 2, num_b = n - prefix - num_a, num_kept = num_a - r;
   int64_t columns = padded(num_b, LANES), rows = padded(num_a, ROWS);
@@ -100,8 +104,7 @@ void dtem_match_and_merge(const float *metric, int64_t metric_image, int64_t met
     }
     best_partner(a, b, rows, num_b, columns, d, best, partner);
 
-    for (int64_t i = 0; i < num_a; i++) order[i] = (Ranked){best[i], (int32_t)i};
-    qsort(order, num_a, sizeof(Ranked), best_first);
+    rank(best, num_a, r, order);
     for (int64_t i = 0; i < r; i++) {
       merged[i] = order[i].row;
       target[i] = partner[merged[i]];
@@ -126,7 +129,9 @@ void dtem_match_and_merge(const float *metric, int64_t metric_image, int64_t met
            (sizes ? sizes[from] : 1) / total, width);
     }
 
-    metric += metric_image, x += x_image, out += (n - r) * width, out_sizes += n - r;
+    for (int64_t i = 0; i < n - r; i++) out_logs[i] = logf(out_sizes[i] > SMALLEST_SIZE ? out_sizes[i] : SMALLEST_SIZE);
+
+    metric += metric_image, x += x_image, out += (n - r) * width, out_sizes += n - r, out_logs += n - r;
     merged += r, target += r, kept += num_kept;
     if (sizes) sizes += sizes_image;
   }

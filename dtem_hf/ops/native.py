@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from .matching import Matching, split_counts
+from .merging import Merged
+from .recording import is_recorded
 
 
 # What it computes in.
@@ -36,7 +38,7 @@ _ARGUMENTS = (
     *(_POINTER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),
     *(_POINTER, _NUMBER, _NUMBER, _NUMBER),
     *(_POINTER, _NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER),
-    *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
 )
 
 
@@ -47,7 +49,7 @@ def can_match_and_merge(x: Tensor, sizes: Tensor | None, metric: Tensor) -> bool
         and type(metric) is Tensor
         and x.device.type == metric.device.type == "cpu"
         and x.dtype == metric.dtype == DTYPE
-        and not _is_recorded()
+        and not is_recorded()
         and x.shape[0] <= _MOST_IMAGES_PER_THREAD * torch.get_num_threads()
         and not (torch.is_grad_enabled() and _any_requires_grad(x, sizes, metric))
         and x.stride(-1) == metric.stride(-1) == 1
@@ -58,36 +60,39 @@ def can_match_and_merge(x: Tensor, sizes: Tensor | None, metric: Tensor) -> bool
 
 def match_and_merge(
     x: Tensor, sizes: Tensor | None, metric: Tensor, heads: int, r: int, num_prefix_tokens: int
-) -> tuple[Tensor, Tensor, Matching]:
+) -> Merged:
     """Match by a metric [B, N, H · d], whose heads are added up, and merge: x [B, N, D], sizes [B, N] or None.
 
-    Returns x [B, N - r, D], sizes [B, N - r] and the matching; r is one that fits.
+    Returns x [B, N - r, D], sizes [B, N - r], the bias of these sizes and what makes the matching; r is one that fits.
     """
     batch, num_tokens, width = x.shape
     dim = metric.shape[-1] // heads
-    num_a = split_counts(num_tokens, num_prefix_tokens)[0]
-    out, out_sizes = x.new_empty(batch, num_tokens - r, width), x.new_empty(batch, num_tokens - r)
-    merged, target, kept = (torch.empty(batch, length, dtype=torch.int64) for length in (r, r, num_a - r))
-    compiled: Any = library()
-    scratch = torch.empty(compiled.dtem_scratch_bytes(num_tokens, dim), dtype=torch.uint8)
-    compiled.dtem_match_and_merge(
+    left, num_a = num_tokens - r, split_counts(num_tokens, num_prefix_tokens)[0]
+    out, out_sizes, bias = x.new_empty(batch, left, width), x.new_empty(batch, left), x.new_empty(batch, 1, 1, left)
+    # Few ever ask for the matching, so its three tensors are cut out of one when they do.
+    indices = torch.empty(batch * (r + num_a), dtype=torch.int64)
+    scratch = torch.empty(_scratch_bytes(num_tokens, dim), dtype=torch.uint8)
+    merged = indices.data_ptr()
+    target = merged + 8 * batch * r
+    library().dtem_match_and_merge(
         *(metric.data_ptr(), metric.stride(0), metric.stride(1), heads, dim),
         *(x.data_ptr(), x.stride(0), x.stride(1), width),
         *((None, 0) if sizes is None else (sizes.data_ptr(), sizes.stride(0))),
         *(batch, num_tokens, num_prefix_tokens, r),
-        *(t.data_ptr() for t in (out, out_sizes, merged, target, kept, scratch)),
+        *(out.data_ptr(), out_sizes.data_ptr(), bias.data_ptr()),
+        *(merged, target, target + 8 * batch * r, scratch.data_ptr()),
     )
-    return out, out_sizes, Matching(merged, target, kept, num_prefix_tokens)
+
+    def matching() -> Matching:
+        parts = (part.view(batch, -1) for part in indices.split([batch * r, batch * r, batch * (num_a - r)]))
+        return Matching(next(parts), next(parts), next(parts), num_prefix_tokens)
+
+    return Merged(out, out_sizes, matching, bias)
 
 
-def _is_recorded() -> bool:
-    """Whether somebody writes down, counts or transforms the operations that run, and would miss this one."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+@lru_cache(maxsize=1024)
+def _scratch_bytes(num_tokens: int, dim: int) -> int:
+    return int(library().dtem_scratch_bytes(num_tokens, dim))
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

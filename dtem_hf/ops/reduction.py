@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from . import native
-from .matching import Matching, bipartite_soft_matching
-from .merging import merge_tokens
+from .matching import bipartite_soft_matching
+from .merging import Merged, merge_tokens
 
 
 def add_heads(metric: Tensor, heads: int) -> Tensor:
@@ -20,12 +20,12 @@ def match_and_merge(
     num_prefix_tokens: int = 1,
     empty: Tensor | None = None,
     heads: int = 1,
-) -> tuple[Tensor, Tensor, Matching]:
+) -> Merged:
     """`bipartite_soft_matching` by a metric [B, N, H · d], whose heads are added up, and `merge_tokens` along it.
 
-    x [B, N, D], sizes [B, N] or None -> x [B, N - r, D], sizes [B, N - r], and the matching.
+    x [B, N, D], sizes [B, N] or None -> x [B, N - r, D], sizes [B, N - r], and what makes the matching.
     """
     if empty is None and native.can_match_and_merge(x, sizes, metric):
         return native.match_and_merge(x, sizes, metric, heads, r, num_prefix_tokens)
     matching = bipartite_soft_matching(add_heads(metric, heads), r, num_prefix_tokens, empty)
-    return (*merge_tokens(x, sizes, matching), matching)
+    return Merged(*merge_tokens(x, sizes, matching), lambda: matching)

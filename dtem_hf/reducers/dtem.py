@@ -122,5 +122,5 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
         unmerged = x
         x, sizes = ops.merge_along_flow(x, before, matching, flow)
         x = lengthen(state, index, x, lambda: ops.merge_along_flow(norms_of(unmerged), before, matching, flow)[0])
-        leave_matched(state, index, x, sizes, matching, num_tokens)
+        leave_matched(state, index, ops.Merged(x, sizes, lambda: matching), num_tokens)
         return x

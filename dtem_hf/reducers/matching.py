@@ -47,13 +47,13 @@ class MatchingReducer(Reducer[M]):
         self, x: Tensor, metric: Tensor, heads: int, r: int, layer: nn.Module, index: int, state: TokenState
     ) -> Tensor:
         """Merge r tokens of layer `index` by a metric: x [B, n, D], metric [B, n, H · d] -> [B, n - r, D]."""
-        num_tokens, before, unmerged = x.shape[1], state.sizes(index), x
-        x, sizes, matching = ops.match_and_merge(
-            x, before, metric, r, state.num_prefix_tokens, state.padding(index), heads
+        before, padding = state.sizes(index), state.padding(index)
+        merged = ops.match_and_merge(x, before, metric, r, state.num_prefix_tokens, padding, heads)
+        lengthened = lengthen(
+            state, index, merged.x, lambda: ops.merge_tokens(norms_of(x), before, merged.matching())[0]
         )
-        x = lengthen(state, index, x, lambda: ops.merge_tokens(norms_of(unmerged), before, matching)[0])
-        leave_matched(state, index, x, sizes, matching, num_tokens)
-        return x
+        leave_matched(state, index, merged._replace(x=lengthened), x.shape[1])
+        return lengthened
 
 
 def lengthen(state: TokenState, index: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
@@ -61,16 +61,15 @@ def lengthen(state: TokenState, index: int, x: Tensor, norms: Callable[[], Tenso
     return x if state.embedding is None else state.embedding.lengthen(index, x, norms)
 
 
-def leave_matched(
-    state: TokenState, index: int, x: Tensor, sizes: Tensor, matching: ops.Matching, num_tokens: int
-) -> None:
-    """Record what a matching of `num_tokens` tokens left of them: x [B, n - r, D], sizes [B, n - r]."""
+def leave_matched(state: TokenState, index: int, merged: ops.Merged, num_tokens: int) -> None:
+    """Record what a matching left of `num_tokens` tokens."""
     before = state.sizes(index)
     state.leave(
         index,
-        x,
-        sizes,
-        x.shape[1],
-        source=lambda: ops.source_map(matching, num_tokens),
-        carry=lambda positions: ops.merge_tokens(positions, before, matching)[0],
+        merged.x,
+        merged.sizes,
+        merged.x.shape[1],
+        source=lambda: ops.source_map(merged.matching(), num_tokens),
+        carry=lambda positions: ops.merge_tokens(positions, before, merged.matching())[0],
+        bias=merged.bias,
     )

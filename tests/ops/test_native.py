@@ -24,8 +24,8 @@ def plain(x: Tensor, sizes: Tensor | None, metric: Tensor, r: int, prefix: int, 
     return (*ops.merge_tokens(x, sizes, matching), *matching[:3])
 
 
-def flat(result: tuple[Tensor, Tensor, ops.Matching]) -> tuple[Tensor, ...]:
-    return (*result[:2], *result[2][:3])
+def flat(result: ops.Merged) -> tuple[Tensor, ...]:
+    return (result.x, result.sizes, *result.matching()[:3])
 
 
 @compiled
@@ -42,6 +42,8 @@ def test_equals_the_plain_path(prefix: int, num_tokens: int, r: int, heads: int,
     for ours, theirs in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(ours, theirs)  # sizes and indices
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    bias = native.match_and_merge(x, sizes, metric, heads, r, prefix).bias
+    torch.testing.assert_close(bias, ops.size_bias(expected[1], torch.float32), atol=1e-6, rtol=1e-6)
 
 
 @compiled
@@ -80,7 +82,8 @@ def test_reads_strided_and_expanded_tensors() -> None:
 @compiled
 def test_tokens_nobody_joined_are_copied_bit_for_bit() -> None:
     x, metric = torch.randn(1, 50, 32), torch.randn(1, 50, 16)
-    out, sizes, matching = native.match_and_merge(x, None, metric, 1, 12, 1)
+    out, sizes, make, _ = native.match_and_merge(x, None, metric, 1, 12, 1)
+    matching = make()
     alone = (sizes[0] == 1).nonzero().flatten()
     kept = matching.kept[0] * 2 + 2
     origin = torch.cat([torch.zeros(1, dtype=torch.int64), kept, torch.arange(1, 50, 2)])
@@ -92,7 +95,8 @@ def test_a_metric_that_is_not_finite_or_zero_neither_crashes_nor_loses_tokens() 
     metric = torch.randn(1, 30, 8)
     metric[0, 4], metric[0, 7], metric[0, 9] = torch.nan, torch.inf, 0
     x = torch.randn(1, 30, 4)
-    _, sizes, matching = native.match_and_merge(x, None, metric, 1, 10, 1)
+    _, sizes, make, _ = native.match_and_merge(x, None, metric, 1, 10, 1)
+    matching = make()
     assert sizes.sum() == 30
     assert sorted(torch.cat([matching.merged, matching.kept], dim=1)[0].tolist()) == list(range(14))
 

@@ -1,0 +1,47 @@
+"""Running what a module computes by other means, where nothing but that computation would be lost.
+
+A module is bare where calling it does what its class says of its own weights, and nobody watches: no hook, no LoRA, no
+quantised or offloaded weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+
+from ..ops import products
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether calling a module does more than its class says: hooks, and forward passes put on the module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def drop(dropout: nn.Module, x: Tensor) -> Tensor:
+    """Dropout, which is not called where it is off, as it costs a few microseconds there."""
+    return dropout(x) if dropout.training or is_hooked(dropout) else x
+
+
+def multiplies_faster(x: Tensor, *linears: Any) -> bool:
+    """Whether modules that run on rows x [..., D], or on as many, may be run as products, and are faster then."""
+    return (
+        products.can_multiply(x)  # first, as the numbers of a graph that is traced are none
+        and products.is_faster(x, linears[0].weight)
+        and not hooks_of_all._has_any_global_hook()
+        and all(_is_bare_linear(linear) for linear in linears)
+    )
+
+
+def as_product(linear: Any, gelu: str | None = None) -> Callable[[Tensor], Tensor]:
+    """A bare linear module, and GELU behind it, as a function that goes by its weight."""
+    return lambda x: products.multiply(x, linear.weight, linear.bias, gelu)
+
+
+def _is_bare_linear(linear: Any) -> bool:
+    if type(linear) is not nn.Linear or is_hooked(linear):
+        return False
+    weight = linear.weight
+    return type(weight) is nn.Parameter and weight.dtype == products.DTYPE and weight.device.type == "cpu"
