@@ -16,6 +16,7 @@ from ..reducers import AttentionInputs, Reducer
 from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
+from .open_attention import AttentionPass, OpenAttention, opens
 from .open_mlp import OpenMLP, opens_mlp
 from .readers import Averaging, ReadsPrefix, ScopedForward
 
@@ -42,6 +43,20 @@ class LayerMerging:
         wanted = self.merge_reducer.wants_bias(self)  # type: ignore[arg-type]
         return state.attention_bias(self.merge_index, hidden_states.dtype, attention_mask, wanted)
 
+    def run_attention(
+        self, attention: Any, state: TokenState, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, AttentionPass]:
+        """What attention makes of [B, n, D], or of the rows that are read, [B, P, D]; and what else it hands out.
+
+        It is called with `args` and `kwargs`, which are as in the stock layer, since hooks see them.
+        """
+        if not isinstance(attention, OpenAttention):
+            attended = attention(*args, **kwargs)
+            return attended[0] if isinstance(attended, tuple) else attended, AttentionPass()
+        inside = AttentionPass(state.rows_read(self.merge_index), state.has_merged(self.merge_index))
+        attended, _ = attention(*args, attention_pass=inside, **kwargs)  # type: ignore[operator]
+        return attended, inside
+
     def merge_step(
         self,
         hidden_states: Tensor,
@@ -49,10 +64,16 @@ class LayerMerging:
         state: TokenState,
         bias: Tensor | Callable[[], Tensor | None] | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
-        keys: Tensor | None = None,
+        inside: AttentionPass | None = None,
     ) -> Tensor:
-        """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. The rest: see `AttentionInputs`."""
-        inputs = AttentionInputs(bias, rotate, keys)
+        """Reduce the tokens behind attention: [B, n, D] -> [B, n', D]. The rest: see `AttentionInputs`.
+
+        `inside` comes from `run_attention`: rows that it left out need no merge.
+        """
+        if inside is not None and inside.num_rows is not None:
+            state.hand_on_rows(self.merge_index, inside.num_rows)
+            return hidden_states
+        inputs = AttentionInputs(bias, rotate, None if inside is None else inside.keys)
         return self.merge_reducer.reduce(hidden_states, normed, self, self.merge_index, state, inputs)  # type: ignore[arg-type]
 
     def run_mlp(self: Any, normed: Tensor, state: TokenState) -> Tensor:
@@ -70,7 +91,8 @@ class Backbone(ABC):
     whole models in which that encoder may be merged, by the Auto class that yields them; `other_models` those that no
     Auto class yields. Of these, `composites` do more than see, and are costed by their encoder alone; `averaging`
     average the tokens that the encoder hands on, without knowing their sizes; `dense` read all tokens in place;
-    `prefix_readers` read none but the prefix tokens, and show no others to anybody.
+    `prefix_readers` read none but the prefix tokens, and show no others to anybody. `open_attention` is the mixin for
+    self-attentions that are made of the parts it names.
     """
 
     encoder_class: ClassVar[type[nn.Module]]
@@ -79,6 +101,7 @@ class Backbone(ABC):
     other_models: ClassVar[tuple[type[nn.Module], ...]] = ()
     composites: ClassVar[tuple[type[nn.Module], ...]] = ()
     averaging: ClassVar[tuple[type[nn.Module], ...]] = ()
+    open_attention: ClassVar[type[OpenAttention] | None] = None
     dense: ClassVar[tuple[type[nn.Module], ...]] = ()
     prefix_readers: ClassVar[tuple[type[nn.Module], ...]] = ()
 
@@ -125,13 +148,15 @@ class Backbone(ABC):
         """Modules that the layers run in another way, or that read tokens, each with the mixin that it needs."""
         yield from self.readers(model, encoder)
         for layer in self.layers(encoder):
+            if self.open_attention is not None and self.hands_out_keys(layer):
+                yield self.attention(layer), self.open_attention
             mlp = getattr(layer, "mlp", None)
             if opens_mlp(mlp):
                 yield mlp, OpenMLP
 
     def hands_out_keys(self, layer: nn.Module) -> bool:
         """Whether the attention of a layer hands out the keys it computed."""
-        return False
+        return self.open_attention is not None and opens(self.attention(layer), self.encoder_class)
 
     def row_cost(self, layer: nn.Module) -> int:
         """Multiply-adds of what attention spends on each row of its output alone: queries, and the last projection."""
@@ -170,7 +195,8 @@ class Backbone(ABC):
         From the layer's own projections, whatever the attention implementation. The first token is never rotated.
         """
         query = self.queries(layer, normed[:, :1]).transpose(1, 2)  # [B, H, 1, d]
-        keys = self.keys(layer, normed).transpose(1, 2)  # [B, H, n, d]
+        keys = self.keys(layer, normed) if inputs.keys is None else inputs.keys.unflatten(-1, query.shape[1::2])
+        keys = keys.transpose(1, 2)  # [B, H, n, d]
         if inputs.rotate is not None:
             keys = inputs.rotate(keys)
         scores = (query @ keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5

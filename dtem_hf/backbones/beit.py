@@ -20,6 +20,7 @@ from transformers.models.beit.modeling_beit import (
 
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
+from .open_attention import OpenAttention
 from .readers import WeighedMean
 
 
@@ -101,9 +102,9 @@ class BeitLayerMerging(RelativeBiasMerging):
             )
         bias = self._bias(hidden_states, attention_mask, interpolate_pos_encoding, resolution, token_state)
         normed = self.layernorm_before(hidden_states)
-        attended, _ = self.attention(normed, attention_mask=bias, **kwargs)
-        attended = self.drop_path(self.lambda_1 * self.dropout(attended))
-        hidden_states = self.merge_step(attended + hidden_states, normed, token_state, bias)
+        attended, inside = self.run_attention(self.attention, token_state, normed, attention_mask=bias, **kwargs)
+        attended = self.drop_path(self.lambda_1 * self.dropout(attended)) + inside.rows(hidden_states)
+        hidden_states = self.merge_step(attended, normed, token_state, bias, inside=inside)
         grown = self.dropout(self.run_mlp(self.layernorm_after(hidden_states), token_state))
         return self.drop_path(self.lambda_2 * grown) + hidden_states
 
@@ -140,6 +141,7 @@ class BeitFamily(Backbone):
     dense = (BeitForSemanticSegmentation, BeitBackbone)
     composites = (BeitForSemanticSegmentation,)
     layer_merging = BeitLayerMerging
+    open_attention = OpenAttention
 
     def layers(self, encoder: Any) -> Sequence[nn.Module]:
         return encoder.layers

@@ -15,6 +15,7 @@ from transformers.models.clip.modeling_clip import (
 
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
+from .open_attention import OpenCLIPAttention
 
 
 class CLIPLayerMerging(LayerMerging):
@@ -31,8 +32,12 @@ class CLIPLayerMerging(LayerMerging):
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         normed = self.layer_norm1(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
-        attended, _ = self.self_attn(hidden_states=normed, attention_mask=bias, **kwargs)
-        hidden_states = self.merge_step(hidden_states + attended, normed, token_state, bias)
+        attended, inside = self.run_attention(
+            self.self_attn, token_state, hidden_states=normed, attention_mask=bias, **kwargs
+        )
+        hidden_states = self.merge_step(
+            inside.rows(hidden_states) + attended, normed, token_state, bias, inside=inside
+        )
         return hidden_states + self.run_mlp(self.layer_norm2(hidden_states), token_state)
 
 
@@ -40,6 +45,7 @@ class CLIPLike(Backbone):
     """Families whose layers are built like those of CLIP's vision tower."""
 
     layer_merging = CLIPLayerMerging
+    open_attention = OpenCLIPAttention
 
     def layers(self, encoder: Any) -> Sequence[nn.Module]:
         return encoder.encoder.layers

@@ -16,6 +16,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
 from .masked_attention import MaskedAttention
+from .open_attention import OpenAttention
 from .readers import Averaged, Between
 
 
@@ -30,10 +31,9 @@ class Dinov2LayerMerging(LayerMerging):
         attention_mask = args[0] if args else kwargs.pop("attention_mask", None)
         normed = self.norm1(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
-        attended = self.attention(normed, attention_mask=bias, **kwargs)
-        attended = attended[0] if isinstance(attended, tuple) else attended
-        attended = self.drop_path(self.layer_scale1(attended))
-        hidden_states = self.merge_step(attended + hidden_states, normed, token_state, bias)
+        attended, inside = self.run_attention(self.attention, token_state, normed, attention_mask=bias, **kwargs)
+        attended = self.drop_path(self.layer_scale1(attended)) + inside.rows(hidden_states)
+        hidden_states = self.merge_step(attended, normed, token_state, bias, inside=inside)
         return self.drop_path(self.layer_scale2(self.run_mlp(self.norm2(hidden_states), token_state))) + hidden_states
 
 
@@ -41,6 +41,7 @@ class Dinov2Like(Backbone):
     """Families whose layers are built like those of DINOv2; `normalising` lies between encoder and classifier."""
 
     layer_merging: ClassVar[type[LayerMerging]] = Dinov2LayerMerging
+    open_attention: ClassVar[type[OpenAttention] | None] = OpenAttention
     normalising: ClassVar[type[nn.Module]]
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:

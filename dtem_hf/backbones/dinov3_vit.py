@@ -97,6 +97,7 @@ class DINOv3ViTFamily(Dinov2Like):
     models = {"AutoModel": (DINOv3ViTModel,), "AutoBackbone": (DINOv3ViTBackbone,)}
     dense = (DINOv3ViTBackbone,)
     layer_merging = DINOv3ViTLayerMerging
+    open_attention = None  # it turns queries and keys in between
 
     def key_linear(self, layer: Any) -> tuple[nn.Module, int]:
         return layer.attention.k_proj, layer.attention.num_heads

@@ -6,13 +6,13 @@ module's own forward pass runs wherever a layer asks for neither.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .bare_modules import as_product, multiplies_faster
 from .masked_attention import attend
@@ -22,16 +22,24 @@ from .masked_attention import attend
 class AttentionPass:
     """What a layer asks of its attention: `num_rows` first rows (None: all), of tokens that were `merged` or not.
 
-    It gets the `keys`, [B, n, H · d].
+    It gets the `keys`, [B, n, H · d]; None where attention does not hand them out.
     """
 
     num_rows: int | None = None
     merged: bool = False
     keys: Tensor | None = None
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows that attention computes, of what goes past it: [B, n, D] -> [B, n or num_rows, D]."""
+        return x if self.num_rows is None else x[:, : self.num_rows]
+
 
 class OpenAttention:
-    """Mixed into a self-attention with `q_proj`, `k_proj`, `v_proj` and `o_proj`, and nothing in between."""
+    """Mixed into a self-attention with `q_proj`, `k_proj`, `v_proj`, one more projection, and nothing in between."""
+
+    output_name: ClassVar = "o_proj"
+    scaling_name: ClassVar = "scaling"
+    dropout_name: ClassVar = "attention_dropout"
 
     def forward(
         self: Any,
@@ -41,27 +49,32 @@ class OpenAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if attention_pass is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        rows = hidden_states
-        if attention_pass.num_rows is not None:
-            rows = hidden_states[:, : attention_pass.num_rows]
-        linears = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        rows = attention_pass.rows(hidden_states)
+        linears = self.q_proj, self.k_proj, self.v_proj, getattr(self, self.output_name)
         fast = attention_pass.merged and multiplies_faster(rows, *linears)
         to_query, to_key, to_value, to_output = map(as_product, linears) if fast else linears
         projected = to_query(rows), to_key(hidden_states), to_value(hidden_states)
         attention_pass.keys = projected[1]
         query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in projected)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
+        scaling, dropout = getattr(self, self.scaling_name), getattr(self, self.dropout_name) if self.training else 0.0
+        eager = sys.modules[type(self).__module__].eager_attention_forward
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         if interface is sdpa_attention_forward and not kwargs:  # without the cases of decoders, which it looks into
-            mixed, weights = attend(query, key, value, attention_mask, self.scaling, dropout, weights=False)
+            mixed, weights = attend(query, key, value, attention_mask, scaling, dropout, weights=False)
             return to_output(mixed), weights
-        mixed, weights = interface(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        mixed, weights = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return to_output(mixed.reshape(*rows.shape[:-1], -1).contiguous()), weights
+
+
+class OpenCLIPAttention(OpenAttention):
+    """The same, under the names that CLIP and its kin give to the parts."""
+
+    output_name = "out_proj"
+    scaling_name = "scale"
+    dropout_name = "dropout"
 
 
 def opens(attention: Any, encoder_class: type) -> bool:
     """Whether an attention module is the one that transformers wrote for an encoder, and may be opened."""
-    return type(attention).__module__ == encoder_class.__module__
+    return type(attention).__module__ == encoder_class.__module__ and hasattr(attention, "q_proj")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTM
 from ..token_state import TokenState
 from .bare_modules import drop
 from .base import Backbone, LayerMerging, linear_cost
-from .open_attention import AttentionPass, OpenAttention, opens
+from .open_attention import OpenAttention
 
 
 class ViTLayerMerging(LayerMerging):
@@ -28,19 +28,9 @@ class ViTLayerMerging(LayerMerging):
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
-        num_rows = token_state.rows_read(self.merge_index)
-        if not isinstance(self.attention, OpenAttention):
-            attended, _ = self.attention(normed, bias, **kwargs)
-            hidden_states = self.merge_step(drop(self.dropout, attended) + hidden_states, normed, token_state, bias)
-        else:
-            inside = AttentionPass(num_rows, merged=token_state.has_merged(self.merge_index))
-            attended, _ = self.attention(normed, bias, attention_pass=inside, **kwargs)  # type: ignore[operator]
-            if num_rows is None:
-                attended = drop(self.dropout, attended) + hidden_states
-                hidden_states = self.merge_step(attended, normed, token_state, bias, keys=inside.keys)
-            else:
-                hidden_states = drop(self.dropout, attended) + hidden_states[:, :num_rows]
-                token_state.hand_on_rows(self.merge_index, num_rows)
+        attended, inside = self.run_attention(self.attention, token_state, normed, bias, **kwargs)
+        attended = drop(self.dropout, attended) + inside.rows(hidden_states)
+        hidden_states = self.merge_step(attended, normed, token_state, bias, inside=inside)
         return drop(self.dropout, self.run_mlp(self.layernorm_after(hidden_states), token_state)) + hidden_states
 
 
@@ -48,6 +38,7 @@ class ViTLike(Backbone):
     """Families whose layers are built like those of ViT."""
 
     layer_merging = ViTLayerMerging
+    open_attention = OpenAttention
 
     def layers(self, encoder: Any) -> Sequence[nn.Module]:
         return encoder.layers
@@ -63,14 +54,6 @@ class ViTLike(Backbone):
 
     def query_linear(self, layer: Any) -> nn.Module:
         return layer.attention.q_proj
-
-    def readers(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
-        for layer in self.layers(encoder):
-            if self.hands_out_keys(layer):
-                yield self.attention(layer), OpenAttention
-
-    def hands_out_keys(self, layer: Any) -> bool:
-        return opens(layer.attention, self.encoder_class)
 
     def row_cost(self, layer: Any) -> int:
         return linear_cost([layer.attention.q_proj, layer.attention.o_proj])

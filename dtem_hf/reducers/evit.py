@@ -17,7 +17,7 @@ from .base import AttentionInputs, Reducer
 
 
 class EViTReducer(Reducer[EViTConfig]):
-    """Nothing to learn; the same in training. CLS attention is computed from the layer's own projections."""
+    """Nothing to learn; the same in training. CLS attention is computed anew from the layer's own queries and keys."""
 
     config_class: ClassVar[type[EViTConfig]] = EViTConfig
     pairwise: ClassVar[bool] = False
@@ -34,8 +34,9 @@ class EViTReducer(Reducer[EViTConfig]):
 
     def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
         width, hidden = self.backbone.key_projection(layer).weight.shape
+        keys = 0 if self.backbone.hands_out_keys(layer) else width * hidden
         # Keys, their products with one query, and that query.
-        return MetricCost(width * hidden + width, per_image=width * hidden)
+        return MetricCost(keys + width, per_image=width * hidden)
 
     def reduce(
         self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs

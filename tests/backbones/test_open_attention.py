@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from family_table import FAMILIES, inputs_of, make
 from torch import Tensor
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, attach, detach
+from dtem_hf.backbones import Backbone, find_backbone
 
 
 Make = Callable[..., ViTForImageClassification]
@@ -109,3 +111,44 @@ def test_attention_of_ones_own_is_left_alone_and_detach_closes_it(make_classifie
     assert type(merged.vit.layers[1].attention) is Doubled
     assert type(merged.vit.layers[0].attention) is not ViTAttention
     assert type(detach(merged).vit.layers[0].attention) is ViTAttention
+
+
+# Their queries, keys and values come from one product, or are turned in between.
+CLOSED = ("blip", "data2vec", "dinov3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_keys_are_computed_once(family: str) -> None:
+    """ToMe compares by the keys that attention has computed: neither the projection nor its weight is used again."""
+    model = make(family)
+    attach(model, ToMeConfig(r=9))
+    backbone, encoder = find_backbone(model)
+    layers = backbone.layers(encoder)
+    assert all(backbone.hands_out_keys(layer) == (not family.startswith(CLOSED)) for layer in layers)
+    calls: list[Any] = []
+    for layer in layers:
+        backbone.key_linear(layer)[0].register_forward_hook(lambda module, *_: calls.append(module))
+    with CountedMeanKeys() as counted:
+        model(**inputs_of(family, 1))
+    assert len(calls) == len(layers)
+    assert counted.times == (len(layers) if family.startswith(CLOSED) else 0)
+
+
+class CountedMeanKeys:
+    """Counts how often any family computes mean keys of its own."""
+
+    times = 0
+
+    def __enter__(self) -> CountedMeanKeys:
+        self._stock = Backbone.mean_keys
+
+        def counted(backbone: Backbone, *args: Any) -> Tensor:
+            self.times += 1
+            return self._stock(backbone, *args)
+
+        Backbone.mean_keys = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Backbone.mean_keys = self._stock  # type: ignore[method-assign]
