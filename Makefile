@@ -14,6 +14,7 @@ OLDEST_TESTS := backbones convert reducers test_adapter.py test_auto.py test_den
 
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
+PEERS := --peer recipes.peers:sliced recipes.peers:sliced_by_onednn recipes.peers:plain_by_onednn
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help
@@ -36,11 +37,11 @@ model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ a
 	$(BIN)/python recipes/model_cards.py
 
 performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the tables in docs/performance anew
-	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True --peer recipes.peers:sliced --output_dir docs/performance/deit-small
+	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --batch_sizes 16 --output_dir docs/performance/deit-small-compile
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --dtype bfloat16 --batch_sizes 16 --output_dir docs/performance/deit-small-bfloat16
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes onnxruntime onnxruntime_one_hot --batch_sizes 8 --output_dir docs/performance/deit-small-onnx
-	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome dtem --rounds 60 --batch_sizes 1 --peer recipes.peers:sliced --output_dir docs/performance/deit-tiny
+	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome dtem --rounds 60 --batch_sizes 1 $(PEERS) --output_dir docs/performance/deit-tiny
 	$(BIN)/python recipes/benchmark_training.py $(TINY) --output_dir docs/performance/training-step
 	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
 		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base

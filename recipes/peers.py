@@ -1,4 +1,4 @@
-"""A peer for recipes/benchmark.py, which measures what fewer tokens save at most on a machine.
+"""Peers for recipes/benchmark.py: what fewer tokens, and other matrix products, save on a machine by themselves.
 
 python recipes/benchmark.py --model recipes/configs/deit_small --random_weights True --r 16 --peer recipes.peers:sliced
 """
@@ -11,27 +11,45 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from dtem_hf.ops import products
+
 
 def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
     """A ViT that drops its last r tokens (half of them, where there are fewer) behind every attention, for nothing.
 
     No metric, no matching, no merging, no sizes, and the same operations otherwise, called one after the other.
     """
+    return lambda pixels: _forward(model, pixels, r, lambda linear, x: linear(x))
 
-    def run(pixels: Tensor) -> Tensor:
-        vit = model.vit
-        x = vit.embeddings(pixels)
-        for layer in vit.layers:
-            attention, normed = layer.attention, layer.layernorm_before(x)
-            shape = (*x.shape[:2], -1, attention.head_dim)
-            query, key, value = (
-                linear(normed).view(shape).transpose(1, 2)
-                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-            x = x + attention.o_proj(mixed)
-            x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
-            x = x + layer.mlp(layer.layernorm_after(x))
-        return model.classifier(vit.layernorm(x)[:, 0])
 
-    return run
+def sliced_by_onednn(model: Any, r: int) -> Callable[[Tensor], Tensor]:
+    """The same with the products that a merged model takes behind its first merge."""
+    return lambda pixels: _forward(model, pixels, r, _product)
+
+
+def plain_by_onednn(model: Any, r: int) -> Callable[[Tensor], Tensor]:
+    """The plain ViT with these products: nothing is dropped, whatever r."""
+    return lambda pixels: _forward(model, pixels, 0, _product)
+
+
+def _product(linear: Any, x: Tensor) -> Tensor:
+    if products.can_multiply(x) and products.is_faster(x, linear.weight):
+        return products.multiply(x, linear.weight, linear.bias)
+    return linear(x)
+
+
+def _forward(model: Any, pixels: Tensor, r: int, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    vit = model.vit
+    x = vit.embeddings(pixels)
+    for layer in vit.layers:
+        attention, mlp, normed = layer.attention, layer.mlp, layer.layernorm_before(x)
+        shape = (*x.shape[:2], -1, attention.head_dim)
+        query, key, value = (
+            linear(projection, normed).view(shape).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = x + linear(attention.o_proj, mixed)
+        x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
+        x = x + linear(mlp.fc2, mlp.activation_fn(linear(mlp.fc1, layer.layernorm_after(x))))
+    return model.classifier(vit.layernorm(x)[:, 0])
