@@ -19,26 +19,47 @@ def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
 
     No metric, no matching, no merging, no sizes, and the same operations otherwise, called one after the other.
     """
-    return lambda pixels: _forward(model, pixels, r, lambda linear, x: linear(x))
+    _check_activation(model)
+    return lambda pixels: _forward(model, pixels, r, _module)
 
 
 def sliced_by_onednn(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """The same with the products that a merged model takes behind its first merge."""
+    """The same, and in every layer the products that a merged model takes behind its first merge.
+
+    Raises RuntimeError on a machine where none does.
+    """
+    _check(model)
     return lambda pixels: _forward(model, pixels, r, _product)
 
 
 def plain_by_onednn(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """The plain ViT with these products: nothing is dropped, whatever r."""
+    """The plain ViT with these products: nothing is dropped, whatever r. Raises RuntimeError on a machine without."""
+    _check(model)
     return lambda pixels: _forward(model, pixels, 0, _product)
 
 
-def _product(linear: Any, x: Tensor) -> Tensor:
+def _check(model: Any) -> None:
+    _check_activation(model)
+    if not products.is_available():
+        raise RuntimeError("merged models take no products by oneDNN on this machine: leave this peer out")
+
+
+def _check_activation(model: Any) -> None:
+    if model.config.hidden_act != "gelu":
+        raise RuntimeError(f"hidden_act={model.config.hidden_act!r}: these peers are written for 'gelu'")
+
+
+def _product(linear: Any, x: Tensor, gelu: str | None = None) -> Tensor:
     if products.can_multiply(x) and products.is_faster(x, linear.weight):
-        return products.multiply(x, linear.weight, linear.bias)
-    return linear(x)
+        return products.multiply(x, linear.weight, linear.bias, gelu)
+    return _module(linear, x, gelu)
 
 
-def _forward(model: Any, pixels: Tensor, r: int, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
+def _module(linear: Any, x: Tensor, gelu: str | None = None) -> Tensor:
+    return linear(x) if gelu is None else F.gelu(linear(x), approximate=gelu)
+
+
+def _forward(model: Any, pixels: Tensor, r: int, linear: Callable[..., Tensor]) -> Tensor:
     vit = model.vit
     x = vit.embeddings(pixels)
     for layer in vit.layers:
@@ -51,5 +72,5 @@ def _forward(model: Any, pixels: Tensor, r: int, linear: Callable[[Any, Tensor],
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + linear(attention.o_proj, mixed)
         x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
-        x = x + linear(mlp.fc2, mlp.activation_fn(linear(mlp.fc1, layer.layernorm_after(x))))
+        x = x + linear(mlp.fc2, linear(mlp.fc1, layer.layernorm_after(x), "none"))
     return model.classifier(vit.layernorm(x)[:, 0])

@@ -20,18 +20,24 @@ def is_hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def takes_more(module: Any) -> bool:
+    """Whether a module's own class is what is called, and takes what its class has been taught to take."""
+    return "forward" not in vars(module) or "_old_forward" in vars(module)  # accelerate's hooks hand all on
+
+
 def drop(dropout: nn.Module, x: Tensor) -> Tensor:
     """Dropout, which is not called where it is off, as it costs a few microseconds there."""
-    return dropout(x) if dropout.training or is_hooked(dropout) else x
+    idle = type(dropout) is nn.Dropout and not dropout.training and not is_hooked(dropout)
+    return x if idle and not hooks_of_all._has_any_global_hook() else dropout(x)
 
 
 def multiplies_faster(x: Tensor, *linears: Any) -> bool:
     """Whether modules that run on rows x [..., D], or on as many, may be run as products, and are faster then."""
     return (
         products.can_multiply(x)  # first, as the numbers of a graph that is traced are none
+        and all(_is_bare_linear(linear) for linear in linears)
         and products.is_faster(x, linears[0].weight)
         and not hooks_of_all._has_any_global_hook()
-        and all(_is_bare_linear(linear) for linear in linears)
     )
 
 
@@ -40,8 +46,19 @@ def as_product(linear: Any, gelu: str | None = None) -> Callable[[Tensor], Tenso
     return lambda x: products.multiply(x, linear.weight, linear.bias, gelu)
 
 
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether a module is the linear map of its weight, and may be computed from it.
+
+    LoRA and quantised weights know their own map, and an offloaded weight is there only while its module runs.
+    """
+    return type(module) is nn.Linear and not module.weight.is_meta
+
+
 def _is_bare_linear(linear: Any) -> bool:
-    if type(linear) is not nn.Linear or is_hooked(linear):
+    if not has_own_weight(linear) or is_hooked(linear):
         return False
-    weight = linear.weight
-    return type(weight) is nn.Parameter and weight.dtype == products.DTYPE and weight.device.type == "cpu"
+    return _is_bare_parameter(linear.weight) and (linear.bias is None or _is_bare_parameter(linear.bias))
+
+
+def _is_bare_parameter(parameter: Any) -> bool:
+    return type(parameter) is nn.Parameter and parameter.dtype == products.DTYPE and parameter.device.type == "cpu"

@@ -16,6 +16,7 @@ from ..reducers import AttentionInputs, Reducer
 from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
+from .bare_modules import has_own_weight, takes_more
 from .open_attention import AttentionPass, OpenAttention, opens
 from .open_mlp import OpenMLP, opens_mlp
 from .readers import Averaging, ReadsPrefix, ScopedForward
@@ -48,9 +49,9 @@ class LayerMerging:
     ) -> tuple[Tensor, AttentionPass]:
         """What attention makes of [B, n, D], or of the rows that are read, [B, P, D]; and what else it hands out.
 
-        It is called with `args` and `kwargs`, which are as in the stock layer, since hooks see them.
+        `args` and `kwargs` are as in the stock layer, since hooks see them, and `attention_pass` beside them.
         """
-        if not isinstance(attention, OpenAttention):
+        if not isinstance(attention, OpenAttention) or not takes_more(attention):
             attended = attention(*args, **kwargs)
             return attended[0] if isinstance(attended, tuple) else attended, AttentionPass()
         inside = AttentionPass(state.rows_read(self.merge_index), state.has_merged(self.merge_index))
@@ -79,7 +80,7 @@ class LayerMerging:
     def run_mlp(self: Any, normed: Tensor, state: TokenState) -> Tensor:
         """The layer's MLP, which knows whether the tokens before it were merged: [B, n, D] -> [B, n, D]."""
         mlp: Any = self.mlp
-        if isinstance(mlp, OpenMLP) and state.has_merged(self.merge_index + 1):
+        if isinstance(mlp, OpenMLP) and state.has_merged(self.merge_index + 1) and takes_more(mlp):
             return mlp(normed, merged=True)  # type: ignore[operator]
         return mlp(normed)
 
@@ -259,14 +260,6 @@ class Backbone(ABC):
             after=linear_cost(after),
             metric=metric,
         )
-
-
-def has_own_weight(module: nn.Module) -> bool:
-    """Whether a module is the linear map of its weight, and may be computed from it.
-
-    LoRA and quantised weights know their own map, and an offloaded weight is there only while its module runs.
-    """
-    return type(module) is nn.Linear and not module.weight.is_meta
 
 
 def linear_cost(modules: Sequence[nn.Module]) -> int:

@@ -16,7 +16,7 @@ from transformers.models.blip.modeling_blip import (
 )
 
 from ..embedding import KeyProjection
-from .base import has_own_weight
+from .bare_modules import has_own_weight
 from .clip import CLIPLayerMerging, CLIPLike
 from .masked_attention import attend
 from .readers import ReadingAlike

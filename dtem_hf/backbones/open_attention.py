@@ -1,7 +1,7 @@
 """Attention that hands out the keys it computes, and computes no more rows than are read.
 
-The same projections and the same attention function as in the module of transformers that it is mixed into; the
-module's own forward pass runs wherever a layer asks for neither.
+The same projections and the same attention function as in the module of transformers that it is mixed into, whose own
+forward pass runs wherever it is called without an `AttentionPass`.
 """
 
 from __future__ import annotations
@@ -52,19 +52,28 @@ class OpenAttention:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         rows = attention_pass.rows(hidden_states)
         linears = self.q_proj, self.k_proj, self.v_proj, getattr(self, self.output_name)
-        fast = attention_pass.merged and multiplies_faster(rows, *linears)
+        fast = attention_pass.merged and not self.training and multiplies_faster(rows, *linears)
         to_query, to_key, to_value, to_output = map(as_product, linears) if fast else linears
         projected = to_query(rows), to_key(hidden_states), to_value(hidden_states)
         attention_pass.keys = projected[1]
         query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in projected)
         scaling, dropout = getattr(self, self.scaling_name), getattr(self, self.dropout_name) if self.training else 0.0
-        eager = sys.modules[type(self).__module__].eager_attention_forward
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        implementation = self.config._attn_implementation
+        eager: Any = _eager_attention(self) if implementation == "eager" else None
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         if interface is sdpa_attention_forward and not kwargs:  # without the cases of decoders, which it looks into
             mixed, weights = attend(query, key, value, attention_mask, scaling, dropout, weights=False)
             return to_output(mixed), weights
         mixed, weights = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return to_output(mixed.reshape(*rows.shape[:-1], -1).contiguous()), weights
+
+
+def _eager_attention(attention: Any) -> Any:
+    """The function for eager attention that stands beside the stock class, whatever was derived from that since."""
+    for cls in type(attention).__mro__:
+        if cls.__module__.startswith("transformers.models."):
+            return sys.modules[cls.__module__].eager_attention_forward
+    raise AssertionError(f"{type(attention).__name__} is not derived from a class of transformers")
 
 
 class OpenCLIPAttention(OpenAttention):

@@ -21,7 +21,7 @@ class OpenMLP:
 
     def forward(self: Any, hidden_states: Tensor, merged: bool = False) -> Tensor:
         fc1, fc2, activation = self.fc1, self.fc2, self.activation_fn
-        if not merged or not multiplies_faster(hidden_states, fc1, fc2) or is_hooked(activation):
+        if not merged or self.training or not multiplies_faster(hidden_states, fc1, fc2) or is_hooked(activation):
             return super().forward(hidden_states)  # type: ignore[misc]
         gelu = _gelu(activation)
         grown = as_product(fc1, gelu)(hidden_states)

@@ -53,7 +53,7 @@ def can_match_and_merge(x: Tensor, sizes: Tensor | None, metric: Tensor) -> bool
         and x.shape[0] <= _MOST_IMAGES_PER_THREAD * torch.get_num_threads()
         and not (torch.is_grad_enabled() and _any_requires_grad(x, sizes, metric))
         and x.stride(-1) == metric.stride(-1) == 1
-        and (sizes is None or sizes.stride(-1) == 1)
+        and (sizes is None or (sizes.stride(-1) == 1 and sizes.dtype == DTYPE and sizes.device.type == "cpu"))
         and library() is not None
     )
 
@@ -72,20 +72,21 @@ def match_and_merge(
     # Few ever ask for the matching, so its three tensors are cut out of one when they do.
     indices = torch.empty(batch * (r + num_a), dtype=torch.int64)
     scratch = torch.empty(_scratch_bytes(num_tokens, dim), dtype=torch.uint8)
-    merged = indices.data_ptr()
-    target = merged + 8 * batch * r
+    first = indices.data_ptr()
+    second = first + 8 * batch * r
     library().dtem_match_and_merge(
         *(metric.data_ptr(), metric.stride(0), metric.stride(1), heads, dim),
         *(x.data_ptr(), x.stride(0), x.stride(1), width),
         *((None, 0) if sizes is None else (sizes.data_ptr(), sizes.stride(0))),
         *(batch, num_tokens, num_prefix_tokens, r),
         *(out.data_ptr(), out_sizes.data_ptr(), bias.data_ptr()),
-        *(merged, target, target + 8 * batch * r, scratch.data_ptr()),
+        *(first, second, second + 8 * batch * r, scratch.data_ptr()),
     )
 
     def matching() -> Matching:
-        parts = (part.view(batch, -1) for part in indices.split([batch * r, batch * r, batch * (num_a - r)]))
-        return Matching(next(parts), next(parts), next(parts), num_prefix_tokens)
+        merged, target, kept = indices.split([batch * r, batch * r, batch * (num_a - r)])
+        rows = batch, r
+        return Matching(merged.view(rows), target.view(rows), kept.view(batch, num_a - r), num_prefix_tokens)
 
     return Merged(out, out_sizes, matching, bias)
 

@@ -37,6 +37,7 @@ def can_multiply(x: Tensor) -> bool:
         and not is_recorded()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()
         and is_available()
     )
 
@@ -52,6 +53,8 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
     """x W^T + b, or GELU of it where `gelu` names F.gelu's approximation: x [..., D], W [E, D], b [E], all float32."""
+    if bias is not None:
+        bias = bias.contiguous()  # it would be read as if it were
     if gelu is None:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], gelu)

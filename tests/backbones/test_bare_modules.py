@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from family_table import FAMILIES, inputs_of, make
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
@@ -17,7 +19,7 @@ from dtem_hf.backbones.open_mlp import OpenMLP
 from dtem_hf.ops import products
 
 
-pytestmark = pytest.mark.skipif(not products.is_available(), reason="MKL is at home on this processor, or not there")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 # Their MLPs have other parts.
 OTHER_MLPS = ("data2vec", "dinov3", "swiglu")
 
@@ -33,12 +35,13 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return multiply(x, weight, bias, gelu)
 
     monkeypatch.setattr(products, "multiply", counted)
+    monkeypatch.setattr(products, "is_available", lambda: True)  # on any processor
     for name in ("_SMALLEST_WEIGHT", "_LARGE_WEIGHT", "_FEWEST_PRODUCTS", "_FEWEST_ROWS"):
         monkeypatch.setattr(products, name, 0)
     return weights
 
 
-def without_products(run: Any) -> Tensor:
+def without_products(run: Callable[[], Tensor]) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "is_available", lambda: False)
         return run()
@@ -163,6 +166,16 @@ def test_dropout_that_was_left_on_is_run(pixels: Tensor) -> None:
     for layer in model.vit.layers:
         layer.dropout.train()
     assert not torch.equal(model(pixels).logits, model(pixels).logits)
+    for layer in model.vit.layers:
+        layer.dropout = AlwaysOn(0.5).eval()
+    assert not torch.equal(model(pixels).logits, model(pixels).logits)
+
+
+class AlwaysOn(nn.Dropout):
+    """Dropout as people write it who want it at inference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, training=True)
 
 
 _SMALL = {
@@ -185,3 +198,88 @@ def test_exported_and_trained_models_hold_stock_operations(wide: Any, pixels: Te
         assert "mkldnn" not in program.graph_module.code
         close(program.module()(pixel_values=pixels).logits, model(pixels).logits)
     assert count
+
+
+class Flat(nn.Linear):
+    """A linear map with its weight in one row, as a sharded one may lie."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias = nn.Parameter(linear.weight.detach().flatten()), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.view(-1, self.in_features), self.bias)
+
+
+REPLACED = {
+    "two maps": lambda linear: nn.Sequential(nn.Linear(linear.in_features, 8), nn.Linear(8, linear.out_features)),
+    "a flat weight": Flat,
+    "no weight": lambda linear: nn.Sequential(linear, nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("path", ["mlp.fc1", "mlp.fc2", "attention.q_proj", "attention.o_proj"])
+@pytest.mark.parametrize("kind", REPLACED)
+@torch.no_grad()
+def test_other_modules_in_the_place_of_linear_maps_are_run(
+    wide: Any, pixels: Tensor, count: list[Any], path: str, kind: str
+) -> None:
+    model = attach(wide, ToMeConfig(r=4))
+    for layer in model.vit.layers:
+        parent, _, name = path.partition(".")
+        part = layer.get_submodule(parent)
+        setattr(part, name, REPLACED[kind](getattr(part, name)))
+    found = model(pixels).logits
+    assert count  # of the other part
+    close(found, without_products(lambda: model(pixels).logits))
+
+
+@torch.no_grad()
+def test_dynamic_quantisation_is_run(wide: Any, pixels: Tensor, count: list[Any]) -> None:
+    model = attach(wide, ToMeConfig(r=4))
+    expected = model(pixels).logits
+    count.clear()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert 0 < (quantised(pixels).logits - expected).abs().max() < 0.2 and not count
+
+
+@torch.no_grad()
+def test_a_bias_that_is_strided_is_read_as_it_lies(wide: Any, pixels: Tensor, count: list[Any]) -> None:
+    model = attach(wide, ToMeConfig(r=4))
+    for layer in model.vit.layers:
+        layer.mlp.fc1.bias = nn.Parameter(torch.randn(2 * 1536)[::2])
+        layer.attention.k_proj.bias = nn.Parameter(torch.randn(1).expand(384))
+    found = model(pixels).logits
+    assert count
+    close(found, without_products(lambda: model(pixels).logits))
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_class_that_was_derived_once_more_and_forwards_of_ones_own(
+    wide: Any, pixels: Tensor, count: list[Any], attn_implementation: str
+) -> None:
+    """FSDP2 derives classes in a module of its own; others put a `forward` on a module, with the stock arguments."""
+    wide.set_attn_implementation(attn_implementation)
+    model = attach(wide, ToMeConfig(r=4))
+    expected = model(pixels).logits
+    first, last = model.vit.layers
+    stock = type(first.attention)
+    for part in (first.attention, last.attention, first.mlp):
+        part.__class__ = type("Derived", (type(part),), {"__module__": "collections"})
+    close(model(pixels).logits, expected)
+    last.attention.__class__ = stock
+    forwards = last.attention.forward, last.mlp.forward
+    last.attention.forward = lambda hidden_states, attention_mask=None: forwards[0](hidden_states, attention_mask)
+    last.mlp.forward = lambda hidden_states: forwards[1](hidden_states)
+    close(model(pixels).logits, expected)
+
+
+@torch.no_grad()
+def test_training_takes_no_products_where_gradients_are_off_for_now(
+    wide: Any, pixels: Tensor, count: list[Any]
+) -> None:
+    """Reentrant checkpointing runs layers without gradients first, and with them later must come to the same bits."""
+    model = attach(wide, ToMeConfig(r=4)).train()
+    model(pixels)
+    assert not count

@@ -80,6 +80,16 @@ def test_reads_strided_and_expanded_tensors() -> None:
 
 
 @compiled
+def test_bias_of_tokens_that_hardly_count_and_no_images() -> None:
+    sizes = torch.tensor([1, 3, 0, 1e-9, 1e-7, 2, 1, 1]).repeat(1, 3)
+    _, summed, _, bias = native.match_and_merge(torch.randn(1, 24, 4), sizes, torch.randn(1, 24, 8), 1, 2, 1)
+    assert bias is not None and summed.min() == 0
+    torch.testing.assert_close(bias, ops.size_bias(summed, torch.float32), atol=1e-6, rtol=1e-6)
+    empty = ops.match_and_merge(torch.randn(0, 20, 8), None, torch.randn(0, 20, 8), 4)
+    assert [tuple(t.shape) for t in flat(empty)] == [(0, 16, 8), (0, 16), (0, 4), (0, 4), (0, 5)]
+
+
+@compiled
 def test_tokens_nobody_joined_are_copied_bit_for_bit() -> None:
     x, metric = torch.randn(1, 50, 32), torch.randn(1, 50, 16)
     out, sizes, make, _ = native.match_and_merge(x, None, metric, 1, 12, 1)
@@ -119,6 +129,7 @@ def test_stands_aside_where_it_is_not_exact_not_seen_or_slower() -> None:
         assert both(x.clone().requires_grad_(), metric)
     assert not both(x.transpose(1, 2).contiguous().transpose(1, 2), metric)
     assert not both(torch.randn(500, 20, 8), torch.randn(500, 20, 4))
+    assert not native.can_match_and_merge(x, torch.ones(1, 20, dtype=torch.float64), metric)
     with FlopCounterMode(display=False) as counter:
         assert not both(x, metric)
         ops.match_and_merge(x, None, metric, 5)

@@ -44,6 +44,8 @@ def test_reads_strided_rows_and_weights_and_what_was_written_in_place() -> None:
     close(products.multiply(x, weight, None), F.linear(x, weight))
     weight.data.mul_(-2)
     close(products.multiply(x, weight, None), F.linear(x, weight))
+    for bias in (torch.randn(128)[::2], torch.randn(1).expand(64)):
+        close(products.multiply(x, weight, bias), F.linear(x, weight, bias))
 
 
 @here
@@ -58,6 +60,8 @@ def test_stands_aside_where_it_is_not_exact_or_not_seen() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not products.can_multiply(x)
     with FlopCounterMode(display=False):
+        assert not products.can_multiply(x)
+    with torch.backends.mkldnn.flags(enabled=False):
         assert not products.can_multiply(x)
     with torch.autograd.forward_ad.dual_level():
         assert not products.can_multiply(x)
