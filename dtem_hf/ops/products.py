@@ -1,9 +1,8 @@
 """Linear maps in float32 on a CPU by oneDNN, where MKL, which torch takes, is the slower one.
 
-Of the two, MKL loses more of its speed when there are few rows, and few rows are what merging leaves. oneDNN takes the
-weights as they lie, so nothing is packed, copied or kept, and applies GELU to the product while it is at hand.
-`F.linear` is the reference, and what runs wherever this does not: it was measured on AMD's processors only, and MKL is
-at home on Intel's.
+oneDNN takes the weights as they lie, so nothing is packed, copied or kept, and applies GELU to the product while it is
+at hand. `F.linear` is the reference, and what runs wherever this does not: it was measured on AMD's processors only,
+and MKL is at home on Intel's.
 """
 
 from __future__ import annotations
