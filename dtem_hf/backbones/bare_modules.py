@@ -35,9 +35,10 @@ def multiplies_faster(x: Tensor, *linears: Any) -> bool:
     """Whether modules that run on rows x [..., D], or on as many, may be run as products, and are faster then."""
     return (
         products.can_multiply(x)  # first, as the numbers of a graph that is traced are none
-        and all(_is_bare_linear(linear) for linear in linears)
+        and has_own_weight(linears[0])
         and products.is_faster(x, linears[0].weight)
         and not hooks_of_all._has_any_global_hook()
+        and all([_is_bare_linear(linear) for linear in linears])
     )
 
 
@@ -55,10 +56,12 @@ def has_own_weight(module: nn.Module) -> bool:
 
 
 def _is_bare_linear(linear: Any) -> bool:
-    if not has_own_weight(linear) or is_hooked(linear):
+    if type(linear) is not nn.Linear or is_hooked(linear):
         return False
-    return _is_bare_parameter(linear.weight) and (linear.bias is None or _is_bare_parameter(linear.bias))
+    # Asked of every layer in every pass: module attributes, and devices by name, would take twice as long.
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    return _is_bare_parameter(weight) and (bias is None or _is_bare_parameter(bias))
 
 
 def _is_bare_parameter(parameter: Any) -> bool:
-    return type(parameter) is nn.Parameter and parameter.dtype == products.DTYPE and parameter.device.type == "cpu"
+    return type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype == products.DTYPE

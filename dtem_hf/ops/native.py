@@ -47,13 +47,14 @@ def can_match_and_merge(x: Tensor, sizes: Tensor | None, metric: Tensor) -> bool
     return (
         type(x) is Tensor
         and type(metric) is Tensor
-        and x.device.type == metric.device.type == "cpu"
+        and x.is_cpu
+        and metric.is_cpu
         and x.dtype == metric.dtype == DTYPE
         and not is_recorded()
         and x.shape[0] <= _MOST_IMAGES_PER_THREAD * torch.get_num_threads()
         and not (torch.is_grad_enabled() and _any_requires_grad(x, sizes, metric))
         and x.stride(-1) == metric.stride(-1) == 1
-        and (sizes is None or (sizes.stride(-1) == 1 and sizes.dtype == DTYPE and sizes.device.type == "cpu"))
+        and (sizes is None or (sizes.stride(-1) == 1 and sizes.dtype == DTYPE and sizes.is_cpu))
         and library() is not None
     )
 

@@ -31,7 +31,7 @@ def can_multiply(x: Tensor) -> bool:
     """Whether `multiply` may run on rows x [..., D], of whatever weight."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype == DTYPE
         and not is_recorded()
         and not torch.is_grad_enabled()
@@ -46,7 +46,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     size = weight.numel()
     if size < _SMALLEST_WEIGHT:
         return False
-    rows = x.numel() // weight.shape[1]
+    rows = x.numel() // weight.size(1)
     return rows >= _FEWEST_ROWS and (size >= _LARGE_WEIGHT or rows * size >= _FEWEST_PRODUCTS)
 
 
