@@ -38,7 +38,7 @@ def multiplies_faster(x: Tensor, *linears: Any) -> bool:
         and has_own_weight(linears[0])
         and products.is_faster(x, linears[0].weight)
         and not hooks_of_all._has_any_global_hook()
-        and all([_is_bare_linear(linear) for linear in linears])
+        and all(_is_bare_linear(linear) for linear in linears)
     )
 
 
