@@ -34,7 +34,7 @@ def coloured(tmp_path):
 
 def test_it_learns_to_say_which_colour_it_sees(coloured, capsys):
     options = {"images": coloured / "images", "captions": coloured / "captions.txt", "output_dir": coloured / "git"}
-    sizes = {"steps": 120, "batch_size": 12, "image_size": 16, "patch_size": 8, "hidden_size": 32}
+    sizes = {"steps": 240, "batch_size": 12, "image_size": 16, "patch_size": 8, "hidden_size": 32}
     main([f"--{name}={value}" for name, value in {**options, **sizes, "vision_layers": 1, "text_layers": 1}.items()])
     record = json.loads((coloured / "git" / "training.json").read_text())
     assert record["last_loss"] < 0.5 < record["first_loss"] and record["num_captions"] == 24
