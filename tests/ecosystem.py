@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     BeitConfig,
@@ -101,7 +102,8 @@ def patches(count: int) -> dict[str, Tensor]:
 class Row:
     """One family: a small config for each of its config classes, and what goes into its encoder.
 
-    `lacking` says of what does not hold ("export", "onnx") why, `eager_only` of what holds with eager attention only.
+    `lacking` says of what does not hold ("export", "onnx") why, `eager_only` of what holds with eager attention only;
+    from the transformers in `mended` on, it holds all the same.
     """
 
     name: str
@@ -110,6 +112,12 @@ class Row:
     inputs: Callable[[int], dict[str, Tensor]] = images
     lacking: Mapping[str, str] = field(default_factory=dict)
     eager_only: Mapping[str, str] = field(default_factory=dict)
+    mended: Mapping[str, str] = field(default_factory=dict)
+
+    def lacks(self, column: str) -> bool:
+        """Whether something does not hold with the transformers that is installed."""
+        mended = column in self.mended and Version(transformers.__version__) >= Version(self.mended[column])
+        return column in self.lacking and not mended
 
     @property
     def encoder_class(self) -> Any:
@@ -170,7 +178,11 @@ ROWS = [
         (Siglip2VisionConfig(**NAFLEX), Siglip2Config(vision_config=NAFLEX, text_config=TEXT)),
         "Siglip2VisionModel",
         patches,
-        lacking=dict.fromkeys(["export", "onnx"], "positions are resized image by image, in a loop over the batch"),
+        lacking={
+            "export": "positions are resized image by image, in a loop over the batch",
+            "onnx": "positions are resized in such a loop, or checked by an operator that torch.onnx has no form of",
+        },
+        mended={"export": "5.24"},
     ),
     Row("git", (GitVisionConfig(**VISION), GitConfig(vision_config=VISION, **TEXT)), "GitVisionModel"),
     Row(
@@ -228,7 +240,13 @@ def document() -> str:
         reason = row.lacking.get(column) or row.eager_only.get(column)
         if reason is None:
             return "yes"
-        return f"{'no' if column in row.lacking else 'eager only'} [{notes.setdefault(reason, len(notes) + 1)}]"
+        if column not in row.lacking:
+            held = "eager only"
+        elif column not in row.mended:
+            held = "no"
+        else:
+            held, reason = "yes", f"from transformers {row.mended[column]} on; before, {reason}"
+        return f"{held} [{notes.setdefault(reason, len(notes) + 1)}]"
 
     lines = [
         " | ".join(["family", "pipelines", "classes", *COLUMNS.values()]),

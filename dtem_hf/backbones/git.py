@@ -31,7 +31,9 @@ class CountsVisualTokens(ScopedForward):
 
 def cached_visual_tokens(inputs: Mapping[str, Any]) -> int:
     """Visual tokens in a decoder's cache: its mask covers the text alone. 0 where there is nothing to tell it from."""
-    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    # Its name from transformers 5.24 on, and before.
+    caches = (inputs.get(name) for name in ("cache", "past_key_values"))
+    cache, mask = next((c for c in caches if c is not None), None), inputs.get("attention_mask")
     text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if inputs.get("pixel_values") is not None or cache is None or mask is None or text is None:
         return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.siglip2.modeling_siglip2 import (
     Siglip2ForImageClassification,
@@ -16,6 +18,10 @@ from ..errors import BadValue
 from ..scope import current_state
 from .readers import MaskedAveraging
 from .siglip import SiglipLike
+
+
+# From then on, the grid of positions is resized by a matrix product.
+POSITIONS_BY_PRODUCT = Version(transformers.__version__) >= Version("5.24")
 
 
 class UnmaskedHead:
@@ -59,4 +65,6 @@ class Siglip2Family(SiglipLike):
         for embeddings in (m for m in modules if hasattr(m, "patch_embedding")):
             patch: Any = embeddings.patch_embedding  # a linear map of every patch
             stem, head = stem + patch.weight.numel(), head - patch.weight.numel()
+            if POSITIONS_BY_PRODUCT:
+                stem += embeddings.position_embedding.weight.numel()  # type: ignore[operator, union-attr]
         return stem, head, tail

@@ -27,6 +27,8 @@ from dtem_hf.scope import current_scope
 
 
 PAD, STEPS = 0, 6
+# What forward passes call it: transformers gave it another name in 5.24.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 METHODS = [ToMeConfig, DTEMConfig]
 REDUCTIONS = [9, [11, 0, 14, 3]]
 PROMPTS = [[1, 7], [1, 9, 30, 4, 22]]
@@ -192,7 +194,7 @@ def steps_with_a_cache_are_the_full_pass(method: Any, r: Any) -> None:
             input_ids=inputs["input_ids"][:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=where[:, start:stop],
-            past_key_values=past,
+            **{CACHE: past},
             use_cache=True,
         )
         ours, theirs = output.logits[:, start - stop :], full[:, start:stop]
@@ -329,10 +331,10 @@ def count_that_takes_padding_for_pictures(patch: Patch) -> None:
     """What is in the cache and is none of the words that the mask of the first image lets through."""
 
     def count(inputs: Any) -> int:
-        if inputs.get("pixel_values") is not None or inputs.get("past_key_values") is None:
+        if inputs.get("pixel_values") is not None or inputs.get(CACHE) is None:
             return 0
         words = int(inputs["attention_mask"][0].sum())
-        return inputs["past_key_values"].get_seq_length() + inputs["input_ids"].shape[1] - words
+        return inputs[CACHE].get_seq_length() + inputs["input_ids"].shape[1] - words
 
     patch.setattr(git, "cached_visual_tokens", count)
 
@@ -492,7 +494,7 @@ def test_the_bare_model_steps_with_a_cache(method: Any) -> None:
             input_ids=inputs["input_ids"][:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=where[:, start:stop],
-            past_key_values=past,
+            **{CACHE: past},
             use_cache=True,
         ).last_hidden_state[:, start - stop :]
     torch.testing.assert_close(ours, full[:, -1:], atol=1e-4, rtol=1e-4)
