@@ -14,7 +14,7 @@ OLDEST_TESTS := backbones convert reducers test_adapter.py test_auto.py test_den
 
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
-PEERS := --peer recipes.peers:sliced recipes.peers:sliced_by_onednn recipes.peers:plain_by_onednn
+PEERS := --peer recipes.peers:sliced recipes.peers:plain_fused
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help

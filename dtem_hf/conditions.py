@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from . import __version__
+from .ops.compiled import library_version
 
 
 def versions() -> dict[str, str]:
@@ -22,6 +23,7 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
+        "native": library_version(),
     }
 
 

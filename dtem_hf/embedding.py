@@ -91,6 +91,10 @@ class DecoupledEmbedding(nn.Module):
         """The powers to which sizes are raised in a layer's attention, one per head [H]; None where they are 1."""
         return None if self.exponents is None else self.exponents[layer]
 
+    def norm_power_of(self, layer: int) -> Tensor | None:
+        """The learned share of their length that means are given back [1]; None where it is none."""
+        return None if self.norms is None else self.norms[layer]
+
     def lengthen(self, layer: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
         """Give means of tokens back what they lost of their length, to a learned share: x [B, n, D] -> [B, n, D].
 

@@ -1,6 +1,7 @@
-"""Peers for recipes/benchmark.py: what fewer tokens, and other matrix products, save on a machine by themselves.
+"""Peers for recipes/benchmark.py: what fewer tokens save on a machine by themselves, and what layers as one call do.
 
-python recipes/benchmark.py --model recipes/configs/deit_small --random_weights True --r 16 --peer recipes.peers:sliced
+python recipes/benchmark.py --model recipes/configs/deit_small --random_weights True --r 16 \
+    --peer recipes.peers:sliced recipes.peers:plain_fused
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtem_hf.ops import products
+from dtem_hf import ToMeConfig, attach
+from dtem_hf.backbones.fused_layers import weights_of
+from dtem_hf.ops import fused_layer
 
 
 def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
@@ -19,58 +22,44 @@ def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
 
     No metric, no matching, no merging, no sizes, and the same operations otherwise, called one after the other.
     """
-    _check_activation(model)
-    return lambda pixels: _forward(model, pixels, r, _module)
-
-
-def sliced_by_onednn(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """The same, and in every layer the products that a merged model takes behind its first merge.
-
-    Raises RuntimeError on a machine where none does.
-    """
-    _check(model)
-    return lambda pixels: _forward(model, pixels, r, _product)
-
-
-def plain_by_onednn(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """The plain ViT with these products: nothing is dropped, whatever r. Raises RuntimeError on a machine without."""
-    _check(model)
-    return lambda pixels: _forward(model, pixels, 0, _product)
-
-
-def _check(model: Any) -> None:
-    _check_activation(model)
-    if not products.is_available():
-        raise RuntimeError("merged models take no products by oneDNN on this machine: leave this peer out")
-
-
-def _check_activation(model: Any) -> None:
     if model.config.hidden_act != "gelu":
-        raise RuntimeError(f"hidden_act={model.config.hidden_act!r}: these peers are written for 'gelu'")
+        raise RuntimeError(f"hidden_act={model.config.hidden_act!r}: this peer is written for 'gelu'")
+
+    def run(pixels: Tensor) -> Tensor:
+        x = model.vit.embeddings(pixels)
+        for layer in model.vit.layers:
+            attention, mlp, normed = layer.attention, layer.mlp, layer.layernorm_before(x)
+            shape = (*x.shape[:2], -1, attention.head_dim)
+            query, key, value = (
+                projection(normed).view(shape).transpose(1, 2)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = x + attention.o_proj(mixed)
+            x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
+            x = x + mlp.fc2(F.gelu(mlp.fc1(layer.layernorm_after(x))))
+        return model.classifier(model.vit.layernorm(x)[:, 0])
+
+    return run
 
 
-def _product(linear: Any, x: Tensor, gelu: str | None = None) -> Tensor:
-    if products.can_multiply(x) and products.is_faster(x, linear.weight):
-        return products.multiply(x, linear.weight, linear.bias, gelu)
-    return _module(linear, x, gelu)
+def plain_fused(model: Any, r: int) -> Callable[[Tensor], Tensor]:
+    """The plain ViT, whatever r, every layer as the one call that a merged model makes of it: nothing is dropped.
 
+    The speed-up of a merged model over this one is what fewer tokens save (and fewer rows, in a last layer of which
+    CLS alone is read), by the same products on both sides. Raises RuntimeError where layers are not run so.
+    """
+    model = attach(model, ToMeConfig(r=0))
+    vit, width = model.vit, model.config.hidden_size
+    if not fused_layer.is_available() or any(weights_of(layer.fused_parts(), width) is None for layer in vit.layers):
+        raise RuntimeError("merged models do not run layers as one call on this machine: leave this peer out")
 
-def _module(linear: Any, x: Tensor, gelu: str | None = None) -> Tensor:
-    return linear(x) if gelu is None else F.gelu(linear(x), approximate=gelu)
+    def run(pixels: Tensor) -> Tensor:
+        x, scratch = vit.embeddings(pixels), fused_layer.Scratch()
+        for layer in vit.layers:
+            weights = weights_of(layer.fused_parts(), width) if fused_layer.can_run(x) else None
+            # By its modules where somebody counts what runs.
+            x = layer(x) if weights is None else fused_layer.run(x, weights, scratch=scratch)[0]
+        return model.classifier(vit.layernorm(x)[:, 0])
 
-
-def _forward(model: Any, pixels: Tensor, r: int, linear: Callable[..., Tensor]) -> Tensor:
-    vit = model.vit
-    x = vit.embeddings(pixels)
-    for layer in vit.layers:
-        attention, mlp, normed = layer.attention, layer.mlp, layer.layernorm_before(x)
-        shape = (*x.shape[:2], -1, attention.head_dim)
-        query, key, value = (
-            linear(projection, normed).view(shape).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        x = x + linear(attention.o_proj, mixed)
-        x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
-        x = x + linear(mlp.fc2, linear(mlp.fc1, layer.layernorm_after(x), "none"))
-    return model.classifier(vit.layernorm(x)[:, 0])
+    return run

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.models.dinov2 import modeling_dinov2
 
+
+# Before transformers took it out, a module more lay around its attention, and the activation had another name.
+NESTED = ("dinov2",) if hasattr(modeling_dinov2, "Dinov2SelfAttention") else ()
 
 VISION = {
     "hidden_size": 32,

@@ -90,6 +90,8 @@ def _recording(layers: Sequence[Any]) -> Iterator[list[Tensor]]:
 class _Recorder:
     """A reducer that notes its input and does what the real one does."""
 
+    runs_in_every_layer = True
+
     def __init__(self, reducer: Any, inputs: list[Tensor]) -> None:
         self._reducer, self._inputs = reducer, inputs
 

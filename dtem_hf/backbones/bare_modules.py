@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from ..ops import products
+from ..ops.recording import DTYPE
 
 
 def is_hooked(module: Any) -> bool:
@@ -60,8 +61,9 @@ def _is_bare_linear(linear: Any) -> bool:
         return False
     # Asked of every layer in every pass: module attributes, and devices by name, would take twice as long.
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    return _is_bare_parameter(weight) and (bias is None or _is_bare_parameter(bias))
+    return is_bare_parameter(weight) and (bias is None or is_bare_parameter(bias))
 
 
-def _is_bare_parameter(parameter: Any) -> bool:
-    return type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype == products.DTYPE
+def is_bare_parameter(parameter: Any) -> bool:
+    """Whether a parameter is one of torch's own, on a CPU, in what C and oneDNN compute in."""
+    return type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype == DTYPE

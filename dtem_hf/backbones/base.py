@@ -17,6 +17,7 @@ from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
 from .bare_modules import has_own_weight, takes_more
+from .fused_layers import LayerParts, run_fused
 from .open_attention import AttentionPass, OpenAttention, opens
 from .open_mlp import OpenMLP, opens_mlp
 from .readers import Averaging, ReadsPrefix, ScopedForward
@@ -37,6 +38,19 @@ class LayerMerging:
         if kwargs.get("token_state") is None and (state := current_state()) is not None:
             kwargs["token_state"] = state
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def fused_parts(self) -> LayerParts | None:
+        """The modules of a layer that is built as `LayerParts` says; None for one that is not."""
+        return None
+
+    def run_fused(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, others: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The whole layer as one call: [B, n, D] -> [B, n', D]; None where its modules have to run.
+
+        `others` are arguments of the layer that only its modules know what to do with.
+        """
+        return None if others else run_fused(self, hidden_states, attention_mask, state)
 
     def attention_bias(self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState) -> Tensor | None:
         """The additive mask to hand to the layer's attention; what the tokens carry comes to the layer's device."""

@@ -15,11 +15,15 @@ from transformers.models.clip.modeling_clip import (
 
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
+from .fused_layers import LayerParts
 from .open_attention import OpenCLIPAttention
 
 
 class CLIPLayerMerging(LayerMerging):
     """Merging between the attention and the MLP of a `CLIPEncoderLayer`, and of all that are built like it."""
+
+    def fused_parts(self: Any) -> LayerParts:
+        return LayerParts(self.layer_norm1, self.self_attn, self.layer_norm2, self.mlp)
 
     def forward(
         self: Any,
@@ -30,6 +34,9 @@ class CLIPLayerMerging(LayerMerging):
     ) -> Tensor:
         if token_state is None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        fused = self.run_fused(hidden_states, attention_mask, token_state, kwargs)
+        if fused is not None:
+            return fused
         normed = self.layer_norm1(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         attended, inside = self.run_attention(

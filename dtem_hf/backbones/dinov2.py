@@ -15,6 +15,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
 
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
+from .fused_layers import LayerParts
 from .masked_attention import MaskedAttention
 from .open_attention import OpenAttention
 from .readers import Averaged, Between
@@ -23,12 +24,19 @@ from .readers import Averaged, Between
 class Dinov2LayerMerging(LayerMerging):
     """Merging between the attention and the MLP of a `Dinov2Layer`."""
 
+    def fused_parts(self: Any) -> LayerParts:
+        scales = self.layer_scale1, self.layer_scale2
+        return LayerParts(self.norm1, self.attention, self.norm2, self.mlp, (self.drop_path,), scales)
+
     def forward(
         self: Any, hidden_states: Tensor, *args: Any, token_state: TokenState | None = None, **kwargs: Any
     ) -> Tensor:
         if token_state is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         attention_mask = args[0] if args else kwargs.pop("attention_mask", None)
+        fused = self.run_fused(hidden_states, attention_mask, token_state, kwargs)
+        if fused is not None:
+            return fused
         normed = self.norm1(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         attended, inside = self.run_attention(self.attention, token_state, normed, attention_mask=bias, **kwargs)

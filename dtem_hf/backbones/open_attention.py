@@ -58,14 +58,24 @@ class OpenAttention:
         attention_pass.keys = projected[1]
         query, key, value = (x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in projected)
         scaling, dropout = getattr(self, self.scaling_name), getattr(self, self.dropout_name) if self.training else 0.0
-        implementation = self.config._attn_implementation
-        eager: Any = _eager_attention(self) if implementation == "eager" else None
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        interface = attention_function(self)
         if interface is sdpa_attention_forward and not kwargs:  # without the cases of decoders, which it looks into
             mixed, weights = attend(query, key, value, attention_mask, scaling, dropout, weights=False)
             return to_output(mixed), weights
         mixed, weights = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return to_output(mixed.reshape(*rows.shape[:-1], -1).contiguous()), weights
+
+
+def attention_function(attention: Any) -> Any:
+    """The function that computes a module's attention at present."""
+    implementation = attention.config._attn_implementation
+    eager: Any = _eager_attention(attention) if implementation == "eager" else None
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def has_stock_function(attention: Any) -> bool:
+    """Whether that is one that transformers wrote, and not somebody's in its place."""
+    return attention_function(attention).__module__.startswith("transformers.")
 
 
 def _eager_attention(attention: Any) -> Any:

@@ -11,11 +11,15 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTM
 from ..token_state import TokenState
 from .bare_modules import drop
 from .base import Backbone, LayerMerging, linear_cost
+from .fused_layers import LayerParts
 from .open_attention import OpenAttention
 
 
 class ViTLayerMerging(LayerMerging):
     """Merging between the attention and the MLP of a `ViTLayer`."""
+
+    def fused_parts(self: Any) -> LayerParts:
+        return LayerParts(self.layernorm_before, self.attention, self.layernorm_after, self.mlp, (self.dropout,))
 
     def forward(
         self: Any,
@@ -26,6 +30,9 @@ class ViTLayerMerging(LayerMerging):
     ) -> Tensor:
         if token_state is None:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        fused = self.run_fused(hidden_states, attention_mask, token_state, kwargs)
+        if fused is not None:
+            return fused
         normed = self.layernorm_before(hidden_states)
         bias = self.attention_bias(hidden_states, attention_mask, token_state)
         attended, inside = self.run_attention(self.attention, token_state, normed, bias, **kwargs)

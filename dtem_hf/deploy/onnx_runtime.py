@@ -70,6 +70,8 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Threads that spin when they are done take the cores of what runs next, and in a benchmark that is another.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         errors = onnxruntime.capi.onnxruntime_pybind11_state
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backbones import find_backbone
 from ..modeling import merged_layers
+from ..ops import fused_layer
 from ..schedule import MergePlan
 from .efficiency import synchronize
 
@@ -76,7 +77,7 @@ def break_down(
         return None
     watch = _Stopwatch(device)
     taken: dict[str, list[float]] = defaultdict(list)
-    with _parts_timed(model, watch):
+    with _parts_timed(model, watch), fused_layer.timed_parts() as fused:
         for number in range(-warmup, rounds):
             synchronize(device)
             started = time.perf_counter()
@@ -84,6 +85,9 @@ def break_down(
             synchronize(device)
             whole = time.perf_counter() - started
             parts = watch.seconds()
+            for i, part in enumerate(("metric", "matching and merging")):  # of layers that run as one call
+                parts[part] = parts.get(part, 0.0) + fused[i]
+                fused[i] = 0
             if number >= 0:
                 for part in PARTS:
                     taken[part].append(parts.get(part, 0.0))

@@ -1,5 +1,6 @@
 """Matching and merging in one step, by whatever is fastest for the tensors at hand."""
 
+import torch
 from torch import Tensor
 
 from . import native
@@ -9,7 +10,7 @@ from .merging import Merged, merge_tokens
 
 def add_heads(metric: Tensor, heads: int) -> Tensor:
     """The sum of a metric's heads, which points where their mean does: [B, N, H · d] -> [B, N, d], float32."""
-    return metric if heads == 1 else metric.unflatten(-1, (heads, -1)).sum(dim=-2, dtype=native.DTYPE)
+    return metric if heads == 1 else metric.unflatten(-1, (heads, -1)).sum(dim=-2, dtype=torch.float32)
 
 
 def match_and_merge(

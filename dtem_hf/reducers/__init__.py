@@ -3,9 +3,10 @@
 import sys
 
 from ..discovery import import_all
-from .base import AttentionInputs, Reducer, make_reducer
+from .base import AttentionInputs, MetricSource, Reducer, make_reducer
+from .matching import leave_matched
 
 
 import_all(sys.modules[__name__])
 
-__all__ = ["AttentionInputs", "Reducer", "make_reducer"]
+__all__ = ["AttentionInputs", "MetricSource", "Reducer", "leave_matched", "make_reducer"]

@@ -34,6 +34,12 @@ class AttentionInputs(NamedTuple):
     keys: Tensor | None = None
 
 
+class MetricSource(NamedTuple):
+    """What a layer that runs as one call compares its tokens by: a linear map of the normed tokens, or its keys."""
+
+    linear: nn.Module | None
+
+
 _REDUCERS: dict[str, type[Reducer[Any]]] = {}
 
 
@@ -43,6 +49,8 @@ class Reducer(ABC, Generic[C]):
     config_class: ClassVar[type[MergeConfig]]
     # Whether each token that leaves a layer joins one that stays, and so at most half of them can leave.
     pairwise: ClassVar[bool] = True
+    # Whether it has something to do in layers that merge nothing, too.
+    runs_in_every_layer: ClassVar[bool] = True
 
     def __init__(self, config: C, backbone: Backbone) -> None:
         self.config = config
@@ -51,6 +59,11 @@ class Reducer(ABC, Generic[C]):
     def __init_subclass__(cls) -> None:
         if "config_class" in cls.__dict__:
             _REDUCERS[cls.config_class.method] = cls
+        # Who merges in another way than the class above says anew what of it may be part of one call.
+        if not {"reduce", "merge", "metric"}.isdisjoint(vars(cls)) and "metric_source" not in vars(cls):
+            cls.metric_source = Reducer.metric_source  # type: ignore[method-assign]
+        if "reduce" in vars(cls) and "runs_in_every_layer" not in vars(cls):
+            cls.runs_in_every_layer = True
 
     def check(self, encoder: nn.Module) -> None:
         """Raise UnsupportedModelError for an encoder that has not what the method needs."""
@@ -75,6 +88,10 @@ class Reducer(ABC, Generic[C]):
 
         `normed` [B, n, D] is what fed the layer's queries, keys and values, `attention` what else its scores saw.
         """
+
+    def metric_source(self, layer: nn.Module, index: int, state: TokenState) -> MetricSource | None:
+        """What a layer that runs as one call merges by; None where the merge has to run by itself."""
+        return None
 
     def wants_bias(self, layer: nn.Module) -> bool:
         """Whether attention in a layer weighs tokens by their sizes."""

@@ -19,7 +19,7 @@ from ..embedding import (
 )
 from ..schedule import MetricCost
 from ..token_state import TokenState
-from .base import AttentionInputs
+from .base import AttentionInputs, MetricSource
 from .matching import MatchingReducer, leave_matched, lengthen
 
 
@@ -61,6 +61,12 @@ class DTEMReducer(MatchingReducer[DTEMConfig]):
 
     def sizes_carry_gradient(self, layer: nn.Module) -> bool:
         return self.is_soft(layer) or self.is_straight_through(layer)
+
+    def metric_source(self, layer: nn.Module, index: int, state: TokenState) -> MetricSource | None:
+        if state.steps is not None or self.is_soft(layer) or self.is_straight_through(layer):
+            return None
+        assert state.embedding is not None
+        return MetricSource(state.embedding.layers[index])
 
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs

@@ -21,6 +21,7 @@ class EViTReducer(Reducer[EViTConfig]):
 
     config_class: ClassVar[type[EViTConfig]] = EViTConfig
     pairwise: ClassVar[bool] = False
+    runs_in_every_layer = False
 
     def check(self, encoder: nn.Module) -> None:
         if self.backbone.num_prefix_tokens(encoder) == 0:

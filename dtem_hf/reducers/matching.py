@@ -21,6 +21,8 @@ M = TypeVar("M", bound=MatchingConfig)
 class MatchingReducer(Reducer[M]):
     """Hard bipartite soft matching; a subclass says by which metric."""
 
+    runs_in_every_layer = False
+
     @abstractmethod
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs

@@ -10,7 +10,7 @@ from ..configuration import ToMeConfig
 from ..embedding import DecoupledEmbedding
 from ..schedule import MetricCost
 from ..token_state import TokenState
-from .base import AttentionInputs
+from .base import AttentionInputs, MetricSource
 from .matching import MatchingReducer
 
 
@@ -27,6 +27,9 @@ class ToMeReducer(MatchingReducer[ToMeConfig]):
         if self.backbone.hands_out_keys(layer):
             return MetricCost(0, width=keys.head_dim)
         return MetricCost(keys.weight.shape[1] * keys.head_dim, width=keys.head_dim)
+
+    def metric_source(self, layer: nn.Module, index: int, state: TokenState) -> MetricSource | None:
+        return MetricSource(None) if state.steps is None else None
 
     def metric(
         self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs

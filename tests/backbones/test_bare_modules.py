@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from family_table import FAMILIES, inputs_of, make
+from family_table import FAMILIES, NESTED, inputs_of, make
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,12 +16,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from dtem_hf.backbones.open_mlp import OpenMLP
-from dtem_hf.ops import products
+from dtem_hf.ops import fused_layer, products
 
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 # Their MLPs have other parts.
-OTHER_MLPS = ("data2vec", "dinov3", "swiglu")
+OTHER_MLPS = ("data2vec", "dinov3", "swiglu", *NESTED)
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         weights.append(weight)
         return multiply(x, weight, bias, gelu)
 
+    monkeypatch.setattr(fused_layer, "can_run", lambda x: False)  # which would run all of a layer, by itself
     monkeypatch.setattr(products, "multiply", counted)
     monkeypatch.setattr(products, "is_available", lambda: True)  # on any processor
     for name in ("_SMALLEST_WEIGHT", "_LARGE_WEIGHT", "_FEWEST_PRODUCTS", "_FEWEST_ROWS"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_table import FAMILIES, inputs_of, make
+from family_table import FAMILIES, NESTED, inputs_of, make
 from torch import Tensor
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTAttention
@@ -115,7 +115,7 @@ def test_attention_of_ones_own_is_left_alone_and_detach_closes_it(make_classifie
 
 
 # Their queries, keys and values come from one product, or are turned in between.
-CLOSED = ("blip", "data2vec", "dinov3")
+CLOSED = ("blip", "data2vec", "dinov3", *NESTED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import GitConfig, ViTConfig
 
-from dtem_hf import BadValue, ToMeConfig, attach, ops
+from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach, ops
 from dtem_hf.evaluation.benchmark import BenchmarkArguments, benchmark, main
 from dtem_hf.evaluation.benchmark_tables import markdown
 from dtem_hf.evaluation.breakdown import PARTS, MergingAlone, break_down
 from dtem_hf.evaluation.runtimes import load_peer
+from dtem_hf.ops import fused_layer
 
 
 PEERS = """
@@ -99,9 +100,14 @@ def test_compiled_rows_and_what_merging_takes_of_them(tmp_path):
     assert alone["seconds"] > 0 and alone["share"] > 0
 
 
-def test_the_breakdown_sees_every_part_and_leaves_no_trace(make_classifier, pixels):
-    model = attach(make_classifier(), ToMeConfig(r=6))
+def test_the_breakdown_sees_every_part_and_leaves_no_trace(make_classifier, pixels, monkeypatch):
+    model = attach(make_classifier(), DTEMConfig(r=6))
     before = dict(vars(ops))
+    if fused_layer.is_available():  # layers as one call: their bias is made in passing
+        found = break_down(model, lambda: model(pixels), torch.device("cpu"), rounds=2, warmup=0)
+        assert all(found["seconds"][part] > 0 for part in ("metric", "matching and merging", "rest"))
+        assert found["shares"]["attention bias"] == 0 and sum(found["shares"].values()) == pytest.approx(1)
+    monkeypatch.setattr(fused_layer, "can_run", lambda x: False)
     found = break_down(model, lambda: model(pixels), torch.device("cpu"), rounds=2, warmup=0)
     assert all(found["seconds"][part] > 0 for part in (*PARTS, "rest"))
     assert sum(found["shares"].values()) == pytest.approx(1)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -147,49 +142,3 @@ def test_dispatch_takes_it_and_gives_what_the_plain_path_gives() -> None:
         flat(ops.match_and_merge(x, None, metric, 20, heads=3)), plain(x, None, metric, 20, 1, 3), strict=True
     ):
         torch.testing.assert_close(*tensors, atol=1e-6, rtol=1e-6)
-
-
-_SCRIPT = "from dtem_hf.ops import native; print(native.library() is not None)"
-
-
-def library_of(tmp_path: Path, **environment: str) -> bool:
-    """Whether a new process with a cache folder of its own has the library."""
-    ran = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return ran.stdout.strip() == "True"
-
-
-@compiled
-@pytest.mark.skipif(shutil.which("cc", path="/usr/bin:/bin") is None, reason="needs cc in its usual place")
-def test_is_compiled_once_into_a_folder_of_the_users_own_and_anew_where_spoilt(tmp_path: Path) -> None:
-    assert library_of(tmp_path)
-    (built,) = (tmp_path / ".cache" / "dtem_hf").iterdir()
-    assert built.parent.stat().st_mode & 0o077 == 0
-    before = built.stat().st_mtime_ns
-    assert library_of(tmp_path)
-    assert built.stat().st_mtime_ns == before
-    built.write_bytes(b"spoilt")
-    assert library_of(tmp_path)
-    assert built.stat().st_size > 1000
-
-
-def test_does_without_where_it_is_switched_off_or_cannot_be_had(tmp_path: Path) -> None:
-    assert not library_of(tmp_path, DTEM_HF_NATIVE="0")
-    assert not library_of(tmp_path, CC="no-such-compiler")
-    assert not library_of(tmp_path, CC="false")
-    assert not list(tmp_path.rglob("*.so"))
-
-
-@compiled
-@pytest.mark.skipif(shutil.which("cc", path="/usr/bin:/bin") is None, reason="needs cc in its usual place")
-def test_a_folder_that_others_can_write_to_is_not_loaded_from(tmp_path: Path) -> None:
-    folder = tmp_path / ".cache" / "dtem_hf"
-    folder.mkdir(parents=True)
-    folder.chmod(0o777)
-    assert library_of(tmp_path)
-    assert not list(folder.iterdir())

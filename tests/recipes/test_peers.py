@@ -1,4 +1,4 @@
-"""The peers of the benchmark compute what they say: a plain ViT, or one that drops tokens, by either library."""
+"""The peers of the benchmark compute what they say: a ViT with layers as one call, and one that drops tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from dtem_hf.ops import products
+from dtem_hf.ops import fused_layer
 
 
 @pytest.fixture
@@ -21,33 +22,50 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return peers
 
 
-@torch.no_grad()
-def test_peers_compute_a_vit(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def model() -> Any:
     config = ViTConfig(
-        hidden_size=384,
-        intermediate_size=1536,
+        hidden_size=48,
+        intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=6,
         image_size=48,
         patch_size=4,
     )
-    model = ViTForImageClassification(config).eval()
-    pixels = torch.randn(2, 3, 48, 48)
+    return ViTForImageClassification(config).eval()
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_tokens_are_dropped_for_nothing(peers: Any, model: Any, pixels: Tensor) -> None:
     plain = model(pixels).logits
-    weights: list[Any] = []
-    multiply = products.multiply
-    monkeypatch.setattr(products, "multiply", lambda *args: (weights.append(args[1]), multiply(*args))[1])
-    monkeypatch.setattr(products, "is_available", lambda: True)  # on any processor
     rows: list[int] = []
     model.vit.layers[-1].layernorm_after.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
     torch.testing.assert_close(peers.sliced(model, 0)(pixels), plain, atol=1e-5, rtol=1e-5)
-    assert not weights
-    torch.testing.assert_close(peers.plain_by_onednn(model, 16)(pixels), plain, atol=1e-5, rtol=1e-5)
-    assert len(weights) == 3 * 6
     dropped = peers.sliced(model, 16)(pixels)
-    assert rows == [145, 145, 145 - 3 * 16] and not torch.allclose(dropped, plain, atol=1e-4)
-    torch.testing.assert_close(peers.sliced_by_onednn(model, 16)(pixels), dropped, atol=1e-5, rtol=1e-5)
-    assert len(weights) == 2 * 3 * 6
-    monkeypatch.setattr(products, "is_available", lambda: False)
+    assert rows == [145, 145 - 3 * 16] and not torch.allclose(dropped, plain, atol=1e-5)
+    model.config.hidden_act = "relu"
+    with pytest.raises(RuntimeError, match="written for 'gelu'"):
+        peers.sliced(model, 16)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not fused_layer.is_available(), reason="needs a C compiler, wide vectors and OpenMP")
+def test_a_plain_model_by_the_calls_of_a_merged_one(
+    peers: Any, model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = model(pixels).logits
+    shapes: list[Any] = []
+    run = fused_layer.run
+    monkeypatch.setattr(
+        fused_layer, "run", lambda x, *args, **kwargs: (shapes.append(x.shape[1]), run(x, *args, **kwargs))[1]
+    )
+    torch.testing.assert_close(peers.plain_fused(model, 16)(pixels), plain, atol=1e-5, rtol=1e-5)
+    assert shapes == [145] * 3
+    monkeypatch.setattr(fused_layer, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="leave this peer out"):
-        peers.plain_by_onednn(model, 16)
+        peers.plain_fused(model, 16)

@@ -1,0 +1,75 @@
+"""The C is compiled once into a folder of the user's own, or done without."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtem_hf.ops.compiled import library
+
+
+compiled = pytest.mark.skipif(library() is None, reason="needs a C compiler")
+
+_SCRIPT = "from dtem_hf.ops import compiled; print(compiled.library_version())"
+
+
+def started(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new process with a cache folder of its own, which says what library it has."""
+    return subprocess.run(
+        [sys.executable, "-c", _SCRIPT],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def library_of(tmp_path: Path, **environment: str) -> bool:
+    """Whether a new process with a cache folder of its own has the library."""
+    return started(tmp_path, **environment).stdout.strip() != "none"
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("cc", path="/usr/bin:/bin") is None, reason="needs cc in its usual place")
+def test_is_compiled_once_into_a_folder_of_the_users_own_and_anew_where_spoilt(tmp_path: Path) -> None:
+    assert library_of(tmp_path)
+    (built,) = (tmp_path / ".cache" / "dtem_hf").iterdir()
+    assert built.parent.stat().st_mode & 0o077 == 0
+    assert started(tmp_path).stdout.strip() == built.name.removeprefix("native-")[:8]
+    before = built.stat().st_mtime_ns
+    assert library_of(tmp_path)
+    assert built.stat().st_mtime_ns == before
+    built.write_bytes(b"spoilt")
+    assert library_of(tmp_path)
+    assert built.stat().st_size > 1000
+
+
+def test_does_without_where_it_is_switched_off_or_cannot_be_had(tmp_path: Path) -> None:
+    assert not library_of(tmp_path, DTEM_HF_NATIVE="0")
+    assert not library_of(tmp_path, CC="no-such-compiler")
+    assert not library_of(tmp_path, CC="false")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_compiler_that_fails_is_warned_about_and_an_absent_one_is_not(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho no disk today >&2\nexit 1\n", encoding="utf-8")
+    compiler.chmod(0o700)
+    told = started(tmp_path, CC=str(compiler)).stderr
+    assert str(compiler) in told and "no disk today" in told and "DTEM_HF_NATIVE=0" in told
+    for quiet in ({"CC": "no-such-compiler"}, {"DTEM_HF_NATIVE": "0"}):
+        assert "could not compile" not in started(tmp_path, **quiet).stderr
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("cc", path="/usr/bin:/bin") is None, reason="needs cc in its usual place")
+def test_a_folder_that_others_can_write_to_is_not_loaded_from(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "dtem_hf"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert library_of(tmp_path)
+    assert not list(folder.iterdir())
