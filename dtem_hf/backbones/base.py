@@ -23,6 +23,10 @@ from .open_mlp import OpenMLP, opens_mlp
 from .readers import Averaging, ReadsPrefix, ScopedForward
 
 
+# Arguments that ask for nothing where they are off.
+_SWITCHES = ("output_attentions", "use_cache")
+
+
 class LayerMerging:
     """Mixed into a family's own layer class; the family's subclass writes the forward pass with `merge_step` in it.
 
@@ -48,9 +52,13 @@ class LayerMerging:
     ) -> Tensor | None:
         """The whole layer as one call: [B, n, D] -> [B, n', D]; None where its modules have to run.
 
-        `others` are arguments of the layer that only its modules know what to do with.
+        `others` are arguments of the layer; of most, only its modules know what to do with them.
         """
-        return None if others else run_fused(self, hidden_states, attention_mask, state)
+        for name, value in others.items():
+            # Hidden states are recorded where a layer is called.
+            if name != "output_hidden_states" and not (name in _SWITCHES and value in (None, False)):
+                return None
+        return run_fused(self, hidden_states, attention_mask, state)
 
     def attention_bias(self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState) -> Tensor | None:
         """The additive mask to hand to the layer's attention; what the tokens carry comes to the layer's device."""

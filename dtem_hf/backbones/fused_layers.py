@@ -6,20 +6,25 @@ The modules are asked in every pass, as hooks, LoRA, other weights and a `forwar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules import module as hooks_of_all
-from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation
+from transformers.activations import QuickGELUActivation
 
 from ..ops import fused_layer
 from ..ops.fused_layer import Affine, LayerWeights, MergePart
 from ..reducers import leave_matched
 from ..token_state import TokenState
-from .bare_modules import is_bare_parameter, is_hooked
+from .bare_modules import (
+    all_are_hooked,
+    bare_linear,
+    bare_norm,
+    computes_as_torch,
+    gelu_of,
+    is_bare_parameter,
+    is_hooked,
+)
 from .open_attention import OpenAttention, has_stock_function
 from .open_mlp import OpenMLP
 
@@ -95,7 +100,7 @@ def _merge_part(layer: Any, index: int, r: int, state: TokenState, width: int) -
             return None
     if state.embedding is not None:
         norm_power = state.embedding.norm_power_of(index)
-        if norm_power is not None and not _is_bare(norm_power):
+        if norm_power is not None and not _is_bare(norm_power, (1,)):
             return None
     return MergePart(r, state.num_prefix_tokens, embedding, norm_power)
 
@@ -103,17 +108,28 @@ def _merge_part(layer: Any, index: int, r: int, state: TokenState, width: int) -
 def weights_of(parts: LayerParts, width: int) -> LayerWeights | None:
     """The weights of a layer of a merged model, of tokens [B, n, width]; None where its modules have to run."""
     attention, mlp = parts.attention, parts.mlp
-    # By their forward passes: derived classes may have others.
-    if not isinstance(attention, OpenAttention) or type(attention).forward is not OpenAttention.forward:
+    if not isinstance(attention, OpenAttention) or not _runs(attention, OpenAttention):
         return None
-    if not isinstance(mlp, OpenMLP) or type(mlp).forward is not OpenMLP.forward:
+    if not isinstance(mlp, OpenMLP) or not _runs(mlp, OpenMLP):
         return None
-    if hooks_of_all._has_any_global_hook() or parts.attention.training or is_hooked(attention) or is_hooked(mlp):
+    if (
+        all_are_hooked()
+        or not computes_as_torch()
+        or parts.attention.training
+        or is_hooked(attention)
+        or is_hooked(mlp)
+    ):
         return None
     activation = _activation(parts.mlp.activation_fn)
     if activation is None or not has_stock_function(attention) or not all(_is_idle(module) for module in parts.idle):
         return None
     return _gather(parts, getattr(parts.attention, attention.output_name), activation, width)
+
+
+def _runs(module: Any, mixin: type) -> bool:
+    """Whether calling a module runs what a class says: derived classes may say otherwise."""
+    cls: Any = type(module)
+    return cls.forward is mixin.forward and cls.__call__ is nn.Module.__call__  # type: ignore[attr-defined]
 
 
 def _gather(parts: LayerParts, output: Any, activation: str, width: int) -> LayerWeights | None:
@@ -146,36 +162,32 @@ def _gather(parts: LayerParts, output: Any, activation: str, width: int) -> Laye
 
 
 def _linear(module: Any) -> Affine | None:
-    if type(module) is not nn.Linear or is_hooked(module):
+    found = bare_linear(module)
+    if found is None or found.weight.dim() != 2 or not _lie_as_expected(found):
         return None
-    # Asked of every layer in every pass: module attributes take longer.
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or not _are_bare((weight, bias)) or weight.dim() != 2:
-        return None
-    return Affine(weight, bias) if bias is None or bias.shape == weight.shape[:1] else None
+    return found if found.bias is None or found.bias.shape == found.weight.shape[:1] else None
 
 
 def _norm(module: Any, width: int) -> Affine | None:
-    if type(module) is not nn.LayerNorm or is_hooked(module) or module.normalized_shape != (width,):
+    found = bare_norm(module)
+    if found is None or module.normalized_shape != (width,) or not _lie_as_expected(found):
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    fit = all(tensor is None or tensor.shape == (width,) for tensor in (weight, bias))
-    return Affine(weight, bias) if fit and _are_bare((weight, bias)) else None
+    return found if all(tensor is None or tensor.shape == (width,) for tensor in found) else None
 
 
-def _are_bare(parameters: Iterable[Any]) -> bool:
-    return all(parameter is None or _is_bare(parameter) for parameter in parameters)
+def _lie_as_expected(parameters: Iterable[Any]) -> bool:
+    return all(p is None or (p.layout is torch.strided and p.is_contiguous()) for p in parameters)
 
 
-def _is_bare(parameter: Any) -> bool:
-    return is_bare_parameter(parameter) and parameter.layout is torch.strided and parameter.is_contiguous()
+def _is_bare(parameter: Any, shape: tuple[int, ...]) -> bool:
+    return is_bare_parameter(parameter) and parameter.shape == shape and _lie_as_expected([parameter])
 
 
 def _scale(module: Any, width: int) -> Tensor | None:
     """The one parameter of a layer scale that transformers wrote."""
     parameters = list(module._parameters.values())
     stock = _is_stock(module) and type(module).__name__.endswith("LayerScale") and len(parameters) == 1
-    fits = stock and not is_hooked(module) and _is_bare(parameters[0]) and parameters[0].shape == (width,)
+    fits = stock and not is_hooked(module) and _is_bare(parameters[0], (width,))
     return parameters[0] if fits else None
 
 
@@ -193,11 +205,6 @@ def _activation(module: Any) -> str | None:
     """The name of an activation that can be applied in the call; None for any other."""
     if is_hooked(module):
         return None
-    kind = type(module)
-    if kind is QuickGELUActivation:
+    if type(module) is QuickGELUActivation:
         return "quick_gelu"
-    if kind is GELUActivation and module.act is F.gelu:
-        return "gelu"
-    if kind is GELUTanh and isinstance(module.act, partial) and module.act.func is F.gelu:
-        return "gelu_tanh" if module.act.keywords == {"approximate": "tanh"} else None
-    return None
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(gelu_of(module) or "")

@@ -75,7 +75,9 @@ def attention_function(attention: Any) -> Any:
 
 def has_stock_function(attention: Any) -> bool:
     """Whether that is one that transformers wrote, and not somebody's in its place."""
-    return attention_function(attention).__module__.startswith("transformers.")
+    # By where its code stands: a wrapped function has the name and module of what it wraps.
+    written_in = getattr(attention_function(attention), "__globals__", {}).get("__name__", "")
+    return written_in.startswith("transformers.")
 
 
 def _eager_attention(attention: Any) -> Any:

@@ -6,14 +6,11 @@ than linear maps of their weights (LoRA, quantised or offloaded weights), and wh
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.activations import GELUActivation, GELUTanh
 
-from .bare_modules import as_product, is_hooked, multiplies_faster
+from .bare_modules import as_product, gelu_of, is_hooked, multiplies_faster
 
 
 class OpenMLP:
@@ -23,7 +20,7 @@ class OpenMLP:
         fc1, fc2, activation = self.fc1, self.fc2, self.activation_fn
         if not merged or self.training or not multiplies_faster(hidden_states, fc1, fc2) or is_hooked(activation):
             return super().forward(hidden_states)  # type: ignore[misc]
-        gelu = _gelu(activation)
+        gelu = gelu_of(activation)
         grown = as_product(fc1, gelu)(hidden_states)
         return as_product(fc2)(grown if gelu else activation(grown))
 
@@ -33,13 +30,3 @@ def opens_mlp(mlp: nn.Module | None) -> TypeGuard[nn.Module]:
     if mlp is None or not type(mlp).__module__.startswith("transformers.models."):
         return False
     return {name for name, _ in mlp.named_children()} == {"fc1", "fc2", "activation_fn"}
-
-
-def _gelu(activation: Any) -> str | None:
-    """F.gelu's name for the approximation that an activation is; None for one that is another function."""
-    if type(activation) not in (GELUActivation, GELUTanh):
-        return None
-    function = activation.act
-    if isinstance(function, partial):
-        return function.keywords.get("approximate") if function.func is F.gelu else None
-    return "none" if function is F.gelu else None

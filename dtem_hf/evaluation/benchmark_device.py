@@ -118,7 +118,7 @@ def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, A
             "speedup": batch["speedup"]["median"],
             "ideal_speedup": row["ideal_speedup"],
             "of_ideal": batch["of_ideal"],
-            "merging_share": batch["merging_alone"]["share"],
+            "merging_share": batch["merging"]["share"],
         }
         for row in result["rows"]
         if row["runtime"] == "compile" and row["method"] != "none"

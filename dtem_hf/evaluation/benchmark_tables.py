@@ -71,7 +71,7 @@ def _batch_cell(batch: dict[str, Any]) -> str:
 
 
 def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Milliseconds and shares by part, of eager rows; and of compiled ones, what merging alone takes."""
+    """Milliseconds and shares by part, of eager rows; and of compiled ones, what merging takes."""
     eager, compiled = [], []
     for row in result["rows"]:
         for batch in row["batches"]:
@@ -84,14 +84,14 @@ def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]
                 seconds, shares = batch["breakdown"]["seconds"], batch["breakdown"]["shares"]
                 parts = [f"{1e3 * seconds[part]:.2f} ms, {100 * shares[part]:.1f} %" for part in seconds]
                 eager.append((list(seconds), [*start, *parts]))
-            if batch.get("merging_alone"):
-                alone = batch["merging_alone"]
-                compiled.append([*start, f"{1e3 * alone['seconds']:.2f} ms, {100 * alone['share']:.1f} %"])
+            if batch.get("merging"):
+                merging = batch["merging"]
+                compiled.append([*start, f"{1e3 * merging['seconds']:.2f} ms, {100 * merging['share']:.1f} %"])
     tables = []
     if eager:
         tables.append((["method", "r", "batch", *eager[0][0]], [line for _, line in eager]))
     if compiled:
-        tables.append((["method", "r", "batch", "matching and merging, compiled alone"], compiled))
+        tables.append((["method", "r", "batch", "matching and merging, compiled"], compiled))
     return tables
 
 

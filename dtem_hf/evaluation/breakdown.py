@@ -114,10 +114,22 @@ def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode()
+def merging_inside(run: Callable[[], Any], rounds: int) -> float | None:
+    """Median seconds that layers which run as one call spend on metric, matching and merging; None if none does."""
+    taken = []
+    with fused_layer.timed_parts() as fused:
+        for _ in range(rounds):
+            run()
+            taken.append(sum(fused))
+            fused[:] = [0.0] * len(fused)
+    return float(np.median(taken)) if any(taken) else None
+
+
 class MergingAlone(nn.Module):
     """Matching and merging of every layer of a plan, on tokens of noise, and nothing else of the model.
 
-    What they take of a compiled model, whose parts cannot be told apart from outside.
+    What they take of a compiled model whose parts cannot be told apart from outside.
     """
 
     def __init__(self, plan: MergePlan, num_prefix_tokens: int) -> None:

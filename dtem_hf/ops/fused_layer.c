@@ -32,6 +32,7 @@ typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES)));
 #define LOG2_E 1.44269504088896341f
 #define LN_2_HIGH 0.693359375f
 #define LN_2_LOW -2.12194440e-4f
+#define DEPTH 256
 #define NEAR (1 << 17) /* numbers that a core's own cache holds beside what else it needs */
 #define ROUNDING 12582912.0f /* 1.5 * 2^23: what is added to it is rounded to a whole number */
 
@@ -167,11 +168,14 @@ static inline void share(int64_t count, int me, int team, int64_t *first, int64_
   *first = count * me / team, *last = count * (me + 1) / team;
 }
 
-/* LayerNorm of the tokens of one panel: x [width][LANES] -> out. */
+/* LayerNorm of the tokens of one panel: x [width][LANES] -> out. What rounding leaves of a mean is taken off it, or a
+ * token that is the same throughout would become that, divided by the root of eps. */
 static void normalise(const float *x, int64_t width, const float *weight, const float *bias, float eps, float *out) {
-  lanes mean = {0}, variance = {0};
+  lanes mean = {0}, rest = {0}, variance = {0};
   for (int64_t f = 0; f < width; f++) mean += *(const lanes *)(x + f * LANES);
   mean /= (float)width;
+  for (int64_t f = 0; f < width; f++) rest += *(const lanes *)(x + f * LANES) - mean;
+  mean += rest / (float)width;
   for (int64_t f = 0; f < width; f++) {
     lanes off = *(const lanes *)(x + f * LANES) - mean;
     variance += off * off;
@@ -203,24 +207,31 @@ static inline void finish(const Product *p, int64_t row, float *out, lanes value
   *(lanes *)out = value;
 }
 
-/* Rows [row, row + ROWS) of a product for PANELS panels of tokens; the last half of the lanes of a half panel holds no token. */
+/* Rows [row, row + ROWS) of a product for PANELS panels of tokens; the last half of the lanes of a half panel holds no
+ * token. Sums are made of sums of DEPTH, which round less than one long sum. */
 #define DEFINE_PRODUCT(NAME, VECTOR, COUNT, PANELS)                                                               \
   static void NAME(const Product *p, const float *in, int64_t in_panel, int64_t row, float *out) {                \
-    VECTOR sums[COUNT][PANELS];                                                                                   \
+    VECTOR totals[COUNT][PANELS];                                                                                 \
     const float *weight = p->linear->weight + row * p->linear->in, *bias = p->linear->bias;                       \
     int64_t depth = p->linear->in;                                                                                \
     for (int q = 0; q < COUNT; q++)                                                                               \
-      for (int t = 0; t < PANELS; t++) sums[q][t] = (bias ? bias[row + q] : 0) - (VECTOR){0};                     \
-    for (int64_t k = 0; k < depth; k++) {                                                                         \
-      VECTOR tokens[PANELS];                                                                                      \
-      for (int t = 0; t < PANELS; t++) tokens[t] = *(const VECTOR *)(in + t * in_panel + k * LANES);              \
+      for (int t = 0; t < PANELS; t++) totals[q][t] = (bias ? bias[row + q] : 0) - (VECTOR){0};                   \
+    for (int64_t from = 0; from < depth; from += DEPTH) {                                                         \
+      int64_t to = from + DEPTH < depth ? from + DEPTH : depth;                                                   \
+      VECTOR sums[COUNT][PANELS] = {{{0}}};                                                                       \
+      for (int64_t k = from; k < to; k++) {                                                                       \
+        VECTOR tokens[PANELS];                                                                                    \
+        for (int t = 0; t < PANELS; t++) tokens[t] = *(const VECTOR *)(in + t * in_panel + k * LANES);            \
+        for (int q = 0; q < COUNT; q++)                                                                           \
+          for (int t = 0; t < PANELS; t++) sums[q][t] += weight[q * depth + k] * tokens[t];                       \
+      }                                                                                                           \
       for (int q = 0; q < COUNT; q++)                                                                             \
-        for (int t = 0; t < PANELS; t++) sums[q][t] += weight[q * depth + k] * tokens[t];                         \
+        for (int t = 0; t < PANELS; t++) totals[q][t] += sums[q][t];                                              \
     }                                                                                                             \
     for (int q = 0; q < COUNT; q++)                                                                               \
       for (int t = 0; t < PANELS; t++) {                                                                          \
         lanes value = {0};                                                                                        \
-        *(VECTOR *)&value = sums[q][t];                                                                           \
+        *(VECTOR *)&value = totals[q][t];                                                                         \
         finish(p, row + q, out + t * p->out_panel + (row + q) * LANES, value);                                    \
       }                                                                                                           \
   }

@@ -10,7 +10,7 @@ whatever the batch and the number of threads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from .compiled import library
-from .matching import split_counts
+from .matching import Matching, split_counts
 from .merging import Merged
-from .native import cut_matching
-from .recording import only_infers
+from .recording import infers, only_infers
 
 
 # By the name of the function, as the C counts them.
@@ -131,8 +130,15 @@ def timed_parts() -> Iterator[ctypes.Array[ctypes.c_double]]:
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether `run` may run on tokens [B, N, D], whatever the layer."""
+    """Whether `run` may run on tokens [B, N, D], whatever the layer. An exported graph has to do without."""
+    if torch.compiler.is_compiling():
+        return infers(x) and not torch.compiler.is_exporting() and _is_available_to_graphs()
     return only_infers(x) and x.shape[0] > 0 and is_available()
+
+
+@torch.compiler.assume_constant_result
+def _is_available_to_graphs() -> bool:
+    return is_available()
 
 
 @cache
@@ -155,13 +161,31 @@ def run(
     `sizes` [B, N] count in the merge (None: all are 1), `bias` [B or 1, H or 1, 1, N] in attention, both float32.
     Without a merge, `num_rows` says how many of the first tokens are wanted: [B, num_rows, D].
     """
+    merge = merge if merge is not None and merge.r else None
+    left = (x.shape[1] if num_rows is None else num_rows) - (0 if merge is None else merge.r)
+    if torch.compiler.is_compiling():
+        out, *rest = _run_in_graph(x, weights, sizes, bias, merge, left)
+    else:
+        out, *rest = _run(x, weights, sizes, bias, merge, left, Scratch() if scratch is None else scratch)
+    if merge is None:
+        return out, None
+    out_sizes, logs, merged, target, kept = rest
+    return out, Merged(out, out_sizes, lambda: Matching(merged, target, kept, merge.num_prefix_tokens), logs)
+
+
+def _run(
+    x: Tensor,
+    weights: LayerWeights,
+    sizes: Tensor | None,
+    bias: Tensor | None,
+    merge: MergePart | None,
+    left: int,
+    scratch: Scratch,
+) -> tuple[Tensor, ...]:
+    """x [B, left, D] and, behind a merge, sizes, their logarithms, and a matching's merged, target and kept."""
     x = _with_rows(x)
     sizes, bias = None if sizes is None else _with_rows(sizes), None if bias is None else _with_rows(bias)
-    batch, num_tokens, width = x.shape
-    merge = merge if merge is not None and merge.r else None
-    r, prefix = (0, 0) if merge is None else (merge.r, merge.num_prefix_tokens)
-    left = (num_tokens if num_rows is None else num_rows) - r
-    out = x.new_empty(batch, left, width)
+    out = _empty_outputs(x, merge, left)
     layer = _Layer(
         *(_linear(part) for part in weights[1:5]),
         _Linear() if merge is None or merge.embedding is None else _linear(merge.embedding),
@@ -171,27 +195,111 @@ def run(
         *(x.data_ptr(), _pointer(sizes), _pointer(bias), x.stride(0), x.stride(1)),
         0 if sizes is None else sizes.stride(0),
         *((0, 0) if bias is None else (_stride(bias, 0), _stride(bias, 1))),
-        *(batch, num_tokens, prefix, r, left + r),
+        *x.shape[:2],
+        *((0, 0, left) if merge is None else (merge.num_prefix_tokens, merge.r, left + merge.r)),
         None if merge is None else _pointer(merge.norm_power),
-        out.data_ptr(),
+        *(tensor.data_ptr() for tensor in out),
     )
-    merged = None
-    if merge is not None:
-        num_a = split_counts(num_tokens, prefix)[0]
-        out_sizes, logs = x.new_empty(batch, left), x.new_empty(batch, 1, 1, left)
-        indices = x.new_empty(batch * (r + num_a), dtype=torch.int64)
-        first = indices.data_ptr()
-        layer.out_sizes, layer.out_logs = out_sizes.data_ptr(), logs.data_ptr()
-        layer.merged, layer.target, layer.kept = first, first + 8 * batch * r, first + 16 * batch * r
-        merged = Merged(out, out_sizes, lambda: cut_matching(indices, batch, r, num_a - r, prefix), logs)
     layer.threads = torch.get_num_threads()
     watch = _WATCH  # held on to, as a pass may outlast the block
     layer.seconds = None if watch is None else ctypes.addressof(watch)
     functions, pointer = _functions(), ctypes.byref(layer)
-    scratch = Scratch() if scratch is None else scratch
     layer.scratch = scratch.take(functions.dtem_layer_scratch_bytes(pointer))
     functions.dtem_layer(pointer)
-    return out, merged
+    return out
+
+
+def _empty_outputs(x: Tensor, merge: MergePart | None, left: int) -> tuple[Tensor, ...]:
+    batch, num_tokens, width = x.shape
+    out = x.new_empty(batch, left, width)
+    if merge is None:
+        return (out,)
+    kept = split_counts(num_tokens, merge.num_prefix_tokens)[0] - merge.r
+    indices = (x.new_empty(batch, count, dtype=torch.int64) for count in (merge.r, merge.r, kept))
+    return out, x.new_empty(batch, left), x.new_empty(batch, 1, 1, left), *indices
+
+
+def _run_in_graph(
+    x: Tensor,
+    weights: LayerWeights,
+    sizes: Tensor | None,
+    bias: Tensor | None,
+    merge: MergePart | None,
+    left: int,
+) -> list[Tensor]:
+    """`_run` as one operation of a compiled graph, which takes no tuples."""
+    w = weights
+    return _operation(
+        x,
+        [*w.norm1, *w.query, *w.key, *w.value, *w.output, *w.norm2, *w.grow, *w.shrink],
+        [w.scale1, w.scale2],
+        [*((None, None) if merge is None or merge.embedding is None else merge.embedding)],
+        None if merge is None else merge.norm_power,
+        sizes,
+        bias,
+        w.heads,
+        [w.scaling, w.norm1_eps, w.norm2_eps],
+        w.activation,
+        *((0, 0) if merge is None else (merge.r, merge.num_prefix_tokens)),
+        left,
+    )
+
+
+@torch.library.custom_op("dtem_hf::fused_layer", mutates_args=())
+def _operation(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    embedding: Sequence[Tensor | None],
+    norm_power: Tensor | None,
+    sizes: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    scaling_and_eps: Sequence[float],
+    activation: str,
+    r: int,
+    num_prefix_tokens: int,
+    left: int,
+) -> list[Tensor]:
+    fields: list[Any] = [Affine(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    weights = LayerWeights(*[*fields, *scales, heads, *scaling_and_eps, activation])
+    learned = None if embedding[0] is None else Affine(*embedding)
+    merge = MergePart(r, num_prefix_tokens, learned, norm_power) if r else None
+    return list(_run(x, weights, sizes, bias, merge, left, Scratch()))
+
+
+@_operation.register_fake
+def _(
+    x: Tensor,
+    parts: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    embedding: Sequence[Tensor | None],
+    norm_power: Tensor | None,
+    sizes: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    scaling_and_eps: Sequence[float],
+    activation: str,
+    r: int,
+    num_prefix_tokens: int,
+    left: int,
+) -> list[Tensor]:
+    return list(_empty_outputs(x, MergePart(r, num_prefix_tokens) if r else None, left))
+
+
+@_operation.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+    def chosen(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [chosen(part, of_part, i) for part, of_part in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    runs = [
+        _operation(*(chosen(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    stacked = [torch.stack(outputs) for outputs in zip(*runs, strict=True)]
+    return stacked, [0] * len(stacked)
 
 
 def _with_rows(tensor: Tensor) -> Tensor:

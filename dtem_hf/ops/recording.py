@@ -10,16 +10,15 @@ from torch.utils._device import DeviceContext
 DTYPE = torch.float32
 
 
+def infers(x: Tensor) -> bool:
+    """Whether what is done to x is inference on a CPU in float32."""
+    plain = type(x) is Tensor and x.is_cpu and x.dtype == DTYPE
+    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 def only_infers(x: Tensor) -> bool:
-    """Whether what is done to x is inference on a CPU in float32, and nobody wants more of it than the result."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype == DTYPE
-        and not is_recorded()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether that is all, and nobody wants more of it than the result."""
+    return infers(x) and not is_recorded()
 
 
 def is_overridden() -> bool:

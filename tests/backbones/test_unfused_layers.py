@@ -190,7 +190,7 @@ def test_dtypes_weights_that_are_strided_and_quantised_ones(
     assert not ran
 
 
-def test_exported_compiled_and_trained_models_hold_stock_operations(
+def test_exported_and_trained_models_hold_stock_operations(
     small_vit: Any, small_pixels: Tensor, ran: list[Any]
 ) -> None:
     model = attach(small_vit, ToMeConfig(r=4))
@@ -198,13 +198,11 @@ def test_exported_compiled_and_trained_models_hold_stock_operations(
     assert model.vit.layers[1].mlp.fc1.weight.grad is not None
     with torch.no_grad():
         program = torch.export.export(model, (), {"pixel_values": small_pixels})
-        compiled = torch.compile(model, fullgraph=True, backend="eager")(small_pixels).logits
         model.train()(small_pixels)
         assert not ran
         expected = model.eval()(small_pixels).logits
     assert ran
     close(program.module()(pixel_values=small_pixels).logits, expected)
-    close(compiled, expected)
 
 
 def to_multi_query(model: Any) -> None:

@@ -95,9 +95,9 @@ def test_compiled_rows_and_what_merging_takes_of_them(tmp_path):
         model=str(tmp_path), random_weights=True, runtimes=["compile"], breakdown=True, **settings
     )
     rows = benchmark(arguments)["rows"]
-    assert rows[0]["batches"][0]["merging_alone"] is None
-    alone = rows[1]["batches"][0]["merging_alone"]
-    assert alone["seconds"] > 0 and alone["share"] > 0
+    assert rows[0]["batches"][0]["merging"] is None
+    merging = rows[1]["batches"][0]["merging"]
+    assert merging["seconds"] > 0 and merging["share"] > 0
 
 
 def test_the_breakdown_sees_every_part_and_leaves_no_trace(make_classifier, pixels, monkeypatch):
