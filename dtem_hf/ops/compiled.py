@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,12 +34,15 @@ _TARGETS = (("-march=native",), ())
 def library() -> Any:
     """The compiled C, or None where it cannot be had. Compiled at the first call, and loaded once for a process.
 
-    Warns where there is a compiler and it fails.
+    Warns where there is a compiler and it fails, and where $CC names none.
     """
     if os.environ.get("DTEM_HF_NATIVE") == "0" or sys.platform == "win32":
         return None
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
+    named = os.environ.get("CC")
+    compiler = shlex.split(named or "cc")
+    if not compiler or shutil.which(compiler[0]) is None:
+        if named:
+            _warn(f"CC={named!r} names no program that is there")
         return None
     failure: Exception | None = None
     for target in _TARGETS:
@@ -47,45 +52,65 @@ def library() -> Any:
             failure = error
     said = getattr(failure, "stderr", None) or str(failure).encode()
     reason = (said.decode(errors="replace").strip().splitlines() or ["no reason given"])[0]
-    warnings.warn(
-        f"{compiler} could not compile what makes merged models faster on this CPU ({reason}); they run by tensor "
-        "operations. Name another compiler in CC, or set DTEM_HF_NATIVE=0 to do without.",
-        stacklevel=2,
-    )
+    _warn(f"{shlex.join(compiler)} could not compile it: {reason}")
     return None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"What makes merged models faster on this CPU is not there ({reason}); they run by tensor operations. Name a "
+        "compiler in CC, or set DTEM_HF_NATIVE=0 to do without.",
+        stacklevel=3,
+    )
 
 
 def library_version() -> str:
     """Which build of the C runs: a part of the hash of its source, compiler and processor; "none" without one."""
     loaded = library()
-    return "none" if loaded is None else Path(loaded._name).stem.removeprefix("native-")[:8]
+    return "none" if loaded is None else Path(loaded._name).stem.split("-")[1][:8]
 
 
-def _load(compiler: str, target: tuple[str, ...]) -> ctypes.CDLL:
+def _load(compiler: list[str], target: tuple[str, ...]) -> ctypes.CDLL:
     # What the compiler says of itself and of the processor: caches lie in homes that different machines share.
-    asked = [compiler, *target, "-dM", "-E", "-x", "c", os.devnull]
+    asked = [*compiler, *target, "-dM", "-E", "-x", "c", os.devnull]
     macros = subprocess.run(asked, capture_output=True, check=True, timeout=30).stdout
     sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     digest = hashlib.sha256(b"\0".join([*sources, macros, repr((_FLAGS, target)).encode()])).hexdigest()
-    folder = _cache_folder()
-    name = f"native-{digest[:32]}.so"
+    name, folder = f"native-{digest[:32]}", _cache_folder()
     if folder is not None:
-        path = folder / name
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # it is not there yet, or spoilt
+        kept = _kept(folder, name)
+        if kept is None:
             with TemporaryDirectory(dir=folder) as temporary:
-                os.replace(_compile(compiler, target, Path(temporary, name)), path)
+                built = _compile(compiler, target, Path(temporary, "built.so"))
+                kept = folder / f"{name}-{_content(built)}.so"
+                os.replace(built, kept)
         try:
-            return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(kept))
         except OSError:  # nothing may be run from that folder
             pass
     with TemporaryDirectory() as temporary:  # a loaded library no longer needs its file
-        return ctypes.CDLL(str(_compile(compiler, target, Path(temporary, name))))
+        built = _compile(compiler, target, Path(temporary, f"{name}-new.so"))
+        return ctypes.CDLL(str(built))
 
 
-def _compile(compiler: str, target: tuple[str, ...], built: Path) -> Path:
-    command = [compiler, *_FLAGS, *target, *map(str, _SOURCES), "-o", str(built), "-lm"]
+def _kept(folder: Path, name: str) -> Path | None:
+    """The library of a name that is in the folder, as it was put there: half of one would crash the process."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            if path.stem.endswith(f"-{_content(path)}"):
+                return path
+            path.unlink()
+        except OSError:  # somebody else was quicker
+            continue
+    return None
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compile(compiler: Sequence[str], target: Sequence[str], built: Path) -> Path:
+    command = [*compiler, *_FLAGS, *target, *map(str, _SOURCES), "-o", str(built), "-lm"]
     subprocess.run(command, capture_output=True, check=True, timeout=120)
     return built
 
@@ -93,6 +118,8 @@ def _compile(compiler: str, target: tuple[str, ...], built: Path) -> Path:
 def _cache_folder() -> Path | None:
     """A folder of the user's own, which nobody else can put a library into; None where there is none."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):  # nobody has a home, or it is not to be told
+        return None
     folder = Path(base) / "dtem_hf"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .compiled import library
 from .matching import Matching, split_counts
@@ -166,7 +167,9 @@ def run(
     if torch.compiler.is_compiling():
         out, *rest = _run_in_graph(x, weights, sizes, bias, merge, left)
     else:
-        out, *rest = _run(x, weights, sizes, bias, merge, left, Scratch() if scratch is None else scratch)
+        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        with record_function("dtem_hf::fused_layer") if profiled else nullcontext():
+            out, *rest = _run(x, weights, sizes, bias, merge, left, Scratch() if scratch is None else scratch)
     if merge is None:
         return out, None
     out_sizes, logs, merged, target, kept = rest

@@ -133,3 +133,11 @@ def test_where_new_tensors_go_by_default_does_not_matter(small_vit: Any, small_p
     with torch.device("meta"):
         assert torch.equal(model(small_pixels).logits, expected)
     assert len(ran) == 6
+
+
+@torch.no_grad()
+def test_a_profile_shows_the_calls(small_vit: Any, small_pixels: Tensor) -> None:
+    model = attach(small_vit, ToMeConfig(r=4))
+    with torch.profiler.profile() as profile:
+        model(small_pixels)
+    assert {event.key: event.count for event in profile.key_averages()}["dtem_hf::fused_layer"] == 3

@@ -40,12 +40,29 @@ def test_is_compiled_once_into_a_folder_of_the_users_own_and_anew_where_spoilt(t
     (built,) = (tmp_path / ".cache" / "dtem_hf").iterdir()
     assert built.parent.stat().st_mode & 0o077 == 0
     assert started(tmp_path).stdout.strip() == built.name.removeprefix("native-")[:8]
-    before = built.stat().st_mtime_ns
+    before, content = built.stat().st_mtime_ns, built.read_bytes()
     assert library_of(tmp_path)
     assert built.stat().st_mtime_ns == before
-    built.write_bytes(b"spoilt")
-    assert library_of(tmp_path)
-    assert built.stat().st_size > 1000
+    # Half of a library, or one without its code, can be loaded, and ends the process when it is called.
+    for spoilt in (b"spoilt", content[: len(content) // 8], content[:4096] + bytes(len(content) - 4096)):
+        built.write_bytes(spoilt)
+        assert library_of(tmp_path)
+        (built,) = built.parent.iterdir()
+        assert built.stat().st_size == len(content)
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("cc", path="/usr/bin:/bin") is None, reason="needs cc in its usual place")
+def test_a_compiler_may_come_with_arguments(tmp_path: Path) -> None:
+    assert library_of(tmp_path, CC="env cc -g")
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("cc", path="/usr/bin:/bin") is None, reason="needs cc in its usual place")
+def test_where_nobody_has_a_home_nothing_is_left_behind(tmp_path: Path) -> None:
+    told = started(tmp_path, XDG_CACHE_HOME="relative")
+    assert told.stdout.strip() != "none" and not Path("relative").exists()
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_does_without_where_it_is_switched_off_or_cannot_be_had(tmp_path: Path) -> None:
@@ -55,14 +72,15 @@ def test_does_without_where_it_is_switched_off_or_cannot_be_had(tmp_path: Path) 
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_compiler_that_fails_is_warned_about_and_an_absent_one_is_not(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_or_is_not_there_is_warned_about(tmp_path: Path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho no disk today >&2\nexit 1\n", encoding="utf-8")
     compiler.chmod(0o700)
     told = started(tmp_path, CC=str(compiler)).stderr
     assert str(compiler) in told and "no disk today" in told and "DTEM_HF_NATIVE=0" in told
-    for quiet in ({"CC": "no-such-compiler"}, {"DTEM_HF_NATIVE": "0"}):
-        assert "could not compile" not in started(tmp_path, **quiet).stderr
+    assert "CC='no-such-compiler'" in started(tmp_path, CC="no-such-compiler").stderr
+    for quiet in ({"PATH": str(tmp_path)}, {"DTEM_HF_NATIVE": "0"}):
+        assert "Warning" not in started(tmp_path, **quiet).stderr
 
 
 @compiled

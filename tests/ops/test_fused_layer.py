@@ -349,7 +349,7 @@ def test_other_widths_of_vectors(target: str, tmp_path: Path, monkeypatch: pytes
         "512", "2"
     ):
         pytest.skip("this processor has no AVX2")
-    library = ctypes.CDLL(str(compiled_library._compile("cc", (target,), tmp_path / "other.so")))
+    library = ctypes.CDLL(str(compiled_library._compile(["cc"], [target], tmp_path / "other.so")))
     for module in (fused_layer, native):
         monkeypatch.setattr(module, "library", lambda: library)
         monkeypatch.setattr(module, "_functions", module._functions.__wrapped__)
