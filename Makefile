@@ -6,11 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One process for each core, each with one thread of torch's own: small models are not worth sharing out.
 PYTEST := python -m pytest -n logical --maxprocesses 8 --dist worksteal
-# The oldest transformers that pyproject.toml allows, and the tests that come near its code.
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+# The oldest transformers and torch that pyproject.toml allows, and the tests that come near their code.
+OLDEST = "$(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/\1/p' pyproject.toml).*"
 OLDEST_BIN := .venv-oldest/bin
-OLDEST_TESTS := backbones convert reducers test_adapter.py test_auto.py test_dense.py test_ecosystem.py \
-	test_families.py test_hub.py test_modeling.py test_peft.py test_scope.py evaluation/test_captions.py
+OLDEST_TESTS := backbones convert deploy/test_static_shapes.py evaluation/test_captions.py ops/test_attention.py \
+	ops/test_fused_layer.py ops/test_matching.py ops/test_merging.py ops/test_products.py reducers test_adapter.py \
+	test_auto.py test_dense.py test_ecosystem.py test_families.py test_families_deployed.py test_hub.py \
+	test_modeling.py test_peft.py test_scope.py
 
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
@@ -30,7 +32,7 @@ quickstart: $(VENV)/.installed-quickstart  ## Train, merge, measure and save a s
 test: $(VENV)/.installed-test  ## Run all tests
 	$(BIN)/$(PYTEST)
 
-test-oldest: .venv-oldest/.installed  ## Run what touches transformers on the oldest one, in .venv-oldest
+test-oldest: .venv-oldest/.installed  ## Run what touches transformers and torch on the oldest ones, in .venv-oldest
 	$(OLDEST_BIN)/$(PYTEST) $(addprefix tests/,$(OLDEST_TESTS))
 
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
@@ -67,8 +69,8 @@ $(VENV)/.installed-build: | $(BIN)/python
 	$(BIN)/python -m pip install "build>=1.2"
 	@touch $@
 
-.venv-oldest/.installed: pyproject.toml constraints.txt | $(OLDEST_BIN)/python
-	$(OLDEST_BIN)/python -m pip install -c constraints.txt -e ".[test]" "transformers==$(OLDEST).*"
+.venv-oldest/.installed: pyproject.toml | $(OLDEST_BIN)/python
+	$(OLDEST_BIN)/python -m pip install -e ".[test]" $(call OLDEST,transformers) $(call OLDEST,torch)
 	@touch $@
 
 $(OLDEST_BIN)/python:

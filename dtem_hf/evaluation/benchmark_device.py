@@ -4,17 +4,22 @@ python recipes/benchmark_device.py --output_dir runs/device
 python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # tries it out on a laptop, in small
 
 Plain and merged models with random weights, eager and compiled, what share of a compiled step matching and merging
-take, and, on CUDA, whether the Triton kernels say what the plain path says. One folder for each model and mode.
+take, which of the two forms of a size bias makes attention faster (DTEM_HF_SIZE_BIAS in the environment chooses one),
+and, on CUDA, whether the Triton kernels say what the plain path says. One folder for each model and mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
 from transformers import ViTConfig
 
 from .. import ops
@@ -26,6 +31,7 @@ from ..ops import kernels
 from .benchmark import BenchmarkArguments, benchmark
 from .benchmark_tables import markdown, print_benchmark
 from .classification import evaluation_device
+from .efficiency import time_interleaved
 from .runtimes import COMPILE_MODES
 
 
@@ -67,11 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "hardware": hardware(device),
         "versions": versions(),
         "kernels": compare_kernels(device),
+        "attention": [],
         "rows": [],
     }
     folder = Path(arguments.output_dir)
     shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
     for name, (width, layers, heads, r) in shapes.items():
+        for batch_size in arguments.batch_sizes:
+            row = compare_bias_forms(batch_size, heads, width // heads, device, arguments.dtype, arguments.rounds)
+            summary["attention"].append({"model": name, **row})
         config = folder / "configs" / name
         ViTConfig(
             hidden_size=width,
@@ -124,6 +134,34 @@ def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, A
         if row["runtime"] == "compile" and row["method"] != "none"
         for batch in row["batches"]
     ]
+
+
+@torch.inference_mode()
+def compare_bias_forms(
+    batch_size: int, heads: int, dim: int, device: torch.device, dtype: str, rounds: int, num_tokens: int = 100
+) -> dict[str, Any]:
+    """Median seconds of attention with a size bias in either form, and without one; and the kernels that run."""
+    shape = batch_size, heads, num_tokens, dim
+    query, key, value = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for _ in range(3))
+    bias = ops.size_bias(torch.rand(batch_size, num_tokens, device=device) * 8 + 1, query.dtype)
+    scaling = dim**-0.5
+    calls: dict[str, tuple[Tensor | None, str]] = {
+        "none": (None, "mask"),
+        **{form: (bias, form) for form in ops.BIAS_FORMS},
+    }
+    runs = [
+        partial(ops.biased_attention, query, key, value, given, scaling, form=form) for given, form in calls.values()
+    ]
+    seconds = np.median(time_interleaved(runs, device, rounds), axis=0)
+    extended = ops.extend_keys(query, key, value, bias, scaling)
+    inputs = {"none": (query, key, value, None), "mask": (query, key, value, bias), "extended_keys": (*extended, None)}
+    return {
+        "batch_size": batch_size,
+        "num_tokens": num_tokens,
+        "seconds": dict(zip(calls, seconds.tolist(), strict=True)),
+        "kernels": {form: SDPBackend(torch._fused_sdp_choice(*given)).name for form, given in inputs.items()},
+        "faster": min(ops.BIAS_FORMS, key=lambda form: seconds[list(calls).index(form)]),
+    }
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
-from .attention import SMALLEST_SIZE, size_bias
+from .attention import BIAS_FORMS, SMALLEST_SIZE, biased_attention, extend_keys, size_bias
 from .damage import first_order_change
 from .forms import MERGE_FORMS, exports_one_hot, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
@@ -20,15 +20,18 @@ from .relaxation import (
 
 
 __all__ = [
+    "BIAS_FORMS",
     "MERGE_FORMS",
     "SMALLEST_SIZE",
     "Matching",
     "Merged",
     "add_heads",
+    "biased_attention",
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
     "exports_one_hot",
+    "extend_keys",
     "first_order_change",
     "fuse_tokens",
     "fused_source_map",

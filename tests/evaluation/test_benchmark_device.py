@@ -17,6 +17,9 @@ def test_it_runs_in_small(tmp_path):
         assert row["of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
         assert row["merging_share"] > 0
     assert summary["kernels"] is None
+    for row in summary["attention"]:
+        assert row["seconds"][row["faster"]] == min(row["seconds"]["mask"], row["seconds"]["extended_keys"])
+        assert set(row["kernels"].values()) == {"FLASH_ATTENTION"}  # with sizes, too, a fused kernel runs
     assert (tmp_path / "tiny-default" / "benchmark.md").is_file()
 
 
