@@ -44,6 +44,7 @@ performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the ta
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --dtype bfloat16 --batch_sizes 16 --output_dir docs/performance/deit-small-bfloat16
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes onnxruntime onnxruntime_one_hot --batch_sizes 8 --output_dir docs/performance/deit-small-onnx
 	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome dtem --runtimes eager compile --rounds 60 --batch_sizes 1 $(PEERS) --output_dir docs/performance/deit-tiny
+	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome --runtimes eager compile --rounds 10 --batch_sizes 1 4 16 64 256 --output_dir docs/performance/deit-tiny-batches
 	$(BIN)/python recipes/benchmark_training.py $(TINY) --output_dir docs/performance/training-step
 	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
 		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from .backbones import find_backbone
 from .configuration import EViTConfig, MergeConfig
+from .encoder_merging import Merging
 from .errors import BadValue, UnsupportedModelError
-from .modeling import MergeMixin, Merging, merging_of, set_merge_config
+from .modeling import MergeMixin, merging_of, set_merge_config
 from .schedule import ConstantSchedule, KeepRateSchedule, ListSchedule, Schedule, reductions_for
 from .training.features import feature_distance, recorded_features
 from .training.tasks.base import kl_to

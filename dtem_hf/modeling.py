@@ -8,189 +8,33 @@ gives the classes back.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
-from types import MappingProxyType, MethodType
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapter import BackboneFacts, MergeAdapter
 from .backbones import Backbone, check_attention_implementation, find_backbone, find_family
-from .backbones.readers import ScopedForward, finish_output, is_watched
 from .configuration import MergeConfig
+from .derived import Renamed, change_class, derive_class, derived_class, restore_class
 from .embedding import DecoupledEmbedding
-from .errors import BadValue, UnsupportedModelError
+from .encoder_merging import EncoderMerging, Merging, embedding_of, pass_options
+from .errors import BadValue
 from .hub import cached_commit
-from .reducers import Reducer, make_reducer
-from .schedule import EncoderCost, FlopsSchedule, MergePlan
-from .scope import Scope, current_scope, open_scope
-from .token_state import MergeStep, MergeTrace, TokenState
+from .schedule import FlopsSchedule, MergePlan
+from .token_state import MergeStep, MergeTrace
 
 
 EMBEDDING_KEYS = r"(^|\.)merge_embedding\."
-# What transformers records of a forward pass if it is asked to.
-_RECORDED = ("hidden_states", "attentions")
 # What `from_pretrained` of a model hands on to that of an adapter.
 ADAPTER_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 MergeLike = MergeConfig | MergeAdapter | str | os.PathLike[str] | None
 # Stands for "not given", where None means "without merging".
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET"})()
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """What a user asked of the forward passes inside a `with` block."""
-
-    merge: bool = True
-    trace: MergeTrace | None = None
-    steps: list[MergeStep] | None = None
-
-
-# Keyed by the identity of an encoder: threads, and models inside models, do not see each other's options.
-_PASS_OPTIONS: ContextVar[Mapping[int, PassOptions]] = ContextVar("dtem_hf_pass_options", default=MappingProxyType({}))
-
-
-@contextmanager
-def _pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
-    current = _PASS_OPTIONS.get()
-    changed = replace(current.get(id(encoder), PassOptions()), **changes)
-    token = _PASS_OPTIONS.set({**current, id(encoder): changed})
-    try:
-        yield
-    finally:
-        _PASS_OPTIONS.reset(token)
-
-
-class Merging:
-    """How an encoder is merged: config, reducer, costs and the plan for images of the model's own size."""
-
-    def __init__(self, model: nn.Module, encoder: nn.Module, backbone: Backbone, config: MergeConfig) -> None:
-        self.config = config
-        self.backbone = backbone
-        self.unmerge = config.unmerge or isinstance(model, backbone.dense)
-        self.reducer: Reducer[Any] = make_reducer(config, backbone)
-        self.reducer.check(encoder)
-        self.cost: EncoderCost = self.reducer.encoder_cost(model, encoder)
-        self.plan: MergePlan = self.plan_for(backbone.num_tokens(encoder))
-
-    def plan_for(self, num_tokens: int) -> MergePlan:
-        """Raises ValueError where the config's r does not fit the encoder."""
-        return self.cost.plan(num_tokens, self.config.schedule.resolve(self.cost, num_tokens))
-
-    def reductions(self, num_tokens: int) -> Sequence[int]:
-        """One r per layer for an image of `num_tokens` tokens."""
-        return self.plan.reductions if num_tokens == self.plan.num_tokens else self.plan_for(num_tokens).reductions
-
-
-class Renamed:
-    """Base of the mixins of derived classes, which pickle as what they were derived from."""
-
-    derived_from: ClassVar[tuple[type, ...]]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = super().__reduce_ex__(max(2, protocol))
-        return _new_derived, self.derived_from, *reduced[2:]
-
-
-@cache
-def derived_class(base: type, *mixins: type) -> type:
-    """`base` with mixins in front, under the name of `base`."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (*mixins, base), {**names, "derived_from": (base, *mixins)})
-
-
-def _new_derived(base: type, *mixins: type) -> Any:
-    cls: Any = derived_class(base, *mixins)
-    return cls.__new__(cls)
-
-
-class EncoderMerging(Renamed, ScopedForward):
-    """Mixed into the encoder: every pass gets a token state, and the learned embedding is filled by its method."""
-
-    merging: Merging | None = None
-
-    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
-        outer = current_scope()
-        unmerge = self.merging is not None and (self.merging.unmerge or (outer is not None and outer.unmerges))
-        masked = inputs.get("attention_mask") is not None if outer is None or outer.masked is None else outer.masked
-        prefix_only = outer is not None and outer.reads_prefix and not unmerge and self._is_unwatched(inputs)
-        state = self._new_token_state(inputs, unmerge, masked, prefix_only)
-        with open_scope(Scope(state, closed=True)):
-            output = stock()
-        if state is not None and state.changed:
-            wishes = Scope() if outer is None else outer
-            output = finish_output(output, state, unmerge, average=wishes.averages, drop=wishes.drops)
-        if outer is not None and not outer.closed:
-            outer.state, outer.unmerged = state, unmerge
-            outer.num_tokens += output[0].shape[1]
-        return output
-
-    def _is_unwatched(self: Any, inputs: dict[str, Any]) -> bool:
-        """Whether nobody but the model around sees what the last layer hands on."""
-        if self.merging is None:
-            return False
-        last = self.merging.backbone.layers(self)[-1]
-        # What is learned softly has a gradient in every layer, if only of 0: DDP would miss it.
-        if self.merging.reducer.sizes_carry_gradient(last):
-            return False
-        if any(inputs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in _RECORDED):
-            return False
-        return not is_watched([self, *self.children(), *last.modules()])
-
-    def _new_token_state(
-        self, inputs: dict[str, Any], keep_sources: bool, masked: bool, prefix_only: bool = False
-    ) -> TokenState | None:
-        merging = self.merging
-        # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
-        options = None if torch.compiler.is_compiling() else _PASS_OPTIONS.get().get(id(self))
-        if merging is None or (options is not None and not options.merge):
-            return None
-        check_attention_implementation(self.config._attn_implementation)  # type: ignore[attr-defined]
-        self._check_checkpointing(merging)
-        trace = None if options is None else options.trace
-        if trace is not None:
-            trace.source_maps.clear()
-            trace.sizes.clear()
-        return TokenState(
-            merging.reductions,
-            merging.cost.num_prefix_tokens,
-            _embedding(self),
-            trace,
-            masked=masked,
-            sizes=merging.backbone.padding_sizes(self, inputs),  # type: ignore[arg-type]
-            keep_sources=keep_sources,
-            steps=None if options is None else options.steps,
-            prefix_only=prefix_only,
-        )
-
-    def _check_checkpointing(self, merging: Merging) -> None:
-        """Reentrant checkpointing differentiates a layer's first output only, and would lose what sizes carry."""
-        layer: Any = merging.backbone.layers(self)[0]  # type: ignore[arg-type]
-        if getattr(layer, "gradient_checkpointing", False) and merging.reducer.sizes_carry_gradient(layer):
-            options = getattr(layer._gradient_checkpointing_func, "keywords", {})
-            if layer.training and options.get("use_reentrant"):
-                raise UnsupportedModelError(
-                    "gradient_checkpointing_kwargs: use_reentrant=True loses the gradient of token sizes; "
-                    "use_reentrant=False, transformers' default, keeps it."
-                )
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, DecoupledEmbedding):
-            super()._init_weights(module)  # type: ignore[misc]
-        elif self.merging is not None and not all(
-            getattr(p, "_is_hf_initialized", False) for p in module.parameters()
-        ):
-            # Weights that a device map leaves on disk are out of reach until the model is ready.
-            module.is_filled = not _has_offloaded_keys(self.merging.backbone, self)
-            if module.is_filled:
-                self.merging.reducer.initialize(module, self)  # type: ignore[arg-type]
 
 
 class MergeMixin(Renamed):
@@ -254,7 +98,7 @@ class MergeMixin(Renamed):
             model.config._commit_hash = cached_commit(
                 os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")
             )
-        embedding = _embedding(_merged_encoder(model))
+        embedding = embedding_of(_merged_encoder(model))
         if adapter is not None or (embedding is not None and not embedding.is_filled):
             attach(model, adapter or model.merge_config)
         return (model, info) if info_wanted else model
@@ -305,7 +149,7 @@ class MergeMixin(Renamed):
         A model compiled by torch.compile takes no notice: trace the model itself.
         """
         trace = MergeTrace()
-        with _pass_options(_merged_encoder(self), trace=trace):
+        with pass_options(_merged_encoder(self), trace=trace):
             yield trace
 
     @contextmanager
@@ -314,18 +158,18 @@ class MergeMixin(Renamed):
 
         A model compiled by torch.compile takes no notice: run the model itself.
         """
-        with _pass_options(_merged_encoder(self), merge=False):
+        with pass_options(_merged_encoder(self), merge=False):
             yield
 
     def merge_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that modular training optimises; none where the method learns nothing."""
-        embedding = _embedding(_merged_encoder(self))
+        embedding = embedding_of(_merged_encoder(self))
         return iter(()) if embedding is None else embedding.parameters()
 
     def to_merge_adapter(self, base_model: str | None = None) -> MergeAdapter:
         """The learned embedding as an adapter; `base_model` is its backbone's Hub id, if the model knows none."""
         encoder = _merged_encoder(self)
-        return MergeAdapter.from_embedding(self.merge_config, _embedding(encoder), _facts(self, base_model))
+        return MergeAdapter.from_embedding(self.merge_config, embedding_of(encoder), _facts(self, base_model))
 
     def save_merge_adapter(self, save_directory: str | os.PathLike[str], base_model: str | None = None) -> None:
         """Write the learned embedding as an adapter folder, without the backbone."""
@@ -376,7 +220,7 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
 def load_embedding(model: Any, adapter: MergeAdapter) -> None:
     """Put an adapter's embedding in the place of a merged model's own; its config stays. Raises ValueError."""
     adapter.check_fits(_facts(model))
-    adapter.load_into(_embedding(_merged_encoder(model)))
+    adapter.load_into(embedding_of(_merged_encoder(model)))
 
 
 def detach(model: PreTrainedModel) -> Any:
@@ -388,11 +232,11 @@ def detach(model: PreTrainedModel) -> Any:
     for layer in backbone.layers(encoder):
         for name in ("merge_index", "merge_reducer"):
             layer.__dict__.pop(name, None)
-    if _embedding(encoder) is not None:
+    if embedding_of(encoder) is not None:
         del encoder.merge_embedding
     encoder.__dict__.pop("merging", None)
     for module in inner.modules():
-        _restore_class(module)
+        restore_class(module)
     if hasattr(inner.config, "merge"):
         del inner.config.merge
     return model
@@ -458,14 +302,14 @@ def _check_width(wanted: _Prepared, saved: _Prepared) -> None:
 def _install(model: PreTrainedModel, prepared: _Prepared) -> None:
     encoder: Any = prepared.encoder
     if not isinstance(model, MergeMixin):
-        _change_class(model, merged_class(type(model)))
+        change_class(model, merged_class(type(model)))
     if not isinstance(encoder, EncoderMerging):
-        _derive_class(encoder, EncoderMerging)
+        derive_class(encoder, EncoderMerging)
     for index, layer in enumerate(prepared.backbone.layers(encoder)):
-        _derive_class(layer, prepared.backbone.layer_merging, Renamed)
+        derive_class(layer, prepared.backbone.layer_merging, Renamed)
         layer.merge_index = index  # type: ignore[assignment]
     for module, mixin in prepared.backbone.opened_parts(model, encoder):
-        _derive_class(module, mixin, Renamed)
+        derive_class(module, mixin, Renamed)
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
     _set_merging(model, prepared.backbone, encoder, prepared.merging)
@@ -478,22 +322,6 @@ def _set_merging(model: PreTrainedModel, backbone: Backbone, encoder: Any, mergi
     model.config.merge = merging.config.to_dict()
 
 
-def _derive_class(module: nn.Module, *mixins: type) -> None:
-    base: type = type(module)
-    _change_class(module, derived_class(base, *mixins))
-
-
-def _restore_class(module: nn.Module) -> None:
-    if isinstance(module, Renamed):
-        _change_class(module, module.derived_from[0])
-
-
-def _change_class(module: Any, new: type) -> None:
-    module.__class__ = new
-    if "_old_forward" in vars(module):  # accelerate's hooks keep the forward pass around which they stand
-        module._old_forward = MethodType(new.forward, module)  # type: ignore[attr-defined]
-
-
 @contextmanager
 def _keys_at_hand(model: Any) -> Iterator[None]:
     """Have accelerate bring in key projections that it has offloaded, as it does when their modules run."""
@@ -502,10 +330,6 @@ def _keys_at_hand(model: Any) -> Iterator[None]:
         for layer in backbone.layers(encoder):
             stack.enter_context(align_module_device(backbone.key_linear(layer)[0]))
         yield
-
-
-def _has_offloaded_keys(backbone: Backbone, encoder: Any) -> bool:
-    return any(backbone.key_projection(layer).weight.is_meta for layer in backbone.layers(encoder))
 
 
 def set_merge_config(model: Any, config: MergeConfig) -> None:
@@ -524,7 +348,7 @@ def merged_layers(model: Any) -> Sequence[nn.Module]:
 def recorded_steps(model: Any) -> Iterator[list[MergeStep]]:
     """`with recorded_steps(model) as steps:` appends what every layer that merges by matching chose from."""
     steps: list[MergeStep] = []
-    with _pass_options(_merged_encoder(model), steps=steps):
+    with pass_options(_merged_encoder(model), steps=steps):
         yield steps
 
 
@@ -535,10 +359,6 @@ def _merged_encoder(model: Any) -> Any:
 def merging_of(model: Any) -> Merging:
     """How a merged model is merged at present."""
     return _merged_encoder(model).merging
-
-
-def _embedding(encoder: Any) -> Any:
-    return getattr(encoder, "merge_embedding", None)
 
 
 def _facts(model: Any, base_model: str | None = None) -> BackboneFacts:

@@ -272,21 +272,8 @@ def _operation(
 
 
 @_operation.register_fake
-def _(
-    x: Tensor,
-    parts: Sequence[Tensor | None],
-    scales: Sequence[Tensor | None],
-    embedding: Sequence[Tensor | None],
-    norm_power: Tensor | None,
-    sizes: Tensor | None,
-    bias: Tensor | None,
-    heads: int,
-    scaling_and_eps: Sequence[float],
-    activation: str,
-    r: int,
-    num_prefix_tokens: int,
-    left: int,
-) -> list[Tensor]:
+def _(x: Tensor, *others: Any) -> list[Tensor]:
+    r, num_prefix_tokens, left = others[-3:]
     return list(_empty_outputs(x, MergePart(r, num_prefix_tokens) if r else None, left))
 
 

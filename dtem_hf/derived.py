@@ -1,0 +1,53 @@
+"""Classes of merged modules: those of transformers with mixins in front, under their own names.
+
+Recorded outputs, device maps and checkpoints go by a class's name, and `isinstance` by what it was derived from.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import MethodType
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Renamed:
+    """Base of the mixins of derived classes, which pickle as what they were derived from."""
+
+    derived_from: ClassVar[tuple[type, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        return _new_derived, self.derived_from, *reduced[2:]
+
+
+@cache
+def derived_class(base: type, *mixins: type) -> type:
+    """`base` with mixins in front, under the name of `base`."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (*mixins, base), {**names, "derived_from": (base, *mixins)})
+
+
+def _new_derived(base: type, *mixins: type) -> Any:
+    cls: Any = derived_class(base, *mixins)
+    return cls.__new__(cls)
+
+
+def derive_class(module: nn.Module, *mixins: type) -> None:
+    """Put mixins in front of a module's class; it keeps its name."""
+    base: type = type(module)
+    change_class(module, derived_class(base, *mixins))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a module back the class that its own was derived from, if it was."""
+    if isinstance(module, Renamed):
+        change_class(module, module.derived_from[0])
+
+
+def change_class(module: Any, new: type) -> None:
+    """Make a module one of another class, whose forward pass runs from now on."""
+    module.__class__ = new
+    if "_old_forward" in vars(module):  # accelerate's hooks keep the forward pass around which they stand
+        module._old_forward = MethodType(new.forward, module)  # type: ignore[attr-defined]
