@@ -118,17 +118,14 @@ def _bare_affine(module: Any) -> Affine | None:
     if is_hooked(module) or "weight" not in parameters or "bias" not in parameters:
         return None
     weight, bias = parameters["weight"], parameters["bias"]
-    if not all(parameter is None or is_bare_parameter(parameter) for parameter in (weight, bias)):
+    if weight is not None and not is_bare_parameter(weight):
         return None
-    return Affine(weight, bias)
+    return None if bias is not None and not is_bare_parameter(bias) else Affine(weight, bias)
 
 
 def is_bare_parameter(parameter: Any) -> bool:
-    """Whether a parameter is one of torch's own, on a CPU, in what C and oneDNN compute in, and there."""
-    if type(parameter) is not nn.Parameter or not parameter.is_cpu or parameter.dtype != DTYPE:
-        return False
-    # Sharded models free what a layer does not need at the moment.
-    return torch.compiler.is_compiling() or parameter.data_ptr() != 0
+    """Whether a parameter is one of torch's own, on a CPU, in what C and oneDNN compute in."""
+    return type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype == DTYPE
 
 
 def gelu_of(activation: Any) -> str | None:

@@ -5,7 +5,7 @@ The modules are asked in every pass, as hooks, LoRA, other weights and a `forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,24 +163,29 @@ def _gather(parts: LayerParts, output: Any, activation: str, width: int) -> Laye
 
 def _linear(module: Any) -> Affine | None:
     found = bare_linear(module)
-    if found is None or found.weight.dim() != 2 or not _lie_as_expected(found):
+    if found is None or found.weight.dim() != 2 or not _lies_in_rows(found.weight):
         return None
-    return found if found.bias is None or found.bias.shape == found.weight.shape[:1] else None
+    if found.bias is None:
+        return found
+    return found if found.bias.shape == found.weight.shape[:1] and _lies_in_rows(found.bias) else None
 
 
 def _norm(module: Any, width: int) -> Affine | None:
     found = bare_norm(module)
-    if found is None or module.normalized_shape != (width,) or not _lie_as_expected(found):
+    if found is None or module.normalized_shape != (width,):
         return None
-    return found if all(tensor is None or tensor.shape == (width,) for tensor in found) else None
+    for parameter in found:
+        if parameter is not None and (parameter.shape != (width,) or not _lies_in_rows(parameter)):
+            return None
+    return found
 
 
-def _lie_as_expected(parameters: Iterable[Any]) -> bool:
-    return all(p is None or (p.layout is torch.strided and p.is_contiguous()) for p in parameters)
+def _lies_in_rows(parameter: Any) -> bool:
+    return parameter.layout is torch.strided and parameter.is_contiguous()
 
 
 def _is_bare(parameter: Any, shape: tuple[int, ...]) -> bool:
-    return is_bare_parameter(parameter) and parameter.shape == shape and _lie_as_expected([parameter])
+    return is_bare_parameter(parameter) and parameter.shape == shape and _lies_in_rows(parameter)
 
 
 def _scale(module: Any, width: int) -> Tensor | None:

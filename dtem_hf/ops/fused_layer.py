@@ -193,7 +193,7 @@ def _run(
         *(_linear(part) for part in weights[1:5]),
         _Linear() if merge is None or merge.embedding is None else _linear(merge.embedding),
         *(_linear(part) for part in weights[6:8]),
-        *(_pointer(tensor) for tensor in (*weights.norm1, *weights.norm2, weights.scale1, weights.scale2)),
+        *(_of_weight(tensor) for tensor in (*weights.norm1, *weights.norm2, weights.scale1, weights.scale2)),
         *(weights.norm1_eps, weights.norm2_eps, weights.scaling, weights.heads, ACTIVATIONS[weights.activation]),
         *(x.data_ptr(), _pointer(sizes), _pointer(bias), x.stride(0), x.stride(1)),
         0 if sizes is None else sizes.stride(0),
@@ -301,13 +301,20 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _of_weight(weight: Tensor | None) -> int | None:
+    address = _pointer(weight)
+    if address == 0:
+        raise RuntimeError("the storage of a layer's weight is empty; sharded models have to gather weights first")
+    return address
+
+
 def _stride(tensor: Tensor, dim: int) -> int:
     return 0 if tensor.shape[dim] == 1 else tensor.stride(dim)
 
 
 def _linear(part: Any) -> _Linear:
     weight, bias = part
-    return _Linear(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[1], weight.shape[0])
+    return _Linear(_of_weight(weight), _of_weight(bias), weight.shape[1], weight.shape[0])
 
 
 @cache
