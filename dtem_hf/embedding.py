@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from .errors import BadValue
 
 
-class KeyProjection(NamedTuple):
+@dataclass(frozen=True)
+class KeyProjection:
     """A layer's map from its normalised input to attention keys: weight [H·d, D], bias [H·d] or None, H heads."""
 
     weight: Tensor
@@ -20,7 +20,7 @@ class KeyProjection(NamedTuple):
     num_heads: int
 
     @property
-    def head_dim(self) -> int:
+    def head_dim(self) -> int:  # of a NamedTuple, Dynamo of torch 2.9 could not read it
         return self.weight.shape[0] // self.num_heads
 
 
