@@ -309,8 +309,13 @@ def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def test_one_graph_of_torch_compile(row: Row, model_class: Any) -> None:
     torch._dynamo.reset()
     model = make_merged(row, model_class)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    ours, theirs = first_output(compiled, row.inputs(3)), first_output(model, row.inputs(3))
+    try:
+        ours = first_output(torch.compile(model, fullgraph=True, backend="aot_eager"), row.inputs(3))
+    except torch._dynamo.exc.TorchDynamoException:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            first_output(torch.compile(detach(model), fullgraph=True, backend="aot_eager"), row.inputs(3))
+        pytest.skip("with these versions, the plain model does not compile either")
+    theirs = first_output(model, row.inputs(3))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
