@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import BadValue
+from .errors import AdapterError, BadValue, UnsupportedModelError
 
 
 T = TypeVar("T")
@@ -42,6 +42,15 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
         argv = [*_yaml_as_options(Path(first.config), {f.name for f in dataclasses.fields(kind)}), *argv]  # type: ignore[arg-type]
     parsed = vars(parser.parse_args(argv))
     return kind(**{f.name: parsed[f.name] for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; what its user can mend is one line on stderr, and exit code 2."""
+    try:
+        main()
+    except (BadValue, UnsupportedModelError, AdapterError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _only_config() -> argparse.ArgumentParser:

@@ -31,7 +31,20 @@ def hardware(device: torch.device) -> str:
     """What a process runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    """The processor by its maker's name, and on x86 by family and model, as names are often those of whole lines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        lines = []
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in known:
+        return f"{platform.machine()} CPU"
+    numbers = [f"{name} {known[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in known]
+    return f"{known['model name']} ({', '.join(numbers)})" if numbers else known["model name"]
 
 
 def command() -> str:

@@ -26,6 +26,10 @@ class MergeTrace:
     source_maps: list[Tensor] = field(default_factory=list)
     sizes: list[Tensor] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        tokens = [self.source_maps[0].shape[1] if self.source_maps else 0, *(sizes.shape[1] for sizes in self.sizes)]
+        return f"MergeTrace({len(self.sizes)} layers, tokens {' → '.join(map(str, tokens))})"
+
 
 @dataclass
 class MergeStep:

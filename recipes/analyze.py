@@ -5,7 +5,8 @@ python recipes/analyze.py --model ... --data ... --adapter ... --limit 16    # a
 """
 
 from dtem_hf.analysis.program import main
+from dtem_hf.arguments import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,8 +8,9 @@ python recipes/benchmark.py --model ... --peer my_library:merged    # beside a c
 python recipes/benchmark.py --task captioning --model microsoft/git-base --r 4 8 12 --batch_sizes 1 8
 """
 
+from dtem_hf.arguments import run_script
 from dtem_hf.evaluation.benchmark import main
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,8 +3,9 @@
 python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --method tome --flops 0.5 --data path/to/images
 """
 
+from dtem_hf.arguments import run_script
 from dtem_hf.calibration_program import main
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,8 +4,9 @@ python recipes/convert_mae.py --checkpoint mae_finetuned_vit_base.safetensors --
 dtem-hf plan mae-base --method tome --r 16   # and then as any other model
 """
 
+from dtem_hf.arguments import run_script
 from dtem_hf.convert.mae import main
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

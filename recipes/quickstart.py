@@ -4,8 +4,9 @@ make quickstart
 python recipes/quickstart.py --output_dir runs/quickstart
 """
 
+from dtem_hf.arguments import run_script
 from dtem_hf.quickstart import main
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,7 +4,8 @@ python recipes/report.py --folders runs/compare runs/analysis --output runs/repo
 """
 
 from dtem_hf.analysis.report import main
+from dtem_hf.arguments import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,8 +3,9 @@
 python recipes/train_small_git.py --images path/to/flickr8k --captions captions.txt --output_dir runs/small-git
 """
 
+from dtem_hf.arguments import run_script
 from dtem_hf.training.small_git import main
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

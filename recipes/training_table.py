@@ -3,8 +3,9 @@
 python recipes/training_table.py --rows FILE --model M --train IMAGES --dev LABELLED_IMAGES
 """
 
+from dtem_hf.arguments import run_script
 from dtem_hf.evaluation.training_table import main
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,11 +1,12 @@
 """Command lines and YAML files make the same arguments; what is wrong is named."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from dtem_hf import BadValue
-from dtem_hf.arguments import option, parse_arguments, parse_reduction
+from dtem_hf.arguments import option, parse_arguments, parse_reduction, run_script
 
 
 @dataclass(kw_only=True)
@@ -56,3 +57,21 @@ def test_reduction_is_read_as_json(text, value):
 def test_reduction_that_is_no_json_is_named():
     with pytest.raises(BadValue, match="r='lots'"):
         parse_reduction("lots")
+
+
+def test_what_a_scripts_user_can_mend_is_one_line(capsys):
+    def refuse():
+        raise BadValue("runtimes", ["cuda"], "one of eager, compile")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(refuse)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "Error: runtimes=['cuda']: one of eager, compile.\n"
+    with pytest.raises(ZeroDivisionError):  # a fault of the program's own is shown as it is
+        run_script(lambda: 1 / 0)
+
+
+def test_every_recipe_with_options_runs_so():
+    recipes = {path.stem: path.read_text() for path in (Path(__file__).resolve().parents[1] / "recipes").glob("*.py")}
+    others = {name for name, text in recipes.items() if "run_script(main)" not in text}
+    assert others == {"model_cards", "peers"} and len(recipes) > 15

@@ -235,7 +235,9 @@ def test_set_reduction_changes_how_much_and_nothing_else(
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     with model.trace_merging() as trace:
         logits(model, pixels)
-    assert [sizes.shape[1] for sizes in trace.sizes] == model.merge_plan().tokens
+    tokens = model.merge_plan().tokens
+    assert [sizes.shape[1] for sizes in trace.sizes] == tokens
+    assert repr(trace) == f"MergeTrace(4 layers, tokens {' → '.join(map(str, [65, *tokens]))})"
     assert config.r == 9  # the user's own object is left alone
 
 

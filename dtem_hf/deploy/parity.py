@@ -59,7 +59,9 @@ def check_parity(
             fits = record["rms_from_float32"] <= allowed
         if not fits:
             raise BadValue(
-                "tolerance", tolerance, f"the written model's {name} is further than that from eager: {record}"
+                "tolerance",
+                tolerance,
+                f"{name} of the exported model is further from eager than that: {record}",
             )
         outputs[name] = record
     return {"batches": list(_BATCHES), "seed": seed, "tolerance": tolerance, "outputs": outputs}

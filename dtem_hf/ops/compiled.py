@@ -21,6 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .switches import is_on
+
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / name for name in ("native.c", "fused_layer.c"))
@@ -36,10 +38,13 @@ def library() -> Any:
 
     Warns where there is a compiler and it fails, and where $CC names none.
     """
-    if os.environ.get("DTEM_HF_NATIVE") == "0" or sys.platform == "win32":
+    if not is_on("DTEM_HF_NATIVE") or sys.platform == "win32":
         return None
     named = os.environ.get("CC")
-    compiler = shlex.split(named or "cc")
+    try:
+        compiler = shlex.split(named or "cc")
+    except ValueError:  # a quotation that does not end
+        compiler = []
     if not compiler or shutil.which(compiler[0]) is None:
         if named:
             _warn(f"CC={named!r} names no program that is there")

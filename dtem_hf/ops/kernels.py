@@ -4,17 +4,18 @@ The kernels are for CUDA, where Triton is installed, and where no gradient flows
 their reference and what runs everywhere else. DTEM_HF_TRITON=0 in the environment keeps to the plain path.
 """
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from .switches import is_on
+
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Looked up once, without importing it, which takes a while.
-_AVAILABLE = find_spec("triton") is not None and os.environ.get("DTEM_HF_TRITON") != "0"
+_AVAILABLE = find_spec("triton") is not None and is_on("DTEM_HF_TRITON")
 
 
 def can_match(metric: Tensor) -> bool:

@@ -7,7 +7,6 @@ and MKL is at home on Intel's.
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .recording import only_infers
+from .switches import is_on
 
 
 # A call costs some twenty microseconds more than MKL's: less than it saves from these sizes on.
@@ -51,7 +51,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = 
 @cache
 def is_available() -> bool:
     """Whether torch has both libraries, and MKL is away from home. DTEM_HF_NATIVE=0 in the environment says no."""
-    if os.environ.get("DTEM_HF_NATIVE") == "0" or not sys.platform.startswith("linux"):
+    if not is_on("DTEM_HF_NATIVE") or not sys.platform.startswith("linux"):
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False

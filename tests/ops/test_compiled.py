@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dtem_hf import BadValue
 from dtem_hf.ops.compiled import library
+from dtem_hf.ops.switches import is_on
 
 
 compiled = pytest.mark.skipif(library() is None, reason="needs a C compiler")
@@ -78,7 +80,8 @@ def test_a_compiler_that_fails_or_is_not_there_is_warned_about(tmp_path: Path) -
     compiler.chmod(0o700)
     told = started(tmp_path, CC=str(compiler)).stderr
     assert str(compiler) in told and "no disk today" in told and "DTEM_HF_NATIVE=0" in told
-    assert "CC='no-such-compiler'" in started(tmp_path, CC="no-such-compiler").stderr
+    for absent in ("no-such-compiler", "cc 'unbalanced"):
+        assert f"CC={absent!r}" in started(tmp_path, CC=absent).stderr
     for quiet in ({"PATH": str(tmp_path)}, {"DTEM_HF_NATIVE": "0"}):
         assert "Warning" not in started(tmp_path, **quiet).stderr
 
@@ -91,3 +94,15 @@ def test_a_folder_that_others_can_write_to_is_not_loaded_from(tmp_path: Path) ->
     folder.chmod(0o777)
     assert library_of(tmp_path)
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["DTEM_HF_NATIVE", "DTEM_HF_TRITON"])
+def test_switches_are_on_or_off_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(name, raising=False)
+    assert is_on(name)
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv(name, value)
+        assert is_on(name) == expected
+    monkeypatch.setenv(name, "off")
+    with pytest.raises(BadValue, match=f"{name}='off': 0 or 1"):
+        is_on(name)
