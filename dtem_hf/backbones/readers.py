@@ -94,7 +94,7 @@ class ScopedForward:
 
         @wraps(stock)  # torch.export and Trainer read the signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Of equal length: the compiler of torch 2.7 knows no other zip.
+            # Of equal length: Dynamo of torch 2.9 knows no other zip.
             inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
             return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
 
