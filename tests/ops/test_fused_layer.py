@@ -312,7 +312,7 @@ def test_scores_of_any_height_and_tokens_that_do_not_count() -> None:
     bias = ops.size_bias(sizes, torch.float32)
     assert_equals_reference(x, weights, bias=bias)
     # Scores of hundreds have lost digits before they are in an exponent: no more than tensor operations lose.
-    for layer, added, most in ((weights, -300, 3e-5), (weights._replace(scaling=40.0), 0, 1e-3)):
+    for layer, added, most in ((weights, -300, 5e-5), (weights._replace(scaling=40.0), 0, 1e-3)):
         exact, _ = reference(x, layer, bias=bias + added)
         plain, _ = reference(x, layer, bias=bias + added, dtype=torch.float32)
         found, _ = fused_layer.run(x, layer, bias=bias + added)
