@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
 
-__version__ = "0.1.0.dev0"
 
 # Where each public name lives. Names are loaded when they are first used, so that `import dtem_hf` costs nothing.
 _HOMES = {
-    "adapter": ("MergeAdapter",),
-    "auto": (
+    "hub.adapter": ("MergeAdapter",),
+    "models.auto": (
         "AutoBackbone",
         "AutoModel",
         "AutoModelForCausalLM",
@@ -24,10 +24,10 @@ _HOMES = {
         "register",
         "unregister",
     ),
-    "calibration": ("Calibration", "calibrate"),
+    "models.calibration": ("Calibration", "calibrate"),
     "configuration": ("DTEMConfig", "EViTConfig", "MergeConfig", "ToMeConfig"),
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
-    "modeling": ("attach", "detach"),
+    "models.attach": ("attach", "detach"),
     "schedule": (
         "ConstantSchedule",
         "FlopsSchedule",
@@ -41,8 +41,11 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .adapter import MergeAdapter
-    from .auto import (
+    from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
+    from .errors import AdapterError, BadValue, UnsupportedModelError
+    from .hub.adapter import MergeAdapter
+    from .models.attach import attach, detach
+    from .models.auto import (
         AutoBackbone,
         AutoModel,
         AutoModelForCausalLM,
@@ -55,10 +58,7 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
-    from .calibration import Calibration, calibrate
-    from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
-    from .errors import AdapterError, BadValue, UnsupportedModelError
-    from .modeling import attach, detach
+    from .models.calibration import Calibration, calibrate
     from .schedule import (
         ConstantSchedule,
         FlopsSchedule,
@@ -106,6 +106,7 @@ __all__ = [
     "MergeTrace",
     "ToMeConfig",
     "UnsupportedModelError",
+    "__version__",
     "attach",
     "calibrate",
     "detach",

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import __version__
 from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
+from .version import __version__
 
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def plan(
     """
     import torch
 
-    from .auto import auto_class
+    from .models.auto import auto_class
 
     config = _read_config(model)
     with torch.device("meta"):
@@ -153,9 +153,9 @@ def info(
       dtem-hf info runs/deit_tiny
       dtem-hf info user/dtem-deit-small@main --json
     """
-    from .adapter import MergeAdapter
-    from .publishing import card_results
-    from .records import clean
+    from .hub.adapter import MergeAdapter
+    from .hub.publishing import card_results
+    from .hub.records import clean
 
     loaded = MergeAdapter.from_reference(adapter)
     merge = {**loaded.config.to_dict(), "embed_dim": loaded.embed_dim}
@@ -219,7 +219,7 @@ def push(
       dtem-hf push runs/deit_tiny/adapter user/dtem-deit-tiny --private
       dtem-hf push runs/deit_tiny/adapter other/dtem-deit-tiny --create-pr
     """
-    from .publishing import publish_folder, published_files
+    from .hub.publishing import publish_folder, published_files
 
     if dry_run:
         sizes = [(name, f"{len(data):,}") for name, data in sorted(published_files(folder, repo_id).items())]
@@ -270,11 +270,11 @@ def visualize(
     """
     from PIL import Image
 
-    from .analysis.pictures import draw_merged_layers, draw_merged_tokens
-    from .auto import auto_class
-    from .card import method_name
-    from .data import load_processor
+    from .data.images import load_processor
     from .errors import BadValue
+    from .hub.card import method_name
+    from .models.auto import auto_class
+    from .report.pictures import draw_merged_layers, draw_merged_tokens
 
     if merge and method is not None:
         raise BadValue("method", method, "nothing beside --merge, which says its own")
@@ -331,7 +331,7 @@ def _read_config(model: str) -> PretrainedConfig:
 
 def _merge_of(config: PretrainedConfig, method: str | None) -> Any:
     """A method with its defaults; if none is named, what the checkpoint was saved with, or DTEM."""
-    from .modeling import UNSET
+    from .models.attach import UNSET
 
     if method is None and getattr(config, "merge", None) is not None:
         return UNSET
@@ -345,7 +345,7 @@ def _read_merge(reference: str) -> MergeConfig | str:
 
 
 def _set_reduction(model: Any, r: str | None, flops: float | None) -> None:
-    from .arguments import parse_reduction
+    from .programs.arguments import parse_reduction
 
     if r is not None or flops is not None:
         model.set_reduction(None if r is None else parse_reduction(r), flops=flops)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from . import __version__
 from .errors import BadValue
 from .files import read_json, write_json
 from .schedule import EncoderCost, FlopsSchedule, KeepRateSchedule, Schedule, as_schedule
+from .version import __version__
 
 
 CONFIG_NAME = "merge_config.json"

@@ -21,17 +21,17 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from .analysis.pictures import draw_merged_tokens
-from .analysis.plots import plot_accuracy
-from .arguments import option, parse_arguments
-from .auto import AutoModelForImageClassification
-from .card import write_card
 from .configuration import ToMeConfig
-from .data import LABELS_NAME, ProcessedImages, collate, load_images
+from .data.images import LABELS_NAME, ProcessedImages, collate, load_images
 from .evaluation.classification import EvaluateArguments, evaluate
-from .evaluation.tables import print_table
 from .files import write_json, write_text
-from .modeling import attach
+from .hub.card import write_card
+from .models.attach import attach
+from .models.auto import AutoModelForImageClassification
+from .programs.arguments import option, parse_arguments
+from .report.pictures import draw_merged_tokens
+from .report.plots import plot_accuracy
+from .report.tables import print_table
 from .training.arguments import TrainArguments
 from .training.program import train
 

@@ -8,8 +8,8 @@ python recipes/benchmark.py --model ... --peer my_library:merged    # beside a c
 python recipes/benchmark.py --task captioning --model microsoft/git-base --r 4 8 12 --batch_sizes 1 8
 """
 
-from dtem_hf.arguments import run_script
-from dtem_hf.evaluation.benchmark import main
+from dtem_hf.benchmark.program import main
+from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ python recipes/benchmark_device.py --output_dir runs/device
 python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # tries it out on a laptop, in small
 """
 
-from dtem_hf.arguments import run_script
-from dtem_hf.evaluation.benchmark_device import main
+from dtem_hf.benchmark.device import main
+from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":

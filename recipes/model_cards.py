@@ -7,10 +7,10 @@ python recipes/model_cards.py path/to/adapters   # another folder of adapter fol
 import sys
 from pathlib import Path
 
-from dtem_hf.analysis.plots import plot_accuracy
-from dtem_hf.card import EVALUATION_NAME, write_card
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.files import read_json
+from dtem_hf.hub.card import EVALUATION_NAME, write_card
+from dtem_hf.report.plots import plot_accuracy
 
 
 MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtem_hf import ToMeConfig, attach
-from dtem_hf.backbones.fused_layers import weights_of
+from dtem_hf.families.fused_layers import weights_of
 from dtem_hf.ops import fused_layer
 
 

@@ -4,7 +4,7 @@ make quickstart
 python recipes/quickstart.py --output_dir runs/quickstart
 """
 
-from dtem_hf.arguments import run_script
+from dtem_hf.programs.arguments import run_script
 from dtem_hf.quickstart import main
 
 

@@ -3,8 +3,8 @@
 python recipes/report.py --folders runs/compare runs/analysis --output runs/report.html
 """
 
-from dtem_hf.analysis.report import main
-from dtem_hf.arguments import run_script
+from dtem_hf.programs.arguments import run_script
+from dtem_hf.report.page import main
 
 
 if __name__ == "__main__":

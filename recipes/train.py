@@ -4,7 +4,7 @@ accelerate launch recipes/train.py --config recipes/configs/deit_tiny_sample.yam
 python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
 """
 
-from dtem_hf.arguments import run_script
+from dtem_hf.programs.arguments import run_script
 from dtem_hf.training import main
 
 

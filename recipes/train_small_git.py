@@ -3,7 +3,7 @@
 python recipes/train_small_git.py --images path/to/flickr8k --captions captions.txt --output_dir runs/small-git
 """
 
-from dtem_hf.arguments import run_script
+from dtem_hf.programs.arguments import run_script
 from dtem_hf.training.small_git import main
 
 

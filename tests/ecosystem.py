@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from dtem_hf import ToMeConfig
-from dtem_hf.backbones import families
+from dtem_hf.families import families
 from dtem_hf.files import write_text
 
 

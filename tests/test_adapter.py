@@ -23,8 +23,8 @@ from dtem_hf import (
     ToMeConfig,
     attach,
 )
-from dtem_hf.adapter import WEIGHTS_NAME, BackboneFacts
 from dtem_hf.configuration import CONFIG_NAME
+from dtem_hf.hub.adapter import WEIGHTS_NAME, BackboneFacts
 
 
 Make = Callable[..., Any]

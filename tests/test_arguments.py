@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dtem_hf import BadValue
-from dtem_hf.arguments import option, parse_arguments, parse_reduction, run_script
+from dtem_hf.programs.arguments import option, parse_arguments, parse_reduction, run_script
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
 from dtem_hf import BadValue
-from dtem_hf.augmentation import AUGMENTATIONS, augmented_pixels, check_augmentation
+from dtem_hf.data.augmentation import AUGMENTATIONS, augmented_pixels, check_augmentation
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 24, "width": 32})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
-from dtem_hf.calibration_program import CalibrateArguments, main
+from dtem_hf.evaluation.calibrate import CalibrateArguments, main
 
 
 LEARN = {"learn_exponents": True, "learn_norms": True}

@@ -13,8 +13,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 import dtem_hf
-from dtem_hf.adapter import BackboneFacts
-from dtem_hf.card import card_of, reduction_label, write_card
+from dtem_hf.hub.adapter import BackboneFacts
+from dtem_hf.hub.card import card_of, reduction_label, write_card
 
 
 BASE = "facebook/deit-tiny-patch16-224"

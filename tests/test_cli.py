@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from dtem_hf import DTEMConfig, MergeAdapter, ToMeConfig, __version__, attach
-from dtem_hf.adapter import BackboneFacts
 from dtem_hf.cli import app
+from dtem_hf.hub.adapter import BackboneFacts
 
 
 # 4 × 4 patches of 8 × 8 pixels and CLS: 17 tokens; width 16, two heads, an MLP of 32, five classes.
@@ -277,7 +277,7 @@ class TestErrors:
     [
         ("train", "dtem_hf.training.main"),
         ("evaluate", "dtem_hf.evaluation.classification.main"),
-        ("benchmark", "dtem_hf.evaluation.benchmark.main"),
+        ("benchmark", "dtem_hf.benchmark.program.main"),
         ("export", "dtem_hf.deploy.program.main"),
         ("quickstart", "dtem_hf.quickstart.main"),
     ],

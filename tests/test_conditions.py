@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dtem_hf.conditions import hardware
+from dtem_hf.programs.conditions import hardware
 
 
 def test_a_cpu_is_named_as_the_system_names_it() -> None:

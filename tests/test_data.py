@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from dtem_hf import BadValue
-from dtem_hf.data import (
+from dtem_hf.data.images import (
     ProcessedImages,
     UnreadableImage,
     check_labels,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dtem_hf.evaluation import benchmark_tables
+from dtem_hf.benchmark import tables as benchmark_tables
 from dtem_hf.evaluation.comparison import csv_table, markdown
 
 

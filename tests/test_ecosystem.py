@@ -36,8 +36,8 @@ from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2Imag
 
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, attach, detach, register, unregister
-from dtem_hf.backbones import families
-from dtem_hf.modeling import merged_layers
+from dtem_hf.families import families
+from dtem_hf.models.attach import merged_layers
 
 
 AUTO = [(row, auto, model_class) for row in ROWS for auto, model_class in models_of(row)]

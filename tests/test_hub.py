@@ -23,12 +23,12 @@ from packaging.version import Version
 from PIL import Image
 
 from dtem_hf import AdapterError, AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
-from dtem_hf.adapter import WEIGHTS_NAME, BackboneFacts
 from dtem_hf.configuration import CONFIG_NAME
+from dtem_hf.hub.adapter import WEIGHTS_NAME, BackboneFacts
 
 
 LOAD = "dtem_hf:MergeAdapter.from_pretrained"
-PUBLISH = "dtem_hf.publishing:publish_folder"
+PUBLISH = "dtem_hf.hub.publishing:publish_folder"
 ME = {"token": "hf_me"}
 PUBLISHED = {"README.md", "config.json", CONFIG_NAME, WEIGHTS_NAME}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtem_hf.evaluation.tables import markdown_table
+from dtem_hf.report.tables import markdown_table
 
 
 ROOT = Path(__file__).resolve().parents[1]

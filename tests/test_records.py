@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtem_hf.records import as_code, as_line, as_text, clean, is_repo_id, without_private
+from dtem_hf.hub.records import as_code, as_line, as_text, clean, is_repo_id, without_private
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import ViTForImageClassification
 
-from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, attach, speedup
+from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, attach
 from dtem_hf.errors import BadValue
+from dtem_hf.models import speedup
 from dtem_hf.schedule import FlopsSchedule
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 import dtem_hf
-from dtem_hf.vision import evaluating, image_part, run_on_pixels
+from dtem_hf.models.vision import evaluating, image_part, run_on_pixels
 
 
 def test_a_model_that_also_needs_text_runs_its_vision_tower():

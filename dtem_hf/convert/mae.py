@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import BeitConfig, BeitForImageClassification, BitImageProcessorPil
 
-from ..arguments import option, parse_arguments
 from ..errors import BadValue
+from ..programs.arguments import option, parse_arguments
 
 
 # Heads cannot be read off shapes: those of the published sizes, by width and number of layers.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..backbones import find_backbone
 from ..errors import UnsupportedModelError
-from ..vision import run_on_pixels
+from ..families import find_backbone
+from ..models.vision import run_on_pixels
 
 
 INPUT_NAME = "pixel_values"

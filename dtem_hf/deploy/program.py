@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from .. import ops
-from ..arguments import option, parse_arguments, parse_reduction
-from ..auto import auto_class
-from ..conditions import command, hardware, versions
 from ..configuration import MergeConfig
 from ..errors import BadValue
 from ..evaluation.classification import describe_model, evaluation_device
 from ..files import replacing_together, write_json
-from ..modeling import UNSET
+from ..models.attach import UNSET
+from ..models.auto import auto_class
+from ..programs.arguments import option, parse_arguments, parse_reduction
+from ..programs.conditions import command, hardware, versions
 from .aot_inductor import PackageRunner, write_package
 from .graph import INPUT_NAME, export_graph, image_shape, output_names
 from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need_onnx, write_onnx, written_opset

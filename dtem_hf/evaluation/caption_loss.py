@@ -18,18 +18,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from ..adapter import MergeAdapter
-from ..arguments import option, parse_arguments, parse_reduction
-from ..auto import auto_class
-from ..card import reduction_label
-from ..conditions import command, data_name, hardware, versions
-from ..data import load_processor
+from ..data.captions import read_annotations
+from ..data.images import load_processor
 from ..errors import BadValue
 from ..files import write_json
+from ..hub.adapter import MergeAdapter
+from ..hub.card import reduction_label
+from ..models.auto import auto_class
+from ..programs.arguments import option, parse_arguments, parse_reduction
+from ..programs.conditions import command, data_name, hardware, versions
 from ..training.captioned_images import CaptionedImages, Images, hold_out
 from ..training.tasks.captioning import MODEL_INPUTS, caption_losses
 from ..training.tasks.captions import CaptionCollate
-from .captions_format import read_annotations
 from .classification import describe_model, evaluation_device
 from .variants import make_variants, method_names, run_in_turn
 

@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 
-from ..adapter import MergeAdapter
-from ..arguments import option, parse_arguments, parse_reduction
-from ..auto import auto_class
-from ..card import reduction_label
-from ..conditions import command, data_name, hardware, versions
-from ..data import load_processor
+from ..data.captions import read_annotations, read_predictions, write_predictions
+from ..data.images import load_processor
 from ..errors import BadValue
 from ..files import write_json
-from .captions_format import read_annotations, read_predictions, write_predictions
+from ..hub.adapter import MergeAdapter
+from ..hub.card import reduction_label
+from ..models.auto import auto_class
+from ..programs.arguments import option, parse_arguments, parse_reduction
+from ..programs.conditions import command, data_name, hardware, versions
 from .captions_generation import CaptionImages, count_generation, generate_captions
 from .captions_scoring import METRICS, SPICE_VARIABLE, CaptionScores, score_captions, unavailable
 from .classification import describe_model, evaluation_device

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ..backbones import find_backbone
-from ..data import naming_unreadable
+from ..data.captions import CaptionedImage
+from ..data.images import naming_unreadable
 from ..errors import BadValue
-from ..vision import image_part
-from .captions_format import CaptionedImage
+from ..families import find_backbone
+from ..models.vision import image_part
 from .parts import Columns, Parts
 from .variants import Variant, run_in_turn
 

@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..adapter import MergeAdapter
-from ..analysis.plots import plot_accuracy
-from ..arguments import option, parse_arguments, parse_reduction
-from ..auto import AutoModelForImageClassification
-from ..card import write_card
-from ..conditions import command, data_name, hardware, versions
-from ..data import ProcessedImages, collate, load_images, load_processor
+from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
+from ..hub.adapter import MergeAdapter
+from ..hub.card import write_card
+from ..models.auto import AutoModelForImageClassification
+from ..programs.arguments import option, parse_arguments, parse_reduction
+from ..programs.conditions import command, data_name, hardware, versions
+from ..report.plots import plot_accuracy
+from ..report.tables import print_table
 from ..training.tasks.base import kl_to
 from .metrics import load_metric
 from .parts import Columns, Parts, batches_of, processes, weights_digest
-from .tables import print_table
 from .variants import Variant, make_variants, method_names, run_in_turn
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..analysis.plots import plot_pareto, series_name
-from ..arguments import option, parse_arguments
-from ..card import multiply_adds_unit, reduction_label
 from ..files import write_json, write_text
+from ..hub.card import multiply_adds_unit, reduction_label
+from ..programs.arguments import option, parse_arguments
+from ..report.plots import plot_pareto, series_name
+from ..report.tables import print_table
 from ..schedule import FlopsSchedule, as_schedule
 from .classification import EvaluateArguments, evaluate
 from .parts import processes
-from .tables import print_table
 from .variants import UNMERGED, method_names
 
 

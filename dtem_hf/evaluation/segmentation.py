@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..adapter import MergeAdapter
-from ..arguments import option, parse_arguments, parse_reduction
-from ..auto import AutoModel
-from ..backbones import find_backbone
-from ..card import reduction_label
-from ..conditions import command, data_name, hardware, versions
-from ..data import load_processor
+from ..data.images import load_processor
 from ..errors import BadValue
+from ..families import find_backbone
 from ..files import write_json
-from ..vision import run_on_pixels
+from ..hub.adapter import MergeAdapter
+from ..hub.card import reduction_label
+from ..models.auto import AutoModel
+from ..models.vision import run_on_pixels
+from ..programs.arguments import option, parse_arguments, parse_reduction
+from ..programs.conditions import command, data_name, hardware, versions
 from .classification import describe_model, evaluation_device
 from .variants import Variant, make_variants, method_names
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
-from ..analysis.plots import plot_training
-from ..arguments import option, parse_arguments
 from ..configuration import MergeConfig
 from ..errors import BadValue
 from ..files import read_json, write_json, write_text
+from ..programs.arguments import option, parse_arguments
+from ..report.plots import plot_training
 
 
 _RECIPES = Path(__file__).parents[2] / "recipes"

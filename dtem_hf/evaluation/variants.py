@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..adapter import MergeAdapter
+from ..benchmark.efficiency import synchronize
 from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
-from ..modeling import attach, detach
+from ..hub.adapter import MergeAdapter
+from ..models.attach import attach, detach
 from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
-from .efficiency import synchronize
 
 
 UNMERGED = "none"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
-from ..arguments import option, parse_reduction
-from ..augmentation import AUGMENTATIONS
 from ..configuration import LEARN_FIELDS, DTEMConfig
+from ..data.augmentation import AUGMENTATIONS
 from ..errors import BadValue
+from ..programs.arguments import option, parse_reduction
 from .curriculum import CurriculumArguments
 from .features import FEATURE_LOSSES, FEATURES
 from .fisher import FisherArguments

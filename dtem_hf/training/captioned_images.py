@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..augmentation import augmented_pixels
+from ..data.augmentation import augmented_pixels
+from ..data.captions import CaptionedImage, has_splits, read_annotations
 from ..errors import BadValue
-from ..evaluation.captions_format import CaptionedImage, has_splits, read_annotations
 from ..evaluation.captions_generation import CaptionImages
 
 

@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import option
 from ..configuration import DTEMConfig
 from ..errors import BadValue
-from ..modeling import set_merge_config
+from ..models.attach import set_merge_config
+from ..programs.arguments import option
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backbones import find_backbone
 from ..errors import BadValue
+from ..families import find_backbone
 from ..scope import Scope, open_scope
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..arguments import option
 from ..configuration import DTEMConfig
 from ..errors import BadValue
+from ..programs.arguments import option
 from ..token_state import MergeStep
 
 

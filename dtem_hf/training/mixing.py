@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..augmentation import drawn_from, kornia
+from ..data.augmentation import drawn_from, kornia
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..augmentation import drawn_from
-from ..backbones import find_backbone
-from ..modeling import merged_layers
+from ..data.augmentation import drawn_from
+from ..families import find_backbone
+from ..models.attach import merged_layers
 
 
 if TYPE_CHECKING:

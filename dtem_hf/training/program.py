@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..arguments import parse_arguments
+from ..programs.arguments import parse_arguments
 from .arguments import TrainArguments
 from .interruption import Interruption
 from .run import Run

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..hub import clear_errors, prepare
-from ..publishing import publish_folder
+from ..hub.client import clear_errors, prepare
+from ..hub.publishing import publish_folder
 from .arguments import TrainArguments
 
 

@@ -17,12 +17,12 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from ..adapter import MergeAdapter
-from ..card import TRAINING_NAME, refreshed_card
-from ..conditions import command, data_name, hardware, versions
 from ..errors import BadValue
 from ..files import replacing_folder, write_json
-from ..modeling import load_embedding
+from ..hub.adapter import MergeAdapter
+from ..hub.card import TRAINING_NAME, refreshed_card
+from ..models.attach import load_embedding
+from ..programs.conditions import command, data_name, hardware, versions
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum

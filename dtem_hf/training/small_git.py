@@ -23,12 +23,12 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from ..arguments import option, parse_arguments
-from ..conditions import command, hardware, versions
+from ..data.captions import read_annotations
 from ..errors import BadValue
-from ..evaluation.captions_format import read_annotations
 from ..evaluation.captions_generation import CaptionImages
 from ..files import write_json
+from ..programs.arguments import option, parse_arguments
+from ..programs.conditions import command, hardware, versions
 from .captioned_images import hold_out
 
 

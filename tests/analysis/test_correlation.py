@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach
-from dtem_hf.analysis.correlation import block_ranges, correlation_table, similarity_correlations
+from dtem_hf.evaluation.correlation import block_ranges, correlation_table, similarity_correlations
 
 
 def slow_tau(x, y):

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
 import dtem_hf
-from dtem_hf.analysis.pictures import (
+from dtem_hf.report.pictures import (
     displayed_pixels,
     draw_merged_layers,
     draw_merged_tokens,
@@ -322,7 +322,7 @@ def test_models_and_matplotlib_are_left_as_they_were(make_classifier, tmp_path):
 
 
 def test_pyplot_and_its_global_state_stay_out():
-    code = "import sys, dtem_hf.analysis.pictures; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, dtem_hf.report.pictures; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig
-from dtem_hf.analysis.program import AnalyzeArguments, main
+from dtem_hf.evaluation.analyze import AnalyzeArguments, main
 
 
 def test_correlation_pictures_and_page_of_an_adapter(vit_folder, image_folder, tmp_path, capsys):

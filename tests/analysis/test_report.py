@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dtem_hf import BadValue
-from dtem_hf.analysis.report import Section, Table, main, read_section, write_report
+from dtem_hf.report.page import Section, Table, main, read_section, write_report
 
 
 EVIL = '<script>alert("x")</script>&"\''

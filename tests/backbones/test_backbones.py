@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertModel, ViTForMaskedImageModeling
 
 from dtem_hf import ToMeConfig, UnsupportedModelError, attach
-from dtem_hf.backbones import check_attention_implementation, families, find_backbone, find_family
+from dtem_hf.families import check_attention_implementation, families, find_backbone, find_family
 
 
 def test_an_unknown_family_is_refused_with_the_list_of_known_ones() -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
-from dtem_hf.backbones.siglip2 import Siglip2Family
+from dtem_hf.families.siglip2 import Siglip2Family
 
 
 METHODS = [ToMeConfig, DTEMConfig]

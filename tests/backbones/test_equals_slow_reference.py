@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from dtem_hf import AutoModelForImageClassification, DTEMConfig, EViTConfig, ToMeConfig, attach
-from dtem_hf.backbones import families
+from dtem_hf.families import families
 
 
 R = [8, 5, 4]

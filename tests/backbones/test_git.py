@@ -22,7 +22,7 @@ from transformers import DynamicCache, GitConfig, GitForCausalLM, GitModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from dtem_hf import AutoModelForCausalLM, DTEMConfig, ToMeConfig, attach, detach
-from dtem_hf.backbones import git
+from dtem_hf.families import git
 from dtem_hf.scope import current_scope
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dtem_hf.backbones.readers import (
+from dtem_hf.families.readers import (
     Averaged,
     Averaging,
     MaskedAveraging,

@@ -7,10 +7,10 @@ import torch
 from transformers import GitConfig, ViTConfig
 
 from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach, ops
-from dtem_hf.evaluation.benchmark import BenchmarkArguments, benchmark, main
-from dtem_hf.evaluation.benchmark_tables import markdown
-from dtem_hf.evaluation.breakdown import PARTS, MergingAlone, break_down
-from dtem_hf.evaluation.runtimes import load_peer
+from dtem_hf.benchmark.breakdown import PARTS, MergingAlone, break_down
+from dtem_hf.benchmark.program import BenchmarkArguments, benchmark, main
+from dtem_hf.benchmark.runtimes import load_peer
+from dtem_hf.benchmark.tables import markdown
 from dtem_hf.ops import fused_layer
 
 

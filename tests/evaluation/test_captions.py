@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, GitConfig, GitForCausalLM
 
 from dtem_hf import AutoModelForCausalLM, BadValue, ToMeConfig
-from dtem_hf.data import load_processor
+from dtem_hf.data.images import load_processor
 from dtem_hf.evaluation import captions, captions_generation
 from dtem_hf.evaluation.captions import EvaluateCaptionsArguments, evaluate_captions, main
 from dtem_hf.evaluation.captions_generation import count_generation

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dtem_hf import BadValue
-from dtem_hf.evaluation.captions_format import has_splits, read_annotations, read_predictions, write_predictions
+from dtem_hf.data.captions import has_splits, read_annotations, read_predictions, write_predictions
 
 
 COCO = {

@@ -22,7 +22,7 @@ from dtem_hf import (
     ToMeConfig,
     attach,
 )
-from dtem_hf.data import ProcessedImages, load_images, load_processor
+from dtem_hf.data.images import ProcessedImages, load_images, load_processor
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
 from dtem_hf.evaluation.variants import make_variants, run_in_turn, share_weights

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from dtem_hf import BadValue, ToMeConfig, attach
-from dtem_hf.evaluation.efficiency import (
+from dtem_hf.benchmark.efficiency import (
     Spread,
     break_even,
     count_multiply_adds,

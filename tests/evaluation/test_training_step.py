@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtem_hf.evaluation.training_step import grouping_by_definition, main
+from dtem_hf.benchmark.training_step import grouping_by_definition, main
 from dtem_hf.ops import soft_grouping
 
 

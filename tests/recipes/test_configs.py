@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dtem_hf.arguments import parse_arguments
+from dtem_hf.programs.arguments import parse_arguments
 from dtem_hf.training.arguments import TrainArguments
 
 

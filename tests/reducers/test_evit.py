@@ -23,7 +23,7 @@ from dtem_hf import (
     attach,
     detach,
 )
-from dtem_hf.backbones import Backbone
+from dtem_hf.families import Backbone
 
 
 Make = Callable[..., Any]

@@ -15,8 +15,8 @@ from hub_client import hub_environment
 from loopback_hub import Fault
 
 from dtem_hf import BadValue
-from dtem_hf.adapter import WEIGHTS_NAME
 from dtem_hf.configuration import CONFIG_NAME
+from dtem_hf.hub.adapter import WEIGHTS_NAME
 from dtem_hf.training.arguments import TrainArguments
 
 

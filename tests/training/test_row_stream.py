@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from dtem_hf import BadValue
-from dtem_hf.data import stream_images
+from dtem_hf.data.images import stream_images
 from dtem_hf.training.row_stream import RowStream
 
 

@@ -14,9 +14,9 @@ from datasets import IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data import load_processor
+from ...data.images import load_processor
 from ...errors import BadValue
-from ...modeling import detach
+from ...models.attach import detach
 
 
 if TYPE_CHECKING:

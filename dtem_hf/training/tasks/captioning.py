@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from ...auto import auto_class
 from ...errors import BadValue
+from ...models.auto import auto_class
 from .base import kl_to
 from .captions import CaptionTask
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ...data import load_processor
+from ...data.images import load_processor
 from ..captioned_images import load_captioned_images
 from .base import Task, TaskData
 

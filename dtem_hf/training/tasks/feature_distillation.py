@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from ...auto import AutoModel
+from ...models.auto import AutoModel
 from ..features import feature_distance, recorded_features
 from .images import ImageTask
 

@@ -9,8 +9,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...auto import AutoModelForImageClassification
-from ...data import (
+from ...data.images import (
     ProcessedImages,
     check_labels,
     collate,
@@ -21,6 +20,7 @@ from ...data import (
     stream_images,
 )
 from ...errors import BadValue
+from ...models.auto import AutoModelForImageClassification
 from ..mixing import Mixed, mix
 from .base import Task, TaskData, kl_to
 

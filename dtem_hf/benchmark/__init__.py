@@ -1,0 +1,1 @@
+"""Speed: programs that time merged models beside plain ones, and write tables."""

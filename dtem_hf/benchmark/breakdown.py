@@ -1,0 +1,172 @@
+"""Where a merged model's time goes: the metric, matching and merging, the attention bias, and the rest."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..families import find_backbone
+from ..models.attach import merged_layers
+from ..ops import fused_layer
+from ..schedule import MergePlan
+from .efficiency import synchronize
+
+
+# The functions of `ops` that make up a part.
+_PARTS = {
+    "matching and merging": ("match_and_merge", "merge_tokens", "split_by_score", "fuse_tokens"),
+    "attention bias": ("size_bias",),
+}
+PARTS = ("metric", *_PARTS)
+
+
+class _Stopwatch:
+    """Times calls on the device itself: on CUDA by events, which make nobody wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose calls count for a part."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = self._now()
+            result = function(*args, **kwargs)
+            self._spans[part].append((started, self._now()))
+            return result
+
+        return call
+
+    def seconds(self) -> dict[str, float]:
+        """What every part took since it was last asked."""
+        synchronize(self.device)
+        taken = {part: sum(self._between(*span) for span in spans) for part, spans in self._spans.items()}
+        self._spans.clear()
+        return taken
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            synchronize(self.device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, started: Any, ended: Any) -> float:
+        return started.elapsed_time(ended) / 1e3 if self.device.type == "cuda" else ended - started
+
+
+@torch.inference_mode()
+def break_down(
+    model: nn.Module, run: Callable[[], Any], device: torch.device, rounds: int, warmup: int
+) -> dict[str, Any] | None:
+    """Median seconds and shares of a merged model's parts in eager runs; None for a plain model.
+
+    Outside of this function nothing of it is in the way: the parts are wrapped while it runs, and by nobody else.
+    """
+    if not hasattr(model, "merge_config"):
+        return None
+    watch = _Stopwatch(device)
+    taken: dict[str, list[float]] = defaultdict(list)
+    with _parts_timed(model, watch), fused_layer.timed_parts() as fused:
+        for number in range(-warmup, rounds):
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            whole = time.perf_counter() - started
+            parts = watch.seconds()
+            for i, part in enumerate(("metric", "matching and merging")):  # of layers that run as one call
+                parts[part] = parts.get(part, 0.0) + fused[i]
+                fused[i] = 0
+            if number >= 0:
+                for part in PARTS:
+                    taken[part].append(parts.get(part, 0.0))
+                taken["rest"].append(whole - sum(parts.values()))
+    seconds = {part: float(np.median(values)) for part, values in taken.items()}
+    whole = sum(seconds.values())
+    return {"seconds": seconds, "shares": {part: value / whole for part, value in seconds.items()}}
+
+
+@contextmanager
+def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
+    reducer: Any = merged_layers(model)[0].merge_reducer
+    wrapped: list[tuple[Any, str, str]] = [(ops, name, part) for part, names in _PARTS.items() for name in names]
+    if hasattr(reducer, "metric"):
+        wrapped.append((reducer, "metric", "metric"))
+    with ExitStack() as stack:
+        for owner, name, part in wrapped:
+            before = vars(owner).get(name)
+            setattr(owner, name, watch.timed(part, getattr(owner, name)))
+            if before is None:  # it came from the class, and does so again
+                stack.callback(delattr, owner, name)
+            else:
+                stack.callback(setattr, owner, name, before)
+        yield
+
+
+@torch.inference_mode()
+def merging_inside(run: Callable[[], Any], rounds: int) -> float | None:
+    """Median seconds that layers which run as one call spend on metric, matching and merging; None if none does."""
+    taken = []
+    with fused_layer.timed_parts() as fused:
+        for _ in range(rounds):
+            run()
+            taken.append(sum(fused))
+            fused[:] = [0.0] * len(fused)
+    return float(np.median(taken)) if any(taken) else None
+
+
+class MergingAlone(nn.Module):
+    """Matching and merging of every layer of a plan, on tokens of noise, and nothing else of the model.
+
+    What they take of a compiled model whose parts cannot be told apart from outside.
+    """
+
+    def __init__(self, plan: MergePlan, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.reductions = [r for r in plan.reductions if r]
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, tokens: Sequence[Tensor], metrics: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
+        merged: list[Tensor] = []
+        for x, metric, size, r in zip(tokens, metrics, sizes, self.reductions, strict=True):
+            merged += [*ops.match_and_merge(x, size, metric, r, self.num_prefix_tokens)[:2]]
+        return merged
+
+
+def merging_alone(model: Any, plan: MergePlan, batch_size: int, compile_mode: str) -> Callable[[], Any] | None:
+    """A call of the compiled matching and merging of a model; None for one that does not match pairs of tokens."""
+    if not hasattr(model, "merge_config") or not any(plan.reductions):
+        return None
+    backbone, encoder = find_backbone(model)
+    layers = backbone.layers(encoder)
+    reducer: Any = layers[0].merge_reducer
+    if not hasattr(reducer, "metric_cost") or not reducer.pairwise:
+        return None
+    width = backbone.key_projection(layers[0]).weight.shape[1]
+    like: Tensor = next(encoder.parameters())
+    entering = [plan.num_tokens, *plan.tokens[:-1]]
+    counts = [n for n, r in zip(entering, plan.reductions, strict=True) if r]
+
+    def noise(width: int) -> list[Tensor]:
+        return [torch.randn(batch_size, n, width, device=like.device, dtype=like.dtype) for n in counts]
+
+    inputs = (
+        noise(width),
+        noise(reducer.metric_cost(encoder, layers[0]).width),
+        [torch.ones(batch_size, n, device=like.device) for n in counts],
+    )
+    compiled = torch.compile(
+        MergingAlone(plan, backbone.num_prefix_tokens(encoder)), fullgraph=True, mode=compile_mode
+    )
+    return lambda: compiled(*inputs)

@@ -1,0 +1,189 @@
+"""All that is to be measured on an accelerator, in one call: DeiT-S and ViT-L at batch 1, 32 and 256 in bfloat16.
+
+python recipes/benchmark_device.py --output_dir runs/device
+python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # tries it out on a laptop, in small
+
+Plain and merged models with random weights, eager and compiled, what share of a compiled step matching and merging
+take, which of the two forms of a size bias makes attention faster (DTEM_HF_SIZE_BIAS in the environment chooses one),
+and, on CUDA, whether the Triton kernels say what the plain path says. One folder for each model and mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from transformers import ViTConfig
+
+from .. import ops
+from ..errors import BadValue
+from ..evaluation.classification import evaluation_device
+from ..files import write_json, write_text
+from ..ops import kernels
+from ..programs.arguments import option, parse_arguments
+from ..programs.conditions import command, hardware, versions
+from .efficiency import time_interleaved
+from .program import BenchmarkArguments, benchmark
+from .runtimes import COMPILE_MODES
+from .tables import markdown, print_benchmark
+
+
+# Width, layers, heads, and the r that halves the multiply-adds.
+SHAPES = {"deit-small": (384, 12, 6, 16), "vit-large": (1024, 24, 16, 8)}
+_TINY_SHAPES = {"tiny": (32, 2, 2, 8)}
+
+
+@dataclass(kw_only=True)
+class DeviceArguments:
+    """Measure plain and merged models of the published sizes on an accelerator."""
+
+    models: list[str] = option(f"some of {', '.join(SHAPES)}", default_factory=lambda: list(SHAPES))
+    batch_sizes: list[int] = option("images per batch", default_factory=lambda: [1, 32, 256])
+    modes: list[str] = option(
+        f"torch.compile's: some of {', '.join(COMPILE_MODES)}", default_factory=lambda: ["default", "reduce-overhead"]
+    )
+    dtype: str = option("float32, bfloat16 or float16", default="bfloat16")
+    rounds: int = option("timed rounds", default=30)
+    device: str = option("where to run", default="cuda")
+    tiny: bool = option("a tiny model at batch 1 and 2 in one round: to try the program out", default=False)
+    output_dir: str = option("folder for device.json and one folder per model and mode", default="runs/device")
+
+    def __post_init__(self) -> None:
+        if not set(self.models) <= set(SHAPES):
+            raise BadValue("models", self.models, f"some of {', '.join(SHAPES)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BadValue("device", self.device, "cpu: torch sees no CUDA device here")
+        if self.tiny:
+            self.batch_sizes, self.modes, self.rounds = [1, 2], self.modes[:1], 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure all, write what every model and mode gave and a summary."""
+    arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
+    device = evaluation_device(arguments.device)
+    summary: dict[str, Any] = {
+        "command": command(),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "kernels": compare_kernels(device),
+        "attention": [],
+        "rows": [],
+    }
+    folder = Path(arguments.output_dir)
+    shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
+    for name, (width, layers, heads, r) in shapes.items():
+        for batch_size in arguments.batch_sizes:
+            row = compare_bias_forms(batch_size, heads, width // heads, device, arguments.dtype, arguments.rounds)
+            summary["attention"].append({"model": name, **row})
+        config = folder / "configs" / name
+        ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            image_size=32 if arguments.tiny else 224,
+            patch_size=4 if arguments.tiny else 16,
+            id2label={i: str(i) for i in range(1000)},
+            architectures=["ViTForImageClassification"],
+        ).save_pretrained(config)
+        for mode in arguments.modes:
+            result = benchmark(
+                BenchmarkArguments(
+                    model=str(config),
+                    random_weights=True,
+                    methods=["tome"],
+                    r=[str(r)],
+                    runtimes=["eager", "compile"],
+                    compile_mode=mode,
+                    breakdown=True,
+                    batch_sizes=arguments.batch_sizes,
+                    rounds=arguments.rounds,
+                    device=arguments.device,
+                    dtype=arguments.dtype,
+                )
+            )
+            # Whatever stops a later one, what was measured is kept.
+            write_json(folder / f"{name}-{mode}" / "benchmark.json", result)
+            write_text(folder / f"{name}-{mode}" / "benchmark.md", markdown(result))
+            print_benchmark(result)
+            summary["rows"] += summarize(result, name, mode)
+            write_json(folder / "device.json", summary)
+    print(f"written: {folder / 'device.json'}, and a folder for each model and mode")
+
+
+def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, Any]]:
+    """The merged, compiled rows of a benchmark: speed-up, its share of the ideal, and that of matching and merging."""
+    return [
+        {
+            "model": model,
+            "compile_mode": mode,
+            "batch_size": batch["batch_size"],
+            "speedup": batch["speedup"]["median"],
+            "ideal_speedup": row["ideal_speedup"],
+            "of_ideal": batch["of_ideal"],
+            "merging_share": batch["merging"]["share"],
+        }
+        for row in result["rows"]
+        if row["runtime"] == "compile" and row["method"] != "none"
+        for batch in row["batches"]
+    ]
+
+
+@torch.inference_mode()
+def compare_bias_forms(
+    batch_size: int, heads: int, dim: int, device: torch.device, dtype: str, rounds: int, num_tokens: int = 100
+) -> dict[str, Any]:
+    """Median seconds of attention with a size bias in either form, and without one; and the kernels that run."""
+    shape = batch_size, heads, num_tokens, dim
+    query, key, value = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for _ in range(3))
+    bias = ops.size_bias(torch.rand(batch_size, num_tokens, device=device) * 8 + 1, query.dtype)
+    scaling = dim**-0.5
+    calls: dict[str, tuple[Tensor | None, str]] = {
+        "none": (None, "mask"),
+        **{form: (bias, form) for form in ops.BIAS_FORMS},
+    }
+    runs = [
+        partial(ops.biased_attention, query, key, value, given, scaling, form=form) for given, form in calls.values()
+    ]
+    seconds = np.median(time_interleaved(runs, device, rounds), axis=0)
+    extended = ops.extend_keys(query, key, value, bias, scaling)
+    inputs = {"none": (query, key, value, None), "mask": (query, key, value, bias), "extended_keys": (*extended, None)}
+    return {
+        "batch_size": batch_size,
+        "num_tokens": num_tokens,
+        "seconds": dict(zip(calls, seconds.tolist(), strict=True)),
+        "kernels": {form: SDPBackend(torch._fused_sdp_choice(*given)).name for form, given in inputs.items()},
+        "faster": min(ops.BIAS_FORMS, key=lambda form: seconds[list(calls).index(form)]),
+    }
+
+
+@torch.inference_mode()
+def compare_kernels(device: torch.device) -> dict[str, Any] | None:
+    """How far the Triton kernels are from the plain path on the CPU, by dtype; None where they do not run."""
+    if not kernels.can_match(torch.zeros(1, 3, 1, device=device)):
+        return None
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        draw = torch.Generator().manual_seed(0)
+        # Signs: every score is exact, and ties are many.
+        metric = (torch.randint(0, 2, (8, 197, 16), generator=draw) * 2.0 - 1).to(dtype)
+        x = torch.randn(8, 197, 384, generator=draw).to(dtype)
+        expected = ops.bipartite_soft_matching(metric, 16)
+        matching = ops.bipartite_soft_matching(metric.to(device), 16)
+        merged, sizes = ops.merge_tokens(x.to(device), None, matching)
+        plain, plain_sizes = ops.merge_tokens(x, None, expected)
+        found[str(dtype).removeprefix("torch.")] = {
+            "same_matching": all(
+                torch.equal(ours.cpu(), theirs) for ours, theirs in zip(matching[:3], expected[:3], strict=True)
+            ),
+            "same_sizes": torch.equal(sizes.cpu(), plain_sizes),
+            "largest_difference": float((merged.cpu().float() - plain.float()).abs().max()),
+        }
+    return found

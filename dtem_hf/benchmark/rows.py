@@ -1,0 +1,207 @@
+"""The rows of a benchmark: what runs in which runtime, and what measuring it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import BadValue
+from ..evaluation.captions_generation import count_generation
+from ..evaluation.variants import Variant, share_weights
+from ..models.vision import run_on_pixels
+from ..schedule import MergePlan, as_schedule
+from .breakdown import break_down, merging_alone, merging_inside
+from .efficiency import break_even, count_multiply_adds, count_parameters, peak_memory, speeds, time_interleaved
+from .runtimes import make_run, peer_run
+
+
+PEER = "peer"
+
+
+@dataclass
+class Entry:
+    """One row: `run` takes pixels [B, C, H, W] in `dtype`; `reference` is the row that it is compared with.
+
+    `model` is what runs, None where it is not ours to look into; `multiply_adds` are those of one image, None where
+    they cannot be counted.
+    """
+
+    runtime: str
+    method: str
+    r: Any
+    run: Callable[[Tensor], Any]
+    dtype: torch.dtype
+    reference: int
+    multiply_adds: int | None
+    model: Any = None
+    plan: MergePlan | None = None
+    adapter: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How an error calls the row."""
+        return f"{self.runtime} {self.method}" + ("" if self.r is None else f" r={self.r}")
+
+
+def image_entries(
+    model: Any,
+    variants: Sequence[Variant],
+    shape: tuple[int, int, int],
+    runtimes: Sequence[str],
+    compile_mode: str,
+    peers: Sequence[tuple[str, Any]] = (),
+) -> list[Entry]:
+    """Every variant in every runtime, then every peer at every r; the first variant is the unmerged model."""
+    parameter = next(model.parameters())
+    one = torch.randn(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    models = [variant.standalone() for variant in variants]
+    counts = [count_multiply_adds(partial(run_on_pixels, merged, one)) for merged in models]
+    entries: list[Entry] = []
+    preparing = tqdm(total=len(runtimes) * len(variants) + len(peers), desc="prepare", unit="row", leave=False)
+    for runtime in runtimes:
+        reference = len(entries)
+        for variant, merged, count in zip(variants, models, counts, strict=True):
+            preparing.set_postfix_str(f"{runtime} {variant.label}")
+            run = make_run(runtime, merged, shape, compile_mode)
+            dtype = torch.float32 if runtime.startswith("onnxruntime") else parameter.dtype
+            facts = {"model": merged, "plan": _plan(merged, shape), "adapter": variant.adapter}
+            entries.append(Entry(runtime, variant.method, variant.shown_r, run, dtype, reference, count, **facts))
+            preparing.update()
+    for name, r in peers:
+        preparing.set_postfix_str(name)
+        run = peer_run(name, share_weights(model), r)
+        # What it runs outside of torch is not counted, and says nothing.
+        counted = count_multiply_adds(partial(run, one)) or None
+        shown = as_schedule(r).to_json()
+        entries.append(Entry(PEER, name, shown, run, parameter.dtype, _plain_row(entries), counted))
+        preparing.update()
+    preparing.close()
+    return entries
+
+
+def captioning_entries(variants: Sequence[Variant], shape: tuple[int, int, int], length: int) -> list[Entry]:
+    """Every variant writing greedy captions of exactly `length` tokens."""
+    if not hasattr(variants[0].model, "generate"):
+        raise BadValue("task", "captioning", f"a model that writes text, not a {type(variants[0].model).__name__}")
+    settings = {"max_new_tokens": length, "min_new_tokens": length, "num_beams": 1, "do_sample": False}
+    like = next(variants[0].model.parameters())
+    one = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
+    entries = []
+    for variant in tqdm(variants, desc="count", unit="row", leave=False):
+        merged = variant.standalone()
+        count = sum(count_generation(variant, one, settings).values())
+
+        def run(pixels: Tensor, model: Any = merged) -> Tensor:
+            return model.generate(pixel_values=pixels, **settings)
+
+        facts = {"model": merged, "plan": _plan(merged, shape), "adapter": variant.adapter}
+        entries.append(Entry("eager", variant.method, variant.shown_r, run, like.dtype, 0, count, **facts))
+    return entries
+
+
+@torch.inference_mode()
+def measure_entries(
+    entries: Sequence[Entry],
+    shape: tuple[int, int, int],
+    batch_sizes: Sequence[int],
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+    breakdown: bool = False,
+    compile_mode: str = "default",
+) -> list[dict[str, Any]]:
+    """Costs of every row on noise of [C, H, W], batch size by batch size, all rows in turn within each round."""
+    rows = [_facts(entry, entries[entry.reference]) for entry in entries]
+    total = len(batch_sizes) * len(entries) * (rounds + warmup)
+    with tqdm(total=total, desc="benchmark", unit="run") as progress:
+        for batch_size in batch_sizes:
+            progress.set_postfix_str(f"batch {batch_size}")
+            pixels = torch.randn(batch_size, *shape, device=device)
+            runs = [partial(_run, entry, pixels.to(entry.dtype)) for entry in entries]
+            seconds = time_interleaved(runs, device, rounds, warmup, progress.update)
+            timings = speeds(seconds, batch_size, [entry.reference for entry in entries])
+            for i, (row, timing, entry, run) in enumerate(zip(rows, timings, entries, runs, strict=True)):
+                ideal = row["ideal_speedup"]
+                cell = {
+                    "batch_size": batch_size,
+                    **timing,
+                    "of_ideal": None if ideal is None else timing["speedup"]["median"] / ideal,
+                    "peak_memory": peak_memory(run, device) if entry.runtime in ("eager", "compile") else None,
+                }
+                if breakdown and entry.runtime == "eager":
+                    cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
+                elif breakdown and entry.runtime == "compile":
+                    median = float(sorted(seconds[:, i])[len(seconds) // 2])
+                    cell["merging"] = _merging(entry, run, batch_size, device, rounds, warmup, compile_mode, median)
+                row["batches"].append(cell)
+    for row, entry in zip(rows, entries, strict=True):
+        measured = {batch["batch_size"]: batch["speedup"]["median"] for batch in row["batches"]}
+        row["break_even_batch_size"] = None if entry is entries[entry.reference] else break_even(measured)
+    return rows
+
+
+def _run(entry: Entry, pixels: Tensor) -> Any:
+    try:
+        return entry.run(pixels)
+    except Exception as error:
+        error.add_note(f"while {entry.label} ran on a batch of {len(pixels)}") if hasattr(error, "add_note") else None
+        raise
+
+
+def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
+    count, plain = entry.multiply_adds, reference.multiply_adds
+    counted = count is not None and plain is not None
+    return {
+        "runtime": entry.runtime,
+        "method": entry.method,
+        "r": entry.r,
+        **({} if entry.adapter is None else {"adapter": entry.adapter}),
+        "parameters": None if entry.model is None else count_parameters(entry.model),
+        "multiply_adds": count,
+        "ratio": count / plain if counted else None,  # type: ignore[operator]
+        "ideal_speedup": plain / count if counted else None,  # type: ignore[operator]
+        **({} if entry.plan is None else {"output_tokens": entry.plan.output_tokens}),
+        "batches": [],
+    }
+
+
+def _merging(
+    entry: Entry,
+    run: Callable[[], Any],
+    batch_size: int,
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+    compile_mode: str,
+    whole: float,
+) -> dict[str, float] | None:
+    """What matching and merging take of a compiled row: timed where they run, or else compiled alone."""
+    if entry.plan is None:
+        return None
+    median = merging_inside(run, max(3, rounds // 2))
+    if median is None:
+        alone = merging_alone(entry.model, entry.plan, batch_size, compile_mode)
+        if alone is None:
+            return None
+        seconds = time_interleaved([alone], device, rounds, warmup)[:, 0]
+        median = float(sorted(seconds)[len(seconds) // 2])
+    return {"seconds": median, "share": median / whole}
+
+
+def _plan(model: nn.Module, shape: tuple[int, int, int]) -> MergePlan | None:
+    if not hasattr(model, "merge_plan"):
+        return None
+    size = shape[1:]
+    return model.merge_plan(tuple(size))  # type: ignore[operator]
+
+
+def _plain_row(entries: Sequence[Entry]) -> int:
+    """The row that peers are compared with: the unmerged model in eager, or in the first runtime there is."""
+    eager = [i for i, entry in enumerate(entries) if entry.runtime == "eager"]
+    return eager[0] if eager else 0

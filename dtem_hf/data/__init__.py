@@ -1,0 +1,1 @@
+"""Images and captions, read alike by every program."""

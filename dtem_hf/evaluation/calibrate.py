@@ -1,0 +1,115 @@
+"""Search for the r of every layer that costs a model least, on unlabelled images, at equal multiply-adds.
+
+python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --adapter runs/deit-tiny/adapter \\
+    --data path/to/images --r 16 --output_dir runs/deit-tiny-calibrated
+python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --method tome --flops 0.5 --data path/to/images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from ..configuration import MergeConfig
+from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..errors import BadValue
+from ..files import write_json
+from ..hub.adapter import MergeAdapter
+from ..models.attach import attach
+from ..models.auto import AutoModelForImageClassification
+from ..models.calibration import calibrate
+from ..programs.arguments import option, parse_arguments, parse_reduction
+from ..programs.conditions import command, data_name, hardware, versions
+from .classification import describe_model, evaluation_device
+
+
+RECORD_NAME = "calibration.json"
+
+
+@dataclass(kw_only=True)
+class CalibrateArguments:
+    """Search for a plan."""
+
+    model: str = option("classifier: Hub id or local folder")
+    data: str = option("images: Hub dataset id, folder of class folders, or folder of images; labels are not read")
+    split: str = option("split of a Hub dataset", default="train")
+    num_images: int = option("images that plans are compared on, drawn by seed", default=256)
+    seed: int = option("of the images that are drawn", default=0)
+    adapter: str | None = option("trained adapter: Hub id or local folder", default=None)
+    method: str | None = option("method without an adapter: tome, evit, or dtem from keys", default=None)
+    r: str | None = option("the plan has the multiply-adds of this r; left out, of the adapter's own", default=None)
+    flops: float | None = option("or this share of the unmerged model's multiply-adds", default=None)
+    evaluations: int = option("most plans that are measured", default=60)
+    batch_size: int = option("images per batch", default=32)
+    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
+    output_dir: str = option(
+        "folder for the adapter with its plan, or the config, and calibration.json", default="runs/calibrate"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "evaluations", "batch_size"):
+            if getattr(self, name) < 1:
+                raise BadValue(name, getattr(self, name), "1 or more")
+        if (self.adapter is None) == (self.method is None):
+            raise BadValue("adapter, method", (self.adapter, self.method), "one of the two")
+        if self.r is not None and self.flops is not None:
+            raise BadValue("r, flops", (self.r, self.flops), "one of the two")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, search, and write what was found."""
+    arguments = parse_arguments(CalibrateArguments, argv, __doc__ or "")
+    record = calibrate_model(arguments)
+    print(f"r per layer {record['reductions']}: {record['distance']:.4g}, and {record['even_distance']:.4g} evenly")
+    print(f"written: {arguments.output_dir}")
+
+
+def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
+    """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
+    a, device = arguments, evaluation_device(arguments.device)
+    model = AutoModelForImageClassification.from_pretrained(a.model, merge=None).to(device).eval()
+    if a.adapter is not None:
+        attach(model, MergeAdapter.from_reference(a.adapter))
+    else:
+        attach(model, MergeConfig.from_dict({"method": a.method}))
+    if a.r is not None:
+        model.set_reduction(parse_reduction(a.r))
+    images = load_images(a.data, a.split)
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
+    processed = Subset(ProcessedImages(images, load_processor(a.model), num_labels=model.config.num_labels), drawn)
+    found = calibrate(
+        model, list(_pixels(processed, a.batch_size)), a.flops, evaluations=a.evaluations, batch_size=a.batch_size
+    )
+    record = {
+        "command": command(),
+        "model": describe_model(a.model, model),
+        "adapter": a.adapter,
+        "method": model.merge_config.method,
+        "data": {"name": data_name(a.data), "num_images": len(drawn), "seed": a.seed},
+        "reductions": list(found.reductions),
+        "flops": found.flops,
+        "distance": found.distance,
+        "even_distance": found.even_distance,
+        "evaluations": found.evaluations,
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+    output = Path(a.output_dir)
+    if a.adapter is not None:
+        trained = MergeAdapter.from_reference(a.adapter)
+        MergeAdapter(model.merge_config, trained.tensors, trained.backbone).save_pretrained(output)
+    else:
+        model.merge_config.save_pretrained(output)
+    write_json(output / RECORD_NAME, record)
+    return record
+
+
+def _pixels(images: Any, batch_size: int) -> Iterator[Tensor]:
+    for batch in DataLoader(images, batch_size, collate_fn=collate):
+        yield batch["pixel_values"]

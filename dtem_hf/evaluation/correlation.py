@@ -1,0 +1,103 @@
+"""Do keys and a learned embedding rank pairs of tokens alike? Kendall's τ per layer (METHOD.md section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
+from torch import Tensor
+
+from ..errors import BadValue
+from ..families import find_backbone
+from ..models.attach import MergeMixin, merged_layers
+from ..models.vision import evaluating, run_on_pixels
+from ..ops.matching import cosine_scores, split_even_odd
+from .variants import share_weights
+
+
+@torch.no_grad()
+def similarity_correlations(model: Any, pixel_values: Tensor, r: Any = 0) -> NDArray[np.float64]:
+    """Kendall's τ between the similarities by keys and by the embedding: [B, C, H, W] -> [layers, B].
+
+    The pairs are those that bipartite matching chooses from, of the tokens that enter a layer (`r` tokens fewer per
+    layer; 0: all of them, so that every layer and method sees the same). The model is left as it is. Raises ValueError
+    where it has no learned embedding.
+    """
+    encoder = find_backbone(model)[1]
+    if not isinstance(model, MergeMixin) or getattr(encoder, "merge_embedding", None) is None:
+        raise BadValue("model", type(model).__name__, "a model with a learned embedding: attach DTEM or an adapter")
+    model = share_weights(model)
+    model.set_reduction(r)
+    backbone, encoder = find_backbone(model)
+    prefix = backbone.num_prefix_tokens(encoder)
+    # A trace has the last layer see all its tokens, which a classifier else leaves out.
+    with evaluating(model), model.trace_merging(), _recording(merged_layers(model)) as inputs:
+        run_on_pixels(model, pixel_values)
+    taus = []
+    for layer, embed, normed in zip(merged_layers(model), encoder.merge_embedding.layers, inputs, strict=True):
+        by_keys, by_embedding = (
+            cosine_scores(*split_even_odd(metric, prefix)).flatten(1).cpu().numpy()  # [B, a, b] -> [B, a · b]
+            for metric in (backbone.mean_keys(layer, normed), embed(normed))
+        )
+        taus.append([kendalltau(x, y).statistic for x, y in zip(by_keys, by_embedding, strict=True)])
+    return np.asarray(taus)
+
+
+def block_ranges(num_layers: int, num_ranges: int = 3) -> list[tuple[int, int]]:
+    """First and last layer, counted from 1, of ranges as equal as can be: 12 layers are 1–4, 5–8 and 9–12."""
+    parts = np.array_split(np.arange(1, num_layers + 1), min(num_ranges, num_layers))
+    return [(int(part[0]), int(part[-1])) for part in parts]
+
+
+def correlation_table(correlations: Mapping[str, NDArray[np.float64]], num_ranges: int = 3) -> list[dict[str, Any]]:
+    """Mean τ over layers and images, a row per range of blocks: τ [layers, B] by name (before, after training).
+
+    Beside each mean stands the standard deviation over images of the mean over the range's layers.
+    """
+    layers = {len(values) for values in correlations.values()}
+    if len(layers) != 1:
+        raise BadValue("correlations", sorted(layers), "the same number of layers under every name")
+    rows = []
+    for first, last in block_ranges(layers.pop(), num_ranges):
+        row: dict[str, Any] = {"blocks": f"{first}–{last}"}
+        for name, values in correlations.items():
+            per_image = values[first - 1 : last].mean(axis=0)
+            row[name] = float(per_image.mean())
+            row[f"{name}_std"] = float(per_image.std())
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def _recording(layers: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Inside the block, what feeds the queries, keys and values of every layer is noted, in order."""
+    inputs: list[Tensor] = []
+    reducers = [layer.merge_reducer for layer in layers]
+    for layer, reducer in zip(layers, reducers, strict=True):
+        layer.merge_reducer = _Recorder(reducer, inputs)
+    try:
+        yield inputs
+    finally:
+        for layer, reducer in zip(layers, reducers, strict=True):
+            layer.merge_reducer = reducer
+
+
+class _Recorder:
+    """A reducer that notes its input and does what the real one does."""
+
+    runs_in_every_layer = True
+
+    def __init__(self, reducer: Any, inputs: list[Tensor]) -> None:
+        self._reducer, self._inputs = reducer, inputs
+
+    def reduce(self, x: Tensor, normed: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        self._inputs.append(normed)
+        return self._reducer.reduce(x, normed, *rest, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)

@@ -1,0 +1,1 @@
+"""Adapters as files and Hub repositories: reading with bounds, cards, publishing."""

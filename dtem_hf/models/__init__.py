@@ -1,0 +1,1 @@
+"""Merging in whole models: attach and detach, Auto classes, plans, calibration."""

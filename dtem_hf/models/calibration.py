@@ -1,0 +1,236 @@
+"""A plan made for a model: how much each layer merges is searched for on unlabelled images, at equal multiply-adds.
+
+result = calibrate(model, images, flops=0.5)   # sets the plan; result.reductions, result.distance, …
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..configuration import EViTConfig, MergeConfig
+from ..errors import BadValue, UnsupportedModelError
+from ..families import find_backbone
+from ..schedule import ConstantSchedule, KeepRateSchedule, ListSchedule, Schedule, reductions_for
+from ..training.features import feature_distance, recorded_features
+from ..training.tasks.base import kl_to
+from .attach import MergeMixin, merging_of, set_merge_config
+from .encoder import Merging
+
+
+_SLOPES = (0.0, -0.3, 0.3, 0.6, 0.9)
+_FACTORS = (2.0, 1.5, 1.2)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a search found.
+
+    `distance` to the unmerged model (mean KL of logits in nats, or 1 - cosine of features) under the plan that was
+    set, `even_distance` under the even plan of the same multiply-adds; `flops` is the ratio that the plan comes to.
+    """
+
+    reductions: tuple[int, ...]
+    flops: float
+    distance: float
+    even_distance: float
+    evaluations: int
+
+
+def calibrate(
+    model: Any, images: Any, flops: float | None = None, *, evaluations: int = 60, batch_size: int = 32
+) -> Calibration:
+    """Find how much each layer should merge, set it on a merged model, and say what it gains.
+
+    `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 64 to 256 will
+    do, and labels are not read. `flops` is the share of the unmerged model's multiply-adds to keep (None: what the
+    model keeps now). The search compares plans of at most that many multiply-adds by how far they take the hard
+    model's output from the unmerged one's, and ends after `evaluations` of them or where no neighbour is better. Works
+    for any method. The same images give the same plan. Raises ValueError for a share that cannot be reached.
+    """
+    is_merged = isinstance(model, MergeMixin)
+    if not is_merged:
+        raise UnsupportedModelError("calibrate: the model is not merged; attach(model, DTEMConfig(...)) first.")
+    if evaluations < 1:
+        raise BadValue("evaluations", evaluations, "1 or more")
+    merging = merging_of(model)
+    flops = merging.plan.ratio if flops is None else flops
+    before, training = merging.config, [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        search = _Search(model, _batches(images, batch_size), evaluations)
+        even, best = search.run(_neighbourhood(merging, flops))
+    except BaseException:
+        set_merge_config(model, before)
+        raise
+    finally:
+        for module in training:
+            module.training = True
+    model.set_reduction(best.schedule)
+    plan = merging_of(model).plan
+    return Calibration(tuple(plan.reductions), plan.ratio, best.distance, even.distance, search.evaluations)
+
+
+@dataclass(frozen=True)
+class _Found:
+    schedule: Schedule
+    distance: float
+
+
+class _Search:
+    """Descent over the plans that a neighbourhood proposes, each measured once."""
+
+    def __init__(self, model: Any, batches: Sequence[Tensor], most: int) -> None:
+        self.model, self.batches, self.most = model, batches, most
+        backbone, encoder = find_backbone(model)
+        self.runs = encoder if isinstance(model, backbone.composites) else model
+        self.evaluations = 0
+        self._seen: dict[str, float] = {}
+        with torch.no_grad(), model.unmerged():
+            self._references = [self._output(x) for x in batches]
+
+    def run(self, neighbourhood: _Neighbourhood) -> tuple[_Found, _Found]:
+        """The first plan and the best one."""
+        with tqdm(total=self.most, desc="calibrate", unit="plan") as progress:
+            point, *others = neighbourhood.starts
+            first = best = self._measure(neighbourhood.schedule(point), progress)
+            for other in others:
+                found = self._try(neighbourhood, other, progress)
+                if found.distance < best.distance:
+                    best, point = found, other
+            for scale in range(neighbourhood.scales):
+                best, point = self._descend(neighbourhood, scale, best, point, progress)
+        return first, best
+
+    def _descend(
+        self, neighbourhood: _Neighbourhood, scale: int, best: _Found, point: Any, progress: Any
+    ) -> tuple[_Found, Any]:
+        moved = True
+        while moved and self.evaluations < self.most:
+            moved = False
+            for move in neighbourhood.moves(scale):
+                candidate = move(point)
+                found = self._try(neighbourhood, candidate, progress)
+                if found.distance < best.distance:
+                    best, point, moved = found, candidate, True
+        return best, point
+
+    def _try(self, neighbourhood: _Neighbourhood, point: Any, progress: Any) -> _Found:
+        """Measure a neighbour; where there is none, or it has too many multiply-adds, it is never the best."""
+        try:
+            schedule = None if point is None else neighbourhood.schedule(point)
+        except BadValue:
+            schedule = None
+        return _Found(ConstantSchedule(0), math.inf) if schedule is None else self._measure(schedule, progress)
+
+    def _measure(self, schedule: Schedule, progress: Any) -> _Found:
+        key = repr(schedule)
+        if key not in self._seen:
+            if self.evaluations == self.most:
+                return _Found(schedule, math.inf)
+            self.model.set_reduction(schedule)
+            self._seen[key] = self._distance()
+            self.evaluations += 1
+            progress.update()
+            progress.set_postfix(best=f"{min(self._seen.values()):.4g}")
+        return _Found(schedule, self._seen[key])
+
+    @torch.no_grad()
+    def _distance(self) -> float:
+        pairs = zip(self.batches, self._references, strict=True)
+        distances = [_distance(self._output(x), reference) for x, reference in pairs]
+        return torch.cat(distances).double().mean().item()
+
+    def _output(self, x: Tensor) -> tuple[str, Tensor]:
+        """Logits where the model has them, else the features of its encoder."""
+        x = x.to(next(self.model.parameters()).device)
+        with recorded_features(self.model, "auto") as features:
+            output = self.runs(pixel_values=x)
+            logits = getattr(output, "logits", None)
+            return ("features", features()) if logits is None else ("logits", logits.float())
+
+
+def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor:
+    if ours[0] == "logits":
+        return kl_to(reference[1], ours[1])
+    return feature_distance(reference[1], ours[1], "cosine")
+
+
+@dataclass(frozen=True)
+class _Neighbourhood:
+    """Plans of equal multiply-adds as points of a space: where to start, how to move, what plan a point stands for."""
+
+    starts: Sequence[Any]
+    scales: int
+    moves: Callable[[int], Iterator[Callable[[Any], Any]]]
+    schedule: Callable[[Any], Schedule]
+
+
+def _neighbourhood(merging: Merging, flops: float) -> _Neighbourhood:
+    return (_over_layers if isinstance(merging.config, EViTConfig) else _over_weights)(merging, flops)
+
+
+def _over_weights(merging: Merging, flops: float) -> _Neighbourhood:
+    """A point is one weight per layer, to which its r is proportional; a move makes one layer's larger or smaller."""
+    depth, num_tokens = len(merging.cost.layers), merging.plan.num_tokens
+
+    def schedule(weights: tuple[float, ...]) -> Schedule:
+        return ListSchedule(tuple(reductions_for(merging.cost, num_tokens, weights, flops)))
+
+    def scaled(weights: tuple[float, ...], layer: int, factor: float) -> tuple[float, ...]:
+        return (*weights[:layer], weights[layer] * factor, *weights[layer + 1 :])
+
+    def moves(scale: int) -> Iterator[Callable[[Any], Any]]:
+        for layer in range(depth):
+            for factor in (_FACTORS[scale], 1 / _FACTORS[scale]):
+                yield partial(scaled, layer=layer, factor=factor)
+
+    starts = [tuple(1 + slope * (1 - 2 * i / max(depth - 1, 1)) for i in range(depth)) for slope in _SLOPES]
+    return _Neighbourhood(starts, len(_FACTORS), moves, schedule)
+
+
+def _over_layers(merging: Merging, flops: float) -> _Neighbourhood:
+    """EViT: a point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
+    depth = len(merging.cost.layers)
+    config: MergeConfig = merging.config
+    start = config.schedule.layers  # type: ignore[attr-defined]
+    if start is None:
+        start = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+    def schedule(layers: tuple[int, ...]) -> Schedule:
+        return KeepRateSchedule(1.0, layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
+
+    def toggled(layers: tuple[int, ...], layer: int) -> tuple[int, ...] | None:
+        return tuple(sorted(set(layers) ^ {layer})) or None
+
+    def shifted(layers: tuple[int, ...], which: int, by: int) -> tuple[int, ...] | None:
+        if which >= len(layers) or not 0 <= layers[which] + by < depth or layers[which] + by in layers:
+            return None
+        return tuple(sorted({*layers[:which], layers[which] + by, *layers[which + 1 :]}))
+
+    def moves(scale: int) -> Iterator[Callable[[Any], Any]]:
+        for which in range(depth):
+            for by in (-1, 1):
+                yield partial(shifted, which=which, by=by)
+        for layer in range(depth):
+            yield partial(toggled, layer=layer)
+
+    return _Neighbourhood([start], 1, moves, schedule)
+
+
+def _batches(images: Any, batch_size: int) -> list[Tensor]:
+    """Batches of pixel values, from what `calibrate` takes."""
+    if isinstance(images, Tensor):
+        batches = list(images.split(batch_size)) if images.dim() == 4 else []
+    else:
+        batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
+    if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
+        raise BadValue("images", type(images).__name__, "pixel values [n, C, H, W], or batches of them; at least one")
+    return batches

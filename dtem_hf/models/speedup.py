@@ -1,0 +1,69 @@
+"""How much to merge for a speed-up that is measured on the device a model lies on."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..benchmark.efficiency import time_interleaved
+from ..errors import BadValue
+from ..families import find_backbone
+from .attach import set_merge_config
+from .vision import evaluating, run_on_pixels
+
+
+def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 5) -> float:
+    """The largest share of its multiply-adds, in hundredths, with which a merged model is `target` times as fast.
+
+    Bisects over shares; at each, merged and unmerged passes over noise are timed in turns (about a minute on a laptop
+    for a small model). The model's reduction and mode are as before when it returns. Raises ValueError that says how
+    fast it gets where `target` is out of reach.
+    """
+    config = model.merge_config
+    measured: dict[int, float] = {}
+
+    def reaches(hundredths: int) -> bool:
+        model.set_reduction(flops=hundredths / 100)
+        with evaluating(model):
+            measured[hundredths] = _speedup(model, batch_size, rounds)
+        return measured[hundredths] >= target
+
+    try:
+        least = next(share for share in range(1, 101) if _is_feasible(model, share / 100))
+        low, high = least, 99  # bisection takes it that less arithmetic is never slower
+        if not reaches(low):
+            raise BadValue("target_speedup", target, f"at most {measured[low]:.2f}, what merging everything gives")
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if reaches(middle) else (low, middle - 1)
+        return low / 100
+    finally:
+        set_merge_config(model, config)
+
+
+def _is_feasible(model: Any, share: float) -> bool:
+    try:
+        model.set_reduction(flops=share)
+    except BadValue:
+        return False
+    return True
+
+
+@torch.inference_mode()
+def _speedup(model: Any, batch_size: int, rounds: int) -> float:
+    """Median over rounds of unmerged over merged time, for a batch of noise."""
+    config, example = find_backbone(model)[1].config, next(model.parameters())
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    shape = (batch_size, config.num_channels, height, width)
+    pixels = torch.randn(shape, device=example.device, dtype=example.dtype)
+    merged = partial(run_on_pixels, model, pixels)
+
+    def plain() -> None:
+        with model.unmerged():
+            merged()
+
+    seconds = time_interleaved([plain, merged], example.device, rounds, warmup=1)
+    return float(np.median(seconds[:, 0] / seconds[:, 1]))

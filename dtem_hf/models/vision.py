@@ -1,0 +1,47 @@
+"""The part of a model that sees images: what can be run on pixels alone, to look at or to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..families import find_backbone
+
+
+def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
+    """The largest part of a model that holds the encoder and needs nothing but pixels: of CLIP, its vision tower."""
+    for module in model.modules():
+        takes_pixels = isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
+        if takes_pixels and any(child is encoder for child in module.modules()):
+            return module
+    return encoder
+
+
+def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
+    """Run the part of a model that sees images: [B, C, H, W], of any size, on any device and in any dtype."""
+    encoder: Any = find_backbone(model)[1]
+    part: Any = image_part(model, encoder)
+    parameter = next(encoder.parameters())
+    kwargs: dict[str, Any] = {}
+    # Families whose position embeddings fit any size have no such argument.
+    size = encoder.config.image_size
+    if tuple(pixel_values.shape[2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
+        kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
+    return part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model is in eval mode; behind it every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

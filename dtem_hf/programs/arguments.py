@@ -1,0 +1,92 @@
+"""Command lines made from dataclasses, with YAML files underneath: `--config file.yaml --lr 0.001`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import AdapterError, BadValue, UnsupportedModelError
+
+
+T = TypeVar("T")
+
+
+def option(help: str, **kwargs: Any) -> Any:
+    """A dataclass field with its help text, which the command line shows."""
+    return dataclasses.field(metadata={"help": help}, **kwargs)
+
+
+def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
+    """Read a dataclass from a command line; `--config FILE` is a YAML file whose values the other options override.
+
+    Raises ValueError for a key in the file that is not an option, and exits with argparse's message for a bad option.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        kind,  # type: ignore[arg-type]
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    first, _ = _only_config().parse_known_args(argv)
+    if first.config is not None:
+        argv = [*_yaml_as_options(Path(first.config), {f.name for f in dataclasses.fields(kind)}), *argv]  # type: ignore[arg-type]
+    parsed = vars(parser.parse_args(argv))
+    return kind(**{f.name: parsed[f.name] for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; what its user can mend is one line on stderr, and exit code 2."""
+    try:
+        main()
+    except (BadValue, UnsupportedModelError, AdapterError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _only_config() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise BadValue("config", str(path), f"a YAML file ({error})") from error
+    if not isinstance(values, dict):
+        raise BadValue("config", str(path), "a YAML file of `option: value` lines")
+    options: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            raise BadValue("config", str(path), f"it sets {name!r}, which is not an option; known: {sorted(known)}")
+        if value is None:
+            continue
+        options.append(f"--{name}")
+        if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+            options += [str(item) for item in value]
+        else:
+            options.append(json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+    return options
+
+
+def parse_reduction(text: str) -> Any:
+    """Read r from a command line: `16`, `[16, 16, 8]` or `{"kind": "linear", "r": 13, "slope": 0.5}`."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadValue(
+            "r", text, 'an int, a JSON list, or a JSON schedule like {"kind": "linear", "r": 13}'
+        ) from error

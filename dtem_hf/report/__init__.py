@@ -1,0 +1,1 @@
+"""Tables, plots, pictures and pages made from the JSON of results."""

@@ -1,0 +1,278 @@
+"""Plots of what merging costs and saves, from the rows of an evaluation's JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..errors import BadValue
+from ..files import replacing
+from ..hub.card import method_name, multiply_adds_unit, reduction_label
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.
+_STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
+_SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+_UNMERGED = "none"
+
+
+def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot top-1 accuracy against multiply-adds: a line per method, r at its points, and the unmerged model.
+
+    `rows` are those of an evaluation's JSON; where one has no top-1 (there were no labels), agreement with the
+    unmerged model is drawn. The suffix of `path` is the format; the file is written whole or not at all. Raises
+    ValueError where there are no rows.
+    """
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    labelled = all(row["top1"] is not None for row in rows)
+    measure = "top1" if labelled else "agreement"
+    factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for row in rows:
+        if row["method"] == _UNMERGED:
+            axis.axhline(row[measure], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+            label = f"{method_name(_UNMERGED)} ({row[measure]:.1f} %)"
+            axis.plot(
+                row["multiply_adds"] / factor, row[measure], "*", color="0.2", markersize=13, label=label, zorder=3
+            )
+
+    # The better method's labels stand above its line, the others' below theirs.
+    methods = sorted(
+        {row["method"] for row in rows} - {_UNMERGED}, key=lambda method: (-_mean(rows, method, measure), method)
+    )
+    spare = iter(_SPARE_STYLES)
+    for place, method in enumerate(methods):
+        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["multiply_adds"])
+        colour, marker = _STYLES.get(method) or next(spare, ("0.3", "x"))
+        x, y = [row["multiply_adds"] / factor for row in points], [row[measure] for row in points]
+        axis.plot(
+            x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=method_name(method), zorder=4
+        )
+        for row, point in zip(points, zip(x, y, strict=True), strict=True):
+            axis.annotate(
+                "" if row["r"] is None else reduction_label(row["r"]),
+                point,
+                xytext=(-4, 6) if place == 0 else (4, -6),
+                textcoords="offset points",
+                ha="right" if place == 0 else "left",
+                va="bottom" if place == 0 else "top",
+                fontsize=8,
+                color=colour,
+                bbox={
+                    "boxstyle": "square,pad=0.1",
+                    "facecolor": axis.get_facecolor(),
+                    "edgecolor": "none",
+                    "alpha": 0.75,
+                },
+                zorder=5,
+            )
+
+    axis.set_xlabel(f"Multiply-adds per image ({unit})")
+    axis.set_ylabel("Top-1 accuracy (%)" if labelled else "Agreement with the unmerged model (%)")
+    axis.margins(x=0.08, y=0.12)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    for text in axis.legend(loc="lower right", frameon=False).get_texts():
+        text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot accuracy against multiply-adds and against speed; a step line joins the rows that no other one beats.
+
+    `rows` are those of an evaluation's JSON. The second panel is left out where there are no speeds. The suffix of
+    `path` is the format; the file is written whole or not at all. Raises ValueError where there are no rows.
+    """
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    measure = "top1" if all(row["top1"] is not None for row in rows) else "agreement"
+    factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
+    # Costs: the less the better. Speed is shown as it is, and counts with its sign turned.
+    panels = [(f"Multiply-adds per image ({unit})", [row["multiply_adds"] / factor for row in rows], 1)]
+    if all(row["images_per_second"] is not None for row in rows):
+        panels.append(("Images per second", [row["images_per_second"] for row in rows], -1))
+
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    quality = [row[measure] for row in rows]
+    series = list(dict.fromkeys(series_name(row) for row in rows))
+    styles = _series_styles(rows)
+    for place, (axis, (label, x, sign)) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True)
+    ):
+        front = sorted((x[i], quality[i]) for i in pareto_front([sign * value for value in x], quality))
+        axis.plot(*zip(*front, strict=True), color="0.6", linewidth=4, alpha=0.45, zorder=1, label="best trade-off")
+        for name in series:
+            points = sorted((x[i], quality[i]) for i, row in enumerate(rows) if series_name(row) == name)
+            colour, marker = styles[name]
+            size = 12 if marker == "*" else 6
+            axis.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, markersize=size, linewidth=1.4, label=name
+            )
+        axis.set_xlabel(label)
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        if place == 0:
+            axis.set_ylabel("Top-1 accuracy (%)" if measure == "top1" else "Agreement with the unmerged model (%)")
+            for text in axis.legend(frameon=False, fontsize=9).get_texts():
+                text.set_parse_math(False)
+    if title is not None:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+    """The places of those that no other one beats, by being no more costly and no worse, and better in one of them."""
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i]))
+    front: list[int] = []
+    for i in order:
+        best = front[-1] if front else None
+        equal = best is not None and (costs[i], qualities[i]) == (costs[best], qualities[best])
+        if best is None or equal or qualities[i] > qualities[best]:
+            front.append(i)
+    return sorted(front)
+
+
+def series_name(row: dict[str, Any]) -> str:
+    """The line that a row belongs to: its method, and the adapter where there are several."""
+    name = method_name(row["method"])
+    return f"{name} ({row['adapter']})" if row.get("adapter") else name
+
+
+def _series_styles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every line; a method's first line has the method's own."""
+    styles: dict[str, tuple[str, str]] = {}
+    spare, taken = iter(_SPARE_STYLES), set()
+    for row in rows:
+        method = row["method"]
+        if series_name(row) in styles:
+            continue
+        own = ("0.2", "*") if method == _UNMERGED else None if method in taken else _STYLES.get(method)
+        styles[series_name(row)] = own or next(spare, ("0.4", "x"))
+        taken.add(method)
+    return styles
+
+
+def plot_correlation(
+    layers: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Plot Kendall's τ layer by layer: a line per name, for example before and after training."""
+    check_figure_format(path)
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for (name, values), (colour, marker) in zip(layers.items(), cycle(_STYLES.values()), strict=False):
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, linewidth=1.8, label=name)
+    axis.set_xlabel("Layer")
+    axis.set_ylabel("Kendall's τ: keys, embedding")
+    axis.set_ylim(min(0, *(value for values in layers.values() for value in values)), 1.05)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    for text in axis.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot speed-up against batch size: a line per row of a benchmark's JSON, dashed at what its count would give.
+
+    The suffix of `path` is the format; the file is written whole or not at all. Raises ValueError for no rows.
+    """
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    figure = Figure(figsize=(6.8, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    axis.axhline(1, color="0.45", linewidth=1, zorder=1)
+    merged = [row for row in rows if row["method"] != _UNMERGED]
+    amounts = list(dict.fromkeys((row["method"], str(row["r"])) for row in merged))
+    runtimes = list(dict.fromkeys(row["runtime"] for row in merged))
+    colours = dict(zip(amounts, cycle([style for style, _ in (*_STYLES.values(), *_SPARE_STYLES)]), strict=False))
+    dashes = dict(zip(runtimes, cycle(["-", "--", ":", "-."]), strict=False))
+    drawn = set()
+    for row in merged:
+        colour = colours[row["method"], str(row["r"])]
+        label = f"{method_name(row['method'])} {reduction_label(row['r'])}, {row['runtime']}"
+        x = [batch["batch_size"] for batch in row["batches"]]
+        y = [batch["speedup"]["median"] for batch in row["batches"]]
+        axis.plot(x, y, dashes[row["runtime"]], color=colour, marker="o", markersize=4.5, label=label, zorder=3)
+        ideal = row["ideal_speedup"]
+        if ideal is not None and (colour, round(ideal, 3)) not in drawn:
+            axis.axhline(ideal, color=colour, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
+            drawn.add((colour, round(ideal, 3)))
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("Batch size")
+    axis.set_ylabel("Speed-up over the unmerged model (dotted: by count)")
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if merged:
+        for text in axis.legend(frameon=False, fontsize=8).get_texts():
+            text.set_parse_math(False)
+    if title is not None:
+        axis.set_title(title, fontsize=11, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int], path: str | os.PathLike[str]) -> None:
+    """Plot KL as a share of the first row's, best row at the top; rows are (title, KL at each r)."""
+    check_figure_format(path)
+    if not rows:
+        raise BadValue("rows", rows, "at least one row")
+    first = rows[0][1]
+    ranked = sorted(rows, key=lambda row: -sum(row[1]))
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for number, (amount, (colour, marker)) in enumerate(zip(r, (*_STYLES.values(), *_SPARE_STYLES), strict=False)):
+        shares = [values[number] / first[number] for _, values in ranked]
+        axis.plot(shares, range(len(ranked)), marker, color=colour, markersize=5, label=f"r = {amount}", alpha=0.9)
+    axis.axvline(1, color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+    axis.axvline(0.5, color="0.75", linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+    axis.set_yticks(range(len(ranked)), [title for title, _ in ranked], fontsize=7)
+    axis.set_xlabel(f"KL, as a share of that of “{rows[0][0]}”")
+    axis.grid(axis="x", color="0.92")
+    axis.legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+def check_figure_format(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the suffix of a path is no format that figures are written in."""
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if _format(path) not in formats:
+        raise BadValue("path", os.fspath(path), f"a name that ends in one of .{', .'.join(sorted(formats))}")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format of its suffix, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=_format(path))
+
+
+def _format(path: str | os.PathLike[str]) -> str:
+    return Path(path).suffix[1:].lower()
+
+
+def _mean(rows: Sequence[dict[str, Any]], method: str, measure: str) -> float:
+    values = [row[measure] for row in rows if row["method"] == method]
+    return sum(values) / len(values)
