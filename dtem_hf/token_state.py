@@ -12,7 +12,6 @@ from torch import Tensor
 from . import ops
 from .embedding import DecoupledEmbedding
 from .errors import UnsupportedModelError
-from .ops.fused_layer import Scratch
 
 
 @dataclass
@@ -74,7 +73,6 @@ class TokenState:
         self.num_prefix_tokens = num_prefix_tokens
         self.embedding = embedding
         self.steps = steps
-        self.scratch = Scratch()
         self._masked = masked
         self._padded = sizes is not None
         self._resolve = resolve

@@ -27,8 +27,6 @@ sys.path.insert(0, str(HERE))
 from hub_client import Client, client_process, hub_environment  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
 
-from dtem_hf.ops import fused_layer  # noqa: E402
-
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -57,12 +55,6 @@ def deit_tiny_folder(shared: Path) -> Path:
 def _one_cpu_thread() -> None:
     """Small models are not worth sharing out: on a busy machine, most of the time goes to waiting for each other."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def layers_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No layer runs as one call: what differs by that, in the last digits, is no concern of the test."""
-    monkeypatch.setattr(fused_layer, "can_run", lambda x: False)
 
 
 @pytest.fixture(autouse=True)

@@ -373,9 +373,7 @@ def test_vitdet_is_refused_with_what_is_known(tmp_path: Path) -> None:
         dtem_hf.AutoBackbone.from_pretrained(tmp_path, merge=ToMeConfig(r=4))
 
 
-def test_a_copy_and_a_compiled_model_are_unmerged_as_well(
-    make_bare: Make, pixels: Tensor, layers_by_modules: None
-) -> None:
+def test_a_copy_and_a_compiled_model_are_unmerged_as_well(make_bare: Make, pixels: Tensor) -> None:
     model = attach(make_bare(), ToMeConfig(r=9), unmerge=True)
     with torch.no_grad():
         expected = model(pixels).last_hidden_state

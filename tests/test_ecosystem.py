@@ -250,7 +250,7 @@ def first_layer_on_disk(model: Any) -> dict[str, str]:
 
 
 @both_methods
-def test_weights_on_disk(row: Row, folder: Path, config: Any, tmp_path: Path, layers_by_modules: None) -> None:
+def test_weights_on_disk(row: Row, folder: Path, config: Any, tmp_path: Path) -> None:
     """Accelerate brings them in for as long as their module runs: loaded merged, and merged when already there."""
     plain, merged = row.make(widest(row)), attach(row.make(widest(row)), config)
     inputs = all_inputs(row, 2)

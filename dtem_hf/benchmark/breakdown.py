@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..families import find_backbone
 from ..models.attach import merged_layers
-from ..ops import fused_layer
 from ..schedule import MergePlan
 from .efficiency import synchronize
 
@@ -77,7 +76,7 @@ def break_down(
         return None
     watch = _Stopwatch(device)
     taken: dict[str, list[float]] = defaultdict(list)
-    with _parts_timed(model, watch), fused_layer.timed_parts() as fused:
+    with _parts_timed(model, watch):
         for number in range(-warmup, rounds):
             synchronize(device)
             started = time.perf_counter()
@@ -85,9 +84,6 @@ def break_down(
             synchronize(device)
             whole = time.perf_counter() - started
             parts = watch.seconds()
-            for i, part in enumerate(("metric", "matching and merging")):  # of layers that run as one call
-                parts[part] = parts.get(part, 0.0) + fused[i]
-                fused[i] = 0
             if number >= 0:
                 for part in PARTS:
                     taken[part].append(parts.get(part, 0.0))
@@ -112,18 +108,6 @@ def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
             else:
                 stack.callback(setattr, owner, name, before)
         yield
-
-
-@torch.inference_mode()
-def merging_inside(run: Callable[[], Any], rounds: int) -> float | None:
-    """Median seconds that layers which run as one call spend on metric, matching and merging; None if none does."""
-    taken = []
-    with fused_layer.timed_parts() as fused:
-        for _ in range(rounds):
-            run()
-            taken.append(sum(fused))
-            fused[:] = [0.0] * len(fused)
-    return float(np.median(taken)) if any(taken) else None
 
 
 class MergingAlone(nn.Module):

@@ -16,7 +16,7 @@ from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant, share_weights
 from ..models.vision import run_on_pixels
 from ..schedule import MergePlan, as_schedule
-from .breakdown import break_down, merging_alone, merging_inside
+from .breakdown import break_down, merging_alone
 from .efficiency import break_even, count_multiply_adds, count_parameters, peak_memory, speeds, time_interleaved
 from .runtimes import make_run, peer_run
 
@@ -138,7 +138,7 @@ def measure_entries(
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
                     median = float(sorted(seconds[:, i])[len(seconds) // 2])
-                    cell["merging"] = _merging(entry, run, batch_size, device, rounds, warmup, compile_mode, median)
+                    cell["merging"] = _merging(entry, batch_size, device, rounds, warmup, compile_mode, median)
                 row["batches"].append(cell)
     for row, entry in zip(rows, entries, strict=True):
         measured = {batch["batch_size"]: batch["speedup"]["median"] for batch in row["batches"]}
@@ -173,7 +173,6 @@ def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
 
 def _merging(
     entry: Entry,
-    run: Callable[[], Any],
     batch_size: int,
     device: torch.device,
     rounds: int,
@@ -181,16 +180,14 @@ def _merging(
     compile_mode: str,
     whole: float,
 ) -> dict[str, float] | None:
-    """What matching and merging take of a compiled row: timed where they run, or else compiled alone."""
+    """What matching and merging take of a compiled row: compiled and timed alone."""
     if entry.plan is None:
         return None
-    median = merging_inside(run, max(3, rounds // 2))
-    if median is None:
-        alone = merging_alone(entry.model, entry.plan, batch_size, compile_mode)
-        if alone is None:
-            return None
-        seconds = time_interleaved([alone], device, rounds, warmup)[:, 0]
-        median = float(sorted(seconds)[len(seconds) // 2])
+    alone = merging_alone(entry.model, entry.plan, batch_size, compile_mode)
+    if alone is None:
+        return None
+    seconds = time_interleaved([alone], device, rounds, warmup)[:, 0]
+    median = float(sorted(seconds)[len(seconds) // 2])
     return {"seconds": median, "share": median / whole}
 
 

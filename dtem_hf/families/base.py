@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.bare_modules import has_own_weight, takes_more
-from ..backbones.fused_layers import LayerParts, run_fused
-from ..backbones.open_attention import AttentionPass, OpenAttention, opens
-from ..backbones.open_mlp import OpenMLP, opens_mlp
 from ..embedding import KeyProjection, mean_key_projection
 from ..errors import BadValue, UnsupportedModelError
 from ..methods import AttentionInputs, Reducer
@@ -21,6 +17,17 @@ from ..schedule import EncoderCost, LayerCost, MetricCost
 from ..scope import current_state
 from ..token_state import TokenState
 from .readers import Averaging, ReadsPrefix, ScopedForward
+from .transition import (
+    AttentionPass,
+    LayerParts,
+    OpenAttention,
+    OpenMLP,
+    has_own_weight,
+    opens,
+    opens_mlp,
+    run_fused,
+    takes_more,
+)
 
 
 # Arguments that ask for nothing where they are off.

@@ -18,10 +18,10 @@ from transformers.models.beit.modeling_beit import (
     BeitModel,
 )
 
-from ..backbones.open_attention import OpenAttention
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
 from .readers import WeighedMean
+from .transition import OpenAttention
 
 
 def grid_places(height: int, width: int, num_prefix_tokens: int, device: torch.device) -> Tensor:

@@ -15,11 +15,11 @@ from transformers.models.blip.modeling_blip import (
     BlipVisionModel,
 )
 
-from ..backbones.bare_modules import has_own_weight
 from ..embedding import KeyProjection
 from .clip import CLIPLayerMerging, CLIPLike
 from .masked_attention import attend
 from .readers import ReadingAlike
+from .transition import has_own_weight
 
 
 class BlipLayerMerging(CLIPLayerMerging):

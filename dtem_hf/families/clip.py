@@ -13,10 +13,9 @@ from transformers.models.clip.modeling_clip import (
     CLIPVisionModelWithProjection,
 )
 
-from ..backbones.fused_layers import LayerParts
-from ..backbones.open_attention import OpenCLIPAttention
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
+from .transition import LayerParts, OpenCLIPAttention
 
 
 class CLIPLayerMerging(LayerMerging):

@@ -13,12 +13,11 @@ from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2Model,
 )
 
-from ..backbones.fused_layers import LayerParts
-from ..backbones.open_attention import OpenAttention
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging
 from .masked_attention import MaskedAttention
 from .readers import Averaged, Between
+from .transition import LayerParts, OpenAttention
 
 
 class Dinov2LayerMerging(LayerMerging):

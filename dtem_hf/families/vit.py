@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
 
-from ..backbones.bare_modules import drop
-from ..backbones.fused_layers import LayerParts
-from ..backbones.open_attention import OpenAttention
 from ..token_state import TokenState
 from .base import Backbone, LayerMerging, linear_cost
+from .transition import LayerParts, OpenAttention, drop
 
 
 class ViTLayerMerging(LayerMerging):

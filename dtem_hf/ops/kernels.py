@@ -10,12 +10,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .switches import is_on
-
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Looked up once, without importing it, which takes a while.
-_AVAILABLE = find_spec("triton") is not None and is_on("DTEM_HF_TRITON")
+_AVAILABLE = find_spec("triton") is not None
 
 
 def can_match(metric: Tensor) -> bool:

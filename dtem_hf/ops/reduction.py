@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from . import native
 from .matching import bipartite_soft_matching
 from .merging import Merged, merge_tokens
 
@@ -26,7 +25,5 @@ def match_and_merge(
 
     x [B, N, D], sizes [B, N] or None -> x [B, N - r, D], sizes [B, N - r], and what makes the matching.
     """
-    if empty is None and native.can_match_and_merge(x, sizes, metric):
-        return native.match_and_merge(x, sizes, metric, heads, r, num_prefix_tokens)
     matching = bipartite_soft_matching(add_heads(metric, heads), r, num_prefix_tokens, empty)
     return Merged(*merge_tokens(x, sizes, matching), lambda: matching)

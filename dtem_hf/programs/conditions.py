@@ -11,7 +11,6 @@ import accelerate
 import torch
 import transformers
 
-from ..ops.compiled import library_version
 from ..version import __version__
 
 
@@ -23,7 +22,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),
-        "native": library_version(),
     }
 
 

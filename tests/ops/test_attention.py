@@ -210,9 +210,7 @@ def test_the_environment_chooses_the_form() -> None:
 
 
 @torch.no_grad()
-def test_whole_models_by_extended_keys(
-    monkeypatch: pytest.MonkeyPatch, make_classifier: Any, pixels: Tensor, layers_by_modules: None
-) -> None:
+def test_whole_models_by_extended_keys(monkeypatch: pytest.MonkeyPatch, make_classifier: Any, pixels: Tensor) -> None:
     model = attach(make_classifier(), DTEMConfig(r=6, learn_exponents=True))
     for parameter in model.merge_parameters():
         parameter += 0.1 * torch.randn(parameter.shape)

@@ -35,9 +35,7 @@ def test_logits_equal_the_authors(
     torch.testing.assert_close(logits, oracle[f"logits_tome_{name}"], atol=1e-4, rtol=0)
 
 
-def test_it_is_hard_in_training_as_well(
-    make_classifier: Callable[..., Any], pixels: Tensor, layers_by_modules: None
-) -> None:
+def test_it_is_hard_in_training_as_well(make_classifier: Callable[..., Any], pixels: Tensor) -> None:
     """ToMe has nothing to relax: `.train()` changes nothing where there is no dropout."""
     model = attach(make_classifier(), ToMeConfig(r=9))
     with torch.no_grad():
