@@ -16,7 +16,7 @@ OLDEST_TESTS := backbones convert deploy/test_static_shapes.py evaluation/test_c
 
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
-PEERS := --peer recipes.peers:sliced recipes.peers:plain_fused
+PEERS := --peer recipes.peers:sliced
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""The peers of the benchmark compute what they say: a ViT with layers as one call, and one that drops tokens."""
+"""The peers of the benchmark compute what they say: a ViT that drops tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
-
-from dtem_hf.ops import fused_layer
 
 
 @pytest.fixture
@@ -51,21 +49,3 @@ def test_tokens_are_dropped_for_nothing(peers: Any, model: Any, pixels: Tensor) 
     model.config.hidden_act = "relu"
     with pytest.raises(RuntimeError, match="written for 'gelu'"):
         peers.sliced(model, 16)
-
-
-@torch.no_grad()
-@pytest.mark.skipif(not fused_layer.is_available(), reason="needs a C compiler, wide vectors and OpenMP")
-def test_a_plain_model_by_the_calls_of_a_merged_one(
-    peers: Any, model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = model(pixels).logits
-    shapes: list[Any] = []
-    run = fused_layer.run
-    monkeypatch.setattr(
-        fused_layer, "run", lambda x, *args, **kwargs: (shapes.append(x.shape[1]), run(x, *args, **kwargs))[1]
-    )
-    torch.testing.assert_close(peers.plain_fused(model, 16)(pixels), plain, atol=1e-5, rtol=1e-5)
-    assert shapes == [145] * 3
-    monkeypatch.setattr(fused_layer, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="leave this peer out"):
-        peers.plain_fused(model, 16)
