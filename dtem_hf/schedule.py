@@ -16,7 +16,7 @@ from .errors import BadValue
 
 
 class MetricCost(NamedTuple):
-    """Multiply-adds of what tokens are compared by in a layer: per token, per image, and the metric's width."""
+    """Multiply-adds of a layer's metric: per token, per image, and the width of the features that are compared."""
 
     per_token: int
     per_image: int = 0
@@ -45,23 +45,13 @@ class LayerCost:
             total += (free // 2) * (free - free // 2) * self.metric.width
         return total
 
-    def prefix_multiply_adds(self, num_tokens: int, num_prefix_tokens: int, row_cost: int) -> int:
-        """Multiply-adds of the layer where it computes the prefix tokens alone, out of all that enter.
-
-        `row_cost`: the part of `before` that is spent on each row of attention's output.
-        """
-        per_row = row_cost + num_tokens * self.per_pair + self.after
-        return num_tokens * (self.before - row_cost) + num_prefix_tokens * per_row
-
 
 @dataclass(frozen=True)
 class EncoderCost:
     """Multiply-adds of a model in its encoder's layers and around them.
 
-    `stem` per patch, `head` per image, `tail` per token that the encoder hands on. `pairwise`: a layer can merge at
-    most half of its free tokens, as each of them needs a partner that stays. `row_cost` is given where whoever reads
-    the encoder reads the prefix tokens alone, and behind a merge the last layer computes no others: what attention
-    spends on each row there.
+    `stem` per patch, `head` per image, `tail` per token that the encoder returns. `pairwise`: a layer can merge at
+    most half of its free tokens, as each of them needs a partner that stays.
     """
 
     layers: tuple[LayerCost, ...]
@@ -70,7 +60,6 @@ class EncoderCost:
     num_prefix_tokens: int
     tail: int = 0
     pairwise: bool = True
-    row_cost: int | None = None
 
     def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
         """The plan that the given r per layer come to for `num_tokens` tokens (clamped where too few are left)."""
@@ -82,18 +71,13 @@ class EncoderCost:
             plain.append(layer.multiply_adds(num_tokens, 0, self.num_prefix_tokens))
             n -= r
             tokens.append(n)
-        narrow = costs[-1:]
-        if self.row_cost is not None and any(reductions[:-1]):
-            entering = n + reductions[-1]
-            narrow = [self.layers[-1].prefix_multiply_adds(entering, self.num_prefix_tokens, self.row_cost)]
         around = self.stem * (num_tokens - self.num_prefix_tokens) + self.head
         return MergePlan(
             num_tokens=num_tokens,
             reductions=list(reductions),
             tokens=tokens,
-            layer_multiply_adds=costs[:-1] + narrow,
-            multiply_adds=around + self.tail * n + sum(costs[:-1] + narrow),
-            full_multiply_adds=around + self.tail * n + sum(costs),
+            layer_multiply_adds=costs,
+            multiply_adds=around + self.tail * n + sum(costs),
             unmerged_multiply_adds=around + self.tail * num_tokens + sum(plain),
             output_tokens=n,
         )
@@ -104,8 +88,6 @@ class MergePlan:
     """What merging does to one image, known without running the model.
 
     `num_tokens` enter the first layer (prefix included); layer i merges `reductions[i]` away and hands `tokens[i]` on.
-    A classifier that reads the prefix tokens alone has the last layer compute no others, unless somebody asks for them
-    (hidden states, attentions, a trace, a hook): `full_multiply_adds` is what it costs then.
     `layer_multiply_adds` are the encoder layers', `multiply_adds` the whole model's, or of a model that does more than
     see (a captioner, a dual encoder) its image encoder's. `output_tokens` reach whoever reads the encoder: a decoder,
     say, for all frames of an input together.
@@ -116,7 +98,6 @@ class MergePlan:
     tokens: list[int]
     layer_multiply_adds: list[int]
     multiply_adds: int
-    full_multiply_adds: int
     unmerged_multiply_adds: int
     output_tokens: int
 

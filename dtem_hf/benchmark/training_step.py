@@ -30,7 +30,8 @@ from ..configuration import DTEMConfig
 from ..errors import BadValue
 from ..evaluation.classification import evaluation_device
 from ..files import write_json
-from ..models.attach import attach, merging_of, recorded_steps, set_merge_config
+from ..models.attach import attach
+from ..models.install import merging_of, recorded_steps, set_merge_config
 from ..ops import relaxation
 from ..programs.arguments import option, parse_arguments
 from ..programs.conditions import command, hardware, versions

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import UnsupportedModelError
-from ..families import find_backbone
+from ..families import find_encoder
 from ..models.vision import run_on_pixels
 
 
@@ -41,7 +41,7 @@ def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
 
 def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own."""
-    config: Any = find_backbone(model)[1].config
+    config: Any = find_encoder(model)[1].config
     size = config.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     return config.num_channels, height, width

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data.captions import CaptionedImage
 from ..data.images import naming_unreadable
 from ..errors import BadValue
-from ..families import find_backbone
+from ..families import find_encoder
 from ..models.vision import image_part
 from .parts import Columns, Parts
 from .variants import Variant, run_in_turn
@@ -124,7 +124,7 @@ def count_generation(variant: Variant, pixels: Tensor, settings: Mapping[str, An
     length = settings["max_new_tokens"]
     with variant.ready() as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.generate(pixel_values=pixels, **{**settings, "min_new_tokens": length})
-        encoder = find_backbone(model)[1]
+        encoder = find_encoder(model)[1]
         part = image_part(model, encoder)
         name = next(name for name, module in model.named_modules() if module is part)
     inside = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})

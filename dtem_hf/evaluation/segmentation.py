@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import load_processor
 from ..errors import BadValue
-from ..families import find_backbone
+from ..families import find_encoder
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
 from ..hub.card import reduction_label
@@ -160,7 +160,7 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
         adapters[arguments.adapter] = MergeAdapter.from_reference(arguments.adapter)
     reductions = [parse_reduction(text) for text in arguments.r]
     variants = make_variants(model, arguments.methods, reductions, arguments.flops, adapters, unmerge=True)
-    reader = PatchReader(load_processor(arguments.model), find_backbone(model)[1].config, device)
+    reader = PatchReader(load_processor(arguments.model), find_encoder(model)[1].config, device)
     num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
     head = train_head(variants[0], train, reader, num_classes, arguments)
     matrices = [np.zeros((num_classes, num_classes), dtype=np.int64) for _ in variants]

@@ -18,7 +18,8 @@ from ..benchmark.efficiency import synchronize
 from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
-from ..models.attach import attach, detach
+from ..models.attach import attach
+from ..models.install import detach
 from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
 
 

@@ -82,14 +82,14 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         """Copy what a merged model has learned, in float32. Raises AdapterError where its method learns nothing."""
         if embedding is None:
             raise AdapterError(f"method={config.method!r} learns nothing, so there is no adapter; use method 'dtem'.")
-        wrapped = next((type(layer) for layer in embedding.layers if type(layer) is not nn.Linear), None)
+        wrapped = next((type(layer) for layer in embedding.projections if type(layer) is not nn.Linear), None)
         if wrapped:
             raise AdapterError(
                 f"merge_embedding: its layers are {wrapped.__module__}.{wrapped.__name__}, as PEFT makes "
                 "them where target_modules covers them; pass it exclude_modules='.*merge_embedding.*', or call "
                 "merge_and_unload() first."
             )
-        tensors = {key: value.detach().float().cpu().clone() for key, value in embedding.state_dict().items()}
+        tensors = {key: value.detach().float().cpu().clone() for key, value in embedding.adapter_tensors().items()}
         return cls(config, tensors, backbone)
 
     @property
@@ -129,12 +129,12 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             raise AdapterError(
                 f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.embed_dim}."
             )
-        own = embedding.state_dict()
+        own = embedding.adapter_tensors()
         for key, tensor in self.tensors.items():
             if key not in own or own[key].shape != tensor.shape:
                 place = list(own[key].shape) if key in own else "no place for it"
                 raise AdapterError(f"{key}: the adapter's is {list(tensor.shape)}, and the model has {place}.")
-        embedding.load_state_dict({**own, **self.tensors})
+        embedding.load_adapter_tensors({**own, **self.tensors})
 
     def save_pretrained(
         self,

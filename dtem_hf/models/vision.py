@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families import find_backbone
+from ..families import find_encoder
 
 
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
@@ -24,7 +24,7 @@ def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
 
 def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     """Run the part of a model that sees images: [B, C, H, W], of any size, on any device and in any dtype."""
-    encoder: Any = find_backbone(model)[1]
+    encoder: Any = find_encoder(model)[1]
     part: Any = image_part(model, encoder)
     parameter = next(encoder.parameters())
     kwargs: dict[str, Any] = {}

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import BadValue
-from ..families import find_backbone
-from ..models.attach import MergeMixin, merged_layers
+from ..families import find_encoder
+from ..models.attach import MergeMixin
+from ..models.install import merged_layers
 from ..models.vision import evaluating, run_on_pixels
 from .plots import check_figure_format, save_figure
 
@@ -181,12 +182,12 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
 def _draw(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
     """What a model sees of an image, and its tokens behind each of some layers (None: the last)."""
     processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
-    backbone, encoder = find_backbone(model)
+    family, encoder = find_encoder(model)
     config: Any = encoder.config
     pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
     source_maps = _source_maps(model, pixel_values)
     pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
-    prefix = backbone.num_prefix_tokens(encoder)
+    prefix = family.geometry(encoder).num_prefix_tokens
     # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
     scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
     enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BadValue
-from ..families import find_backbone
+from ..families import find_encoder
 from ..scope import Scope, open_scope
 
 
@@ -26,15 +26,15 @@ def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
     tokens, weighted by their sizes. `auto` is the first of these that there is; it passes over a pooler like ViT's,
     whose weights many checkpoints lack. Raises ValueError where an encoder has not what is asked for.
     """
-    backbone, encoder = find_backbone(model)
-    prefix = backbone.num_prefix_tokens(encoder)
+    family, encoder = find_encoder(model)
+    prefix = family.geometry(encoder).num_prefix_tokens
     if kind == "cls" and not prefix:
         raise BadValue("features", kind, f"pooled or patches, as {type(encoder).__name__} has no CLS token")
     outputs: list[Any] = []
     handle = encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         # Asked to prepare for a plain mean, a merged encoder hands on tokens that are weighed by their sizes.
-        with open_scope(Scope(averages=kind == "patches" or not prefix)):
+        with open_scope(Scope(reader="mean" if kind == "patches" or not prefix else "tokens")):
             yield lambda: _pool(encoder, outputs[-1], kind, prefix)
     finally:
         handle.remove()

@@ -21,7 +21,7 @@ from ..errors import BadValue
 from ..files import replacing_folder, write_json
 from ..hub.adapter import MergeAdapter
 from ..hub.card import TRAINING_NAME, refreshed_card
-from ..models.attach import load_embedding
+from ..models.install import load_embedding
 from ..programs.conditions import command, data_name, hardware, versions
 from . import checkpoints
 from .arguments import TrainArguments

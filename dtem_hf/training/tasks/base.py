@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...data.images import load_processor
 from ...errors import BadValue
-from ...models.attach import detach
+from ...models.install import detach
 
 
 if TYPE_CHECKING:

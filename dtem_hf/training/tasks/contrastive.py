@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForZeroShotImageClassification
 
 from ...errors import BadValue
-from ...models.attach import attach, detach
+from ...models.attach import attach
+from ...models.install import detach
 from .base import TaskData, kl_to
 from .captions import CaptionCollate, CaptionTask
 

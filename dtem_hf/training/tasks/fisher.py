@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...configuration import LEARN_FIELDS
 from ...errors import BadValue
-from ...models.attach import merging_of, recorded_steps
+from ...models.install import merging_of, recorded_steps
 from ...token_state import MergeStep
 from ..features import recorded_features
 from ..fisher import Sampler, fisher_loss, sampled_log_probability, sampled_projection, sampled_words
