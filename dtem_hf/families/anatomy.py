@@ -38,23 +38,23 @@ class Anatomy:
         """The module that computes a layer's keys."""
         return attrgetter(self.key)(layer)
 
-    def widths(self, layer: nn.Module) -> tuple[int, int, int]:
-        """A layer's width D, its number of heads H and the width d of one, by its modules' declared sizes."""
+    def heads_of(self, layer: nn.Module, hidden_size: int) -> tuple[int, int]:
+        """The number of a layer's heads and the width of one, by declared sizes, or else by the hidden size."""
         key, heads = self.key_module(layer), attrgetter(self.heads)(layer)
-        width = key.out_features // 3 if self.packed else key.out_features
-        return key.in_features, heads, width // heads
+        width = getattr(key, "out_features", hidden_size * (3 if self.packed else 1))
+        return heads, width // (3 * heads if self.packed else heads)
 
-    def key_projection(self, layer: nn.Module, like: Tensor) -> KeyProjection:
+    def key_projection(self, layer: nn.Module, hidden_size: int, like: Tensor) -> KeyProjection:
         """A layer's map to attention keys, as weights; `like` has the device and dtype of its input."""
-        weight, bias = affine_map(self.key_module(layer), like)
+        weight, bias = affine_map(self.key_module(layer), hidden_size, like)
         if self.packed:
             weight, bias = weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]
         return KeyProjection(weight, bias, attrgetter(self.heads)(layer))
 
 
 @torch.no_grad()
-def affine_map(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight [E, D] and bias [E] of a module that maps affinely, whatever form it keeps them in.
+def affine_map(module: Any, in_features: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight [E, D] and bias [E] of a module that maps D features affinely, whatever form it keeps them in.
 
     A plain linear module's own tensors. Of any other (quantised, offloaded, sharded, with LoRA), its outputs for zero
     and for every unit vector, which are as exact as its arithmetic.
@@ -64,8 +64,8 @@ def affine_map(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     training = module.training
     module.eval()
     try:
-        bias = module(like.new_zeros(1, module.in_features))
-        unit_vectors = torch.eye(module.in_features, dtype=like.dtype, device=like.device)
+        bias = module(like.new_zeros(1, in_features))
+        unit_vectors = torch.eye(in_features, dtype=like.dtype, device=like.device)
         return (module(unit_vectors) - bias).T, bias[0]
     finally:
         module.train(training)

@@ -63,10 +63,9 @@ class Family:
 
     def geometry(self, encoder: Any) -> Geometry:
         """Widths and counts, by declared sizes: weights may be packed, sharded or offloaded."""
-        layers = self.layers(encoder)
-        registers = getattr(encoder.config, "num_register_tokens", 0)
-        prefix = self.num_prefix_tokens + registers
-        return Geometry(len(layers), *self.anatomy.widths(layers[0]), prefix)
+        layers, width = self.layers(encoder), encoder.config.hidden_size
+        prefix = self.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0)
+        return Geometry(len(layers), width, *self.anatomy.heads_of(layers[0], width), prefix)
 
     def parts(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
         """Modules that read tokens or their number, each with its mixin."""
@@ -81,7 +80,8 @@ class Family:
 
     def key_projections(self, encoder: Any, like: Tensor) -> list[KeyProjection]:
         """Every layer's map to attention keys; `like` has the device and dtype of their input."""
-        return [self.anatomy.key_projection(layer, like) for layer in self.layers(encoder)]
+        width = encoder.config.hidden_size
+        return [self.anatomy.key_projection(layer, width, like) for layer in self.layers(encoder)]
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         """Sizes [B, N] for inputs that come with padding (size 0), read off the encoder's arguments; None: no such."""
@@ -106,18 +106,18 @@ class Family:
 
     def encoder_cost(self, model: nn.Module, encoder: nn.Module, metric: MetricCost) -> EncoderCost:
         """Count the multiply-adds of matrix products and convolutions, as `torch.utils.flop_counter` does."""
-        layers = self.layers(encoder)
+        layers, geometry = self.layers(encoder), self.geometry(encoder)
         inside = {id(module) for layer in layers for module in layer.modules()}
         if (embedding := getattr(encoder, "merge_embedding", None)) is not None:
             inside |= {id(module) for module in embedding.modules()}
         seeing = encoder if isinstance(model, self.composites) else model
         stem, head, tail = self.outside_cost([module for module in seeing.modules() if id(module) not in inside])
         return EncoderCost(
-            layers=tuple(self._layer_cost(layer, metric) for layer in layers),
+            layers=tuple(self._layer_cost(layer, geometry, metric) for layer in layers),
             stem=stem,
             head=head,
             tail=tail,
-            num_prefix_tokens=self.geometry(encoder).num_prefix_tokens,
+            num_prefix_tokens=geometry.num_prefix_tokens,
         )
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
@@ -130,12 +130,11 @@ class Family:
         head = linear_cost(modules) + sum(width**2 for width in widths)
         return convolution_cost(modules), head, sum(2 * width**2 + 2 * width for width in widths)
 
-    def _layer_cost(self, layer: nn.Module, metric: MetricCost) -> LayerCost:
-        _, heads, head_dim = self.anatomy.widths(layer)
+    def _layer_cost(self, layer: nn.Module, geometry: Geometry, metric: MetricCost) -> LayerCost:
         before = list(attrgetter(self.anatomy.attention)(layer).modules())
         seen = {id(module) for module in before}
         after = [module for module in layer.modules() if id(module) not in seen]
-        return LayerCost(linear_cost(before), 2 * heads * head_dim, linear_cost(after), metric)
+        return LayerCost(linear_cost(before), 2 * geometry.num_heads * geometry.head_dim, linear_cost(after), metric)
 
 
 def _pair(value: Any, name: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
 from ..schedule import FlopsSchedule, MergePlan
 from ..token_state import MergeTrace
-from .derived import Renamed, derived_class, stock_class
+from .derived import Renamed, derived_class, restore_class, stock_class
 from .encoder import EncoderMerging, embedding_of, pass_options
 from .install import (
     MergeLike,
@@ -59,6 +59,8 @@ class MergeMixin(Renamed):
         same_method = isinstance(merge_config, MergeConfig) and merge_config.method == getattr(recorded, "method", "")
         if recorded is not None and (merge_config is UNSET or same_method):
             install(self, prepare(self, recorded), ())  # type: ignore[arg-type]
+        else:
+            restore_class(self)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(
