@@ -9,10 +9,8 @@ PYTEST := python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # The oldest transformers and torch that pyproject.toml allows, and the tests that come near their code.
 OLDEST = "$(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/\1/p' pyproject.toml).*"
 OLDEST_BIN := .venv-oldest/bin
-OLDEST_TESTS := backbones convert deploy/test_static_shapes.py evaluation/test_captions.py ops/test_attention.py \
-	ops/test_fused_layer.py ops/test_matching.py ops/test_merging.py ops/test_products.py reducers test_adapter.py \
-	test_auto.py test_dense.py test_ecosystem.py test_families.py test_families_deployed.py test_hub.py \
-	test_modeling.py test_peft.py test_scope.py
+OLDEST_TESTS := convert deploy/test_static_shapes.py evaluation/test_captions.py families hub/test_adapter.py hub/test_hub.py \
+	methods models ops/test_attention.py ops/test_matching.py ops/test_merging.py test_scope.py
 
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12

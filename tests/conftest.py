@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,19 +18,17 @@ if not torch.cuda.is_available():
 
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
+from tests.support.hub_client import Client, client_process, hub_environment
+from tests.support.loopback_hub import LoopbackHub
 
-HERE = Path(__file__).resolve().parent
-# `slow_reference` and the loopback Hub are read by several files, and pytest's importlib mode leaves sys.path alone.
-sys.path.insert(0, str(HERE))
 
-from hub_client import Client, client_process, hub_environment  # noqa: E402
-from loopback_hub import LoopbackHub  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with oracles and assets beside the repository; tests that ask for it skip where it is absent."""
-    folder = HERE.parent.parent / "shared"
+    folder = ROOT.parent / "shared"
     if not (folder / "oracles" / "reference.npz").is_file():
         pytest.skip("the folder ../shared (oracles and assets) is not here")
     return folder

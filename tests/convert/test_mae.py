@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import slow_reference as slow
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -27,6 +26,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 import dtem_hf
 from dtem_hf import BadValue, ToMeConfig, attach
 from dtem_hf.convert.mae import convert_mae, mae_config, main
+from tests.support import slow_reference as slow
 
 
 ROOT = Path(__file__).parent.parent.parent

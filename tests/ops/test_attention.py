@@ -8,13 +8,13 @@ import sys
 from typing import Any
 
 import pytest
-import slow_reference as slow
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dtem_hf import DTEMConfig, attach, ops
 from dtem_hf.ops import attention
+from tests.support import slow_reference as slow
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> Tensor:

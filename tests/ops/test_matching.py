@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import slow_reference as slow
 import torch
 from torch import Tensor
 
 from dtem_hf import ops
+from tests.support import slow_reference as slow
 
 
 def pairs_of(matching: ops.Matching, image: int) -> list[tuple[int, int]]:

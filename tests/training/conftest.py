@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_processes import start_training, wait_for
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from dtem_hf.training.small_git import make_tokenizer
+from tests.support.training_processes import start_training, wait_for
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "grey": (120, 120, 120)}

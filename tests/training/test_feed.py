@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from training_processes import outcome, wait_for_step
 
 from dtem_hf import BadValue
 from dtem_hf.data.images import UnreadableImage
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
+from tests.support.training_processes import outcome, wait_for_step
 
 
 @pytest.fixture

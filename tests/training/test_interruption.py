@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training_processes import outcome, wait_for, wait_for_step
 
 from dtem_hf.training.interruption import Interruption, leave_signals_to_the_parent
+from tests.support.training_processes import outcome, wait_for, wait_for_step
 
 
 ROOT = Path(__file__).parents[2]

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import hub_environment
-from loopback_hub import Fault
 
 from dtem_hf import BadValue
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.hub.adapter import WEIGHTS_NAME
 from dtem_hf.training.arguments import TrainArguments
+from tests.support.hub_client import hub_environment
+from tests.support.loopback_hub import Fault
 
 
-TRAIN = "hub_client:train"
+TRAIN = "tests.support.hub_client:train"
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "train.py")
 RECORDED = {CONFIG_NAME, WEIGHTS_NAME, "training.json", "config.json"}
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_processes import outcome
 
 from dtem_hf import BadValue
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from dtem_hf.training.trackers import flat
+from tests.support.training_processes import outcome
 
 
 def lines(output_dir):

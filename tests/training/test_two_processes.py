@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from training_processes import outcome, wait_for_step
 
 from dtem_hf import BadValue
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
+from tests.support.training_processes import outcome, wait_for_step
 
 
 def records(output_dir, name):

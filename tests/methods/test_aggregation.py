@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_table import inputs_of, make
 from torch import Tensor
 from torch.nn import functional as F
 
 from dtem_hf import DTEMConfig, attach
+from tests.support.family_table import inputs_of, make
 
 
 Make = Callable[..., Any]

@@ -16,7 +16,7 @@ import yaml
 
 
 if TYPE_CHECKING:
-    from loopback_hub import LoopbackHub, Repo, User
+    from tests.support.loopback_hub import LoopbackHub, Repo, User
 
 LFS_SUFFIXES = (".bin", ".png", ".safetensors")
 ID = r"(?P<repo>[\w.-]+/[\w.-]+)"

@@ -17,16 +17,17 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from hub_client import hub_environment
-from loopback_hub import Fault, LoopbackHub
 from packaging.version import Version
 from PIL import Image
 
 from dtem_hf import AdapterError, AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.hub.adapter import WEIGHTS_NAME, BackboneFacts
+from tests.support.hub_client import hub_environment
+from tests.support.loopback_hub import Fault, LoopbackHub
 
 
+CLIENT = "tests.support.hub_client"
 LOAD = "dtem_hf:MergeAdapter.from_pretrained"
 PUBLISH = "dtem_hf.hub.publishing:publish_folder"
 ME = {"token": "hf_me"}
@@ -123,20 +124,24 @@ class TestRoundTrip:
                 expected = model(pixels).logits
             for registered in (False, True):
                 options = {"registered": registered, "merge": reference, **ME, **cache}
-                assert torch.equal(client("hub_client:logits", str(vit_folder), pixels, **options), expected)
+                assert torch.equal(client(f"{CLIENT}:logits", str(vit_folder), pixels, **options), expected)
 
     def test_a_model_pushes_its_adapter_and_its_backbone_is_never_touched_by_reading_it(
         self, hub, client, vit_folder, cache
     ):
         weights = {path.name: path.read_bytes() for path in vit_folder.iterdir()}
         revision = hub.commit("me/base", weights)
-        assert client("hub_client:push_merged", "me/base", "me/a", **ME) == revision
+        assert client(f"{CLIENT}:push_merged", "me/base", "me/a", **ME) == revision
         hub.seen.clear()
         adapter = client(LOAD, "me/a", **cache)
         assert (adapter.backbone.base_model, adapter.backbone.base_revision) == ("me/base", revision)
         assert not [seen for seen in hub.seen if "me/base" in seen.path]
 
-        warned = ("hub_client:warned", "dtem_hf:AutoModelForImageClassification.from_pretrained", "me/base")
+        warned = (
+            f"{CLIENT}:warned",
+            "dtem_hf:AutoModelForImageClassification.from_pretrained",
+            "me/base",
+        )
         assert not [text for text in client(*warned, merge="me/a") if "base_revision" in text]
         hub.commit("me/base", {"notes.txt": b"another commit"})
         assert [text for text in client(*warned, merge="me/a") if f"trained for '{revision}'" in text]
@@ -263,10 +268,10 @@ class TestWhoMay:
 class TestCard:
     def test_a_readme_that_is_there_is_kept_unless_told(self, hub, client, folder):
         hub.commit("me/a", {"README.md": b"written by hand"})
-        text = client("hub_client:warned", PUBLISH, str(folder), "me/a", **ME)
+        text = client(f"{CLIENT}:warned", PUBLISH, str(folder), "me/a", **ME)
         assert ["me/a has a README.md" in line and "--overwrite-card" in line for line in text] == [True]
         assert hub.files("me/a")["README.md"] == b"written by hand" and set(hub.files("me/a")) == PUBLISHED
-        assert client("hub_client:warned", PUBLISH, str(folder), "me/a", overwrite_card=True, **ME) == []
+        assert client(f"{CLIENT}:warned", PUBLISH, str(folder), "me/a", overwrite_card=True, **ME) == []
         assert b"merge adapter for" in hub.files("me/a")["README.md"]
 
     def test_a_model_that_lies_in_the_repository_stays_a_model(self, hub, client, folder, vit_folder):
@@ -308,10 +313,10 @@ class TestCard:
         reason="before 2.0, the client asks the real Hub",
     )
     def test_metadata_passes_the_clients_own_validation(self, hub, client, folder, tmp_path):
-        client("hub_client:validate_card", str(folder / "README.md"))
+        client(f"{CLIENT}:validate_card", str(folder / "README.md"))
         (tmp_path / "bad.md").write_text("---\nlicense: my very own\n---\n# A card\n")
         with pytest.raises(ValueError, match="license"):
-            client("hub_client:validate_card", str(tmp_path / "bad.md"))
+            client(f"{CLIENT}:validate_card", str(tmp_path / "bad.md"))
         assert [seen.status for seen in hub.requests("POST", "/validate-yaml")] == [200, 400]
 
     def test_nothing_of_the_folder_is_published_but_the_adapter(self, hub, client, folder):
@@ -459,7 +464,7 @@ class TestTrust:
 
 class TestCommands:
     def test_push_and_info(self, hub, client, folder, tmp_path):
-        run = "hub_client:run_command"
+        run = f"{CLIENT}:run_command"
         code, out, err = client(run, "push", str(folder), "me/a", "--dry-run", token="hf_me")
         assert code == 0 and all(name in out for name in PUBLISHED) and hub.seen == []
         options = ("--private", "--branch", "next", "--commit-message", "A try")
@@ -476,7 +481,7 @@ class TestCommands:
         }
 
     def test_errors_are_one_line(self, hub, client, folder):
-        run = "hub_client:run_command"
+        run = f"{CLIENT}:run_command"
         code, out, err = client(run, "info", "me/nothing", token=None)
         assert (code, out) == (1, "") and err.startswith("Error: there is no repository me/nothing")
         code, out, err = client(run, "push", str(folder), "me/a", token="hf_reader")
@@ -486,7 +491,7 @@ class TestCommands:
 
     def test_a_card_that_is_kept_is_said_in_one_line(self, hub, client, folder):
         hub.commit("me/a", {"README.md": b"mine"})
-        code, _, err = client("hub_client:run_command", "push", str(folder), "me/a", token="hf_me")
+        code, _, err = client(f"{CLIENT}:run_command", "push", str(folder), "me/a", token="hf_me")
         assert code == 0 and err.startswith("Note: me/a has a README.md, which is kept") and "UserWarning" not in err
 
     def test_the_hf_command_uploads_and_downloads_an_adapter(self, hub, client, cache, folder, tmp_path):

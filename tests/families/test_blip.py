@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import slow_reference as slow
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
+from tests.support import slow_reference as slow
 
 
 PAD, BOS, SEP, STEPS = 0, 1, 2, 6

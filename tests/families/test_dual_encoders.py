@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import slow_reference as slow
 import torch
 from torch import Tensor
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from dtem_hf.families.siglip2 import Siglip2Family
+from tests.support import slow_reference as slow
 
 
 METHODS = [ToMeConfig, DTEMConfig]

@@ -195,7 +195,7 @@ def test_a_pickled_model_runs_in_another_process(make_classifier: Make, pixels: 
     )
     subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "model.pt"), str(tmp_path / "logits.pt")],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         check=True,
     )
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, pixels), atol=1e-6, rtol=1e-6)

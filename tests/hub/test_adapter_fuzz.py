@@ -310,9 +310,8 @@ def watch(folder: Path) -> set[str]:
 
 
 def test_every_mutant_is_sound_or_refused_within_bounds(tmp_path: Path) -> None:
-    script = "import json, sys, test_adapter_fuzz as t; print(json.dumps(t.read_all(t.Path(sys.argv[1]))))"
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    script = "import json, sys, tests.hub.test_adapter_fuzz as t; print(json.dumps(t.read_all(t.Path(sys.argv[1]))))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

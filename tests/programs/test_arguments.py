@@ -72,6 +72,6 @@ def test_what_a_scripts_user_can_mend_is_one_line(capsys):
 
 
 def test_every_recipe_with_options_runs_so():
-    recipes = {path.stem: path.read_text() for path in (Path(__file__).resolve().parents[1] / "recipes").glob("*.py")}
+    recipes = {path.stem: path.read_text() for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.py")}
     others = {name for name, text in recipes.items() if "run_script(main)" not in text}
     assert others == {"model_cards", "peers"} and len(recipes) > 15

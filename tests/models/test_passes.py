@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vit_rows import (  # noqa: F401
+
+from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
+from tests.support.vit_rows import (  # noqa: F401
     METHODS,
     MILD,
     REDUCTIONS,
@@ -24,8 +26,6 @@ from vit_rows import (  # noqa: F401
     run,
     same_bits,
 )
-
-from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

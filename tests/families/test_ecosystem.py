@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from ecosystem import (
+from PIL import Image
+from torch import Tensor
+from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2ImageProcessorPil, ViTImageProcessorPil
+
+import dtem_hf
+from dtem_hf import DTEMConfig, EViTConfig, attach, detach, register, unregister
+from dtem_hf.families import families
+from dtem_hf.models.attach import merged_layers
+from tests.support.ecosystem import (
     DOCUMENT,
     MERGE,
     MOST_USED,
@@ -30,14 +38,6 @@ from ecosystem import (
     models_of,
     tasks_of,
 )
-from PIL import Image
-from torch import Tensor
-from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2ImageProcessorPil, ViTImageProcessorPil
-
-import dtem_hf
-from dtem_hf import DTEMConfig, EViTConfig, attach, detach, register, unregister
-from dtem_hf.families import families
-from dtem_hf.models.attach import merged_layers
 
 
 AUTO = [(row, auto, model_class) for row in ROWS for auto, model_class in models_of(row)]

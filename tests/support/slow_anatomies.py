@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import slow_reference as slow
 import torch
-from slow_model import Anatomy, Inputs, Outputs, Weights, gelu, layer_norm, linear, quick_gelu, tanh_gelu
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from tests.support import slow_reference as slow
+from tests.support.slow_model import Anatomy, Inputs, Outputs, Weights, gelu, layer_norm, linear, quick_gelu, tanh_gelu
 
 
 PATCH = 4  # of all models here

@@ -213,7 +213,7 @@ def exported_models(row: Row) -> list[Any]:
 
 
 MOST_USED = ("vit", "dinov2", "clip", "git")
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ecosystem.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ecosystem.md"
 PREFACE = """# What holds with merging on
 
 Written by `python tests/ecosystem.py` from the rows that `tests/test_ecosystem.py` tests, every cell on the family's

@@ -4,7 +4,7 @@ requests, private and gated ones, tokens, LFS, and faults on demand. It keeps ev
     with LoopbackHub() as hub:  # then HF_ENDPOINT=hub.endpoint in the environment of the client's process
         hub.commit("me/adapter", {"README.md": b"..."})
 
-    python tests/loopback_hub.py --port 8008
+    python -m tests.support.loopback_hub --port 8008
     HF_ENDPOINT=http://127.0.0.1:8008 HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_me hf upload me/adapter path/to/adapter .
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from loopback_routes import LFS_SUFFIXES, Handler, Seen
+from tests.support.loopback_routes import LFS_SUFFIXES, Handler, Seen
 
 
 @dataclass

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import slow_model
 import torch
 import transformers
-from family_table import FAMILIES, inputs_of, make
 from PIL import Image
-from slow_anatomies import ANATOMIES, first_token_logits, vit_like
-from slow_model import Reduction, Tokens
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from dtem_hf import AutoModelForImageClassification, DTEMConfig, EViTConfig, ToMeConfig, attach
 from dtem_hf.families import families
+from tests.support import slow_model
+from tests.support.family_table import FAMILIES, inputs_of, make
+from tests.support.slow_anatomies import ANATOMIES, first_token_logits, vit_like
+from tests.support.slow_model import Reduction, Tokens
 
 
 R = [8, 5, 4]

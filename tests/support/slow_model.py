@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import slow_reference as slow
 import torch
 from torch import Tensor
+
+from tests.support import slow_reference as slow
 
 
 Weights = Mapping[str, Tensor]

@@ -13,9 +13,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vit_rows import MILD, Method, Row, close, gradients, images, merged, pytest_generate_tests, run, same_bits  # noqa: F401
 
 from dtem_hf import MergeAdapter, attach, detach
+from tests.support.vit_rows import (  # noqa: F401
+    MILD,
+    Method,
+    Row,
+    close,
+    gradients,
+    images,
+    merged,
+    pytest_generate_tests,
+    run,
+    same_bits,
+)
 
 
 def prediction(row: Row, outputs: dict[str, Tensor]) -> list[int]:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_table import FAMILIES, inputs_of, make
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from tests.support.family_table import FAMILIES, inputs_of, make
 
 
 METHODS = {

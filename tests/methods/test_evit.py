@@ -6,11 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import slow_model
 import torch
 import transformers
-from slow_anatomies import ANATOMIES
-from slow_model import Reduction
 from torch import Tensor
 
 from dtem_hf import (
@@ -24,6 +21,9 @@ from dtem_hf import (
     detach,
 )
 from dtem_hf.families import Backbone
+from tests.support import slow_model
+from tests.support.slow_anatomies import ANATOMIES
+from tests.support.slow_model import Reduction
 
 
 Make = Callable[..., Any]

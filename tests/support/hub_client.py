@@ -26,8 +26,7 @@ def hub_environment(endpoint: str, home: Path, token: str | None = None) -> dict
     home.mkdir(parents=True, exist_ok=True)
     (home / ".check_for_update_done").touch()  # or the hf command asks PyPI for a newer version
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    tests = str(Path(__file__).parent)
-    path = os.pathsep.join([str(Path(tests).parent), tests, os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
     return {
         **kept,
         **{"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2"},

@@ -1,0 +1,1 @@
+"""The tests of dtem_hf. What is where, and how to run the tests of one family: README.md."""
