@@ -61,6 +61,8 @@ class MergeMixin(Renamed):
             install(self, prepare(self, recorded), ())  # type: ignore[arg-type]
         else:
             restore_class(self)  # type: ignore[arg-type]
+            if recorded is not None:
+                del config.merge
 
     @classmethod
     def from_pretrained(

@@ -67,15 +67,14 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     method.check(type(encoder).__name__)
     cost = replace(family.encoder_cost(model, encoder, method.metric_cost()), pairwise=method.pairwise)
     merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
-    shape = method.embedding_shape()
-    if shape is None:
-        return Prepared(encoder, merging, None)
-    like = input_like(encoder)
-    embedding = DecoupledEmbedding(shape, like.device).to(like.dtype)
+    shape, like = method.embedding_shape(), input_like(encoder)
+    embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
     if adapter is not None:
         adapter.check_fits(backbone_facts(model))
         adapter.load_into(embedding)
-    elif not like.is_meta:
+    if embedding is None:
+        return Prepared(encoder, merging, None)
+    if adapter is None and not like.is_meta:
         keys = [] if config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
         method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
     embedding.train(encoder.training)

@@ -15,28 +15,28 @@ from .splitting import split_counts
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# find_spec does not import Triton, which takes a while.
-_enabled = find_spec("triton") is not None
+# The types of the devices that the kernels run on. find_spec does not import Triton, which takes a while.
+devices: tuple[str, ...] = ("cuda",) if find_spec("triton") is not None else ()
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
     """Inside the block the tensor operations run on CUDA, too: for benchmarks that compare both."""
-    global _enabled
-    before, _enabled = _enabled, False
+    global devices
+    before, devices = devices, ()
     try:
         yield
     finally:
-        _enabled = before
+        devices = before
 
 
 def can_match(metric: Tensor) -> bool:
-    """Whether `best_partner` runs on a metric that lies on CUDA. An exported graph holds no kernel."""
-    return _enabled and metric.dtype in _DTYPES and not torch.compiler.is_exporting()
+    """Whether `best_partner` runs on a metric that lies on one of `devices`. An exported graph holds no kernel."""
+    return metric.dtype in _DTYPES and not torch.compiler.is_exporting()
 
 
 def can_merge(x: Tensor, sizes: Tensor | None) -> bool:
-    """Whether `merge_tokens` runs on tokens that lie on CUDA: not where a gradient has to come back through it."""
+    """Whether `merge_tokens` runs on tokens on one of `devices`: not where a gradient has to come back through it."""
     if not can_match(x):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (sizes is not None and sizes.requires_grad)))

@@ -58,7 +58,7 @@ def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
 
 def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) -> tuple[Tensor, Tensor]:
     """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
-    if metric.is_cuda and empty is None and kernels.can_match(metric):
+    if metric.device.type in kernels.devices and empty is None and kernels.can_match(metric):
         return kernels.best_partner(metric, num_prefix_tokens)
     with without_autocast(metric.device.type):
         a, b = split_even_odd(F.normalize(metric.float(), dim=-1), num_prefix_tokens)

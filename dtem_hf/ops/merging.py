@@ -30,10 +30,10 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     """Merge the matched tokens: size-weighted mean of features, sum of sizes (METHOD.md section 3).
 
     `x` [B, N, D], `sizes` [B, N] float32 or None where every token stands for one patch. Returns x [B, N - r, D] in
-    its own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32. Tokens
-    that no other token joined are copied, bit for bit.
+    its own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32 at least.
+    Tokens that no other token joined are copied, bit for bit.
     """
-    if x.is_cuda and kernels.can_merge(x, sizes):
+    if x.device.type in kernels.devices and kernels.can_merge(x, sizes):
         return kernels.merge_tokens(x, sizes, *matching)
     prefix, (batch, num_tokens, width) = matching.num_prefix_tokens, x.shape
     (r, kept), device = (matching.merged.shape[1], matching.kept.shape[1]), x.device
@@ -49,14 +49,15 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     joined_rows = (joined + torch.arange(0, batch * left, left, device=device).unsqueeze(1)).flatten()
 
     flat, flat_sizes = x.flatten(0, 1), sizes.flatten()
-    merged = flat.index_select(0, staying.flatten()).float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    merged = flat.index_select(0, staying.flatten()).to(dtype)
     new_sizes = flat_sizes.index_select(0, staying.flatten()).view(batch, left, 1)
     leaving_size = flat_sizes.index_select(0, leaving).view(batch, r, 1)
     new_sizes = _add_at(new_sizes, joined, leaving_size, joined_rows)
     # A mean as a step of its target, so that only targets change: x + Σ mᵢ (xᵢ - x) / m'. After a soft merge, tokens
     # can be empty.
     total = new_sizes.view(-1, 1).index_select(0, joined_rows).clamp(min=_SMALLEST_TOTAL)
-    steps = (flat.index_select(0, leaving).float() - merged.index_select(0, joined_rows)) * (
+    steps = (flat.index_select(0, leaving).to(dtype) - merged.index_select(0, joined_rows)) * (
         leaving_size.view(-1, 1) / total
     )
     merged = _add_at(merged.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)

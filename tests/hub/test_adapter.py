@@ -68,7 +68,7 @@ def test_a_folder_holds_what_the_contract_says(folder: Path, model: Any) -> None
     assert {path.name for path in folder.iterdir()} == {"merge_config.json", "merge_adapter.safetensors", "README.md"}
     tensors = load_file(folder / "merge_adapter.safetensors")
     assert set(tensors) == KEYS
-    for i, layer in enumerate(model.vit.merge_embedding.layers):
+    for i, layer in enumerate(model.vit.merge_embedding.projections):
         assert tensors[f"layers.{i}.weight"].shape == (8, 32)
         assert tensors[f"layers.{i}.bias"].shape == (8,)
         assert {tensors[f"layers.{i}.{part}"].dtype for part in ("weight", "bias")} == {torch.float32}

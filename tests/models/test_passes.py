@@ -78,7 +78,7 @@ def test_a_merged_model_is_one_of_its_own_class(row: Row, method: Method) -> Non
     assert [key for key in model.state_dict() if key not in extra] == list(plain.state_dict())
     if method.learns:
         assert {key.split("merge_embedding.")[1] for key in extra} == {
-            f"layers.{i}.{part}" for i in range(4) for part in ("weight", "bias")
+            f"projections.{i}.{part}" for i in range(4) for part in ("weight", "bias")
         }
         assert len(list(model.merge_parameters())) == 8
     else:
