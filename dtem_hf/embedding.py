@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from .errors import BadValue
 
@@ -72,6 +75,22 @@ class EmbeddingShape:
         return shapes
 
 
+class Projection(nn.Module):
+    """A learned affine map: [..., D] -> [..., d'].
+
+    No `nn.Linear`, which quantisers and PEFT's "all-linear" would change along with the backbone's.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A quantised backbone may compute in another dtype.
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class LearnedVector(nn.Module):
     """A learned vector [n]; read by calling the module, so that offloading and sharding bring it in."""
 
@@ -98,10 +117,7 @@ class DecoupledEmbedding(nn.Module):
         super().__init__()
         self.shape = shape
         depth = range(shape.num_layers)
-        # On the meta device first: `nn.Linear` would draw numbers, and so move the global random state.
-        linears = (nn.Linear(shape.hidden_size, shape.embed_dim, device="meta") for _ in depth)
-        target = torch.empty(0, device=device).device
-        self.projections = nn.ModuleList(linear.to_empty(device=target) for linear in linears)
+        self.projections = nn.ModuleList(Projection(shape.hidden_size, shape.embed_dim, device) for _ in depth)
         self.exponents = nn.ModuleList(
             LearnedVector(shape.exponent_heads, device) for _ in depth if shape.exponent_heads
         )
@@ -142,6 +158,19 @@ class DecoupledEmbedding(nn.Module):
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The parameters by the names that `EmbeddingShape.tensors` gives them; not copied."""
         return {name: self.get_parameter(_module_name(name)) for name in self.shape.tensors()}
+
+    @torch.no_grad()
+    def adapter_values(self) -> dict[str, Tensor]:
+        """Copies of the parameters in float32 on the CPU, by the same names; offloaded and sharded ones, too."""
+        values = {}
+        for name in self.shape.tensors():
+            module_name, _, parameter_name = _module_name(name).rpartition(".")
+            module = self.get_submodule(module_name)
+            with align_module_device(module):
+                value = module.get_parameter(parameter_name)
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                values[name] = value.detach().to("cpu", torch.float32, copy=True)
+        return values
 
     @torch.no_grad()
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configuration import CONFIG_NAME, MergeConfig, check_version
 from ..embedding import DecoupledEmbedding, EmbeddingShape
@@ -82,15 +82,7 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         """Copy what a merged model has learned, in float32. Raises AdapterError where its method learns nothing."""
         if embedding is None:
             raise AdapterError(f"method={config.method!r} learns nothing, so there is no adapter; use method 'dtem'.")
-        wrapped = next((type(layer) for layer in embedding.projections if type(layer) is not nn.Linear), None)
-        if wrapped:
-            raise AdapterError(
-                f"merge_embedding: its layers are {wrapped.__module__}.{wrapped.__name__}, as PEFT makes "
-                "them where target_modules covers them; pass it exclude_modules='.*merge_embedding.*', or call "
-                "merge_and_unload() first."
-            )
-        tensors = {key: value.detach().float().cpu().clone() for key, value in embedding.adapter_tensors().items()}
-        return cls(config, tensors, backbone)
+        return cls(config, embedding.adapter_values(), backbone)
 
     @property
     def embed_dim(self) -> int:

@@ -142,5 +142,13 @@ class EncoderMerging(Renamed, ScopedForward):
 
 
 def embedding_of(encoder: Any) -> Any:
-    """The learned embedding of a merged encoder, None where its method learns nothing."""
-    return getattr(encoder, "merge_embedding", None)
+    """The learned embedding of a merged encoder, None where its method learns nothing.
+
+    Of PEFT's `modules_to_save`, the copy that is active.
+    """
+    embedding = getattr(encoder, "merge_embedding", None)
+    copies = getattr(embedding, "modules_to_save", None)
+    if embedding is None or copies is None:
+        return embedding
+    active = [] if embedding.disable_adapters else [name for name in embedding.active_adapters if name in copies]
+    return copies[active[0]] if active else embedding.original_module
