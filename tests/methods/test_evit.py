@@ -20,7 +20,7 @@ from dtem_hf import (
     attach,
     detach,
 )
-from dtem_hf.families import Backbone
+from dtem_hf.families.layer import LayerMerging
 from tests.support import slow_model
 from tests.support.slow_anatomies import ANATOMIES
 from tests.support.slow_model import Reduction
@@ -175,13 +175,13 @@ def test_it_ranks_by_the_attention_that_the_model_computes(
     torch.manual_seed(1)
     model = with_loud_biases(FAMILIES[family]().eval())
     attach(model, EViTConfig(0.7, [0, 1, 2, 3], proportional_attention=proportional))
-    ranked_by, stock = [], Backbone.first_token_attention
+    ranked_by, stock = [], LayerMerging.first_token_attention
 
     def recording(*args: Any) -> Tensor:
         ranked_by.append(stock(*args))
         return ranked_by[-1]
 
-    monkeypatch.setattr(Backbone, "first_token_attention", recording)
+    monkeypatch.setattr(LayerMerging, "first_token_attention", recording)
     with torch.no_grad():
         attentions = model(pixels, output_attentions=True).attentions
     assert len(ranked_by) == len(attentions) == 4
