@@ -16,7 +16,7 @@ from loopback_hub import Fault
 
 from dtem_hf import BadValue
 from dtem_hf.configuration import CONFIG_NAME
-from dtem_hf.hub.adapter import WEIGHTS_NAME
+from dtem_hf.hub.layout import WEIGHTS_NAME
 from dtem_hf.training.arguments import TrainArguments
 
 
