@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..hub.card import reduction_label
+from ..labels import reduction_label
 
 
 def print_benchmark(result: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.card import method_name
+from ..labels import method_name
 from ..models.attach import attach
 from ..models.auto import AutoModelForImageClassification
 from ..programs.arguments import option, parse_arguments, parse_reduction

@@ -24,7 +24,7 @@ from ..data.images import load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.card import reduction_label
+from ..labels import reduction_label
 from ..models.auto import auto_class
 from ..programs.arguments import option, parse_arguments, parse_reduction
 from ..programs.conditions import command, data_name, hardware, versions

@@ -25,7 +25,7 @@ from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.card import write_card
+from ..hub.folder_card import write_card
 from ..models.auto import AutoModelForImageClassification
 from ..programs.arguments import option, parse_arguments, parse_reduction
 from ..programs.conditions import command, data_name, hardware, versions

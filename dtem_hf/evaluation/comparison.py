@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json, write_text
-from ..hub.card import multiply_adds_unit, reduction_label
+from ..labels import multiply_adds_unit, reduction_label
 from ..programs.arguments import option, parse_arguments
 from ..report.plots import plot_pareto, series_name
 from ..report.tables import print_table

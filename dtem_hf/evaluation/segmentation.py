@@ -30,7 +30,7 @@ from ..errors import BadValue
 from ..families import find_encoder
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.card import reduction_label
+from ..labels import reduction_label
 from ..models.auto import AutoModel
 from ..models.vision import run_on_pixels
 from ..programs.arguments import option, parse_arguments, parse_reduction

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..errors import BadValue
 from ..files import replacing
-from ..hub.card import method_name, multiply_adds_unit, reduction_label
+from ..labels import method_name, multiply_adds_unit, reduction_label
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..hub.card import reduction_label
+from ..labels import reduction_label
 
 
 COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
