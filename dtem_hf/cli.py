@@ -302,7 +302,7 @@ _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
-    "benchmark": ("evaluation.benchmark", "Measure multiply-adds, speed and memory, without any images."),
+    "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
     "export": ("deploy.program", "Write a merged model for ONNX Runtime or AOTInductor, and check it against eager."),
 }
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import BadValue
 from ..families import find_backbone
 from ..models.attach import MergeMixin, merged_layers
+from ..models.copies import share_weights
 from ..models.vision import evaluating, run_on_pixels
 from ..ops.matching import cosine_scores, split_even_odd
-from .variants import share_weights
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from ...data.images import (
 )
 from ...errors import BadValue
 from ...models.auto import AutoModelForImageClassification
+from ...models.distances import kl_to
 from ..mixing import Mixed, mix
-from .base import Task, TaskData, kl_to
+from .base import Task, TaskData
 
 
 class ImageTask(Task):
