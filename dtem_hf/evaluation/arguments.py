@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..hub.adapter import MergeAdapter
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_reduction
+from ..programs.identity import weights_digest
 from .variants import Variant, make_variants, method_names
 
 
@@ -58,3 +60,16 @@ class ResumableArguments(RowArguments):
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "limit")
         one_of(self, "dtype", DTYPES)
+
+    def run_facts(
+        self, model: Any, variants: Sequence[Variant], adapters: dict[str, MergeAdapter], **data: Any
+    ) -> dict[str, Any]:
+        """What the results of a run depend on, as JSON; `data` describes what is read."""
+        weights = {name: weights_digest(adapter.tensors) for name, adapter in adapters.items()}
+        return {
+            "rows": [[variant.method, variant.shown_r, variant.adapter] for variant in variants],
+            "weights": {"model": weights_digest(model.state_dict()), **weights},
+            **data,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+        }

@@ -24,7 +24,6 @@ from ..files import write_json
 from ..models.auto import auto_class
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, conditions, data_name, describe_model
-from ..programs.identity import weights_digest
 from ..programs.processes import processes
 from ..report.tables import about, print_rows, shown, shown_r
 from .arguments import METHODS_HELP, ResumableArguments
@@ -120,17 +119,7 @@ def evaluate_captions(
     annotated = dict(list(read_annotations(a.annotations, a.split).items())[: a.limit])
     images = ImageFolder(annotated, Path(a.images), load_processor(a.model))
     tokenizer, settings = AutoTokenizer.from_pretrained(a.model), a.generation()
-    run = {
-        "rows": [[variant.method, variant.shown_r, variant.adapter] for variant in variants],
-        "weights": {
-            "model": weights_digest(model.state_dict()),
-            **{name: weights_digest(adapter.tensors) for name, adapter in adapters.items()},
-        },
-        "images": sorted(annotated),
-        "settings": settings,
-        "batch_size": a.batch_size,
-        "dtype": a.dtype,
-    }
+    run = a.run_facts(model, variants, adapters, images=sorted(annotated), settings=settings)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(

@@ -27,7 +27,6 @@ from ..models.auto import AutoModelForImageClassification
 from ..models.distances import kl_to
 from ..programs.arguments import ImageArguments, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
-from ..programs.identity import weights_digest
 from ..programs.processes import processes
 from ..report.plots import plot_accuracy
 from ..report.tables import print_table
@@ -86,16 +85,7 @@ def evaluate(
     variants = a.make_variants(model.to(device), adapters)
     images = load_images(a.data, a.split, a.limit)
     processed = ProcessedImages(images, load_processor(a.model), num_labels=model.config.num_labels)
-    run = {
-        "rows": [[variant.method, variant.shown_r, variant.adapter] for variant in variants],
-        "weights": {
-            "model": weights_digest(model.state_dict()),
-            **{name: weights_digest(adapter.tensors) for name, adapter in adapters.items()},
-        },
-        "data": [a.data, a.split, len(images)],
-        "batch_size": a.batch_size,
-        "dtype": a.dtype,
-    }
+    run = a.run_facts(model, variants, adapters, data=[a.data, a.split, len(images)])
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(
