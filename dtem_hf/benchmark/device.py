@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..models.timing import time_interleaved
 from ..ops import kernels
 from ..programs.arguments import DTYPES, one_of, option, parse_arguments
 from ..programs.conditions import conditions
+from ..programs.output import output_folder
 from ..programs.processes import choose_device
 from .program import BenchmarkArguments, benchmark
 from .runtimes import COMPILE_MODES
@@ -67,14 +67,13 @@ class DeviceArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure all, write what every model and mode gave and a summary."""
     arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
-    device = choose_device(arguments.device)
+    device, folder = choose_device(arguments.device), output_folder(arguments.output_dir)
     summary: dict[str, Any] = {
         **conditions(device),
         "kernels": compare_kernels(device),
         "attention": [],
         "rows": [],
     }
-    folder = Path(arguments.output_dir)
     shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
     for name, (width, layers, heads, r) in shapes.items():
         for batch_size in arguments.batch_sizes:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ from ..models.auto import auto_class
 from ..models.vision import image_shape
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
 from ..programs.conditions import conditions, describe_model
+from ..programs.output import output_folder
 from ..report.plots import plot_speedups
 from .rows import Entry, captioning_entries, image_entries, measure_entries
 from .runtimes import COMPILE_MODES, RUNTIMES, load_peer, room_for_graphs
@@ -86,8 +86,8 @@ class BenchmarkArguments(RowArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print the table, write JSON, Markdown and a plot."""
     arguments = parse_arguments(BenchmarkArguments, argv, __doc__ or "")
+    folder = output_folder(arguments.output_dir)
     result = benchmark(arguments)
-    folder = Path(arguments.output_dir)
     write_json(folder / "benchmark.json", result)
     write_text(folder / "benchmark.md", markdown(result))
     plot_speedups(result["rows"], folder / "speedup.png", result["model"]["name"])

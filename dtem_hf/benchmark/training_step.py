@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -32,6 +31,7 @@ from ..models.timing import time_interleaved
 from ..ops import relaxation
 from ..programs.arguments import ModelArguments, at_least, option, parse_arguments
 from ..programs.conditions import conditions
+from ..programs.output import output_folder
 from ..report.tables import print_rows
 from ..training.fisher import FisherArguments, fisher_loss, sampled_log_probability
 from ..training.parameters import freeze_backbone, relax
@@ -56,8 +56,8 @@ class TrainingStepArguments(ModelArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the JSON and print the table."""
     arguments = parse_arguments(TrainingStepArguments, argv, __doc__ or "")
+    path = output_folder(arguments.output_dir) / "training_step.json"
     record = measure_training_step(arguments)
-    path = Path(arguments.output_dir, "training_step.json")
     write_json(path, record)
     lines = []
     for row in record["rows"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BadValue
 from .augmentation import augmented_pixels
 from .captions import CaptionedImage
-from .images import naming_unreadable
+from .opening import files_digest, open_image
 
 
 # What of a batch a captioning model reads.
@@ -53,8 +53,12 @@ class ImageFolder(torch.utils.data.Dataset):
     def open(self, index: int) -> Image.Image:
         """An image, in RGB. Raises UnreadableImage that names it."""
         path = self._path(self.captioned(index))
-        with naming_unreadable(path.name, index), Image.open(path) as image:
-            return image.convert("RGB")
+        return open_image(path, path.name, index)
+
+    def digest(self) -> str:
+        """A short hash of what is read: ids, names and sizes of all images, and the content of 2,000 of them."""
+        paths = [self._path(image) for image in self.images.values()]
+        return files_digest(((f"{i}:{path.name}", path) for i, path in zip(self.ids, paths, strict=True)), len(self))
 
     def _path(self, image: CaptionedImage) -> Path:
         path = (self.folder / image.file_name).resolve()

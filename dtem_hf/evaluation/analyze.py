@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..configuration import MergeConfig
+from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
@@ -27,6 +28,7 @@ from ..models.auto import AutoModelForImageClassification
 from ..models.copies import share_weights
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
 from ..report.page import read_section, write_report
 from ..report.pictures import draw_merged_layers, draw_merged_tokens
 from ..report.plots import plot_correlation
@@ -53,7 +55,7 @@ class AnalyzeArguments(ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, analyse, write everything into one folder."""
     arguments = parse_arguments(AnalyzeArguments, argv, __doc__ or "")
-    output = Path(arguments.output_dir)
+    output = output_folder(arguments.output_dir)
     record = analyze(arguments)
     write_json(output / "correlation.json", record)
     plot_correlation(record["layers"], output / "correlation.png", title=record["model"]["name"])
@@ -68,14 +70,14 @@ def analyze(arguments: AnalyzeArguments) -> dict[str, Any]:
     device = arguments.choose_device()
     model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=None).to(device)
     adapter = MergeAdapter.from_reference(arguments.adapter)
-    images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures))
+    images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures), NO_LABELS)
     processor = load_processor(arguments.model)
     # The same embedding as its training started from, and as it ended.
     models = {
         "before": attach(share_weights(model), adapter.config),
         "after": attach(share_weights(model), adapter),
     }
-    _draw(arguments, model, models["after"], images, processor)
+    _draw(arguments, model, models["after"], ProcessedImages(images, processor), processor)
     chosen = images.select(range(min(arguments.limit, len(images))))
     correlations = _correlate(models, ProcessedImages(chosen, processor), arguments.batch_size)
     return {
@@ -106,7 +108,7 @@ def _draw(arguments: AnalyzeArguments, plain: Any, learned: Any, images: Any, pr
     shown[f"{method_name(learned.merge_config.method)}, learned"] = share_weights(learned)
     for model in shown.values():
         model.set_reduction(r)
-    pictures = [images[i]["image"].convert("RGB") for i in range(min(arguments.pictures, len(images)))]
+    pictures = [images.open(i) for i in range(min(arguments.pictures, len(images)))]
     output = Path(arguments.output_dir)
     draw_merged_tokens(pictures, shown, processor, output / "merged_by_method.png")
     draw_merged_layers(pictures[0], shown, processor, output / "merged_by_layer.png")

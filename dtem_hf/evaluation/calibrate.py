@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..configuration import MergeConfig
+from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
@@ -26,6 +27,7 @@ from ..models.auto import AutoModelForImageClassification
 from ..models.calibration import calibrate
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
 
 
 RECORD_NAME = "calibration.json"
@@ -60,6 +62,7 @@ class CalibrateArguments(ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, search, and write what was found."""
     arguments = parse_arguments(CalibrateArguments, argv, __doc__ or "")
+    output_folder(arguments.output_dir)
     record = calibrate_model(arguments)
     print(f"r per layer {record['reductions']}: {record['distance']:.4g}, and {record['even_distance']:.4g} evenly")
     print(f"written: {arguments.output_dir}")
@@ -75,9 +78,9 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         attach(model, MergeConfig.from_dict({"method": a.method}))
     if a.r is not None:
         model.set_reduction(parse_reduction(a.r))
-    images = load_images(a.data, a.split, a.limit)
+    images = load_images(a.data, a.split, a.limit, NO_LABELS)
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
-    processed = Subset(ProcessedImages(images, load_processor(a.model), num_labels=model.config.num_labels), drawn)
+    processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
     found = calibrate(
         model, list(_pixels(processed, a.batch_size)), a.flops, evaluations=a.evaluations, batch_size=a.batch_size
     )

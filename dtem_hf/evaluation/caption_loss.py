@@ -24,6 +24,7 @@ from ..models.auto import auto_class
 from ..models.distances import caption_losses
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
 from ..report.tables import print_rows, shown_r
 from .arguments import METHODS_HELP, RowArguments
 from .variants import run_in_turn
@@ -49,6 +50,7 @@ class CaptionLossArguments(RowArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print and write the result."""
     arguments = parse_arguments(CaptionLossArguments, argv, __doc__ or "")
+    output_folder(Path(arguments.output).parent)
     result = evaluate_caption_loss(arguments)
     write_json(arguments.output, result)
     print_table(result)

@@ -24,6 +24,8 @@ from ..files import write_json
 from ..models.auto import auto_class
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, conditions, data_name, describe_model
+from ..programs.identity import digest
+from ..programs.output import output_folder
 from ..programs.processes import processes
 from ..report.tables import about, print_rows, shown, shown_r
 from .arguments import METHODS_HELP, ResumableArguments
@@ -73,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for metric, reason in unavailable(arguments.spice_jars).items():
         print(f"{metric} will be null: {reason}")
     if arguments.predictions is not None:
+        output_folder(Path(arguments.output).parent)
         write_json(arguments.output, score_file(arguments))
         print(f"written: {arguments.output}")
         return
-    path = Path(arguments.output_dir) / "captions.json"
+    path = output_folder(arguments.output_dir) / "captions.json"
     result = evaluate_captions(arguments, lambda result: write_json(path, result))
     if processes().is_main_process:
         print_table(result)
@@ -119,7 +122,15 @@ def evaluate_captions(
     annotated = dict(list(read_annotations(a.annotations, a.split).items())[: a.limit])
     images = ImageFolder(annotated, Path(a.images), load_processor(a.model))
     tokenizer, settings = AutoTokenizer.from_pretrained(a.model), a.generation()
-    run = a.run_facts(model, variants, adapters, images=sorted(annotated), settings=settings)
+    run = a.run_facts(
+        model,
+        variants,
+        adapters,
+        images=images.digest(),
+        settings=settings,
+        processor=digest(images.processor.to_dict()),
+        tokenizer=digest(tokenizer.get_vocab()),
+    )
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(

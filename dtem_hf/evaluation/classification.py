@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..data.classes import match_labels
+from ..data.images import ProcessedImages, collate, data_digest, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.card import write_card
@@ -27,11 +28,13 @@ from ..models.auto import AutoModelForImageClassification
 from ..models.distances import kl_to
 from ..programs.arguments import ImageArguments, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.identity import digest
+from ..programs.output import output_folder
 from ..programs.processes import processes
 from ..report.plots import plot_accuracy
 from ..report.tables import print_table
 from .arguments import ResumableArguments
-from .metrics import load_metric
+from .metrics import Metrics, load_metrics
 from .parts import Columns, Parts, batches_of
 from .variants import Variant, median_speed, run_in_turn
 
@@ -45,6 +48,9 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
     """Evaluate an image classifier under several methods and amounts of merging."""
 
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
+    label_column: str | None = option(
+        "column of labels; left out: label, labels or cls; none: no labels are read", default=None
+    )
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
     write_card: bool = option("put the results into the adapter's folder and write its card anew", default=False)
 
@@ -57,7 +63,7 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
-    output = Path(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
+    output = output_folder(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
 
     def keep(result: dict[str, Any]) -> None:
         write_json(output / "evaluation.json", result)
@@ -83,9 +89,17 @@ def evaluate(
     adapters = a.load_adapters()
     model = AutoModelForImageClassification.from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype))
     variants = a.make_variants(model.to(device), adapters)
-    images = load_images(a.data, a.split, a.limit)
-    processed = ProcessedImages(images, load_processor(a.model), num_labels=model.config.num_labels)
-    run = a.run_facts(model, variants, adapters, data=[a.data, a.split, len(images)])
+    images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
+    classes = match_labels(images, model.config)
+    processed = ProcessedImages(images, processor, num_labels=model.config.num_labels, classes=classes)
+    metrics = load_metrics()
+    run = a.run_facts(
+        model,
+        variants,
+        adapters,
+        data=[a.data, a.split, len(images), data_digest(images), digest(classes.ids)],
+        processor=digest(processor.to_dict()),
+    )
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(
@@ -96,12 +110,17 @@ def evaluate(
         a.num_workers,
         collate,
     )
-    rows = make_rows(variants, parts.read(len(batches)))
+    rows = make_rows(variants, parts.read(len(batches)), metrics)
     result = {
         **conditions(device),
         "model": describe_model(a.model, model),
         "adapter": a.adapter,
-        "data": {"name": data_name(a.data), "num_images": len(images), "labelled": rows[0]["top1"] is not None},
+        "data": {
+            "name": data_name(a.data),
+            "num_images": len(images),
+            "labelled": rows[0]["top1"] is not None,
+            "labels": classes.how,
+        },
         "image_size": list(processed[0]["pixel_values"].shape[-2:]),
         "batch_size": a.batch_size,
         "processes": parts.state.num_processes,
@@ -138,11 +157,11 @@ def measure_batch(
     }
 
 
-def make_rows(variants: Sequence[Variant], parts: Sequence[Columns]) -> list[dict[str, Any]]:
+def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Metrics) -> list[dict[str, Any]]:
     """One dict per row, from the columns of all batches: figures in percent, KL in nats, images per second."""
     labels = np.concatenate([part["labels"] for part in parts])
     reference = np.concatenate([part["ranked"][0, :, 0] for part in parts])
-    accuracy, calibration = load_metric("top_k_accuracy"), load_metric("calibration_error")
+    accuracy, calibration = metrics
     rows: list[dict[str, Any]] = []
     for i, variant in enumerate(variants):
         ranked, confidence, kl = (

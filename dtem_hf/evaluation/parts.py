@@ -33,8 +33,11 @@ class Parts:
     def __init__(self, folder: Path, run: dict[str, Any], resume: str) -> None:
         self.folder, self.digest = folder, digest(run)
         self.state = processes()
-        if self.state.is_main_process and resume == "never":
-            shutil.rmtree(folder, ignore_errors=True)
+        self._finished = folder.with_name(f".{folder.name}.finished")
+        if self.state.is_main_process:
+            shutil.rmtree(self._finished, ignore_errors=True)  # of a run that was killed while it removed them
+            if resume == "never":
+                shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
         if (folder / _RUN_NAME).is_file():
             _check_same_run(read_json(folder / _RUN_NAME), run, folder)
@@ -98,7 +101,8 @@ class Parts:
         self.state.wait_for_everyone()  # all have read them
         if self.state.is_main_process:
             keep()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.rename(self._finished)
+            shutil.rmtree(self._finished, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.digest}-{number:08d}.npz"

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data.images import load_processor
+from ..data.opening import open_image
 from ..errors import BadValue
 from ..families import find_backbone
 from ..files import write_json
@@ -31,6 +32,7 @@ from ..models.auto import AutoModel
 from ..models.vision import run_on_pixels
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
 from ..report.tables import about, print_rows, shown_r
 from .arguments import RowArguments
 from .variants import Variant
@@ -82,9 +84,9 @@ class SegmentationImages:
         """An image in RGB and its mask [H, W]. Raises ValueError for a mask of another size or with colours."""
         pair = self.pairs[index]
         if isinstance(pair, tuple):
-            image, mask = (Image.open(path) for path in pair)
+            image, mask = open_image(pair[0], pair[0].name, index), Image.open(pair[1])
         else:
-            image, mask = pair[self.image_column], pair[self.mask_column]
+            image, mask = open_image(pair[self.image_column], str(index), index), pair[self.mask_column]
         classes = np.asarray(mask)
         if classes.ndim != 2 or classes.shape != (image.height, image.width):
             raise BadValue(
@@ -94,7 +96,7 @@ class SegmentationImages:
             )
         if classes.min() < 0 or classes.max() > IGNORED:
             raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED}, which is ignored")
-        return image.convert("RGB"), classes.astype(np.uint8)
+        return image, classes.astype(np.uint8)
 
 
 def load_segmentation(
@@ -127,8 +129,8 @@ def load_segmentation(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train the head, measure, print the table, write JSON."""
     arguments = parse_arguments(SegmentationArguments, argv, __doc__ or "")
+    path = output_folder(arguments.output_dir) / "segmentation.json"
     result = evaluate_segmentation(arguments)
-    path = Path(arguments.output_dir) / "segmentation.json"
     write_json(path, result)
     print_table(result)
     print(f"written: {path}")

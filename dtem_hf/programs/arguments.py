@@ -60,7 +60,7 @@ class ImageArguments(ModelArguments):
     """The images of a program, and how many of them run at once."""
 
     data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
-    split: str = option("split of a Hub dataset", default="validation")
+    split: str = option("split of a Hub dataset, or of a folder with train, val or test in it", default="validation")
     limit: int | None = option("use only the first so many images", default=None)
     batch_size: int = option("images per batch", default=32)
 
@@ -89,12 +89,15 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; an error in its arguments is one line on stderr, and exit code 2."""
+    """Run a script; what its user can mend is one line on stderr.
+
+    The exit code is 2 for a bad value, 1 for what is missing or cannot be written (a full disk, say).
+    """
     try:
         main()
-    except (BadValue, UnsupportedModelError, AdapterError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except (BadValue, UnsupportedModelError, AdapterError, OSError, ImportError) as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
 
 
 def _only_config() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -23,3 +24,9 @@ def processes() -> Accelerator:
 def choose_device(name: str) -> torch.device:
     """The device of this process; `auto` takes an accelerator if there is one."""
     return processes().device if name == "auto" else torch.device(name)
+
+
+def say(text: str) -> None:
+    """Tell the user something on stderr, once for all processes of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)

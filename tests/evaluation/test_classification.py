@@ -91,7 +91,12 @@ def test_rows_equal_a_brute_force(options, vit_folder, image_folder, adapter):
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (row["method"], row["r"], name)
     assert result["rows"][0]["agreement"] == 100 and result["rows"][0]["kl"] == 0 and result["rows"][0]["ratio"] == 1
     assert all(row["ratio"] <= 0.7 for row in result["rows"] if isinstance(row["r"], dict))
-    assert result["data"] == {"name": result["data"]["name"], "num_images": 48, "labelled": True}
+    assert result["data"] == {
+        "name": result["data"]["name"],
+        "num_images": 48,
+        "labelled": True,
+        "labels": "class numbers",
+    }
 
 
 def test_methods_differ_with_a_learned_embedding(options):

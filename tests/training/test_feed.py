@@ -12,7 +12,7 @@ from PIL import Image
 from training_processes import outcome, wait_for_step
 
 from dtem_hf import BadValue
-from dtem_hf.data.images import UnreadableImage
+from dtem_hf.data.opening import UnreadableImage
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 

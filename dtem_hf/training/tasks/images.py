@@ -9,9 +9,9 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data.classes import check_labels
 from ...data.images import (
     ProcessedImages,
-    check_labels,
     collate,
     first_rows,
     load_images,
