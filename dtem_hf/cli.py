@@ -240,9 +240,8 @@ def visualize(
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg dog.jpg --method tome --r 13
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
     """
-    from PIL import Image
-
     from .data.images import load_processor
+    from .data.opening import open_image
     from .labels import method_name
     from .models.auto import auto_class
     from .report.pictures import draw_merged_layers, draw_merged_tokens
@@ -251,7 +250,10 @@ def visualize(
         raise BadValue("method", method, "nothing beside --merge, which says its own")
     if by_layer and len(images) > 1:
         raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
-    pictures = [Image.open(path).convert("RGB") for path in images]
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no picture {path}")
+    pictures = [open_image(path, path.name) for path in images]
     config = _read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}
     models: dict[str, Any] = {}

@@ -167,7 +167,7 @@ class DecoupledEmbedding(nn.Module):
             module_name, _, parameter_name = _module_name(name).rpartition(".")
             module = self.get_submodule(module_name)
             with align_module_device(module):
-                value = module.get_parameter(parameter_name)
+                value: Tensor = module.get_parameter(parameter_name)
                 value = value.full_tensor() if isinstance(value, DTensor) else value
                 values[name] = value.detach().to("cpu", torch.float32, copy=True)
         return values

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..families import find_encoder
 from ..models.install import merging_of
+from ..models.timing import synchronize
 from ..schedule import MergePlan
-from .efficiency import synchronize
 
 
 # The functions of `ops` that make up a part.

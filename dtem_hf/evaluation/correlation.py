@@ -16,9 +16,9 @@ from ..embedding import mean_key_projection
 from ..errors import BadValue
 from ..families import find_encoder
 from ..models.attach import MergeMixin
+from ..models.copies import share_weights
 from ..models.vision import evaluating, run_on_pixels
-from ..ops.matching import cosine_scores, split_even_odd
-from .variants import share_weights
+from ..ops import cosine_scores, split_even_odd
 
 
 @torch.no_grad()

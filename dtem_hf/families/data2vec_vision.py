@@ -44,7 +44,7 @@ class SharedBias:
 class Data2VecVisionMerging(RelativeBiasMerging):
     """A `Data2VecVisionLayer` returns a tuple, and its MLP is in two parts."""
 
-    def merged_forward(
+    def merged_forward(  # type: ignore[override]
         self: Any,
         hidden_states: Tensor,
         state: TokenState,

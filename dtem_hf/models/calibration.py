@@ -19,9 +19,8 @@ from ..configuration import EViTConfig, MergeConfig
 from ..errors import BadValue, UnsupportedModelError
 from ..families import find_encoder
 from ..schedule import ConstantSchedule, KeepRateSchedule, ListSchedule, Schedule, reductions_for
-from ..training.features import feature_distance, recorded_features
-from ..training.tasks.base import kl_to
 from .attach import MergeMixin
+from .distances import feature_distance, kl_to, recorded_features
 from .encoder import Merging
 from .install import merging_of, set_merge_config
 

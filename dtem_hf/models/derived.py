@@ -36,7 +36,8 @@ def _new_derived(base: type, *mixins: type) -> Any:
 
 def derive_class(module: nn.Module, *mixins: type) -> None:
     """Put mixins in front of a module's class; it keeps its name."""
-    change_class(module, derived_class(type(module), *mixins))
+    base: type = type(module)
+    change_class(module, derived_class(base, *mixins))
 
 
 def stock_class(cls: type) -> type:

@@ -21,7 +21,8 @@ from ..embedding import DecoupledEmbedding
 from ..errors import BadValue
 from ..families import check_attention_implementation, find_encoder, input_like
 from ..families.layer import forget_keys, remember_keys
-from ..hub.adapter import BackboneFacts, MergeAdapter
+from ..hub.adapter import MergeAdapter
+from ..hub.facts import BackboneFacts
 from ..methods import make_method
 from ..token_state import MergeStep
 from .derived import Renamed, derive_class, restore_class
@@ -84,7 +85,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
 def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
     """Put what was prepared into a plain model. `model_mixins` go in front of the model's class, if not there yet."""
     encoder, merging = prepared.encoder, prepared.merging
-    if not isinstance(model, Renamed):
+    if not is_merged(model):
         derive_class(model, *model_mixins)
     if not isinstance(encoder, EncoderMerging):
         derive_class(encoder, EncoderMerging)
@@ -107,7 +108,7 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 def detach(model: PreTrainedModel) -> Any:
     """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
     inner: Any = inside_peft(model)
-    if not isinstance(inner, Renamed):
+    if not is_merged(inner):
         return model
     family, encoder = find_encoder(inner)
     if is_installed(encoder):
@@ -123,6 +124,11 @@ def detach(model: PreTrainedModel) -> Any:
     if hasattr(inner.config, "merge"):
         del inner.config.merge
     return model
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether a model is of a merged class."""
+    return isinstance(model, Renamed)
 
 
 def is_installed(encoder: Any) -> bool:

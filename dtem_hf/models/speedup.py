@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..benchmark.efficiency import time_interleaved
 from ..errors import BadValue
 from ..families import find_encoder
 from .install import set_merge_config
+from .timing import time_interleaved
 from .vision import evaluating, run_on_pixels
 
 

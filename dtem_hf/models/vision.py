@@ -35,6 +35,14 @@ def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     return part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
 
 
+def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own."""
+    config: Any = find_encoder(model)[1].config
+    size = config.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.num_channels, height, width
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block a model is in eval mode; behind it every module is in the mode it was in."""

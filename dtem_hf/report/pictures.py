@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.opening import as_rgb
 from ..errors import BadValue
 from ..families import find_encoder
 from ..models.attach import MergeMixin
@@ -209,9 +210,7 @@ def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
 def _in_mode(image: Image, num_channels: int) -> Image:
     if num_channels not in _MODES:
         raise BadValue("num_channels", num_channels, f"one of {sorted(_MODES)}")
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value / 256)  # which would be cut off at 255, not scaled
-    return image.convert(_MODES[num_channels])
+    return as_rgb(image).convert(_MODES[num_channels])
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

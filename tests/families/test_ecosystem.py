@@ -22,7 +22,7 @@ from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2Imag
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, attach, detach, register, unregister
 from dtem_hf.families import families
-from dtem_hf.models.attach import merged_layers
+from dtem_hf.models.install import merged_layers
 from tests.support.ecosystem import (
     DOCUMENT,
     MERGE,

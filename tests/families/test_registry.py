@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertModel, ViTForMaskedImageModeling
 
 from dtem_hf import ToMeConfig, UnsupportedModelError, attach
-from dtem_hf.families import check_attention_implementation, families, find_backbone, find_family
+from dtem_hf.families import check_attention_implementation, families, find_encoder, find_family
 
 
 def test_an_unknown_family_is_refused_with_the_list_of_known_ones() -> None:
@@ -37,7 +37,7 @@ def test_a_model_must_hold_exactly_one_encoder(make_classifier: Callable[..., An
     else:
         model.vit = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match=rf"holds {extra} encoders; merging needs exactly one"):
-        find_backbone(model)
+        find_encoder(model)
 
 
 def test_a_subclass_belongs_to_its_bases_family(make_classifier: Callable[..., Any]) -> None:
@@ -48,7 +48,7 @@ def test_a_subclass_belongs_to_its_bases_family(make_classifier: Callable[..., A
 
 
 def test_the_mean_of_keys_is_the_mean_over_heads(make_classifier: Callable[..., Any]) -> None:
-    backbone, encoder = find_backbone(make_classifier())
+    backbone, encoder = find_encoder(make_classifier())
     for layer in backbone.layers(encoder):
         h = torch.randn(2, 9, 32)
         keys = layer.attention.k_proj(h)
@@ -58,7 +58,7 @@ def test_the_mean_of_keys_is_the_mean_over_heads(make_classifier: Callable[..., 
 
 @pytest.mark.parametrize("size, expected", [(None, 65), (32, 65), (48, 145), ((32, 16), 33), ([16, 32], 33), (35, 65)])
 def test_tokens_of_an_image(make_classifier: Callable[..., Any], size: Any, expected: int) -> None:
-    backbone, encoder = find_backbone(make_classifier())
+    backbone, encoder = find_encoder(make_classifier())
     assert backbone.num_tokens(encoder, size) == expected
 
 

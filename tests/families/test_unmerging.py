@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, MergeTrace, ToMeConfig, UnsupportedModelError, attach, detach
-from dtem_hf.models.attach import merged_layers
+from dtem_hf.models.install import merged_layers
 
 
 Make = Callable[[], Any]
