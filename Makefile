@@ -36,6 +36,9 @@ test-oldest: .venv-oldest/.installed  ## Run what touches transformers and torch
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
 	$(BIN)/python recipes/model_cards.py
 
+ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the families in tests/families
+	$(BIN)/python -m tests.support.ecosystem
+
 performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the tables in docs/performance anew
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --batch_sizes 16 --output_dir docs/performance/deit-small-compile
