@@ -18,7 +18,7 @@ PEERS := --peer recipes.peers:sliced
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest model-cards quality style build
+.PHONY: help quickstart test test-family test-oldest model-cards ecosystem performance quality style build
 .SECONDARY:
 
 help:  ## Show the targets
@@ -29,6 +29,9 @@ quickstart: $(VENV)/.installed-quickstart  ## Train, merge, measure and save a s
 
 test: $(VENV)/.installed-test  ## Run all tests
 	$(BIN)/$(PYTEST)
+
+test-family: $(VENV)/.installed-test  ## Run what tests one family of models: make test-family F=vit
+	$(BIN)/$(PYTEST) tests/families --family "$(F)"
 
 test-oldest: .venv-oldest/.installed  ## Run what touches transformers and torch on the oldest ones, in .venv-oldest
 	$(OLDEST_BIN)/$(PYTEST) $(addprefix tests/,$(OLDEST_TESTS))
