@@ -18,7 +18,7 @@ PEERS := --peer recipes.peers:sliced
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest model-cards quality style build
+.PHONY: help quickstart test test-family test-oldest model-cards ecosystem performance quality style build
 .SECONDARY:
 
 help:  ## Show the targets
@@ -30,11 +30,17 @@ quickstart: $(VENV)/.installed-quickstart  ## Train, merge, measure and save a s
 test: $(VENV)/.installed-test  ## Run all tests
 	$(BIN)/$(PYTEST)
 
+test-family: $(VENV)/.installed-test  ## Run what tests one family of models: make test-family F=vit
+	$(BIN)/$(PYTEST) tests/families --family "$(F)"
+
 test-oldest: .venv-oldest/.installed  ## Run what touches transformers and torch on the oldest ones, in .venv-oldest
 	$(OLDEST_BIN)/$(PYTEST) $(addprefix tests/,$(OLDEST_TESTS))
 
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
 	$(BIN)/python recipes/model_cards.py
+
+ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the families in tests/families
+	$(BIN)/python -m tests.support.ecosystem
 
 performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the tables in docs/performance anew
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small

@@ -25,6 +25,30 @@ from tests.support.loopback_hub import LoopbackHub
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--family", help="run what tests this family alone: a file's name in tests/families")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one family's tests: those in its own file, and all that have its case, a row or a model as a parameter."""
+    family = config.getoption("family")
+    if family is None:
+        return
+    from tests.support.families import CASES
+
+    if family not in CASES:
+        raise pytest.UsageError(f"--family {family}: one of {', '.join(CASES)}")
+    own = {CASES[family], *CASES[family].models}
+
+    def belongs(item: pytest.Item) -> bool:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        found = any(getattr(value, "case", value) in own for value in values if value.__hash__)
+        return found or item.path == ROOT / "tests" / "families" / f"{family}.py"
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = filter(belongs, items)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with oracles and assets beside the repository; tests that ask for it skip where it is absent."""

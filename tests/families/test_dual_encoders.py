@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2: merged in the vision tower only; heads that see sizes, padding that counts for nothing."""
+"""CLIP, SigLIP, SigLIP 2: whole models merge in the vision tower only; padding counts for nothing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from transformers import (
     SiglipConfig,
     SiglipForImageClassification,
     SiglipModel,
-    SiglipVisionModel,
 )
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
-from dtem_hf.families.siglip2 import Siglip2Family
-from tests.support import slow_reference as slow
 
 
 METHODS = [ToMeConfig, DTEMConfig]
@@ -32,8 +29,6 @@ CLASSIFIERS = [CLIPForImageClassification, SiglipForImageClassification, Siglip2
 PATCHES = 64
 GRIDS = [(8, 8), (6, 9), (3, 7)]  # 64, 54 and 21 patches
 WORDS = torch.tensor([[1, 7, 9, 2, 2], [1, 9, 30, 4, 2]])
-# At the published temperatures most sizes are equal but for rounding, and the order of sorted tokens is chance.
-MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0}
 
 
 def make(model_class: Any) -> Any:
@@ -152,67 +147,6 @@ def test_images_score_by_the_cosine_of_their_features(model_class: Any, method: 
             torch.testing.assert_close(together.logits_per_image[row], score, atol=1e-4, rtol=1e-4)
 
 
-def expand(x: Tensor, sizes: Tensor) -> Tensor:
-    """Each merged token of an image as often as it counts, and padding not at all: [n, D], [n] -> [m, D]."""
-    assert torch.equal(sizes, sizes.round())
-    return x.repeat_interleave(sizes.long(), dim=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_class", [SiglipVisionModel, Siglip2VisionModel])
-def test_the_pooling_head_sees_each_token_as_often_as_it_counts(model_class: Any, method: Any) -> None:
-    """Against the stock head on as many copies of every token."""
-    model, stock = merged(model_class, method, [11, 0, 14, 3]), make(model_class)
-    images = pictures(model_class)
-    with torch.no_grad(), model.trace_merging() as trace:
-        output = model(**images)
-        for row, (tokens, sizes) in enumerate(zip(output.last_hidden_state, trace.sizes[-1], strict=True)):
-            expected = stock.head(expand(tokens, sizes).unsqueeze(0))[0]
-            torch.testing.assert_close(output.pooler_output[row], expected, atol=1e-5, rtol=1e-4)
-            naive = stock.head(tokens.unsqueeze(0))[0]
-            assert (naive - expected).abs().max() > 1e-2
-            if "spatial_shapes" in images:
-                assert sizes.sum() == images["spatial_shapes"][row].prod()
-
-
-@pytest.mark.parametrize("model_class", [SiglipVisionModel, Siglip2VisionModel])
-def test_the_pooling_head_sees_soft_sizes(model_class: Any) -> None:
-    """In training sizes are no whole numbers: the head's exponentials are multiplied by them."""
-    model, images = merged(model_class, DTEMConfig, **MILD).train(), pictures(model_class)
-    with torch.no_grad(), model.trace_merging() as trace:
-        output = model(**images)
-    head = model.head
-    for row, (x, sizes) in enumerate(zip(output.last_hidden_state, trace.sizes[-1], strict=True)):
-        weights, biases = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
-        # One query against all tokens; the slow reference takes as many queries as keys.
-        queries = (head.probe[0] @ weights[0].T + biases[0]).expand(len(x), -1)
-        k, v = (x @ w.T + b for w, b in zip(weights[1:], biases[1:], strict=True))
-        pooled = head.attention.out_proj(slow.attention(queries, k, v, 4, 8**-0.5, sizes)[:1])
-        expected = (pooled + head.mlp(head.layernorm(pooled)))[0]
-        torch.testing.assert_close(output.pooler_output[row], expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_class", CLASSIFIERS)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_classifiers_weigh_tokens_by_their_sizes(model_class: Any, method: Any, training: bool) -> None:
-    fields = MILD if method is DTEMConfig else {}
-    model, images = merged(model_class, method, [11, 0, 14, 3], **fields).train(training), pictures(model_class)
-    with torch.no_grad(), model.trace_merging() as trace:
-        logits = model(**images).logits
-        tokens = model.vision_model(**images).last_hidden_state
-        prefix = 1 if model_class is CLIPForImageClassification else 0
-        for row in range(3):
-            x, sizes = tokens[row, prefix:], trace.sizes[-1][row, prefix:]
-            mean = sum(size * token for size, token in zip(sizes, x, strict=True)) / sum(sizes)
-            hard = not training or method is ToMeConfig
-            if hard and model_class is Siglip2ForImageClassification:
-                assert sizes.sum() == images["pixel_attention_mask"][row].sum()
-            torch.testing.assert_close(logits[row], model.classifier(mean), atol=1e-5, rtol=1e-4)
-            naive = model.classifier(x.mean(dim=0))
-            assert (naive - logits[row]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @torch.no_grad()
@@ -236,16 +170,3 @@ def test_padding_never_joins_what_is_real(method: Any, training: bool) -> None:
     few = model(**images)
     torch.testing.assert_close(few.pooler_output[2], plain.pooler_output[2], atol=1e-5, rtol=1e-5)
     assert (few.pooler_output[0] - plain.pooler_output[0]).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_a_naive_merge_of_padding_breaks_it(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking padding for tokens, what lies in it decides what becomes of the image."""
-    monkeypatch.setattr(Siglip2Family, "padding_sizes", lambda *_: None)
-    model, images = merged(Siglip2VisionModel, method), padded(GRIDS)
-    other = dict(images, pixel_values=images["pixel_values"].clone())
-    other["pixel_values"][images["pixel_attention_mask"] == 0] = 100.0
-    ours, theirs = (model(**inputs).pooler_output for inputs in (images, other))
-    assert (ours - theirs)[0].abs().max() < 1e-5  # has none
-    assert ((ours - theirs)[1:].abs().amax(dim=1) > 1e-2).all()

@@ -1,7 +1,6 @@
 """What people do with models, for every family: pipelines, registration, device maps, dtypes, compilers, exports.
 
-A new family is one entry of `ROWS` in `ecosystem.py`. What a family cannot do stands there with the reason, and is
-tested, too: the plain model cannot do it either.
+What a family cannot do stands in its case with the reason, and is tested, too: the plain model cannot do it either.
 """
 
 from __future__ import annotations
@@ -20,34 +19,31 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2ImageProcessorPil, ViTImageProcessorPil
 
 import dtem_hf
-from dtem_hf import DTEMConfig, EViTConfig, attach, detach, register, unregister
-from dtem_hf.families import families
-from dtem_hf.models.install import merged_layers
+from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, attach, detach, register, unregister
 from tests.support.ecosystem import (
     DOCUMENT,
-    MERGE,
     MOST_USED,
-    PATCH,
-    PATCHES,
-    ROWS,
-    SIDE,
-    WORDS,
-    Row,
     document,
     exported_models,
+    lacks,
     models_of,
     tasks_of,
 )
+from tests.support.families import CASES
+from tests.support.family_case import PATCH, WORDS, FamilyCase
+from tests.support.unmerging import layers_of
 
 
-AUTO = [(row, auto, model_class) for row in ROWS for auto, model_class in models_of(row)]
+MERGE = ToMeConfig(r=6)
+SIDE = 24
+AUTO = [(case, auto, model_class) for case in CASES.values() for auto, model_class in models_of(case)]
 by_model = pytest.mark.parametrize(
-    "row, auto, model_class", AUTO, ids=[f"{auto}-{model_class.__name__}" for _, auto, model_class in AUTO]
+    "case, auto, model_class", AUTO, ids=[f"{auto}-{model_class.__name__}" for _, auto, model_class in AUTO]
 )
 
 
-@pytest.fixture(params=ROWS, ids=lambda row: row.name)
-def row(request: pytest.FixtureRequest) -> Row:
+@pytest.fixture(params=CASES.values(), ids=str)
+def case(request: pytest.FixtureRequest) -> FamilyCase:
     return request.param
 
 
@@ -56,13 +52,6 @@ def registered() -> Iterator[None]:
     register()
     yield
     unregister()
-
-
-def test_every_family_has_a_row() -> None:
-    rows = {row.encoder_class for row in ROWS}
-    assert len(rows) == len(ROWS) == len(families())
-    for family in families():
-        assert len(rows & set(family.all_models())) == 1, type(family).__name__
 
 
 # Auto classes
@@ -75,9 +64,9 @@ def same_weights(ours: Any, theirs: Any) -> bool:
 
 @pytest.mark.usefixtures("registered")
 @by_model
-def test_registered_auto_classes_merge(row: Row, auto: str, model_class: Any, tmp_path: Path) -> None:
+def test_registered_auto_classes_merge(case: FamilyCase, auto: str, model_class: Any, tmp_path: Path) -> None:
     """A checkpoint of every class of every family comes back as that class, plain or merged, as is asked."""
-    stock, plain = getattr(transformers, auto), row.make(model_class)
+    stock, plain = getattr(transformers, auto), case.make_small(model_class)
     if auto == "AutoBackbone":  # asks the Hub before it looks into a folder, so this is as far as it goes without one
         merged = stock.from_config(attach(plain, MERGE).config)
         assert isinstance(merged, model_class)
@@ -85,7 +74,7 @@ def test_registered_auto_classes_merge(row: Row, auto: str, model_class: Any, tm
         return
     plain.save_pretrained(tmp_path)
     merged = stock.from_pretrained(tmp_path, merge=MERGE)
-    assert type(merged) is type(attach(row.make(model_class), MERGE))
+    assert type(merged) is type(attach(case.make_small(model_class), MERGE))
     assert merged.merge_config == MERGE
     assert same_weights(merged, plain)
     for kwargs in ({}, {"merge": None}):
@@ -99,9 +88,9 @@ def test_registered_auto_classes_merge(row: Row, auto: str, model_class: Any, tm
 
 
 @by_model
-def test_auto_classes_of_our_own_merge(row: Row, auto: str, model_class: Any, tmp_path: Path) -> None:
+def test_auto_classes_of_our_own_merge(case: FamilyCase, auto: str, model_class: Any, tmp_path: Path) -> None:
     """A base checkpoint with a learned method, and what was saved merged."""
-    plain = row.make(model_class)
+    plain = case.make_small(model_class)
     plain.save_pretrained(tmp_path)
     ours = getattr(dtem_hf, auto)
     merged = ours.from_pretrained(tmp_path, merge=DTEMConfig(r=6))
@@ -144,13 +133,13 @@ def tokenizer() -> Any:
     return BertTokenizer(vocab=vocabulary, model_input_names=["input_ids", "attention_mask"])
 
 
-def parts(row: Row, task: str) -> dict[str, Any]:
+def parts(case: FamilyCase, task: str) -> dict[str, Any]:
     """What a pipeline needs beside the model."""
     size = {"height": SIDE, "width": SIDE}
-    look = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=PATCHES)
-    look = look if row.name == "siglip2" else ViTImageProcessorPil(size=size)
+    look = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=36)
+    look = look if case.family == "siglip2" else ViTImageProcessorPil(size=size)
     if task == "image-text-to-text":
-        return {"processor": (GitProcessor if row.name == "git" else BlipProcessor)(look, tokenizer())}
+        return {"processor": (GitProcessor if case.family == "git" else BlipProcessor)(look, tokenizer())}
     return {"image_processor": look, **({"tokenizer": tokenizer()} if task.startswith("zero-shot") else {})}
 
 
@@ -172,26 +161,26 @@ def alike(ours: Any, theirs: Any) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-PIPELINES = [(row, *rest) for row in ROWS for rest in tasks_of(row)]
+PIPELINES = [(case, *rest) for case in CASES.values() for rest in tasks_of(case)]
 
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
-    "row, task, auto, model_class", PIPELINES, ids=[f"{task}-{cls.__name__}" for _, task, _, cls in PIPELINES]
+    "case, task, auto, model_class", PIPELINES, ids=[f"{task}-{cls.__name__}" for _, task, _, cls in PIPELINES]
 )
-def test_pipelines_run_merged_models(row: Row, task: str, auto: str, model_class: Any, tmp_path: Path) -> None:
+def test_pipelines_run_merged_models(case: FamilyCase, task: str, auto: str, model_class: Any, tmp_path: Path) -> None:
     """One that is given, one that is loaded with `model_kwargs`, one that was saved merged: they answer alike."""
-    plain = row.make(model_class)
+    plain = case.make_small(model_class)
     plain.save_pretrained(tmp_path / "plain")
-    merged = attach(row.make(model_class), MERGE)
+    merged = attach(case.make_small(model_class), MERGE)
     merged.save_pretrained(tmp_path / "merged")
-    given = transformers.pipeline(task, model=merged, **parts(row, task))
+    given = transformers.pipeline(task, model=merged, **parts(case, task))
     plan = merged.merge_plan()
     with merged.trace_merging() as trace:
         answer = ask(task, given)
     assert [sizes.shape[1] for sizes in trace.sizes] == plan.tokens
     for folder, kwargs in (("plain", {"model_kwargs": {"merge": MERGE}}), ("merged", {})):
-        pipe = transformers.pipeline(task, model=str(tmp_path / folder), device="cpu", **kwargs, **parts(row, task))
+        pipe = transformers.pipeline(task, model=str(tmp_path / folder), device="cpu", **kwargs, **parts(case, task))
         assert type(pipe.model) is type(merged)
         assert pipe.model.merge_config == MERGE
         alike(ask(task, pipe), answer)
@@ -201,20 +190,21 @@ def test_pipelines_run_merged_models(row: Row, task: str, auto: str, model_class
 
 
 @pytest.fixture
-def folder(row: Row, tmp_path: Path) -> Path:
+def folder(case: FamilyCase, tmp_path: Path) -> Path:
     """A plain model that `AutoModel` yields, with all that its family has."""
-    row.make(widest(row)).save_pretrained(tmp_path / "plain")
+    case.make_small(widest(case)).save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
 
 
-def widest(row: Row) -> Any:
-    return next(model_class for auto, model_class in models_of(row) if auto == "AutoModel")
+def widest(case: FamilyCase) -> Any:
+    """The model with the most around the encoder, of those that `AutoModel` yields."""
+    return [model_class for auto, model_class in models_of(case) if auto == "AutoModel"][-1]
 
 
-def all_inputs(row: Row, count: int) -> dict[str, Tensor]:
+def all_inputs(case: FamilyCase, count: int) -> dict[str, Tensor]:
     """With a text for those that read one."""
-    inputs = row.inputs(count)
-    if hasattr(widest(row).config_class(), "text_config") or row.name == "git":
+    inputs = case.small_inputs(count)
+    if hasattr(widest(case).config_class(), "text_config") or case.family == "git":
         inputs["input_ids"] = torch.tensor([[2, 7, 8, 9, 7, 11, 10, 3]] * count)
     return inputs
 
@@ -234,15 +224,15 @@ both_methods = pytest.mark.parametrize("config", [MERGE, DTEMConfig(r=6)], ids=[
 
 @both_methods
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
-def test_device_maps(row: Row, folder: Path, device_map: str, config: Any) -> None:
-    expected = outputs(dtem_hf.AutoModel.from_pretrained(folder, merge=config), all_inputs(row, 2))
+def test_device_maps(case: FamilyCase, folder: Path, device_map: str, config: Any) -> None:
+    expected = outputs(dtem_hf.AutoModel.from_pretrained(folder, merge=config), all_inputs(case, 2))
     model = dtem_hf.AutoModel.from_pretrained(folder, merge=config, device_map=device_map)
-    close(outputs(model, all_inputs(row, 2)), expected)
+    close(outputs(model, all_inputs(case, 2)), expected)
 
 
 def first_layer_on_disk(model: Any) -> dict[str, str]:
     """A device map that leaves everything else on the CPU."""
-    first = merged_layers(model)[0]
+    first = layers_of(model)[0]
     held = [name for name, module in model.named_modules() if first in module.modules()]
     names = [name for name, _ in model.named_modules() if name and name.rpartition(".")[0] in held]
     names += [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.count(".") == 0]
@@ -250,10 +240,10 @@ def first_layer_on_disk(model: Any) -> dict[str, str]:
 
 
 @both_methods
-def test_weights_on_disk(row: Row, folder: Path, config: Any, tmp_path: Path) -> None:
+def test_weights_on_disk(case: FamilyCase, folder: Path, config: Any, tmp_path: Path) -> None:
     """Accelerate brings them in for as long as their module runs: loaded merged, and merged when already there."""
-    plain, merged = row.make(widest(row)), attach(row.make(widest(row)), config)
-    inputs = all_inputs(row, 2)
+    plain, merged = case.make_small(widest(case)), attach(case.make_small(widest(case)), config)
+    inputs = all_inputs(case, 2)
     before, behind = outputs(plain, inputs), outputs(merged, inputs)
     options = {"device_map": first_layer_on_disk(merged), "offload_folder": tmp_path / "disk"}
     loaded = dtem_hf.AutoModel.from_pretrained(folder, merge=config, **options)
@@ -266,23 +256,14 @@ def test_weights_on_disk(row: Row, folder: Path, config: Any, tmp_path: Path) ->
     close(outputs(detach(model), inputs), before)
 
 
-def test_weights_on_disk_beside_layers_as_one_call(row: Row, folder: Path, tmp_path: Path) -> None:
-    """The layer whose weights come and go runs by its modules, the others need not: the last digits differ."""
-    merged, inputs = attach(row.make(widest(row)), MERGE), all_inputs(row, 2)
-    options = {"device_map": first_layer_on_disk(merged), "offload_folder": tmp_path / "disk"}
-    loaded = dtem_hf.AutoModel.from_pretrained(folder, merge=MERGE, **options)
-    torch.testing.assert_close(outputs(loaded, inputs), outputs(merged, inputs), atol=1e-5, rtol=1e-5)
-
-
-def test_loading_as_bfloat16(row: Row, folder: Path) -> None:
+def test_loading_as_bfloat16(case: FamilyCase, folder: Path) -> None:
     """Also what is learned; sizes stay float32."""
     model = dtem_hf.AutoModel.from_pretrained(folder, merge=DTEMConfig(r=6), dtype="bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    inputs = all_inputs(row, 2)
+    inputs = all_inputs(case, 2)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with model.trace_merging() as trace:
         found = outputs(model, inputs)
-    assert [sizes.shape[1] for sizes in trace.sizes] == model.merge_plan().tokens
     assert {sizes.dtype for sizes in trace.sizes} == {torch.float32}
     assert all(value.isfinite().all() for value in found)
     assert torch.bfloat16 in {value.dtype for value in found}
@@ -290,14 +271,14 @@ def test_loading_as_bfloat16(row: Row, folder: Path) -> None:
 
 # Compilers and exports
 
-EXPORTED = [(row, model_class) for row in ROWS for model_class in exported_models(row)]
+EXPORTED = [(case, model_class) for case in CASES.values() for model_class in exported_models(case)]
 by_exported = pytest.mark.parametrize(
-    "row, model_class", EXPORTED, ids=[model_class.__name__ for _, model_class in EXPORTED]
+    "case, model_class", EXPORTED, ids=[model_class.__name__ for _, model_class in EXPORTED]
 )
 
 
-def make_merged(row: Row, model_class: Any, config: Any = MERGE, eager: bool = False) -> Any:
-    return attach(row.make(model_class, "eager" if eager else None), config)
+def make_merged(case: FamilyCase, model_class: Any, config: Any = MERGE, eager: bool = False) -> Any:
+    return attach(case.make_small(model_class, "eager" if eager else None), config)
 
 
 def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -306,86 +287,87 @@ def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @by_exported
-def test_one_graph_of_torch_compile(row: Row, model_class: Any) -> None:
+def test_one_graph_of_torch_compile(case: FamilyCase, model_class: Any) -> None:
     torch._dynamo.reset()
-    model = make_merged(row, model_class)
+    model = make_merged(case, model_class)
     try:
-        ours = first_output(torch.compile(model, fullgraph=True, backend="aot_eager"), row.inputs(3))
+        ours = first_output(torch.compile(model, fullgraph=True, backend="aot_eager"), case.small_inputs(3))
     except torch._dynamo.exc.TorchDynamoException:
         with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-            first_output(torch.compile(detach(model), fullgraph=True, backend="aot_eager"), row.inputs(3))
+            first_output(torch.compile(detach(model), fullgraph=True, backend="aot_eager"), case.small_inputs(3))
         pytest.skip("with these versions, the plain model does not compile either")
-    theirs = first_output(model, row.inputs(3))
+    theirs = first_output(model, case.small_inputs(3))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def export(model: Any, row: Row) -> torch.export.ExportedProgram:
-    inputs, batch = row.inputs(2), torch.export.Dim("batch", min=1, max=64)
+def export(model: Any, case: FamilyCase) -> torch.export.ExportedProgram:
+    inputs, batch = case.small_inputs(2), torch.export.Dim("batch", min=1, max=64)
     return torch.export.export(model, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs})
 
 
 @cache
-def exported(row_name: str, model_class: Any, config: Any = MERGE) -> tuple[Any, torch.export.ExportedProgram]:
+def exported(family: str, model_class: Any, config: Any = MERGE) -> tuple[Any, torch.export.ExportedProgram]:
     """A merged model and its graph for any batch, as the ONNX exporter can read it."""
-    row = next(row for row in ROWS if row.name == row_name)
-    model = make_merged(row, model_class, config, eager="onnx" in row.eager_only)
-    return model, export(model, row)
+    case = CASES[family]
+    model = make_merged(case, model_class, config, eager="onnx" in case.eager_only)
+    return model, export(model, case)
 
 
-def assert_exports(row: Row, model: Any, program: torch.export.ExportedProgram) -> None:
+def assert_exports(case: FamilyCase, model: Any, program: torch.export.ExportedProgram) -> None:
     for count in (1, 5):
-        ours, theirs = first_output(program.module(), row.inputs(count)), first_output(model, row.inputs(count))
+        inputs = case.small_inputs(count)
+        ours, theirs = first_output(program.module(), inputs), first_output(model, inputs)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @by_exported
-def test_export_with_a_dynamic_batch(row: Row, model_class: Any) -> None:
-    if row.lacks("export"):
+def test_export_with_a_dynamic_batch(case: FamilyCase, model_class: Any) -> None:
+    if lacks(case, "export"):
         with pytest.raises(Exception, match="batch"):
-            export(row.make(model_class), row)
+            export(case.make_small(model_class), case)
         return
-    model, program = exported(row.name, model_class)
-    assert_exports(row, model, program)
-    if "onnx" in row.eager_only:
-        model = make_merged(row, model_class)
-        assert_exports(row, model, export(model, row))
+    model, program = exported(case.family, model_class)
+    assert_exports(case, model, program)
+    if "onnx" in case.eager_only:
+        model = make_merged(case, model_class)
+        assert_exports(case, model, export(model, case))
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: str) -> None:
     torch.onnx.export(program, f=path, dynamo=True, optimize=False, verbose=False)
 
 
-def assert_onnx_runs(row: Row, model: Any, program: torch.export.ExportedProgram, path: str) -> None:
+def assert_onnx_runs(case: FamilyCase, model: Any, program: torch.export.ExportedProgram, path: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     write_onnx(program, path)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for count in (1, 5):
-        ours = session.run(None, {name: value.numpy() for name, value in row.inputs(count).items()})[0]
+        ours = session.run(None, {name: value.numpy() for name, value in case.small_inputs(count).items()})[0]
         torch.testing.assert_close(
-            torch.from_numpy(ours), first_output(model, row.inputs(count)), atol=1e-4, rtol=1e-4
+            torch.from_numpy(ours), first_output(model, case.small_inputs(count)), atol=1e-4, rtol=1e-4
         )
 
 
 @by_exported
-def test_onnx_runtime_with_a_dynamic_batch(row: Row, model_class: Any, tmp_path: Path) -> None:
+def test_onnx_runtime_with_a_dynamic_batch(case: FamilyCase, model_class: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     path = str(tmp_path / "model.onnx")
-    if row.lacks("onnx") or "onnx" in row.eager_only:
+    if lacks(case, "onnx") or "onnx" in case.eager_only:
         with pytest.raises(Exception):  # noqa: B017 (what torch.onnx raises is its own affair)
-            write_onnx(export(row.make(model_class), row), path)
-    if not row.lacks("onnx"):
-        assert_onnx_runs(row, *exported(row.name, model_class), path)
+            write_onnx(export(case.make_small(model_class), case), path)
+    if not lacks(case, "onnx"):
+        assert_onnx_runs(case, *exported(case.family, model_class), path)
 
 
 @pytest.mark.parametrize("config", [DTEMConfig(r=6), EViTConfig(layers=[0, 1])], ids=["dtem", "evit"])
 def test_other_methods_are_exported(config: Any, tmp_path: Path) -> None:
     """That of the table is ToMe, as its keys are each family's own."""
     pytest.importorskip("onnxscript")
-    row = ROWS[0]
-    model = make_merged(row, row.encoder_class, config)
-    program = export(model, row)
-    assert_exports(row, model, program)
-    assert_onnx_runs(row, model, program, str(tmp_path / "model.onnx"))
+    case = CASES["vit"]
+    model = make_merged(case, case.encoder, config)
+    program = export(model, case)
+    assert_exports(case, model, program)
+    assert_onnx_runs(case, model, program, str(tmp_path / "model.onnx"))
 
 
 # The table of all this
@@ -393,9 +375,9 @@ def test_other_methods_are_exported(config: Any, tmp_path: Path) -> None:
 
 def test_the_documented_table_is_what_is_tested_here() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document()
-    assert {column for row in ROWS for column in (*row.lacking, *row.eager_only)} <= {"export", "onnx"}
+    assert {column for case in CASES.values() for column in (*case.lacking, *case.eager_only)} <= {"export", "onnx"}
 
 
 def test_all_holds_for_the_families_that_most_people_use() -> None:
-    whole = {row.name for row in ROWS if not row.lacking and not row.eager_only}
+    whole = {case.family for case in CASES.values() if not case.lacking and not case.eager_only}
     assert whole >= set(MOST_USED)

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from dtem_hf import AutoModelForImageClassification, DTEMConfig, EViTConfig, ToMeConfig, attach
-from dtem_hf.families import families
 from tests.support import slow_model
-from tests.support.family_table import FAMILIES, inputs_of, make
-from tests.support.slow_anatomies import ANATOMIES, first_token_logits, vit_like
+from tests.support.families import ROWS
+from tests.support.family_case import Row
+from tests.support.slow_anatomies import first_token_logits, vit_like
 from tests.support.slow_model import Reduction, Tokens
 
 
@@ -48,13 +47,18 @@ METHODS = {
         Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
     ),
 }
-ROWS = [(family, method) for family, row in FAMILIES.items() for method in METHODS if row.cls or "evit" not in method]
+CASES = [
+    pytest.param(row, method, attention, id=f"{row}-{method}-{attention}")
+    for row in ROWS
+    for method in METHODS
+    for attention in row.case.attentions
+    if row.has_cls or "evit" not in method
+]
 
 
-def lively(family: str, attention: str = "sdpa") -> Any:
+def lively(row: Row, attention: str = "sdpa") -> Any:
     """A model of three layers and 36 patches, whose every weight matters."""
-    smaller = {"num_patches": 36} if family.startswith("siglip2") else {"image_size": 24}
-    model = make(family, attention, num_hidden_layers=3, **smaller)
+    model = row.make(attention, num_hidden_layers=3, image_size=24, num_patches=36)
     draw = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         scale = 0.2 if name.endswith("bias") or parameter.dim() > 1 else 0.1
@@ -66,9 +70,9 @@ def lively(family: str, attention: str = "sdpa") -> Any:
     return model
 
 
-def merged(family: str, method: str, attention: str = "sdpa") -> Any:
+def merged(row: Row, method: str, attention: str = "sdpa") -> Any:
     """What a method learns is drawn as well: nothing reminds of the keys."""
-    model = attach(lively(family, attention), METHODS[method][0])
+    model = attach(lively(row, attention), METHODS[method][0])
     draw = torch.Generator().manual_seed(3)
     for parameter in model.merge_parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
@@ -76,19 +80,6 @@ def merged(family: str, method: str, attention: str = "sdpa") -> Any:
         if "merge_embedding.exponents" in name:
             parameter.data += 1
     return model
-
-
-def images(family: str) -> dict[str, Tensor]:
-    """Two; those of DINOv3 are not square, those of SigLIP 2 come with padding, and with noise in it."""
-    if family == "dinov3_vit":
-        return inputs_of(family, 2, 20, 28)
-    if family.startswith("siglip2"):
-        inputs = inputs_of(family, 2, 24, 24)
-        inputs["spatial_shapes"] = torch.tensor([[4, 7], [5, 6]])
-        for row, real in enumerate((28, 30)):
-            inputs["pixel_attention_mask"][row, real:] = 0
-        return inputs
-    return inputs_of(family, 2, 24, 24)
 
 
 def name_of(name: str) -> str:
@@ -102,77 +93,67 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return {name_of(name): value.double() for name, value in model.state_dict().items()}
 
 
-def one(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+def one(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     """One image, in float64."""
-    return {name: value[row].double() if value.is_floating_point() else value[row] for name, value in inputs.items()}
+    chosen = {name: value[index] for name, value in inputs.items()}
+    return {name: value.double() if value.is_floating_point() else value for name, value in chosen.items()}
 
 
 @cache
-def expected(family: str, method: str) -> list[tuple[dict[str, Tensor], list[Tokens]]]:
+def expected(row: Row, method: str) -> list[tuple[dict[str, Tensor], list[Tokens]]]:
     """Image by image."""
-    weights, inputs = weights_of(merged(family, method)), images(family)
-    return [slow_model.run(weights, ANATOMIES[family], one(inputs, row), METHODS[method][1]) for row in range(2)]
+    weights, inputs = weights_of(merged(row, method)), row.case.small_inputs(2)
+    return [slow_model.run(weights, row.anatomy, one(inputs, index), METHODS[method][1]) for index in range(2)]
 
 
-def assert_same_tokens(trace: Any, row: int, trail: list[Tokens]) -> None:
+def assert_same_tokens(trace: Any, image: int, trail: list[Tokens]) -> None:
     """What they count for, and who stands for whom, behind every layer; padding may go anywhere."""
     for source, sizes, tokens in zip(trace.source_maps, trace.sizes, trail, strict=True):
-        torch.testing.assert_close(sizes[row].double(), tokens.sizes, atol=1e-5, rtol=0)
+        torch.testing.assert_close(sizes[image].double(), tokens.sizes, atol=1e-5, rtol=0)
         place = {
             member: position
             for position, members in enumerate(tokens.members)
             for member in members
             if tokens.sizes[position] > 0
         }
-        assert {member: int(source[row, member]) for member in place} == place
+        assert {member: int(source[image, member]) for member in place} == place
 
 
-def assert_same_outputs(output: Any, row: int, outputs: dict[str, Tensor], last: Tokens) -> None:
+def assert_same_outputs(output: Any, image: int, outputs: dict[str, Tensor], last: Tokens) -> None:
     for name, theirs in outputs.items():
-        ours = output[name][row].double()
+        ours = output[name][image].double()
         if name == "last_hidden_state":  # what padding says is nobody's business
             ours, theirs = ours[last.sizes > 0], theirs[last.sizes > 0]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6, msg=partial("{}: {}".format, name))
 
 
-def test_every_family_has_a_row() -> None:
-    """With the slow reference that it is compared with."""
-    models = [getattr(transformers, row.model) for row in FAMILIES.values()]
-    for family in families():
-        assert any(model in family.all_models() for model in models), type(family).__name__
-    assert ANATOMIES.keys() == FAMILIES.keys()
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family, method", ROWS)
+@pytest.mark.parametrize("row, method, attention", CASES)
 @torch.no_grad()
-def test_a_merged_model_equals_the_slow_reference(family: str, method: str, attention: str) -> None:
+def test_a_merged_model_equals_the_slow_reference(row: Row, method: str, attention: str) -> None:
     """All outputs, and who stands for whom behind every layer."""
-    if attention not in FAMILIES[family].attentions:
-        pytest.skip("transformers knows eager attention alone for this family")
-    model = merged(family, method, attention)
+    model = merged(row, method, attention)
     with model.trace_merging() as trace:
-        output = model(**images(family))
-    for row, (outputs, trail) in enumerate(expected(family, method)):
-        assert_same_tokens(trace, row, trail)
-        assert_same_outputs(output, row, outputs, trail[-1])
+        output = model(**row.case.small_inputs(2))
+    for image, (outputs, trail) in enumerate(expected(row, method)):
+        assert_same_tokens(trace, image, trail)
+        assert_same_outputs(output, image, outputs, trail[-1])
 
 
 @pytest.mark.parametrize("method", ["soft", "aggregated", "soft-aggregated"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_those_of_the_slow_reference(family: str, method: str) -> None:
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_gradients_equal_those_of_the_slow_reference(row: Row, method: str) -> None:
     """Of every weight, of the learned embedding among them, by a fixed function of the output.
 
     A hard merge teaches how merged tokens count, and nothing of how tokens compare.
     """
-    model, inputs = merged(family, method), images(family)
-    output = model(**inputs)[FAMILIES[family].output]
+    model, inputs = merged(row, method), row.case.small_inputs(2)
+    output = model(**inputs)[row.output]
     slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
     (output * slope).sum().backward()
     weights = {name: value.requires_grad_() for name, value in weights_of(model).items()}
-    for row in range(2):
-        outputs, _ = slow_model.run(weights, ANATOMIES[family], one(inputs, row), METHODS[method][1])
-        (outputs[FAMILIES[family].output] * slope[row]).sum().backward()
+    for image in range(2):
+        outputs, _ = slow_model.run(weights, row.anatomy, one(inputs, image), METHODS[method][1])
+        (outputs[row.output] * slope[image]).sum().backward()
     largest = max(float(value.grad.norm()) for value in weights.values() if value.grad is not None)
     compared = 0
     for name, parameter in model.named_parameters():
@@ -206,7 +187,7 @@ def test_a_real_model_equals_the_slow_reference(method: str, shared: Path, deit_
     with model.trace_merging() as trace:
         output = model(**inputs)
     anatomy = vit_like("vit.", first_token_logits("vit.layernorm", 1e-6), eps=1e-6, heads=3)
-    for row in range(2):
-        outputs, trail = slow_model.run(weights_of(model), anatomy, one(inputs, row), reduction)
-        assert_same_tokens(trace, row, trail)
-        assert_same_outputs(output, row, outputs, trail[-1])
+    for image in range(2):
+        outputs, trail = slow_model.run(weights_of(model), anatomy, one(inputs, image), reduction)
+        assert_same_tokens(trace, image, trail)
+        assert_same_outputs(output, image, outputs, trail[-1])

@@ -1,6 +1,6 @@
 """Learned powers of sizes and lengths of means in whole models, by properties: what stays, and where gradients lead.
 
-What they compute is held against the slow reference in tests/backbones/test_equals_slow_reference.py.
+What they compute is held against the slow reference in tests/families/test_slow_reference.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtem_hf import DTEMConfig, attach
-from tests.support.family_table import inputs_of, make
+from tests.support.families import row_of
 
 
 Make = Callable[..., Any]
@@ -154,11 +154,11 @@ def test_straight_through_is_the_hard_merge_going_forward(make_classifier: Make,
 def test_what_padding_holds_is_nobodys_business(relaxation: str, with_gradients: bool) -> None:
     """SigLIP 2 with powers near 0, to which a size near 0 is no small number."""
     config = DTEMConfig(r=6, relaxation=relaxation, **MILD, **LEARN)
-    model = disturbed(attach(make("siglip2"), config)).train()
+    model = disturbed(attach(row_of("siglip2").make(), config)).train()
     for name, parameter in aggregation(model).items():
         if name.startswith("exponents"):
             parameter.data = torch.tensor([0.05, 0.3, 1.0, -0.2])
-    inputs = inputs_of("siglip2", 2)
+    inputs = row_of("siglip2").inputs(2)
     inputs["spatial_shapes"] = torch.tensor([[6, 8], [7, 8]])
     for row, real in enumerate((48, 56)):
         inputs["pixel_attention_mask"][row, real:] = 0

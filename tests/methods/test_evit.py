@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from dtem_hf import (
@@ -16,13 +15,11 @@ from dtem_hf import (
     EViTConfig,
     FlopsSchedule,
     KeepRateSchedule,
-    UnsupportedModelError,
     attach,
     detach,
 )
-from dtem_hf.families.layer import LayerMerging
 from tests.support import slow_model
-from tests.support.slow_anatomies import ANATOMIES
+from tests.support.families import row_of
 from tests.support.slow_model import Reduction
 
 
@@ -30,9 +27,7 @@ Make = Callable[..., Any]
 
 
 @torch.no_grad()
-def assert_equal_to_slow(
-    merged: Any, plain: Any, pixels: Tensor, config: EViTConfig, layers: list[int], family: str = "vit"
-) -> None:
+def assert_equal_to_slow(merged: Any, plain: Any, pixels: Tensor, config: EViTConfig, layers: list[int]) -> None:
     """Logits, source maps and sizes are those of METHOD.md section 7, one image at a time."""
     weights = {name: value.double() for name, value in plain.state_dict().items()}
     rates = [config.keep_rate if index in layers else None for index in range(4)]
@@ -41,7 +36,7 @@ def assert_equal_to_slow(
         logits = merged(pixels).logits
     for image in range(len(pixels)):
         inputs = {"pixel_values": pixels[image].double()}
-        expected, trail = slow_model.run(weights, ANATOMIES[family], inputs, reduction)
+        expected, trail = slow_model.run(weights, row_of("vit").anatomy, inputs, reduction)
         torch.testing.assert_close(logits[image].double(), expected["logits"], atol=2e-5, rtol=1e-5)
         for source, sizes, tokens in zip(trace.source_maps, trace.sizes, trail, strict=True):
             members = [
@@ -72,18 +67,6 @@ def test_it_equals_the_slow_one(
     """Logits, source maps through several layers (a fused token is ranked and fused like any other), and sizes."""
     model = attach(make_classifier(attn_implementation=attn_implementation), config)
     assert_equal_to_slow(model, make_classifier(), pixels, config, layers)
-
-
-def test_all_prefix_tokens_stay_and_the_first_one_ranks(pixels: Tensor) -> None:
-    """DeiT's distillation token is neither ranked nor fused."""
-    values = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    config = transformers.DeiTConfig(**values, image_size=32, patch_size=4, num_labels=5, initializer_range=0.2)
-    torch.manual_seed(1)
-    plain = transformers.DeiTForImageClassification(config).eval()
-    merged = transformers.DeiTForImageClassification(config).eval()
-    merged.load_state_dict(plain.state_dict())
-    evit = EViTConfig(0.5)
-    assert_equal_to_slow(attach(merged, evit), plain, pixels, evit, [1, 2, 3], "deit")
 
 
 @pytest.mark.parametrize("config", [EViTConfig(1.0), EViTConfig(0.5, [])], ids=str)
@@ -121,75 +104,6 @@ def grad_of_ranking_query(make_classifier: Make, pixels: Tensor, layers: list[in
     return model.vit.layers[2].attention.q_proj.weight.grad
 
 
-def small(config_class: Any, **changes: Any) -> Any:
-    values = {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 32,
-        "patch_size": 4,
-        "initializer_range": 0.2,
-        "attn_implementation": "eager",
-    }
-    return config_class(**{**values, **changes})
-
-
-def with_loud_biases(model: Any) -> Any:
-    """Relative position biases start at zero."""
-    for name, parameter in model.named_parameters():
-        if "relative_position_bias" in name:
-            parameter.data.normal_()
-    return model
-
-
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "vit": lambda: transformers.ViTModel(small(transformers.ViTConfig)),
-    "beit": lambda: transformers.BeitModel(small(transformers.BeitConfig, use_relative_position_bias=True)),
-    "beit shared": lambda: transformers.BeitModel(
-        small(transformers.BeitConfig, use_shared_relative_position_bias=True)
-    ),
-    "data2vec": lambda: transformers.Data2VecVisionModel(
-        small(transformers.Data2VecVisionConfig, use_relative_position_bias=True)
-    ),
-    "data2vec shared": lambda: transformers.Data2VecVisionModel(
-        small(transformers.Data2VecVisionConfig, use_shared_relative_position_bias=True)
-    ),
-    "dinov2": lambda: transformers.Dinov2Model(small(transformers.Dinov2Config)),
-    "dinov2 with registers": lambda: transformers.Dinov2WithRegistersModel(
-        small(transformers.Dinov2WithRegistersConfig, num_register_tokens=3)
-    ),
-    "dinov3": lambda: transformers.DINOv3ViTModel(small(transformers.DINOv3ViTConfig, num_register_tokens=2)),
-    "clip": lambda: transformers.CLIPVisionModel(small(transformers.CLIPVisionConfig)),
-    "git": lambda: transformers.GitVisionModel(small(transformers.GitVisionConfig)),
-    "blip": lambda: transformers.BlipVisionModel(small(transformers.BlipVisionConfig)),
-}
-
-
-@pytest.mark.parametrize("proportional", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_ranks_by_the_attention_that_the_model_computes(
-    family: str, proportional: bool, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In every layer, also behind others that reduced: with rotations, relative biases and sizes in it."""
-    torch.manual_seed(1)
-    model = with_loud_biases(FAMILIES[family]().eval())
-    attach(model, EViTConfig(0.7, [0, 1, 2, 3], proportional_attention=proportional))
-    ranked_by, stock = [], LayerMerging.first_token_attention
-
-    def recording(*args: Any) -> Tensor:
-        ranked_by.append(stock(*args))
-        return ranked_by[-1]
-
-    monkeypatch.setattr(LayerMerging, "first_token_attention", recording)
-    with torch.no_grad():
-        attentions = model(pixels, output_attentions=True).attentions
-    assert len(ranked_by) == len(attentions) == 4
-    assert attentions[3].shape[-1] < attentions[0].shape[-1]
-    for ours, theirs in zip(ranked_by, attentions, strict=True):
-        torch.testing.assert_close(ours, theirs[:, :, 0].mean(dim=1), atol=1e-6, rtol=1e-5)
-
-
 def test_a_mask_over_patches_counts_where_the_ranking_layer_is_the_first_to_reduce(
     make_classifier: Make, pixels: Tensor
 ) -> None:
@@ -203,17 +117,6 @@ def test_a_mask_over_patches_counts_where_the_ranking_layer_is_the_first_to_redu
             outputs.append(model(pixels, attention_mask=mask).logits)
         assert (trace.source_maps[3][:, 40:] == trace.source_maps[3].max()).all()
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["SiglipVision", "Siglip2Vision"])
-def test_a_family_without_cls_is_refused_and_left_as_it_is(name: str) -> None:
-    config = small(getattr(transformers, f"{name}Config"), num_patches=64)
-    model = getattr(transformers, f"{name}Model")(config)
-    classes = [type(module) for module in model.modules()]
-    with pytest.raises(UnsupportedModelError, match=rf"method='evit'.*{name}Model has none; use 'tome' or 'dtem'"):
-        attach(model, EViTConfig())
-    assert [type(module) for module in model.modules()] == classes
-    assert not hasattr(model.config, "merge")
 
 
 @pytest.mark.parametrize("flops", [0.8, 0.5])

@@ -1,6 +1,6 @@
 """How merged tokens count, learned: neutral at the start, saved with the adapter, taught through the hard merge alone.
 
-That the mathematics is right in every family is tests/backbones/test_equals_slow_reference.py's.
+That the mathematics is right in every family is tests/families/test_slow_reference.py's.
 """
 
 import json

@@ -18,13 +18,26 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import DynamicCache, GitConfig, GitForCausalLM, GitModel
+from transformers import DynamicCache, GitConfig, GitForCausalLM, GitModel, GitVisionModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from dtem_hf import AutoModelForCausalLM, DTEMConfig, ToMeConfig, attach, detach
-from dtem_hf.families import git
-from dtem_hf.scope import current_scope
+from tests.support.family_case import FamilyCase, Row
+from tests.support.slow_anatomies import clip_like
+from tests.support.slow_model import Outputs, Weights, layer_norm
 
+
+def git_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:
+    return {"last_hidden_state": layer_norm(weights, root + "post_layernorm", x, 1e-5)}
+
+
+CASE = FamilyCase(
+    "git",
+    encoder=GitVisionModel,
+    rows=(Row(GitVisionModel, clip_like("vision_model.", git_head), "last_hidden_state"),),
+    others=(GitModel, GitForCausalLM),
+    attentions=("eager",),
+)
 
 PAD, STEPS = 0, 6
 # What forward passes call it: transformers gave it another name in 5.24.
@@ -301,6 +314,8 @@ def stock_count(attention: Any) -> int:
 
 def count_with(patch: Patch, count: Callable[[Any], int]) -> None:
     """Have the decoder ask `count`, which is given the attention that the stock model asks."""
+    from dtem_hf.families import git
+
     patch.setattr(git.TrueImagePatchTokens, "image_patch_tokens", property(count))
 
 
@@ -310,6 +325,8 @@ def count_of_an_unmerged_image(patch: Patch) -> None:
 
 
 def count_of_one_frame(patch: Patch) -> None:
+    from dtem_hf.scope import current_scope
+
     def count(attention: Any) -> int:
         scope = current_scope()
         return scope.num_tokens // 3 if scope is not None else stock_count(attention)
@@ -324,11 +341,14 @@ def count_of_the_models_own_image_size(patch: Patch) -> None:
 
 def count_where_there_are_pictures_only(patch: Patch) -> None:
     """Right in the first pass, forgotten in those that have a cache instead."""
+    from dtem_hf.families import git
+
     patch.setattr(git, "cached_visual_tokens", lambda inputs: 0)
 
 
 def count_that_takes_padding_for_pictures(patch: Patch) -> None:
     """What is in the cache and is none of the words that the mask of the first image lets through."""
+    from dtem_hf.families import git
 
     def count(inputs: Any) -> int:
         if inputs.get("pixel_values") is not None or inputs.get(CACHE) is None:

@@ -20,7 +20,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from tests.support import slow_reference as slow
+from tests.support.family_case import FamilyCase, Row
+from tests.support.slow_anatomies import clip_like
+from tests.support.slow_model import Outputs, Weights, gelu, layer_norm
 
+
+def blip_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:
+    """The pooled token is normalised twice."""
+    x = layer_norm(weights, root + "post_layernorm", x, 1e-5)
+    return {"last_hidden_state": x, "pooler_output": layer_norm(weights, root + "post_layernorm", x[0], 1e-5)}
+
+
+CASE = FamilyCase(
+    "blip",
+    encoder=BlipVisionModel,
+    rows=(
+        Row(
+            BlipVisionModel,
+            clip_like("", blip_head, qkv=("self_attn.qkv",), out="self_attn.projection", activation=gelu),
+            "pooler_output",
+        ),
+    ),
+    others=(BlipModel, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
+    text={"encoder_hidden_size": 32, "sep_token_id": 3},
+    attentions=("eager",),
+)
 
 PAD, BOS, SEP, STEPS = 0, 1, 2, 6
 METHODS = [ToMeConfig, DTEMConfig]

@@ -1,0 +1,94 @@
+"""Tokens that are put back in place by hand, and the heads of dense models on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, MergeTrace, ToMeConfig, attach
+from tests.support.family_case import FamilyCase
+
+
+Decode = Callable[[Any, list[Tensor]], Tensor]
+METHODS: dict[str, MergeConfig] = {
+    "tome": ToMeConfig(r=9),
+    "tome-by-layer": ToMeConfig(r=[0, 14, 0, 3]),
+    "dtem": DTEMConfig(r=9),
+    "soft": DTEMConfig(r=[9, 0, 11, 3], relaxation="soft"),
+    "evit": EViTConfig(0.5),
+}
+SEGMENTATION = {
+    "use_relative_position_bias": True,
+    "out_indices": [1, 2, 3, 4],
+    "use_mask_token": False,
+    "auxiliary_channels": 8,
+    "num_labels": 5,
+    "pool_scales": [1, 2],
+}
+
+
+def put_back(x: Tensor, source: Tensor) -> Tensor:
+    """Every original token is the token it ended in, one at a time."""
+    return torch.stack([torch.stack([x[image, place] for place in source[image]]) for image in range(len(x))])
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The layers of the part of a model that sees."""
+    depth = getattr(model.config, "vision_config", model.config).num_hidden_layers
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+
+
+@torch.no_grad()
+def traced(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, MergeTrace]:
+    """A pass and its trace."""
+    with model.trace_merging() as trace:
+        output = model(*args, **kwargs)
+    return output, trace
+
+
+def run_recording(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+    """A pass, and all tokens in place in front of the first layer and behind each, put back by hand."""
+    found: list[Tensor] = []
+    layers = layers_of(model)
+    handles = [layers[0].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))]
+    for layer in layers:
+        handles.append(
+            layer.register_forward_hook(lambda *a: found.append(a[2][0] if isinstance(a[2], tuple) else a[2]))
+        )
+    output, trace = traced(model, *args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return output, [found[0], *map(put_back, found[1:], trace.source_maps)]
+
+
+def assert_segmentation_sees_the_grid(
+    case: FamilyCase,
+    model_class: Any,
+    merge: MergeConfig,
+    pixels: Tensor,
+    decode: Decode,
+) -> None:
+    """The merged model's logits are those of `decode`, the stock heads on tokens that were put back by hand."""
+    plain, model = (case.make(model_class, **SEGMENTATION) for _ in range(2))
+    output, tokens = run_recording(attach(model, merge), pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(output.logits, decode(plain, tokens), atol=1e-4, rtol=1e-4)
+        unmerged = plain(pixels).logits
+        assert output.logits.shape == unmerged.shape
+        assert not torch.allclose(output.logits, unmerged, atol=1e-3)
+        with model.unmerged():
+            assert torch.equal(model(pixels).logits, unmerged)
+
+
+def assert_segmentation_trains(case: FamilyCase, model_class: Any, pixels: Tensor) -> None:
+    """What merging learns gets gradients through the heads, but for the last layer's, which they do not read."""
+    model = attach(case.make(model_class, **SEGMENTATION).requires_grad_(False), DTEMConfig(r=9)).train()
+    for parameter in model.merge_parameters():
+        parameter.requires_grad_(True)
+    labels = torch.randint(0, 5, (len(pixels), *pixels.shape[2:]))
+    model(pixels, labels=labels).loss.backward()
+    gradients = [parameter.grad for parameter in model.merge_parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients[:-2])
