@@ -88,7 +88,7 @@ def test_order_is_said_and_another_number_of_classes_refused(tmp_path, capsys):
         capsys.readouterr().err
     )
     two = folders(tmp_path / "two", ["a", "b"])
-    with pytest.raises(BadValue, match="2 of 2 in the data are none of them.*--label_column none"):
+    with pytest.raises(BadValue, match=r"2 of 2 in the data are none of them.*--label_column none"):
         match_labels(two, config)
     left_out = match_labels(two, config, needed=False)
     assert [left_out.class_of(label) for label in (0, 1, -1)] == [-1, -1, -1]

@@ -44,7 +44,7 @@ def test_values_that_mean_nothing_are_refused(tmp_path, bad):
     values = RAMP.astype(np.float32)
     values[3, 4] = bad
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(UnreadableImage, match="x cannot be read .*values from 0 to 1 or 255 or 65535"):
+    with pytest.raises(UnreadableImage, match=r"x cannot be read .*values from 0 to 1 or 255 or 65535"):
         open_image(tmp_path / "x.tif", "x")
 
 
