@@ -131,7 +131,7 @@ def test_rows_share_the_weights_of_one_model(vit_folder):
             if "merge_embedding" not in name:
                 assert parameter is model.get_parameter(name)
     copied = share_weights(attach(model, DTEMConfig(r=1)))
-    assert copied.vit.merge_embedding.layers[0].weight is model.vit.merge_embedding.layers[0].weight
+    assert copied.vit.merge_embedding.projections[0].weight is model.vit.merge_embedding.projections[0].weight
 
 
 def test_evit_has_keep_rates_and_shares_and_no_r(vit_folder):

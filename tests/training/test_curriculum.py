@@ -56,7 +56,7 @@ def test_straight_through_removes_tokens_and_reaches_the_embedding(vit_folder):
     torch.testing.assert_close(logits, hard(pixels).logits, rtol=1e-4, atol=1e-5)
     logits.logsumexp(-1).sum().backward()
     # What is merged in the last layer reaches no class: it happens behind the CLS token's last look at the others.
-    norms = [layer.weight.grad.norm().item() for layer in model.vit.merge_embedding.layers]
+    norms = [layer.weight.grad.norm().item() for layer in model.vit.merge_embedding.projections]
     assert all(norm > 0 for norm in norms[:-1]) and norms[-1] == 0
 
 
