@@ -27,7 +27,8 @@ _HOMES = {
     "models.calibration": ("Calibration", "calibrate"),
     "configuration": ("DTEMConfig", "EViTConfig", "MergeConfig", "ToMeConfig"),
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
-    "models.attach": ("attach", "detach"),
+    "models.attach": ("attach",),
+    "models.install": ("detach",),
     "schedule": (
         "ConstantSchedule",
         "FlopsSchedule",
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
     from .errors import AdapterError, BadValue, UnsupportedModelError
     from .hub.adapter import MergeAdapter
-    from .models.attach import attach, detach
+    from .models.attach import attach
     from .models.auto import (
         AutoBackbone,
         AutoModel,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         unregister,
     )
     from .models.calibration import Calibration, calibrate
+    from .models.install import detach
     from .schedule import (
         ConstantSchedule,
         FlopsSchedule,

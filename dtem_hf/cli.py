@@ -3,7 +3,7 @@
     dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5
     dtem-hf quickstart   # a laptop's CPU
 
-What a command needs is imported when it runs, so that `dtem-hf --help` answers at once.
+A command imports what it needs when it runs, so that `dtem-hf --help` answers at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
+from .errors import BadValue
 from .version import __version__
 
 
@@ -31,7 +32,7 @@ _SHOWN_RESULTS = 5
 
 
 class OneLineErrors(TyperGroup):
-    """What a user can mend is one red line on stderr: exit code 2 for a bad value, 1 for what was not found."""
+    """Errors that a user can correct are one red line on stderr: exit code 2 for a bad value, 1 for all others."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -82,17 +83,15 @@ def options(
 _R_HELP = next(f.metadata["help"] for f in fields(MatchingConfig) if f.name == "r")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's Hub id or local folder.")]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        metavar="|".join(sorted(MergeConfig._methods)),
-        help="Reduction method; left out: the one that the model was saved with, or dtem.",
-    ),
-]
+_METHODS = "|".join(sorted(MergeConfig._methods))
+Method = Annotated[str | None, typer.Option(metavar=_METHODS, help="Left out: as the model was saved, or dtem.")]
 Reduction = Annotated[str | None, typer.Option("--r", metavar="R", help=f"{_R_HELP.capitalize()}, as JSON.")]
-Flops = Annotated[
-    float | None, typer.Option(metavar="SHARE", help="Merge until this share of the multiply-adds is left.")
-]
+Flops = Annotated[float | None, typer.Option(metavar="SHARE", help="Merge to this share of the multiply-adds.")]
+Pixels = Annotated[int | None, typer.Option(metavar="PIXELS", help="Height and width; left out: the model's own.")]
+Branch = Annotated[str | None, typer.Option(metavar="NAME", help="Commit to this branch, made if it is not there.")]
+Message = Annotated[str | None, typer.Option(metavar="TEXT", help="The message of the commit.")]
+_MERGES = f"An adapter's folder or Hub id, or a {CONFIG_NAME}; several give several columns."
+Merges = Annotated[list[str] | None, typer.Option(metavar="ADAPTER", help=_MERGES)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -102,9 +101,7 @@ def plan(
     method: Method = None,
     r: Reduction = None,
     flops: Flops = None,
-    image_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Height and width; left out: the model's own.")
-    ] = None,
+    image_size: Pixels = None,
     as_json: AsJson = False,
 ) -> None:
     """Show tokens per layer and multiply-adds per image.
@@ -129,13 +126,9 @@ def plan(
         _print_json({"model": model, "merge": merged.merge_config.to_dict(), **merge_plan.to_dict()})
         return
 
-    rows = []
-    entering = merge_plan.num_tokens
-    for index, (merges, leaving, cost) in enumerate(
-        zip(merge_plan.reductions, merge_plan.tokens, merge_plan.layer_multiply_adds, strict=True)
-    ):
-        rows.append((str(index), str(entering), str(merges), str(leaving), f"{cost / 1e6:.1f}"))
-        entering = leaving
+    tokens = [merge_plan.num_tokens, *merge_plan.tokens]
+    layers = zip(tokens, merge_plan.reductions, tokens[1:], merge_plan.layer_multiply_adds, strict=False)
+    rows = [(i, *layer[:-1], f"{layer[-1] / 1e6:.1f}") for i, layer in enumerate(layers)]
     typer.echo(f"{model} ({type(merged).__name__}), {merged.merge_config.method}")
     _print_table(("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
     typer.echo(str(merge_plan).splitlines()[-1])
@@ -158,29 +151,23 @@ def info(
     from .hub.records import clean
 
     loaded = MergeAdapter.from_reference(adapter)
-    merge = {**loaded.config.to_dict(), "embed_dim": loaded.embed_dim}
-    backbone = asdict(loaded.backbone)
-    parameters = sum(tensor.numel() for tensor in loaded.tensors.values())
-    size_bytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
-    results = card_results(adapter)
+    found: dict[str, Any] = {
+        "adapter": adapter,
+        "merge": {**loaded.config.to_dict(), "embed_dim": loaded.embed_dim},
+        "backbone": asdict(loaded.backbone),
+        "parameters": sum(tensor.numel() for tensor in loaded.tensors.values()),
+        "size_bytes": sum(tensor.nbytes for tensor in loaded.tensors.values()),
+        "results": card_results(adapter),
+    }
     if as_json:
-        _print_json(
-            {
-                "adapter": adapter,
-                "merge": merge,
-                "backbone": backbone,
-                "parameters": parameters,
-                "size_bytes": size_bytes,
-                "results": results,
-            }
-        )
+        _print_json(found)
         return
 
-    facts = [(name, clean(value)) for name, value in {**merge, **backbone}.items() if value is not None]
-    facts += [("parameters", f"{parameters:,}"), ("size", f"{size_bytes:,} bytes")]
-    facts += [
-        (f"{result['dataset']}, {result['metric']}", str(result["value"])) for result in results[:_SHOWN_RESULTS]
-    ]
+    named = {**found["merge"], **found["backbone"]}
+    facts = [(name, clean(value)) for name, value in named.items() if value is not None]
+    facts += [("parameters", f"{found['parameters']:,}"), ("size", f"{found['size_bytes']:,} bytes")]
+    results = found["results"]
+    facts += [(f"{result['dataset']}, {result['metric']}", result["value"]) for result in results[:_SHOWN_RESULTS]]
     if not results:
         facts.append(("results", "not evaluated"))
     elif len(results) > _SHOWN_RESULTS:
@@ -193,25 +180,19 @@ def info(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter's folder.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository, made if it is not there.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make it private; refused where a public one is there.")
-    ] = False,
-    branch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Commit to this branch, made if it is not there.")
-    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make it private; refused where it is public.")] = False,
+    branch: Branch = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")] = False,
-    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="What the commit says.")] = None,
+    commit_message: Message = None,
     overwrite_card: Annotated[
-        bool, typer.Option("--overwrite-card", help="Replace a README.md that is in the repository.")
+        bool, typer.Option("--overwrite-card", help="Replace a README.md that is there.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be published, and publish nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be published.")] = False,
 ) -> None:
     """Publish an adapter on the Hub, in one commit.
 
-    Published are its config, tensors, card with pictures, and the records of training and evaluation without the
-    folders of this machine; nothing else of the folder. The token is that of `hf auth login`, or HF_TOKEN.
+    It publishes config, tensors, card with pictures, and the records of training and evaluation without the folders
+    of this machine; nothing else of the folder. The token is that of `hf auth login`, or HF_TOKEN.
 
     \b
     Examples:
@@ -222,8 +203,8 @@ def push(
     from .hub.publishing import publish_folder, published_files
 
     if dry_run:
-        sizes = [(name, f"{len(data):,}") for name, data in sorted(published_files(folder, repo_id).items())]
-        _print_table(("file", "bytes"), sizes)
+        files = sorted(published_files(folder, repo_id).items())
+        _print_table(("file", "bytes"), [(name, f"{len(data):,}") for name, data in files])
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -245,21 +226,12 @@ def push(
 def visualize(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to draw.")],
-    merge: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ADAPTER", help=f"An adapter's folder or Hub id, or a {CONFIG_NAME}; several give several columns."
-        ),
-    ] = None,
+    merge: Merges = None,
     method: Method = None,
     r: Reduction = None,
     flops: Flops = None,
-    by_layer: Annotated[
-        bool, typer.Option("--by-layer", help="Draw one image layer by layer, a row for each adapter.")
-    ] = False,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the picture.")] = Path(
-        "merged_tokens.png"
-    ),
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Draw one image by layers, a row per adapter.")] = False,
+    output: Annotated[str, typer.Option(metavar="FILE", help="Where to write the picture.")] = "merged_tokens.png",
 ) -> None:
     """Draw which patches of an image end in the same token.
 
@@ -268,11 +240,9 @@ def visualize(
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg dog.jpg --method tome --r 13
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
     """
-    from PIL import Image
-
     from .data.images import load_processor
-    from .errors import BadValue
-    from .hub.card import method_name
+    from .data.opening import open_image
+    from .labels import method_name
     from .models.auto import auto_class
     from .report.pictures import draw_merged_layers, draw_merged_tokens
 
@@ -280,29 +250,32 @@ def visualize(
         raise BadValue("method", method, "nothing beside --merge, which says its own")
     if by_layer and len(images) > 1:
         raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
-    pictures = [Image.open(path).convert("RGB") for path in images]
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no picture {path}")
+    pictures = [open_image(path, path.name) for path in images]
     config = _read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}
     models: dict[str, Any] = {}
     for label, wanted in (merges or {"": _merge_of(config, method)}).items():
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
         _set_reduction(merged, r, flops)
-        # A picture is to be shown, and a folder of this machine is nobody's business.
+        # The last part of its name only: a picture is published, and the folders of this machine are private.
         name = method_name(merged.merge_config.method)
         models[name if name not in models else f"{name} ({Path(label).name}, {len(models) + 1})"] = merged
     if by_layer:
-        draw_merged_layers(pictures[0], models, load_processor(model), output)
+        draw_merged_layers(pictures[0], models, load_processor(model), Path(output))
     else:
-        draw_merged_tokens(pictures, models, load_processor(model), output)
+        draw_merged_tokens(pictures, models, load_processor(model), Path(output))
     typer.echo(f"written: {output}")
 
 
-# Programs that read their own arguments, `--help` included: the module whose `main` they are, and what they do.
+# Programs that read their own arguments, `--help` included: the module whose `main` runs, and what it does.
 _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
-    "benchmark": ("evaluation.benchmark", "Measure multiply-adds, speed and memory, without any images."),
+    "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
     "export": ("deploy.program", "Write a merged model for ONNX Runtime or AOTInductor, and check it against eager."),
 }
 
@@ -315,7 +288,7 @@ def _add_program(name: str, module: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
     )
     def run(ctx: typer.Context) -> None:
-        sys.argv = [ctx.command_path, *ctx.args]  # argparse names a program by the first, records name all
+        sys.argv = [ctx.command_path, *ctx.args]  # argparse shows the first, and records hold all
         import_module(f".{module}", __package__).main(ctx.args)
 
 
@@ -330,7 +303,7 @@ def _read_config(model: str) -> PretrainedConfig:
 
 
 def _merge_of(config: PretrainedConfig, method: str | None) -> Any:
-    """A method with its defaults; if none is named, what the checkpoint was saved with, or DTEM."""
+    """The named method with its defaults; if none is named, what the checkpoint was saved with, or DTEM."""
     from .models.attach import UNSET
 
     if method is None and getattr(config, "merge", None) is not None:
@@ -339,7 +312,7 @@ def _merge_of(config: PretrainedConfig, method: str | None) -> Any:
 
 
 def _read_merge(reference: str) -> MergeConfig | str:
-    """A config's file is read; an adapter's folder or Hub id is left to `from_pretrained`."""
+    """Read a config's file; `from_pretrained` reads an adapter's folder or Hub id itself."""
     path = Path(reference)
     return MergeConfig.from_pretrained(path.parent) if path.name == CONFIG_NAME else reference
 
@@ -355,8 +328,8 @@ def _print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(values, indent=2))
 
 
-def _print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print rows of text; numbers under a header go to the right."""
+def _print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Print rows; columns with a header are aligned to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -366,7 +339,7 @@ def _print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None
     for name in header:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import InitVar, dataclass, field, fields, replace
@@ -13,15 +13,17 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from .errors import BadValue
+from .errors import WIDEST, BadValue, check_number, check_whole
 from .files import read_json, write_json
 from .schedule import EncoderCost, FlopsSchedule, KeepRateSchedule, Schedule, as_schedule
 from .version import __version__
 
 
 CONFIG_NAME = "merge_config.json"
-# Written into every config. A higher minor version loads with a warning, a higher major one is refused.
+# Written into every config. A higher minor version loads with a warning, a higher major version is refused.
 FORMAT_VERSION = (1, 0)
+# An adapter's config has these beside the method's fields.
+ADAPTER_KEYS = ("backbone", "tensors_sha256")
 
 
 def _help(text: str, **kwargs: Any) -> Any:
@@ -30,7 +32,7 @@ def _help(text: str, **kwargs: Any) -> Any:
 
 @dataclass(kw_only=True)
 class MergeConfig(ABC):
-    """What all methods share. `method` names the reducer; `MergeConfig.from_dict` gives back the right subclass."""
+    """The fields of all methods. `method` names the method; `MergeConfig.from_dict` gives back the right subclass."""
 
     method: ClassVar[str]
     _methods: ClassVar[dict[str, type[MergeConfig]]] = {}
@@ -38,7 +40,7 @@ class MergeConfig(ABC):
     proportional_attention: bool = _help(
         "let a token that stands for m patches count m times in attention", default=True
     )
-    unmerge: bool = _help("hand all tokens on, in place, for whoever reads them on their grid", default=False)
+    unmerge: bool = _help("give all tokens back in place, for models that read them as a grid", default=False)
 
     def __init_subclass__(cls) -> None:
         if "method" in cls.__dict__:
@@ -49,8 +51,12 @@ class MergeConfig(ABC):
 
     def check(self) -> None:
         """Raise ValueError for the first field whose value makes no sense."""
-        _check_type("proportional_attention", self.proportional_attention, bool)
-        _check_type("unmerge", self.unmerge, bool)
+        self._check_flags("proportional_attention", "unmerge")
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise BadValue(name, getattr(self, name), "a bool")
 
     @property
     @abstractmethod
@@ -59,9 +65,9 @@ class MergeConfig(ABC):
 
     @abstractmethod
     def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
-        """The same config with another amount of merging, for an encoder of given cost and number of tokens.
+        """The same config with another r, for an encoder of given cost and number of tokens.
 
-        Raises ValueError for an r that this method has no use for.
+        Raises ValueError for an r that does not suit the method.
         """
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +87,7 @@ class MergeConfig(ABC):
         if not isinstance(values, dict):
             raise BadValue("merge", values, "a JSON object made by MergeConfig.to_dict()")
         values = dict(values)
-        # First, as a newer format may name methods that are not known here.
+        # First, because a newer format may have methods that this version does not know.
         check_version(values.pop("version", None))
         method = values.pop("method", getattr(cls, "method", None))
         kind = MergeConfig._methods.get(method) if isinstance(method, str) else None
@@ -105,10 +111,10 @@ class MergeConfig(ABC):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
-        """Read `merge_config.json` from a folder. Raises FileNotFoundError or ValueError."""
+        """Read `merge_config.json` from a folder, an adapter's for example. Raises FileNotFoundError or ValueError."""
         values = read_json(Path(directory) / CONFIG_NAME)
         if isinstance(values, dict):
-            values.pop("backbone", None)  # an adapter's config also says what it was trained for
+            values = {name: value for name, value in values.items() if name not in ADAPTER_KEYS}
         return cls.from_dict(values)
 
     def __str__(self) -> str:
@@ -117,7 +123,7 @@ class MergeConfig(ABC):
 
 @dataclass
 class MatchingConfig(MergeConfig):
-    """What the methods that merge r tokens per layer by bipartite soft matching share."""
+    """The fields of the methods that merge r tokens per layer by bipartite soft matching."""
 
     r: Any = _help("tokens merged per layer: an int, a list with one per layer, or a schedule", default=16)
     flops: InitVar[float | None] = field(default=None, kw_only=True)
@@ -150,6 +156,7 @@ class ToMeConfig(MatchingConfig):
 
 # Fields of DTEMConfig that add to what is learned.
 LEARN_FIELDS = ("learn_exponents", "learn_norms")
+_CHOICES = {"init": ("keys", "random"), "relaxation": ("auto", "straight_through", "soft", "hard")}
 
 
 @dataclass
@@ -173,32 +180,29 @@ class DTEMConfig(MatchingConfig):
         default="auto",
     )
     learn_exponents: bool = _help(
-        "learn, for each head, how much a token's size counts in attention: m to a learned power, which starts at 1",
+        "learn for each head how much a token's size counts in attention: m to a learned power, which starts at 1",
         default=False,
         kw_only=True,
     )
-
     learn_norms: bool = _help(
-        "learn, for each layer, how much of the length that a mean of tokens loses it is given back",
+        "learn for each layer how much of its length a merged token gets back, as a mean is shorter than its tokens",
         default=False,
         kw_only=True,
     )
 
     def check(self) -> None:
         super().check()
-        for name in LEARN_FIELDS:
-            _check_type(name, getattr(self, name), bool)
+        self._check_flags(*LEARN_FIELDS)
         if self.learn_exponents and not self.proportional_attention:
-            raise BadValue(
-                "learn_exponents", True, "False, or proportional_attention: its exponents are those of sizes"
-            )
+            raise BadValue("learn_exponents", True, "False, or proportional_attention=True, whose sizes it raises")
         if self.embed_dim is not None:
-            _check_positive_int("embed_dim", self.embed_dim)
-        _check_positive_int("top_k", self.top_k)
-        _check_positive("score_temperature", self.score_temperature)
-        _check_positive("assignment_temperature", self.assignment_temperature)
-        _check_choice("init", self.init, ("keys", "random"))
-        _check_choice("relaxation", self.relaxation, ("auto", "straight_through", "soft", "hard"))
+            check_whole("embed_dim", self.embed_dim, 1, WIDEST)
+        check_whole("top_k", self.top_k, 1, WIDEST)
+        for name in ("score_temperature", "assignment_temperature"):
+            check_number(name, getattr(self, name), 1e-6, 1e6)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise BadValue(name, getattr(self, name), f"one of {', '.join(choices)}")
 
 
 @dataclass
@@ -239,10 +243,11 @@ def check_version(version: Any) -> None:
     """Refuse a format of a newer major version, warn about a newer minor one; None is the first version."""
     if version is None:
         return
-    parts = str(version).split(".")
-    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 6 for part in parts):
+    found = re.fullmatch(r"(\d{1,5})\.(\d{1,5})", str(version), re.ASCII)
+    if found is None:
         raise BadValue("version", version, "a version like '1.0'")
-    major, minor = map(int, parts)
+    major, minor = int(found[1]), int(found[2])
+    newest = ".".join(map(str, FORMAT_VERSION))
     if major > FORMAT_VERSION[0]:
         raise BadValue(
             "version",
@@ -252,33 +257,13 @@ def check_version(version: Any) -> None:
         )
     if (major, minor) > FORMAT_VERSION:
         warnings.warn(
-            f"merge config of format {major}.{minor}, newer than the {'.'.join(map(str, FORMAT_VERSION))} that this "
-            f"dtem_hf ({__version__}) knows; pip install --upgrade dtem-hf.",
+            f"merge config of format {major}.{minor}, newer than the {newest} that this dtem_hf ({__version__}) "
+            "knows; pip install --upgrade dtem-hf.",
             stacklevel=3,
         )
 
 
 def _shorten(names: list[str]) -> str:
-    """Names from a file that anyone may have written, for a message."""
+    """A few names for a message; they come from a file and may be long or unprintable."""
     shown = ", ".join(name if name.isidentifier() else repr(name) for name in (name[:50] for name in names[:5]))
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise BadValue(name, value, f"a {kind.__name__}")
-
-
-def _check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadValue(name, value, "a whole number, 1 or more")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise BadValue(name, value, "a number above 0")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise BadValue(name, value, f"one of {', '.join(choices)}")

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from .errors import BadValue
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The widths and counts of an encoder that merging goes by; H = `num_heads`, d = `head_dim`, D = `hidden_size`."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    num_prefix_tokens: int
 
 
 @dataclass(frozen=True)
@@ -20,7 +34,7 @@ class KeyProjection:
     num_heads: int
 
     @property
-    def head_dim(self) -> int:  # of a NamedTuple, Dynamo of torch 2.9 could not read it
+    def head_dim(self) -> int:
         return self.weight.shape[0] // self.num_heads
 
 
@@ -29,17 +43,17 @@ _SMALLEST_NORM = 1e-12
 
 def norms_of(x: Tensor) -> Tensor:
     """Lengths of tokens in float32: [B, n, D] -> [B, n, 1]."""
-    # Added up in float32 at least; a float64 model's may not be narrowed on the way.
+    # Summed in float32 at least; a float64 model is not narrowed before the sum.
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).float()
 
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and what there is beside.
+    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and two options.
 
-    `exponent_heads`: exponents of token sizes for so many heads, 0 for none; `norms`: how much of the length that a
-    mean loses is given back.
+    `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
+    has a share of the length that a mean of tokens loses and gets back.
     """
 
     num_layers: int
@@ -61,27 +75,53 @@ class EmbeddingShape:
         return shapes
 
 
-class DecoupledEmbedding(nn.Module):
-    """What is learned of all layers of an encoder, in one container of its own.
+class Projection(nn.Module):
+    """A learned affine map: [..., D] -> [..., d'].
 
-    Parameters `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d']; where sizes have learned exponents,
-    `exponents.{i}` [H]; where means are lengthened, `norms.{i}` [1].
+    No `nn.Linear`, which quantisers and PEFT's "all-linear" would change along with the backbone's.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A quantised backbone may compute in another dtype.
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class LearnedVector(nn.Module):
+    """A learned vector [n]; read by calling the module, so that offloading and sharding bring it in."""
+
+    def __init__(self, length: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(length, device=device))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+# An adapter's name for a tensor, from its name in the module. The module has no child called `layers`: transformers
+# renames keys with that word when it loads some checkpoints.
+_MODULE_PREFIXES = {"layers": "projections", "exponents": "exponents", "norms": "norms"}
+
+
+class DecoupledEmbedding(nn.Module):
+    """The learned parameters of all layers of an encoder: `projections`, and `exponents` and `norms` where learned.
+
+    Made without values (nothing is drawn): a method or an adapter fills it.
     """
 
     def __init__(self, shape: EmbeddingShape, device: torch.device | None = None) -> None:
         super().__init__()
-        # False while from_pretrained has nothing to fill it from.
-        self.is_filled = True
         self.shape = shape
-        depth, width = shape.num_layers, shape.hidden_size
-        self.layers = nn.ModuleList(nn.Linear(width, shape.embed_dim, device=device) for _ in range(depth))
-        self.exponents: nn.ParameterList | None = None
-        if shape.exponent_heads:
-            ones = (torch.ones(shape.exponent_heads, device=device) for _ in range(depth))
-            self.exponents = nn.ParameterList(nn.Parameter(one) for one in ones)
-        self.norms: nn.ParameterList | None = None
-        if shape.norms:
-            self.norms = nn.ParameterList(nn.Parameter(torch.zeros(1, device=device)) for _ in range(depth))
+        depth = range(shape.num_layers)
+        self.projections = nn.ModuleList(Projection(shape.hidden_size, shape.embed_dim, device) for _ in depth)
+        self.exponents = nn.ModuleList(
+            LearnedVector(shape.exponent_heads, device) for _ in depth if shape.exponent_heads
+        )
+        self.norms = nn.ModuleList(LearnedVector(1, device) for _ in depth if shape.norms)
 
     @property
     def embed_dim(self) -> int:
@@ -89,41 +129,64 @@ class DecoupledEmbedding(nn.Module):
 
     def exponents_of(self, layer: int) -> Tensor | None:
         """The powers to which sizes are raised in a layer's attention, one per head [H]; None where they are 1."""
-        return None if self.exponents is None else self.exponents[layer]
-
-    def norm_power_of(self, layer: int) -> Tensor | None:
-        """The learned share of their length that means are given back [1]; None where it is none."""
-        return None if self.norms is None else self.norms[layer]
+        return self.exponents[layer]() if self.exponents else None
 
     def lengthen(self, layer: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
-        """Give means of tokens back what they lost of their length, to a learned share: x [B, n, D] -> [B, n, D].
+        """Give means of tokens a learned share of the length that they lost: x [B, n, D] -> [B, n, D].
 
-        `norms` makes the mean lengths of the tokens that each is the mean of, [B, n, 1]. Where it is one token, and
-        where nothing is learned, x stays.
+        `norms` makes the size-weighted mean length of the tokens that each x is the mean of, [B, n, 1]. Single tokens
+        stay as they are, and all do where nothing is learned.
         """
-        if self.norms is None:
+        if not self.norms:
             return x
         lost = norms().clamp(min=_SMALLEST_NORM) / norms_of(x).clamp(min=_SMALLEST_NORM)
-        return (x * lost.pow(self.norms[layer].to(x.device, torch.float32))).to(x.dtype)
+        return (x * lost.pow(self.norms[layer]().to(x.device, torch.float32))).to(x.dtype)
 
     def aggregation_parameters(self) -> Iterator[nn.Parameter]:
-        """What says how merged tokens count; all others say how tokens compare."""
-        for module in (self.exponents, self.norms):
-            if module is not None:
-                yield from module.parameters()
+        """The parameters that say how merged tokens count; all others say how tokens compare."""
+        yield from self.exponents.parameters()
+        yield from self.norms.parameters()
 
     @torch.no_grad()
     def reset_aggregation(self) -> None:
-        """Let sizes count as they are in attention, and means be as long as they are."""
-        for parameter in self.aggregation_parameters():
-            parameter.zero_()
-        for parameter in () if self.exponents is None else self.exponents:
+        """Set exponents to 1 and shares of lost length to 0, which is plain merging."""
+        for parameter in self.exponents.parameters():
             parameter.fill_(1)
+        for parameter in self.norms.parameters():
+            parameter.zero_()
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The parameters by the names that `EmbeddingShape.tensors` gives them; not copied."""
+        return {name: self.get_parameter(_module_name(name)) for name in self.shape.tensors()}
+
+    @torch.no_grad()
+    def adapter_values(self) -> dict[str, Tensor]:
+        """Copies of the parameters in float32 on the CPU, by the same names; offloaded and sharded ones, too."""
+        values = {}
+        for name in self.shape.tensors():
+            module_name, _, parameter_name = _module_name(name).rpartition(".")
+            module = self.get_submodule(module_name)
+            with align_module_device(module):
+                value: Tensor = module.get_parameter(parameter_name)
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                values[name] = value.detach().to("cpu", torch.float32, copy=True)
+        return values
+
+    @torch.no_grad()
+    def load_adapter_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors with an adapter's names into the parameters. Raises KeyError for one that is missing."""
+        for name, parameter in self.adapter_tensors().items():
+            parameter.copy_(tensors[name])
 
 
-def default_embed_dim(hidden_size: int, head_dim: int) -> int:
+def _module_name(adapter_name: str) -> str:
+    kind, rest = adapter_name.split(".", 1)
+    return f"{_MODULE_PREFIXES[kind]}.{rest}" if kind == "layers" else f"{_MODULE_PREFIXES[kind]}.{rest}.value"
+
+
+def default_embed_dim(geometry: Geometry) -> int:
     """d' = d for models narrower than 1024, 2d for wider ones."""
-    return head_dim if hidden_size < 1024 else 2 * head_dim
+    return geometry.head_dim if geometry.hidden_size < 1024 else 2 * geometry.head_dim
 
 
 def mean_key_projection(keys: KeyProjection, embed_dim: int | None = None) -> tuple[Tensor, Tensor]:
@@ -150,7 +213,7 @@ def mean_key_projection(keys: KeyProjection, embed_dim: int | None = None) -> tu
 @torch.no_grad()
 def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjection]) -> None:
     """Make an untrained DTEM equal to ToMe: every layer's embedding becomes its mean key."""
-    for layer, projection in zip(embedding.layers, keys, strict=True):
+    for layer, projection in zip(embedding.projections, keys, strict=True):
         weight, bias = mean_key_projection(projection, embedding.embed_dim)
         layer.weight.copy_(weight)  # type: ignore[operator]
         layer.bias.copy_(bias)  # type: ignore[operator]
@@ -159,8 +222,8 @@ def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjec
 
 @torch.no_grad()
 def initialize_randomly(embedding: DecoupledEmbedding, std: float) -> None:
-    """Normal weights with the backbone's own standard deviation, biases of zero."""
-    for layer in embedding.layers:
+    """Normal weights of the given standard deviation, biases of zero."""
+    for layer in embedding.projections:
         nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     embedding.reset_aggregation()

@@ -1,20 +1,28 @@
-"""Files that are written whole or not at all, and JSON that is read within bounds."""
+"""Files that are written whole or not at all, and regular files that are read up to a bound."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .errors import BadValue
 
 
 LARGEST_JSON = 1 << 20
 _DEEPEST_JSON = 64
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -22,29 +30,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it takes the place of `path` only if nothing was raised."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    temporary = _temporary(path)
+    with _naming_a_full_disk(path):
+        try:
+            # The kernel applies the process's umask, which Python could only read by setting it.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path` to fill; it takes the place of `path` only if nothing was raised."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
-        filled, old = Path(name, "new"), Path(name, "old")
+    with _staging(path) as staging:
+        filled = staging / "new"
         filled.mkdir()
         yield filled
         if path.exists():
-            path.rename(old)
+            path.rename(staging / "old")
         filled.rename(path)
 
 
@@ -52,21 +58,74 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to write files to; they take their places in `folder` only if nothing was raised.
 
-    They move in the order of their names' lengths, so that `model.onnx` is there before the record of it,
-    `model.onnx.json`; nothing that was there before is lost if writing fails.
+    They move in the order of their names' lengths: `model.onnx` is there before the record of it, `model.onnx.json`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as staging:
-        yield Path(staging)
-        for path in sorted(Path(staging).iterdir(), key=lambda path: len(path.name)):
+    with _staging(folder / "files") as staging:
+        yield staging
+        for path in sorted(staging.iterdir(), key=lambda path: len(path.name)):
             os.replace(path, folder / path.name)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove from a folder what a killed process left of the writes above.
+
+    Call it only while no other process writes to the folder. A folder that was moved aside and not yet replaced is
+    moved back.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        if found := _TEMPORARY.fullmatch(path.name):
+            _discard(path, path.with_name(found[1]))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    staging = _temporary(path)
+    staging.mkdir(parents=True)
+    with _naming_a_full_disk(path):
+        try:
+            yield staging
+        finally:
+            _discard(staging, path)
+
+
+@contextmanager
+def _naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk inside the block, which safetensors reports in its own way, into an OSError naming `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        named = getattr(error, "filename", None)
+        if code in DISK_IS_FULL and (named is None or _TEMPORARY.fullmatch(Path(named).name)):
+            raise OSError(code, os.strerror(code), str(path)) from error
+        raise
+
+
+def _discard(temporary: Path, path: Path) -> None:
+    """Remove a temporary file or folder; where it holds the only version of `path`, that is moved back first."""
+    if (temporary / "old").exists() and not path.exists():
+        (temporary / "old").rename(path)
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -74,31 +133,49 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON) -> Any:
-    """Read a JSON file of at most `largest` bytes and 64 levels.
+def read_bytes(path: str | os.PathLike[str], largest: int, links: bool = True) -> bytes:
+    """Read a regular file of at most `largest` bytes; without `links`, a symbolic link is refused.
 
-    Raises FileNotFoundError, or ValueError that names the file.
+    Raises FileNotFoundError, or BadValue for a pipe, a device, a folder, a refused link or a larger file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
-    if path.stat().st_size > largest:
-        raise BadValue(path.name, f"{path.stat().st_size} bytes", f"a JSON file of at most {largest} bytes")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        facts = os.stat(path, follow_symlinks=links)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}") from None
+    if stat.S_ISLNK(facts.st_mode):
+        raise BadValue(path.name, str(path), "a file in the folder itself, and no link")
+    if not stat.S_ISREG(facts.st_mode):
+        raise BadValue(path.name, str(path), "a regular file")
+    size = facts.st_size
+    if size <= largest:
+        # Another file may have taken its place: a pipe must not block, and no more is read than was announced.
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(path, flags), "rb") as file:
+            content = file.read(size + 1)
+        if len(content) <= size:
+            return content
+    raise BadValue(path.name, f"{size} bytes", f"a file of at most {largest} bytes")
+
+
+def read_text(path: str | os.PathLike[str], largest: int, links: bool = True) -> str:
+    """Read a UTF-8 text file as `read_bytes` does; line ends become "\\n". Raises ValueError for other text."""
+    return read_bytes(path, largest, links).decode().replace("\r\n", "\n")
+
+
+def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON, links: bool = True) -> Any:
+    """Read a JSON file of at most `largest` bytes and 64 levels as `read_bytes` does. Raises what it raises."""
+    content = read_bytes(path, largest, links)
+    name = Path(path).name
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise BadValue(path.name, str(error), f"{path} is not valid JSON") from error
-    if not _is_flatter(value, _DEEPEST_JSON):
-        raise BadValue(path.name, "deeply nested", f"a JSON file of at most {_DEEPEST_JSON} levels")
-    return value
-
-
-def _is_flatter(value: Any, most: int) -> bool:
-    """Whether lists and objects are nested in at most so many levels."""
+        raise BadValue(name, str(error), f"{path} is not valid JSON") from error
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(_DEEPEST_JSON + 1):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
         level = [item for part in parts for item in part]
         if not level:
-            return True
-    return False
+            return value
+    raise BadValue(name, "deeply nested", f"a JSON file of at most {_DEEPEST_JSON} levels")

@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from .configuration import ToMeConfig
-from .data.images import LABELS_NAME, ProcessedImages, collate, load_images
+from .data.folders import LABELS_NAME
+from .data.images import ProcessedImages, collate, load_images
 from .evaluation.classification import EvaluateArguments, evaluate
 from .files import write_json, write_text
-from .hub.card import write_card
+from .hub.folder_card import write_card
 from .models.attach import attach
 from .models.auto import AutoModelForImageClassification
 from .programs.arguments import option, parse_arguments

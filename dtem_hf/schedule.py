@@ -1,22 +1,22 @@
-"""How many tokens each layer merges away: schedules, the costs they are weighed by, and the plan they come to.
+"""How many tokens each layer merges away: schedules, the costs of an encoder, and the plan that follows from both.
 
-A schedule is what a user asks for (`ConstantSchedule(16)`, `FlopsSchedule(0.5)`); `resolve` turns it into one r per
-layer for a given encoder and number of tokens. Where a layer has too few tokens left for its r, it merges as many as
-it can.
+A schedule becomes one r per layer. A layer with too few tokens left for its r merges as many as it can.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, NamedTuple
 
-from .errors import BadValue
+from .errors import MOST_LAYERS, MOST_TOKENS, BadValue, check_number, check_whole
 
 
 class MetricCost(NamedTuple):
-    """Multiply-adds of what tokens are compared by in a layer: per token, per image, and the metric's width."""
+    """Multiply-adds of a layer's metric: per token, per image, and the width of the features that are compared."""
 
     per_token: int
     per_image: int = 0
@@ -25,10 +25,10 @@ class MetricCost(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-adds of one encoder layer, as numbers that do not depend on how many tokens there are.
+    """Multiply-adds of one encoder layer, as numbers that do not depend on the number of tokens.
 
-    `before` and `after`: per token, in front of and behind the merge (projections; MLP). `per_pair`: per query-key
-    pair (scores and values). `metric` is spent only where tokens leave.
+    `before` and `after`: per token, before and after the merge (projections; MLP). `per_pair`: per query-key pair
+    (scores and values). `metric` counts only where tokens are merged.
     """
 
     before: int
@@ -37,7 +37,7 @@ class LayerCost:
     metric: MetricCost
 
     def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
-        """Multiply-adds of the layer for one image that enters with `num_tokens` tokens and leaves with r fewer."""
+        """Multiply-adds of the layer for one image of `num_tokens` tokens, of which it merges r away."""
         total = num_tokens * self.before + num_tokens**2 * self.per_pair + (num_tokens - r) * self.after
         if r:
             free = num_tokens - num_prefix_tokens
@@ -45,23 +45,13 @@ class LayerCost:
             total += (free // 2) * (free - free // 2) * self.metric.width
         return total
 
-    def prefix_multiply_adds(self, num_tokens: int, num_prefix_tokens: int, row_cost: int) -> int:
-        """Multiply-adds of the layer where it computes the prefix tokens alone, out of all that enter.
-
-        `row_cost`: the part of `before` that is spent on each row of attention's output.
-        """
-        per_row = row_cost + num_tokens * self.per_pair + self.after
-        return num_tokens * (self.before - row_cost) + num_prefix_tokens * per_row
-
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """Multiply-adds of a model in its encoder's layers and around them.
+    """Multiply-adds of a model, in its encoder's layers and around them.
 
-    `stem` per patch, `head` per image, `tail` per token that the encoder hands on. `pairwise`: a layer can merge at
-    most half of its free tokens, as each of them needs a partner that stays. `row_cost` is given where whoever reads
-    the encoder reads the prefix tokens alone, and behind a merge the last layer computes no others: what attention
-    spends on each row there.
+    `stem` per patch, `head` per image, `tail` per output token. `pairwise`: a layer can merge at most half of its free
+    tokens, as each of them needs a partner that stays.
     """
 
     layers: tuple[LayerCost, ...]
@@ -70,45 +60,36 @@ class EncoderCost:
     num_prefix_tokens: int
     tail: int = 0
     pairwise: bool = True
-    row_cost: int | None = None
 
     def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
-        """The plan that the given r per layer come to for `num_tokens` tokens (clamped where too few are left)."""
+        """The plan of one r per layer for `num_tokens` tokens; an r is lowered where too few tokens are left."""
         if self.pairwise:
             reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
-        tokens, costs, plain, n = [], [], [], num_tokens
+        tokens, costs, n = [], [], num_tokens
         for layer, r in zip(self.layers, reductions, strict=True):
             costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens))
-            plain.append(layer.multiply_adds(num_tokens, 0, self.num_prefix_tokens))
             n -= r
             tokens.append(n)
-        narrow = costs[-1:]
-        if self.row_cost is not None and any(reductions[:-1]):
-            entering = n + reductions[-1]
-            narrow = [self.layers[-1].prefix_multiply_adds(entering, self.num_prefix_tokens, self.row_cost)]
         around = self.stem * (num_tokens - self.num_prefix_tokens) + self.head
+        plain = sum(layer.multiply_adds(num_tokens, 0, self.num_prefix_tokens) for layer in self.layers)
         return MergePlan(
             num_tokens=num_tokens,
             reductions=list(reductions),
             tokens=tokens,
-            layer_multiply_adds=costs[:-1] + narrow,
-            multiply_adds=around + self.tail * n + sum(costs[:-1] + narrow),
-            full_multiply_adds=around + self.tail * n + sum(costs),
-            unmerged_multiply_adds=around + self.tail * num_tokens + sum(plain),
+            layer_multiply_adds=costs,
+            multiply_adds=around + self.tail * n + sum(costs),
+            unmerged_multiply_adds=around + self.tail * num_tokens + plain,
             output_tokens=n,
         )
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What merging does to one image, known without running the model.
+    """The tokens and multiply-adds of one image, computed without running the model.
 
-    `num_tokens` enter the first layer (prefix included); layer i merges `reductions[i]` away and hands `tokens[i]` on.
-    A classifier that reads the prefix tokens alone has the last layer compute no others, unless somebody asks for them
-    (hidden states, attentions, a trace, a hook): `full_multiply_adds` is what it costs then.
-    `layer_multiply_adds` are the encoder layers', `multiply_adds` the whole model's, or of a model that does more than
-    see (a captioner, a dual encoder) its image encoder's. `output_tokens` reach whoever reads the encoder: a decoder,
-    say, for all frames of an input together.
+    `num_tokens` (with the prefix) enter the first layer; layer i merges `reductions[i]` away and leaves `tokens[i]`.
+    `multiply_adds` are the whole model's; of a captioner or a dual encoder, the image encoder's. `output_tokens` count
+    all frames of an input together.
     """
 
     num_tokens: int
@@ -116,7 +97,6 @@ class MergePlan:
     tokens: list[int]
     layer_multiply_adds: list[int]
     multiply_adds: int
-    full_multiply_adds: int
     unmerged_multiply_adds: int
     output_tokens: int
 
@@ -130,18 +110,17 @@ class MergePlan:
         return {**asdict(self), "ratio": self.ratio}
 
     def __str__(self) -> str:
-        rows = [f"{'layer':>5} {'r':>4} {'tokens':>7} {'M multiply-adds':>16}"]
-        for i, (r, n, cost) in enumerate(zip(self.reductions, self.tokens, self.layer_multiply_adds, strict=True)):
-            rows.append(f"{i:>5} {r:>4} {n:>7} {cost / 1e6:>16.1f}")
-        rows.append(
+        layers = zip(self.reductions, self.tokens, self.layer_multiply_adds, strict=True)
+        rows = [f"{i:>5} {r:>4} {n:>7} {cost / 1e6:>16.1f}" for i, (r, n, cost) in enumerate(layers)]
+        total = (
             f"{self.num_tokens} -> {self.tokens[-1]} tokens; {self.multiply_adds / 1e9:.3f} G multiply-adds per "
             f"image, {self.ratio:.3f} of the unmerged {self.unmerged_multiply_adds / 1e9:.3f} G"
         )
-        return "\n".join(rows)
+        return "\n".join([f"{'layer':>5} {'r':>4} {'tokens':>7} {'M multiply-adds':>16}", *rows, total])
 
 
 def clamp_reductions(reductions: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
-    """Each layer merges at most half of the non-prefix tokens that reach it."""
+    """Lower each r to half of the non-prefix tokens that reach its layer."""
     clamped = []
     for r in reductions:
         clamped.append(min(r, max(num_tokens - num_prefix_tokens, 0) // 2))
@@ -152,20 +131,13 @@ def clamp_reductions(reductions: Sequence[int], num_tokens: int, num_prefix_toke
 def _spread(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to `weights` that add up to `total`, by rounding the running sum."""
     whole = sum(weights)
-    running, given, parts = 0.0, 0, []
-    for weight in weights:
-        running += weight
-        upto = int(total * running / whole + 0.5) if whole else 0
-        parts.append(upto - given)
-        given = upto
-    return parts
+    upto = [int(total * running / whole + 0.5) if whole else 0 for running in accumulate(weights)]
+    return [later - earlier for earlier, later in pairwise([0, *upto])]
 
 
 def _falling(num_layers: int, slope: float) -> list[float]:
-    """Weights around 1 that fall linearly from 1 + slope to 1 - slope over the layers."""
-    if num_layers == 1:
-        return [1.0]
-    return [1 + slope * (1 - 2 * i / (num_layers - 1)) for i in range(num_layers)]
+    """Weights that fall linearly over the layers, from 1 + slope to 1 - slope."""
+    return [1 + slope * (1 - 2 * i / max(num_layers - 1, 1)) for i in range(num_layers)]
 
 
 def reductions_for(cost: EncoderCost, num_tokens: int, weights: Sequence[float], flops: float) -> list[int]:
@@ -177,21 +149,17 @@ def reductions_for(cost: EncoderCost, num_tokens: int, weights: Sequence[float],
     def ratio(total: int) -> float:
         return cost.plan(num_tokens, _spread(weights, total)).ratio
 
-    fewest, most = 0, num_tokens * len(cost.layers)
-    if ratio(most) > flops:
-        raise BadValue("flops", flops, f"merging everything still leaves {ratio(most):.3f} of the multiply-adds")
-    while fewest < most:
-        middle = (fewest + most) // 2
-        if ratio(middle) <= flops:
-            most = middle
-        else:
-            fewest = middle + 1
-    # A layer's first merged token costs more than it saves: bisection cannot see that none at all would do.
-    return _spread(weights, 0 if ratio(0) <= flops else most)
+    totals = range(num_tokens * len(cost.layers) + 1)
+    if ratio(totals[-1]) > flops:
+        raise BadValue("flops", flops, f"merging everything still leaves {ratio(totals[-1]):.3f} of the multiply-adds")
+    # The first merged token of a layer costs more than it saves, so bisection misses that 0 may be enough.
+    if ratio(0) <= flops:
+        return _spread(weights, 0)
+    return _spread(weights, bisect_left(totals, True, key=lambda total: ratio(total) <= flops))
 
 
 class Schedule:
-    """Base of all schedules; a subclass is a frozen dataclass with a `kind` and a `resolve`."""
+    """Base of all schedules. A subclass is a frozen dataclass with a `kind` and a `resolve`."""
 
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type[Schedule]]] = {}
@@ -204,7 +172,7 @@ class Schedule:
         raise NotImplementedError
 
     def to_json(self) -> Any:
-        """What `as_schedule` reads back: an int, a list, or a dict with `kind`."""
+        """An int, a list, or a dict with `kind`, which `as_schedule` reads back."""
         return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
 
 
@@ -216,7 +184,7 @@ class ConstantSchedule(Schedule):
     kind: ClassVar[str] = "constant"
 
     def __post_init__(self) -> None:
-        _check_reduction("r", self.r)
+        check_whole("r", self.r, 0, MOST_TOKENS)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         return [self.r] * len(cost.layers)
@@ -227,23 +195,18 @@ class ConstantSchedule(Schedule):
 
 @dataclass(frozen=True)
 class ListSchedule(Schedule):
-    """One r per layer, written out."""
+    """One r for each layer."""
 
     reductions: tuple[int, ...]
     kind: ClassVar[str] = "list"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reductions", tuple(self.reductions))
-        for i, r in enumerate(self.reductions):
-            _check_reduction(f"r[{i}]", r)
+        object.__setattr__(self, "reductions", _checked_list("r", self.reductions, MOST_TOKENS))
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         if len(self.reductions) != len(cost.layers):
-            raise BadValue(
-                "r",
-                list(self.reductions),
-                f"it lists {len(self.reductions)} layers and the model has {len(cost.layers)}; give one r per layer",
-            )
+            expected = f"{len(self.reductions)} layers and the model has {len(cost.layers)}; give one r per layer"
+            raise BadValue("r", list(self.reductions), expected)
         return list(self.reductions)
 
     def to_json(self) -> Any:
@@ -259,12 +222,11 @@ class LinearSchedule(Schedule):
     kind: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
-        _check_number("r", self.r, 0, None)
-        _check_number("slope", self.slope, 0, 1)
+        check_number("r", self.r, 0, MOST_TOKENS)
+        check_number("slope", self.slope, 0, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        layers = len(cost.layers)
-        return _spread(_falling(layers, self.slope), round(self.r * layers))
+        return _spread(_falling(len(cost.layers), self.slope), round(self.r * len(cost.layers)))
 
 
 @dataclass(frozen=True)
@@ -279,32 +241,26 @@ class InflectedSchedule(Schedule):
     kind: ClassVar[str] = "inflected"
 
     def __post_init__(self) -> None:
-        _check_reduction("r", self.r)
-        _check_number("inflection", self.inflection, -1, 1)
+        check_whole("r", self.r, 0, MOST_TOKENS)
+        check_number("inflection", self.inflection, -1, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        layers = len(cost.layers)
         first = int(self.r * (1 - self.inflection))
-        step = (2 * (self.r - first)) / max(layers - 1, 1)
-        return [int(first + step * i) for i in range(layers)]
+        step = (2 * (self.r - first)) / max(len(cost.layers) - 1, 1)
+        return [int(first + step * i) for i in range(len(cost.layers))]
 
 
 @dataclass(frozen=True)
 class FlopsSchedule(Schedule):
-    """The fewest merged tokens that bring the model to `flops` times its multiply-adds (0 < flops ≤ 1).
-
-    Spread evenly over the layers, or falling linearly by ± `slope` around the mean.
-    """
+    """The fewest merged tokens that bring a model to `flops` times its multiply-adds; r falls by ± `slope`."""
 
     flops: float
     slope: float = 0.0
     kind: ClassVar[str] = "flops"
 
     def __post_init__(self) -> None:
-        _check_number("flops", self.flops, 0, 1)
-        if self.flops == 0:
-            raise BadValue("flops", self.flops, "a number above 0, up to 1")
-        _check_number("slope", self.slope, 0, 1)
+        check_number("flops", self.flops, 0, 1, above=True)
+        check_number("slope", self.slope, 0, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         return reductions_for(cost, num_tokens, _falling(len(cost.layers), self.slope), self.flops)
@@ -312,9 +268,9 @@ class FlopsSchedule(Schedule):
 
 @dataclass(frozen=True)
 class KeepRateSchedule(Schedule):
-    """EViT's: the given layers keep a share of their patch tokens and fuse the others into one (arXiv 2202.07800).
+    """EViT's schedule: some layers keep a share of their patch tokens and fuse the others into one.
 
-    `layers` count from 0; None stands for those at one, two and three quarters of the depth.
+    `layers` count from 0; None: those at one, two and three quarters of the depth. Source: EViT, arXiv 2202.07800.
     """
 
     keep_rate: float
@@ -322,18 +278,11 @@ class KeepRateSchedule(Schedule):
     kind: ClassVar[str] = "keep_rate"
 
     def __post_init__(self) -> None:
-        _check_number("keep_rate", self.keep_rate, 0, 1)
-        if self.keep_rate == 0:
-            raise BadValue("keep_rate", self.keep_rate, "a number above 0, up to 1")
+        check_number("keep_rate", self.keep_rate, 0, 1, above=True)
         if self.layers is not None:
-            if not isinstance(self.layers, (list, tuple)):
-                raise BadValue("layers", self.layers, "a list of layers, counted from 0, or null")
-            for i, layer in enumerate(self.layers):
-                if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                    raise BadValue(f"layers[{i}]", layer, "a layer's number, counted from 0")
+            object.__setattr__(self, "layers", _checked_list("layers", self.layers, MOST_LAYERS - 1))
             if len(set(self.layers)) < len(self.layers):
                 raise BadValue("layers", list(self.layers), "each layer once")
-            object.__setattr__(self, "layers", tuple(self.layers))
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         depth = len(cost.layers)
@@ -344,35 +293,29 @@ class KeepRateSchedule(Schedule):
         for layer in range(depth):
             patches = num_tokens - cost.num_prefix_tokens
             kept = math.ceil(self.keep_rate * patches - 1e-9) if layer in layers else patches
-            # The fused token takes a place of its own.
+            # The fused token is one more that stays.
             reductions.append(max(patches - kept - 1, 0))
             num_tokens -= reductions[-1]
         return reductions
 
     def for_flops(self, cost: EncoderCost, num_tokens: int, flops: float) -> KeepRateSchedule:
         """The highest keep rate, in thousandths, that brings the model to a share of its multiply-adds."""
-        FlopsSchedule(flops)  # checks it
-
-        def fits(thousandths: int) -> bool:
+        check_number("flops", flops, 0, 1, above=True)
+        # One by one: the first fused token of a layer costs more than it saves, which bisection would miss.
+        for thousandths in range(1000, 0, -1):
             schedule = KeepRateSchedule(thousandths / 1000, self.layers)
-            return cost.plan(num_tokens, schedule.resolve(cost, num_tokens)).ratio <= flops
-
-        # One by one: a layer's first fused token costs more than it saves, which bisection cannot see.
-        highest = next(filter(fits, range(1000, 0, -1)), None)
-        if highest is None:
-            raise BadValue("flops", flops, "more, or reduce in more or earlier layers: no keep rate is low enough")
-        return KeepRateSchedule(highest / 1000, self.layers)
+            if cost.plan(num_tokens, schedule.resolve(cost, num_tokens)).ratio <= flops:
+                return schedule
+        raise BadValue("flops", flops, "more, or reduce in more or earlier layers: no keep rate is low enough")
 
 
-def _check_reduction(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise BadValue(name, value, "a whole number of tokens, 0 or more")
-
-
-def _check_number(name: str, value: Any, low: float, high: float | None) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-    if not is_number or value < low or (high is not None and value > high) or value == float("inf"):
-        raise BadValue(name, value, f"a number from {low} to {high}" if high is not None else f"a number ≥ {low}")
+def _checked_list(field: str, values: Any, most: int) -> tuple[int, ...]:
+    """A list with one number for each of some layers, as a tuple; each from 0 to `most`."""
+    if not isinstance(values, (list, tuple)) or len(values) > MOST_LAYERS:
+        raise BadValue(field, values, f"a list of at most {MOST_LAYERS} whole numbers, one per layer")
+    for i, value in enumerate(values):
+        check_whole(f"{field}[{i}]", value, 0, most)
+    return tuple(values)
 
 
 def as_schedule(r: Any) -> Schedule:
@@ -381,19 +324,13 @@ def as_schedule(r: Any) -> Schedule:
         return r
     if isinstance(r, (list, tuple)):
         return ListSchedule(tuple(r))
-    if isinstance(r, dict):
-        known = Schedule._kinds.get(str(r.get("kind")))
-        if known is None:
-            raise BadValue("r", r, f"a schedule of a kind among {', '.join(sorted(Schedule._kinds))}")
-        names = {f.name for f in fields(known)}  # type: ignore[arg-type]
-        unknown = set(r) - names - {"kind"}
-        if unknown:
-            raise BadValue(
-                "r", r, f"a {known.kind} schedule has no {', '.join(sorted(unknown))}, only {sorted(names)}"
-            )
-        try:
-            return known(**{name: value for name, value in r.items() if name != "kind"})
-        except TypeError as error:
-            raise BadValue("r", r, f"a {known.kind} schedule with {sorted(names)}") from error
-    _check_reduction("r", r)
-    return ConstantSchedule(r)
+    if not isinstance(r, dict):
+        return ConstantSchedule(r)
+    known = Schedule._kinds.get(str(r.get("kind")))
+    if known is None:
+        raise BadValue("r", r, f"a schedule of a kind among {', '.join(sorted(Schedule._kinds))}")
+    try:
+        return known(**{name: value for name, value in r.items() if name != "kind"})
+    except TypeError as error:
+        names = ", ".join(f.name for f in fields(known))  # type: ignore[arg-type]
+        raise BadValue("r", r, f"a {known.kind} schedule has these fields: {names}") from error

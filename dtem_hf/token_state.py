@@ -1,4 +1,4 @@
-"""What travels with the tokens of one forward pass, and what a user may ask to see of it."""
+"""What travels with the tokens of one forward pass, and what a user can ask to see of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .embedding import DecoupledEmbedding
@@ -32,10 +32,10 @@ class MergeTrace:
 
 @dataclass
 class MergeStep:
-    """What a layer chose its merges from, for training that judges every possible one.
+    """What a layer chose its merges from, for training that scores every possible merge.
 
-    Tokens `x` [B, n, D] (their gradient can be asked for), `sizes` [B, n] or None where all are 1, what they were
-    compared by (`metric`) and would be by the mean attention key (`keys`) [B, n, d], which of them are `padding`
+    Tokens `x` [B, n, D] (their gradient can be asked for), `sizes` [B, n] or None where all are 1, the features that
+    they were compared by (`metric`) and their mean attention keys (`keys`) [B, n, d], which of them are `padding`
     [B, n] or None, and how many were merged away.
     """
 
@@ -53,37 +53,44 @@ class TokenState:
     Entry i of a list belongs to the tokens that enter layer i. A layer that is run again (gradient checkpointing)
     reads the entry it read before.
 
-    `resolve` maps a number of tokens to one r per layer. `sizes` [B, N] are given where the tokens come with padding,
-    which has size 0. With `keep_sources`, every layer's source map is kept; `steps` is filled, if it is given. With
-    `prefix_only`, nobody reads any but the prefix tokens of the last layer.
+    `method` reduces the tokens and `anatomy` names the parts of a layer; `resolve` maps a number of tokens to one r
+    per layer. `sizes` [B, N] are given where the tokens come with padding, which has size 0. With `keep_sources`,
+    every layer's source map is kept; `steps` is filled, if it is given.
     """
 
     def __init__(
         self,
         resolve: Callable[[int], Sequence[int]],
         num_prefix_tokens: int,
+        method: Any = None,
+        anatomy: Any = None,
         embedding: DecoupledEmbedding | None = None,
         trace: MergeTrace | None = None,
         masked: bool = False,
         sizes: Tensor | None = None,
         keep_sources: bool = False,
         steps: list[MergeStep] | None = None,
-        prefix_only: bool = False,
     ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
+        self.method = method
+        self.anatomy = anatomy
         self.embedding = embedding
         self.steps = steps
+        # The layer that is running, and the key projection that ran in it with what it returned.
+        self.layer = 0
+        self.projected: tuple[nn.Module, Tensor] | None = None
+        # By which keys and queries were rotated in it, in a family that rotates them.
+        self.rotation: Any = None
+        # Set when the encoder has returned: a layer that runs after that is run again by gradient checkpointing.
+        self.finished = False
         self._masked = masked
         self._padded = sizes is not None
         self._resolve = resolve
-        self._reductions: Sequence[int] | None = None
+        self._reductions: Sequence[int] = ()
         self._trace = trace
         self._keep_sources = keep_sources or trace is not None
-        self._prefix_only = prefix_only and not self._keep_sources and steps is None
-        # None stands for "every token is one patch": then attention needs no bias.
+        # None: every token stands for one patch, and attention needs no bias.
         self._sizes: list[Tensor | None] = [sizes]
-        # Their logarithms as an additive mask, where a merge has made them in passing.
-        self._biases: list[Tensor | None] = [None]
         self._active: list[int] = []
         self._positions: list[Tensor | None] = [None]
         self._sources: list[Tensor] = []
@@ -95,7 +102,7 @@ class TokenState:
 
     @property
     def final_sizes(self) -> Tensor | None:
-        """Sizes of the tokens that the encoder hands on: [B, n] float32, or None where nothing was merged."""
+        """Sizes of the tokens that the encoder returns: [B, n] float32, or None where nothing was merged."""
         return None if self._first_merge is None else self._sizes[-1]
 
     def source(self, layer: int) -> Tensor:
@@ -135,11 +142,10 @@ class TokenState:
         """Where the tokens that enter a layer lie, as the family counts it: [B, n, k] float32, or None."""
         return self._positions[layer]
 
-    def bring(self, layer: int, device: torch.device) -> None:
-        """Move what belongs to the tokens that enter a layer to where they are: layers may lie on several devices."""
+    def move_to(self, layer: int, device: torch.device) -> None:
+        """Move what belongs to the tokens that enter a layer to their device: layers may lie on several."""
         lists: tuple[tuple[list[Any], int], ...] = (
             (self._sizes, layer),
-            (self._biases, layer),
             (self._positions, layer),
             (self._sources, layer - 1),
         )
@@ -148,42 +154,23 @@ class TokenState:
                 kept[index] = tensor.to(device)
 
     def place(self, positions: Tensor) -> None:
-        """Say where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""
+        """Set where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""
         self._positions[0] = positions
 
-    def enter(self, layer: int, num_tokens: int) -> tuple[int, int]:
+    def begin_layer(self, layer: int, num_tokens: int) -> tuple[int, int]:
         """How many of the tokens that enter a layer still take part, and how many of them it merges away."""
         if layer == 0 and not self._active:
             self._active.append(num_tokens)
             self._reductions = self._resolve(num_tokens)
-        assert self._reductions is not None
         return self._active[layer], self._reductions[layer]
 
-    def rows_read(self, layer: int) -> int | None:
-        """How many of the first tokens anybody reads of what a layer hands on; None: all, or it has to be assumed."""
-        # Where nothing was merged, the plain model's own computation is kept, bit for bit.
-        if not self._prefix_only or not self.has_merged(layer):
-            return None
-        assert self._reductions is not None
-        return self.num_prefix_tokens if layer == len(self._reductions) - 1 else None
-
-    def hand_on_rows(self, layer: int, num_rows: int) -> None:
-        """Record that a layer hands on its first tokens alone."""
-        sizes = self._sizes[layer]
+    def record_unchanged(self, layer: int, x: Tensor) -> None:
+        """Record that a layer returns all tokens that entered it: x [B, n, D]."""
         if len(self._sizes) == layer + 1:
-            self._sizes.append(None if sizes is None else sizes[:, :num_rows])
-            self._biases.append(None)
-            self._active.append(num_rows)
-            self._positions.append(None)
-
-    def pass_on(self, layer: int, x: Tensor) -> None:
-        """Record that a layer hands on all that entered it: x [B, n, D]."""
-        if len(self._sizes) == layer + 1:
-            self._biases.append(self._biases[layer])
             self._record(layer, x, self._sizes[layer], self._active[layer], lambda: _identity(x))
             self._positions.append(self._positions[layer])
 
-    def leave(
+    def record_merge(
         self,
         layer: int,
         x: Tensor,
@@ -191,12 +178,10 @@ class TokenState:
         num_active: int,
         source: Callable[[], Tensor],
         carry: Callable[[Tensor], Tensor],
-        bias: Tensor | None = None,
     ) -> None:
-        """Record what a layer hands on: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
+        """Record what a layer returns: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
 
-        `source` makes its source map, and is called only if somebody asked; `carry` merges positions as the tokens.
-        `bias` [B, 1, 1, n'] is their `ops.size_bias` in float32, if it is at hand.
+        `source` makes its source map, and is called only if it is kept; `carry` merges positions as the tokens.
         """
         positions = self._positions[layer]
         # Also when the layer is run again: gradient checkpointing wants the same operations both times.
@@ -205,7 +190,6 @@ class TokenState:
             return
         if self._first_merge is None:
             self._first_merge = layer
-        self._biases.append(bias)
         self._record(layer, x, sizes, num_active, source)
         self._positions.append(carried)
 
@@ -224,42 +208,36 @@ class TokenState:
     def attention_bias(
         self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool
     ) -> Tensor | None:
-        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own while none merged.
+        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own before any merge.
 
         Where sizes are not `wanted`, only padding is left out.
         """
         sizes = self._sizes[layer]
-        if not self.has_merged(layer) or sizes is None:
+        if sizes is None or not self.has_merged(layer):
             return attention_mask
         if self._masked:
             raise UnsupportedModelError(
                 "attention_mask: a mask over patches cannot follow tokens that are merged; leave it out, or use r=0."
             )
-        # What the model made itself (when it is exported) lets all tokens see all tokens, and now there are fewer.
+        # An exported model makes a mask in which all tokens see all tokens, which no longer fits their number.
         if not wanted and not self._padded:
             return None
-        attention_dtype = _attention_dtype(sizes, dtype)
+        device = sizes.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         exponents = None
-        # Behind the last layer stands a head, which has no exponents.
-        if wanted and self.embedding is not None and layer < len(self.embedding.layers):
+        # A pooling head behind the last layer has no exponents.
+        if wanted and self.embedding is not None and layer < self.embedding.shape.num_layers:
             exponents = self.embedding.exponents_of(layer)
             exponents = None if exponents is None else exponents.to(sizes.device)
-        made = self._biases[layer]
-        if made is not None and wanted and exponents is None and made.dtype == attention_dtype:
-            return made
-        bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), attention_dtype, exponents)
+        bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), dtype, exponents)
         if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
             bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)
         return bias
 
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask for whoever attends to the tokens that the encoder hands on; None where none is needed."""
+        """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
         return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True)
-
-
-def _attention_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
 def _identity(x: Tensor) -> Tensor:

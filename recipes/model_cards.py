@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.files import read_json
-from dtem_hf.hub.card import EVALUATION_NAME, write_card
+from dtem_hf.hub.folder_card import write_card
+from dtem_hf.hub.layout import EVALUATION_NAME
 from dtem_hf.report.plots import plot_accuracy
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dtem_hf import DTEMConfig, MergeAdapter, ToMeConfig, __version__, attach
 from dtem_hf.cli import app
-from dtem_hf.hub.adapter import BackboneFacts
+from dtem_hf.hub.facts import BackboneFacts
 
 
 # 4 × 4 patches of 8 × 8 pixels and CLS: 17 tokens; width 16, two heads, an MLP of 32, five classes.
@@ -228,7 +228,7 @@ class TestErrors:
         ("arguments", "words"),
         [
             (("--method", "nothing"), ("method", "'nothing'", "dtem, evit, tome")),
-            (("--r", "-1"), ("r=-1", "0 or more")),
+            (("--r", "-1"), ("r=-1", "from 0")),
             (("--r", "many"), ("r='many'",)),
             (("--r", "[3]"), ("1 layers", "the model has 2")),
             (("--r", "3", "--flops", "0.5"), ("exactly one",)),

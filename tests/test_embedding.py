@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtem_hf.embedding import (
     DecoupledEmbedding,
     EmbeddingShape,
+    Geometry,
     KeyProjection,
     default_embed_dim,
     initialize_from_keys,
@@ -60,17 +61,15 @@ def test_a_width_that_heads_do_not_fill_says_which_would(embed_dim: int) -> None
     "hidden_size, head_dim, expected", [(192, 64, 64), (1023, 33, 33), (1024, 64, 128), (1664, 104, 208)]
 )
 def test_default_width_doubles_from_1024_on(hidden_size: int, head_dim: int, expected: int) -> None:
-    assert default_embed_dim(hidden_size, head_dim) == expected
+    assert default_embed_dim(Geometry(2, hidden_size, 3, head_dim, 1)) == expected
 
 
 def test_every_layer_takes_its_own_keys() -> None:
     embedding = DecoupledEmbedding(EmbeddingShape(3, 10, 6))
     keys = [projection(4, 6, 10) for _ in range(3)]
     initialize_from_keys(embedding, keys)
-    assert [name for name, _ in embedding.named_parameters()] == [
-        f"layers.{i}.{part}" for i in range(3) for part in ("weight", "bias")
-    ]
-    for layer, theirs in zip(embedding.layers, keys, strict=True):
+    assert list(embedding.adapter_tensors()) == [f"layers.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
+    for layer, theirs in zip(embedding.projections, keys, strict=True):
         weight, bias = mean_key_projection(theirs)
         assert torch.equal(layer.weight, weight)
         assert torch.equal(layer.bias, bias)
@@ -85,8 +84,7 @@ def test_another_number_of_layers_is_refused() -> None:
 def test_random_initialisation_has_the_given_deviation_and_no_bias() -> None:
     embedding = DecoupledEmbedding(EmbeddingShape(2, 100, 50))
     initialize_randomly(embedding, std=0.3)
-    first, second = embedding.layers
-    assert isinstance(first, nn.Linear)
+    first, second = embedding.projections
     assert first.weight.std().item() == pytest.approx(0.3, rel=0.05)
     assert abs(first.weight.mean().item()) < 0.02
     assert not first.bias.any()
@@ -98,7 +96,8 @@ def test_random_initialisation_has_the_given_deviation_and_no_bias() -> None:
 def test_a_shape_says_which_tensors_there_are_and_what_they_start_at(heads: int, norms: bool) -> None:
     shape = EmbeddingShape(3, 10, 6, heads, norms)
     embedding = DecoupledEmbedding(shape)
-    assert {name: list(tensor.shape) for name, tensor in embedding.state_dict().items()} == shape.tensors()
+    assert {name: list(tensor.shape) for name, tensor in embedding.adapter_tensors().items()} == shape.tensors()
+    assert {id(tensor) for tensor in embedding.adapter_tensors().values()} == {id(p) for p in embedding.parameters()}
     aggregation = list(embedding.aggregation_parameters())
     assert len(aggregation) == 3 * (bool(heads) + norms)
     for initialize in (
@@ -108,7 +107,7 @@ def test_a_shape_says_which_tensors_there_are_and_what_they_start_at(heads: int,
         for parameter in aggregation:
             parameter.data.fill_(7)
         initialize()
-        for name, parameter in embedding.named_parameters():
+        for name, parameter in embedding.adapter_tensors().items():
             if not name.startswith("layers"):
                 assert torch.equal(parameter, torch.full_like(parameter, float(name.startswith("exponents"))))
 
@@ -117,8 +116,8 @@ def test_a_shape_says_which_tensors_there_are_and_what_they_start_at(heads: int,
 def test_means_are_lengthened_token_by_token(dtype: torch.dtype) -> None:
     """And those of one token, whose mean length is their own, stay bit for bit; a mean of nothing stays nothing."""
     embedding = DecoupledEmbedding(EmbeddingShape(2, 8, 6, norms=True)).to(dtype)
-    assert embedding.norms is not None
-    embedding.norms[1].data.fill_(0.375)
+    embedding.reset_aggregation()
+    embedding.norms[1].value.data.fill_(0.375)
     x = torch.randn(2, 5, 8).to(dtype)
     x[1, 4] = 0
     norms = norms_of(x)
@@ -146,3 +145,9 @@ def test_without_norms_nothing_is_computed() -> None:
 
     assert embedding.lengthen(0, x, norms) is x
     assert called == []
+
+
+def test_making_an_embedding_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    DecoupledEmbedding(EmbeddingShape(3, 10, 6, exponent_heads=2, norms=True))
+    assert torch.equal(torch.get_rng_state(), before)

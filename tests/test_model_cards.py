@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from dtem_hf import DTEMConfig, MergeAdapter, attach
 from dtem_hf.configuration import CONFIG_NAME
-from dtem_hf.hub.card import folder_card
+from dtem_hf.hub.folder_card import folder_card
 
 
 ROOT = Path(__file__).resolve().parents[1]

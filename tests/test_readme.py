@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtem_hf.report.tables import markdown_table
+from dtem_hf.report.tables import COLUMNS, as_markdown, cells
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_table_is_what_the_json_holds(source):
     result = json.loads((ROOT / source).read_text(encoding="utf-8"))
     below = README.split(f"<!-- figures of {source} -->", 1)[1]
-    assert markdown_table(result) in below.split("<!--", 1)[0]
+    assert as_markdown(COLUMNS, [cells(row) for row in result["rows"]]) in below.split("<!--", 1)[0]
 
 
 def test_there_are_tables_to_check():

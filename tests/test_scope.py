@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtem_hf import ToMeConfig, attach
-from dtem_hf.scope import PassVariable, Scope, current_layer, current_scope, current_state, open_layer, open_scope
+from dtem_hf.scope import Scope, current_scope, current_state, open_scope
 from dtem_hf.token_state import TokenState
 
 
@@ -20,11 +20,11 @@ def state() -> TokenState:
 
 
 def test_outside_of_all_there_is_nothing() -> None:
-    assert current_scope() is current_state() is current_layer() is None
+    assert current_scope() is current_state() is None
 
 
 def test_the_innermost_scope_is_the_current_one() -> None:
-    outer, inner = Scope(state()), Scope(averages=True)
+    outer, inner = Scope(state=state()), Scope(reader="mean")
     with open_scope(outer) as opened:
         assert opened is outer
         assert current_state() is outer.state
@@ -41,20 +41,7 @@ def test_a_scope_ends_with_its_block_also_on_an_error() -> None:
         with pytest.raises(KeyError), open_scope(Scope()):
             raise KeyError
         assert current_scope() is outer
-        with pytest.raises(KeyError), open_layer(state(), 3):
-            raise KeyError
-        assert current_layer() is None
     assert current_scope() is None
-
-
-def test_layers_nest_and_are_no_scopes() -> None:
-    first, second = state(), state()
-    with open_layer(first, 2):
-        assert current_scope() is None
-        with open_layer(second, 0), open_scope(Scope()):
-            assert current_layer() == (second, 0)
-        assert current_layer() == (first, 2)
-    assert current_layer() is None
 
 
 def test_threads_do_not_see_each_other() -> None:
@@ -75,14 +62,6 @@ def test_threads_do_not_see_each_other() -> None:
         for thread in threads:
             thread.join()
     assert seen == {(name, when): when == "inside" or None for name in ("a", "bb") for when in ("before", "inside")}
-
-
-def test_variables_are_apart() -> None:
-    one, other = PassVariable[int]("one"), PassVariable[int]("other")
-    before = one.set(3)
-    assert (one.get(), other.get()) == (3, None)
-    one.reset(before)
-    assert one.get() is None
 
 
 def test_dynamo_traces_scopes_without_a_break_and_leaves_none_open() -> None:

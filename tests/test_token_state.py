@@ -17,6 +17,11 @@ def same(positions: torch.Tensor) -> torch.Tensor:
     return positions
 
 
+def merged(ours: TokenState, sizes: torch.Tensor) -> None:
+    """The first layer leaves three tokens of the given sizes."""
+    ours.record_merge(0, torch.zeros(1, 3, 4), sizes, 3, lambda: torch.zeros(1, 5).long(), same)
+
+
 def test_while_all_sizes_are_one_the_models_own_mask_is_used() -> None:
     mask = torch.zeros(1, 1, 5, 5)
     for given in (mask, None):
@@ -25,9 +30,11 @@ def test_while_all_sizes_are_one_the_models_own_mask_is_used() -> None:
 
 def test_sizes_become_a_bias_in_the_dtype_that_attention_computes_in() -> None:
     ours = state([2, 2])
-    assert ours.enter(0, 5) == (5, 2)
-    ours.leave(0, torch.zeros(1, 3, 4), torch.tensor([[1.0, 2.0, 2.0]]), 3, lambda: torch.zeros(1, 5).long(), same)
-    assert ours.enter(1, 3) == (3, 2)
+    assert ours.begin_layer(0, 5) == (5, 2)
+    ours.record_merge(
+        0, torch.zeros(1, 3, 4), torch.tensor([[1.0, 2.0, 2.0]]), 3, lambda: torch.zeros(1, 5).long(), same
+    )
+    assert ours.begin_layer(1, 3) == (3, 2)
     bias = ours.attention_bias(1, torch.float32, None, True)
     assert bias is not None
     torch.testing.assert_close(bias, torch.tensor([[[[1.0, 2.0, 2.0]]]]).log())
@@ -39,46 +46,48 @@ def test_sizes_become_a_bias_in_the_dtype_that_attention_computes_in() -> None:
 
 def test_a_users_mask_cannot_follow_merged_tokens() -> None:
     ours = state([2, 2], masked=True)
-    ours.enter(0, 5)
-    ours.leave(0, torch.zeros(1, 3, 4), torch.tensor([[1.0, 2.0, 2.0]]), 3, lambda: torch.zeros(1, 5).long(), same)
+    ours.begin_layer(0, 5)
+    ours.record_merge(
+        0, torch.zeros(1, 3, 4), torch.tensor([[1.0, 2.0, 2.0]]), 3, lambda: torch.zeros(1, 5).long(), same
+    )
     with pytest.raises(UnsupportedModelError, match=r"attention_mask.*r=0"):
         ours.attention_bias(1, torch.float32, torch.zeros(1, 1, 5, 5), True)
 
 
 def test_a_layer_that_runs_again_reads_and_records_what_it_did_before() -> None:
-    """Gradient checkpointing recomputes a layer when later ones have long left their own sizes."""
+    """Gradient checkpointing recomputes a layer when later ones have recorded their own sizes."""
     trace = MergeTrace()
     ours = state([1, 1], trace)
     first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])
     for _ in range(2):
-        assert ours.enter(0, 3) == (3, 1)
-        ours.leave(0, torch.zeros(1, 2, 4), first, 2, lambda: torch.tensor([[0, 1, 1]]), same)
-        assert ours.enter(1, 2) == (2, 1)
+        assert ours.begin_layer(0, 3) == (3, 1)
+        ours.record_merge(0, torch.zeros(1, 2, 4), first, 2, lambda: torch.tensor([[0, 1, 1]]), same)
+        assert ours.begin_layer(1, 2) == (2, 1)
         assert ours.sizes(1) is first
-        ours.leave(1, torch.zeros(1, 1, 4), second, 1, lambda: torch.tensor([[0, 0]]), same)
+        ours.record_merge(1, torch.zeros(1, 1, 4), second, 1, lambda: torch.tensor([[0, 0]]), same)
     assert [sizes.tolist() for sizes in trace.sizes] == [[[1.0, 2.0]], [[3.0]]]
     assert [source.tolist() for source in trace.source_maps] == [[[0, 1, 1]], [[0, 0, 0]]]
 
 
 def test_source_maps_are_made_only_for_a_trace() -> None:
     def never() -> torch.Tensor:
-        raise AssertionError("nobody asked")
+        raise AssertionError("no source map is wanted")
 
     ours = state([1])
-    ours.enter(0, 3)
-    ours.leave(0, torch.zeros(1, 2, 4), torch.tensor([[1.0, 2.0]]), 2, never, same)
+    ours.begin_layer(0, 3)
+    ours.record_merge(0, torch.zeros(1, 2, 4), torch.tensor([[1.0, 2.0]]), 2, never, same)
     assert ours.changed
 
 
 def test_positions_are_carried_along_and_stay_where_nothing_merges() -> None:
     ours = state([0, 1])
-    ours.enter(0, 3)
+    ours.begin_layer(0, 3)
     ours.place(torch.tensor([[[0.0], [1.0], [2.0]]]))
-    ours.pass_on(0, torch.zeros(1, 3, 4))
+    ours.record_unchanged(0, torch.zeros(1, 3, 4))
     assert ours.positions(1) is ours.positions(0)
     assert not ours.changed
-    ours.enter(1, 3)
-    ours.leave(
+    ours.begin_layer(1, 3)
+    ours.record_merge(
         1,
         torch.zeros(1, 2, 4),
         torch.tensor([[1.0, 2.0]]),
@@ -94,8 +103,10 @@ def test_padding_is_left_out_of_attention_as_the_model_leaves_it_out() -> None:
     ours = TokenState(lambda num_tokens: [1], 0, sizes=torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     mask = torch.zeros(1, 1, 1, 4)
     assert ours.attention_bias(0, torch.float32, mask, True) is mask
-    ours.enter(0, 4)
-    ours.leave(0, torch.zeros(1, 3, 4), torch.tensor([[1.0, 1.0, 0.0]]), 3, lambda: torch.zeros(1, 4).long(), same)
+    ours.begin_layer(0, 4)
+    ours.record_merge(
+        0, torch.zeros(1, 3, 4), torch.tensor([[1.0, 1.0, 0.0]]), 3, lambda: torch.zeros(1, 4).long(), same
+    )
     for wanted in (True, False):
         bias = ours.attention_bias(1, torch.float32, None, wanted)
         assert bias is not None

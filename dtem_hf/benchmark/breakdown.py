@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..families import find_backbone
-from ..models.attach import merged_layers
+from ..families import find_encoder
+from ..models.install import merging_of
+from ..models.timing import synchronize
 from ..schedule import MergePlan
-from .efficiency import synchronize
 
 
 # The functions of `ops` that make up a part.
 _PARTS = {
-    "matching and merging": ("match_and_merge", "merge_tokens", "split_by_score", "fuse_tokens"),
+    "matching and merging": ("bipartite_soft_matching", "merge_tokens", "split_by_score", "fuse_tokens"),
     "attention bias": ("size_bias",),
 }
 PARTS = ("metric", *_PARTS)
@@ -95,10 +95,10 @@ def break_down(
 
 @contextmanager
 def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
-    reducer: Any = merged_layers(model)[0].merge_reducer
+    method: Any = merging_of(model).method
     wrapped: list[tuple[Any, str, str]] = [(ops, name, part) for part, names in _PARTS.items() for name in names]
-    if hasattr(reducer, "metric"):
-        wrapped.append((reducer, "metric", "metric"))
+    if hasattr(method, "metric"):
+        wrapped.append((method, "metric", "metric"))
     with ExitStack() as stack:
         for owner, name, part in wrapped:
             before = vars(owner).get(name)
@@ -124,7 +124,7 @@ class MergingAlone(nn.Module):
     def forward(self, tokens: Sequence[Tensor], metrics: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
         merged: list[Tensor] = []
         for x, metric, size, r in zip(tokens, metrics, sizes, self.reductions, strict=True):
-            merged += [*ops.match_and_merge(x, size, metric, r, self.num_prefix_tokens)[:2]]
+            merged += ops.merge_tokens(x, size, ops.bipartite_soft_matching(metric, r, self.num_prefix_tokens))
         return merged
 
 
@@ -132,13 +132,10 @@ def merging_alone(model: Any, plan: MergePlan, batch_size: int, compile_mode: st
     """A call of the compiled matching and merging of a model; None for one that does not match pairs of tokens."""
     if not hasattr(model, "merge_config") or not any(plan.reductions):
         return None
-    backbone, encoder = find_backbone(model)
-    layers = backbone.layers(encoder)
-    reducer: Any = layers[0].merge_reducer
-    if not hasattr(reducer, "metric_cost") or not reducer.pairwise:
+    merging = merging_of(model)
+    if not merging.method.pairwise:
         return None
-    width = backbone.key_projection(layers[0]).weight.shape[1]
-    like: Tensor = next(encoder.parameters())
+    like: Tensor = next(find_encoder(model)[1].parameters())
     entering = [plan.num_tokens, *plan.tokens[:-1]]
     counts = [n for n, r in zip(entering, plan.reductions, strict=True) if r]
 
@@ -146,11 +143,9 @@ def merging_alone(model: Any, plan: MergePlan, batch_size: int, compile_mode: st
         return [torch.randn(batch_size, n, width, device=like.device, dtype=like.dtype) for n in counts]
 
     inputs = (
-        noise(width),
-        noise(reducer.metric_cost(encoder, layers[0]).width),
+        noise(merging.geometry.hidden_size),
+        noise(merging.method.metric_cost().width),
         [torch.ones(batch_size, n, device=like.device) for n in counts],
     )
-    compiled = torch.compile(
-        MergingAlone(plan, backbone.num_prefix_tokens(encoder)), fullgraph=True, mode=compile_mode
-    )
+    compiled = torch.compile(MergingAlone(plan, merging.geometry.num_prefix_tokens), fullgraph=True, mode=compile_mode)
     return lambda: compiled(*inputs)

@@ -3,33 +3,34 @@
 python recipes/benchmark_device.py --output_dir runs/device
 python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # tries it out on a laptop, in small
 
-Plain and merged models with random weights, eager and compiled, what share of a compiled step matching and merging
-take, which of the two forms of a size bias makes attention faster (DTEM_HF_SIZE_BIAS in the environment chooses one),
-and, on CUDA, whether the Triton kernels say what the plain path says. One folder for each model and mode.
+Plain and merged models with random weights, eager and compiled; what share of a compiled step matching and merging
+take; whether attention is faster with the sizes as a mask or as extra features of the keys; and, on CUDA, how far the
+Triton kernels are from the plain path and how much time they save. One folder for each model and mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from transformers import ViTConfig
 
 from .. import ops
 from ..errors import BadValue
-from ..evaluation.classification import evaluation_device
 from ..files import write_json, write_text
+from ..models.timing import time_interleaved
 from ..ops import kernels
-from ..programs.arguments import option, parse_arguments
-from ..programs.conditions import command, hardware, versions
-from .efficiency import time_interleaved
+from ..programs.arguments import DTYPES, one_of, option, parse_arguments
+from ..programs.conditions import conditions
+from ..programs.output import output_folder
+from ..programs.processes import choose_device
 from .program import BenchmarkArguments, benchmark
 from .runtimes import COMPILE_MODES
 from .tables import markdown, print_benchmark
@@ -49,15 +50,14 @@ class DeviceArguments:
     modes: list[str] = option(
         f"torch.compile's: some of {', '.join(COMPILE_MODES)}", default_factory=lambda: ["default", "reduce-overhead"]
     )
-    dtype: str = option("float32, bfloat16 or float16", default="bfloat16")
+    dtype: str = option(", ".join(DTYPES), default="bfloat16")
     rounds: int = option("timed rounds", default=30)
     device: str = option("where to run", default="cuda")
     tiny: bool = option("a tiny model at batch 1 and 2 in one round: to try the program out", default=False)
     output_dir: str = option("folder for device.json and one folder per model and mode", default="runs/device")
 
     def __post_init__(self) -> None:
-        if not set(self.models) <= set(SHAPES):
-            raise BadValue("models", self.models, f"some of {', '.join(SHAPES)}")
+        one_of(self, "models", SHAPES)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BadValue("device", self.device, "cpu: torch sees no CUDA device here")
         if self.tiny:
@@ -67,16 +67,13 @@ class DeviceArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure all, write what every model and mode gave and a summary."""
     arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
-    device = evaluation_device(arguments.device)
+    device, folder = choose_device(arguments.device), output_folder(arguments.output_dir)
     summary: dict[str, Any] = {
-        "command": command(),
-        "hardware": hardware(device),
-        "versions": versions(),
+        **conditions(device),
         "kernels": compare_kernels(device),
         "attention": [],
         "rows": [],
     }
-    folder = Path(arguments.output_dir)
     shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
     for name, (width, layers, heads, r) in shapes.items():
         for batch_size in arguments.batch_sizes:
@@ -140,50 +137,66 @@ def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, A
 def compare_bias_forms(
     batch_size: int, heads: int, dim: int, device: torch.device, dtype: str, rounds: int, num_tokens: int = 100
 ) -> dict[str, Any]:
-    """Median seconds of attention with a size bias in either form, and without one; and the kernels that run."""
+    """Median seconds of fused attention without a size bias, with one as a mask, and with one on the keys.
+
+    Also the kernels that run, and which form of the bias is faster.
+    """
     shape = batch_size, heads, num_tokens, dim
     query, key, value = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for _ in range(3))
     bias = ops.size_bias(torch.rand(batch_size, num_tokens, device=device) * 8 + 1, query.dtype)
     scaling = dim**-0.5
-    calls: dict[str, tuple[Tensor | None, str]] = {
-        "none": (None, "mask"),
-        **{form: (bias, form) for form in ops.BIAS_FORMS},
+
+    def on_keys() -> Tensor:
+        extended = ops.extend_keys(query, key, value, bias, scaling)
+        return F.scaled_dot_product_attention(*extended, scale=scaling)[..., :dim]
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        "none": partial(F.scaled_dot_product_attention, query, key, value, scale=scaling),
+        "mask": partial(F.scaled_dot_product_attention, query, key, value, attn_mask=bias, scale=scaling),
+        "extended_keys": on_keys,
     }
-    runs = [
-        partial(ops.biased_attention, query, key, value, given, scaling, form=form) for given, form in calls.values()
-    ]
-    seconds = np.median(time_interleaved(runs, device, rounds), axis=0)
+    medians = np.median(time_interleaved(list(calls.values()), device, rounds), axis=0).tolist()
+    seconds = dict(zip(calls, medians, strict=True))
     extended = ops.extend_keys(query, key, value, bias, scaling)
     inputs = {"none": (query, key, value, None), "mask": (query, key, value, bias), "extended_keys": (*extended, None)}
     return {
         "batch_size": batch_size,
         "num_tokens": num_tokens,
-        "seconds": dict(zip(calls, seconds.tolist(), strict=True)),
+        "seconds": seconds,
         "kernels": {form: SDPBackend(torch._fused_sdp_choice(*given)).name for form, given in inputs.items()},
-        "faster": min(ops.BIAS_FORMS, key=lambda form: seconds[list(calls).index(form)]),
+        "faster": min(("mask", "extended_keys"), key=seconds.__getitem__),
     }
 
 
 @torch.inference_mode()
-def compare_kernels(device: torch.device) -> dict[str, Any] | None:
-    """How far the Triton kernels are from the plain path on the CPU, by dtype; None where they do not run."""
+def compare_kernels(device: torch.device, rounds: int = 30) -> dict[str, Any] | None:
+    """The Triton kernels beside the plain path on the same device, by dtype; None where they do not run.
+
+    Whether they match the same tokens, how far the merged tokens are apart, and median seconds of both.
+    """
     if not kernels.can_match(torch.zeros(1, 3, 1, device=device)):
         return None
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         draw = torch.Generator().manual_seed(0)
         # Signs: every score is exact, and ties are many.
-        metric = (torch.randint(0, 2, (8, 197, 16), generator=draw) * 2.0 - 1).to(dtype)
-        x = torch.randn(8, 197, 384, generator=draw).to(dtype)
-        expected = ops.bipartite_soft_matching(metric, 16)
-        matching = ops.bipartite_soft_matching(metric.to(device), 16)
-        merged, sizes = ops.merge_tokens(x.to(device), None, matching)
-        plain, plain_sizes = ops.merge_tokens(x, None, expected)
+        metric = (torch.randint(0, 2, (8, 197, 16), generator=draw) * 2.0 - 1).to(device, dtype)
+        x = torch.randn(8, 197, 384, generator=draw).to(device, dtype)
+
+        def run() -> tuple[Any, Tensor, Tensor]:
+            matching = ops.bipartite_soft_matching(metric, 16)  # noqa: B023 (run at once)
+            return (matching, *ops.merge_tokens(x, None, matching))  # noqa: B023
+
+        def plainly() -> tuple[Any, Tensor, Tensor]:
+            with kernels.disabled():
+                return run()
+
+        (matching, merged, sizes), (expected, plain, plain_sizes) = run(), plainly()
+        seconds = np.median(time_interleaved([run, plainly], device, rounds), axis=0).tolist()
         found[str(dtype).removeprefix("torch.")] = {
-            "same_matching": all(
-                torch.equal(ours.cpu(), theirs) for ours, theirs in zip(matching[:3], expected[:3], strict=True)
-            ),
-            "same_sizes": torch.equal(sizes.cpu(), plain_sizes),
-            "largest_difference": float((merged.cpu().float() - plain.float()).abs().max()),
+            "same_matching": all(torch.equal(a, b) for a, b in zip(matching[:3], expected[:3], strict=True)),
+            "same_sizes": torch.equal(sizes, plain_sizes),
+            "largest_difference": float((merged.float() - plain.float()).abs().max()),
+            "seconds": dict(zip(("kernels", "plain"), seconds, strict=True)),
         }
     return found

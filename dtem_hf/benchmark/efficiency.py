@@ -1,15 +1,10 @@
-"""What a model costs: multiply-adds, parameters, images per second, peak memory; and from which batch size it pays.
-
-Speeds are compared by interleaved runs: each round runs every model once, so that what else the machine does falls on
-all of them, and a speed-up is the median of the ratios within rounds.
-"""
+"""What a model costs: multiply-adds, parameters, images per second, peak memory; and from which batch size it pays."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import BadValue
-
-
-Run = Callable[[], Any]
+from ..models.timing import Run
 
 
 def count_multiply_adds(run: Run) -> int:
@@ -38,14 +30,6 @@ def count_multiply_adds(run: Run) -> int:
 def count_parameters(model: nn.Module) -> int:
     """Numbers that a model holds, a shared one counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def peak_memory(run: Run, device: torch.device) -> int | None:
@@ -71,33 +55,6 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
     held = np.cumsum([change for _, change in sorted(changes, key=lambda pair: pair[0])], dtype=np.int64)
     return int(max(0, *held)) if len(held) else 0
-
-
-def time_interleaved(
-    runs: Sequence[Run],
-    device: torch.device,
-    rounds: int = 20,
-    warmup: int = 3,
-    advance: Callable[[], Any] = lambda: None,
-) -> np.ndarray:
-    """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are not timed.
-
-    `advance` is called behind every run, to show that it goes on.
-    """
-    for name, value, low in (("rounds", rounds, 1), ("warmup", warmup, 0)):
-        if value < low:
-            raise BadValue(name, value, f"{low} or more")
-    seconds = np.zeros((rounds, len(runs)))
-    for number in range(-warmup, rounds):
-        for i, run in enumerate(runs):
-            synchronize(device)
-            started = time.perf_counter()
-            run()
-            synchronize(device)
-            if number >= 0:
-                seconds[number, i] = time.perf_counter() - started
-            advance()
-    return seconds
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
 
-from ..deploy.graph import image_shape
 from ..errors import BadValue
-from ..evaluation.classification import describe_model, evaluation_device
-from ..evaluation.variants import make_variants, method_names
+from ..evaluation.arguments import METHODS_HELP, RowArguments
 from ..files import write_json, write_text
-from ..hub.adapter import MergeAdapter
 from ..models.auto import auto_class
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, hardware, versions
+from ..models.vision import image_shape
+from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
+from ..programs.conditions import conditions, describe_model
+from ..programs.output import output_folder
 from ..report.plots import plot_speedups
 from .rows import Entry, captioning_entries, image_entries, measure_entries
 from .runtimes import COMPILE_MODES, RUNTIMES, load_peer, room_for_graphs
@@ -37,17 +35,15 @@ from .tables import markdown, print_benchmark
 
 
 @dataclass(kw_only=True)
-class BenchmarkArguments:
+class BenchmarkArguments(RowArguments):
     """Measure what merging saves; the images are noise, as their content does not change the cost."""
 
     model: str = option("model: Hub id or local folder; of one that also reads text, the part that sees images")
     task: Literal["images", "captioning"] = option(
         "images: one pass over images; captioning: captions of a fixed length by generate, greedily", default="images"
     )
-    methods: list[str] = option(f"some of {', '.join(method_names())}", default_factory=lambda: ["none", "dtem"])
+    methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["none", "dtem"])
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "16"])
-    flops: list[float] = option("shares of the multiply-adds to reach, one row each", default_factory=list)
-    adapter: str | None = option("adapter for dtem: Hub id or local folder", default=None)
     random_weights: bool = option("read the model's config alone, which is enough to time it", default=False)
     runtimes: list[str] = option(
         f"some of {', '.join(RUNTIMES)}; every row is measured in each", default_factory=lambda: ["eager"]
@@ -66,23 +62,18 @@ class BenchmarkArguments:
     caption_tokens: int = option("captioning: tokens that every caption has", default=20)
     rounds: int = option("timed rounds, in each of which every row runs once", default=20)
     warmup: int = option("rounds before those", default=3)
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
-    dtype: str = option("float32, bfloat16 or float16", default="float32")
+    dtype: str = option(", ".join(DTYPES), default="float32")
     seed: int = option("of random weights and of the images", default=0)
     output_dir: str = option("folder for benchmark.json, benchmark.md and speedup.png", default="runs/benchmark")
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise BadValue("batch_sizes", self.batch_sizes, "numbers of images, each 1 or more")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise BadValue("dtype", self.dtype, "float32, bfloat16 or float16")
-        if not self.runtimes or not set(self.runtimes) <= set(RUNTIMES):
-            raise BadValue("runtimes", self.runtimes, f"some of {', '.join(RUNTIMES)}")
-        if self.compile_mode not in COMPILE_MODES:
-            raise BadValue("compile_mode", self.compile_mode, f"one of {', '.join(COMPILE_MODES)}")
-        for name, low in (("rounds", 1), ("warmup", 0), ("caption_tokens", 1)):
-            if getattr(self, name) < low:
-                raise BadValue(name, getattr(self, name), f"{low} or more")
+        one_of(self, "dtype", DTYPES)
+        one_of(self, "runtimes", RUNTIMES)
+        one_of(self, "compile_mode", COMPILE_MODES)
+        at_least(self, 1, "rounds", "caption_tokens")
+        at_least(self, 0, "warmup")
         with_onnx = any(name.startswith("onnxruntime") for name in self.runtimes)
         if self.dtype == "bfloat16" and with_onnx and self.device == "cpu":
             raise BadValue("dtype", self.dtype, "float32 or float16 with the runtime onnxruntime on a CPU")
@@ -95,8 +86,8 @@ class BenchmarkArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print the table, write JSON, Markdown and a plot."""
     arguments = parse_arguments(BenchmarkArguments, argv, __doc__ or "")
+    folder = output_folder(arguments.output_dir)
     result = benchmark(arguments)
-    folder = Path(arguments.output_dir)
     write_json(folder / "benchmark.json", result)
     write_text(folder / "benchmark.md", markdown(result))
     plot_speedups(result["rows"], folder / "speedup.png", result["model"]["name"])
@@ -106,20 +97,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Measure every row at every batch size. Returns what is written to `benchmark.json`."""
-    device = evaluation_device(arguments.device)
+    device = arguments.choose_device()
     model = _load(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
-    adapters = {}
-    if arguments.adapter is not None:
-        adapters[arguments.adapter] = MergeAdapter.from_reference(arguments.adapter)
-    reductions = [parse_reduction(text) for text in arguments.r]
-    variants = make_variants(model, arguments.methods, reductions, arguments.flops, adapters)
+    variants = arguments.make_variants(model, arguments.load_adapters())
     shape = image_shape(model, arguments.image_size)
     torch.manual_seed(arguments.seed)
     entries: list[Entry]
     if arguments.task == "captioning":
         entries = captioning_entries(variants, shape, arguments.caption_tokens)
     else:
-        peers = [(name, r) for name in arguments.peer for r in reductions]
+        peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
         entries = image_entries(model, variants, shape, arguments.runtimes, arguments.compile_mode, peers)
     with room_for_graphs(len(entries) * (1 + len(arguments.batch_sizes))):
         rows = measure_entries(
@@ -133,7 +120,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
             arguments.compile_mode,
         )
     return {
-        "command": command(),
+        **conditions(device),
         "model": describe_model(arguments.model, model),
         "random_weights": arguments.random_weights,
         "adapter": arguments.adapter,
@@ -144,9 +131,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         "compile_mode": arguments.compile_mode,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "hardware": hardware(device),
         "dtype": arguments.dtype,
-        "versions": versions(),
         "rows": rows,
     }
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from ..hub.card import reduction_label
+from ..report.tables import as_markdown, print_rows, shown, shown_r
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
     """Show a benchmark in the terminal: a line per row, speed, speed-up and memory under every batch size."""
-    columns, lines = _cells(result)
     title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: images/s (quartiles), speed-up"
-    table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for line in lines:
-        table.add_row(*line)
-    console = Console(width=170)
-    console.print(table)
+    print_rows(title, *_cells(result), names=2)
     for columns, lines in _breakdowns(result):
-        table = Table(title="where the time goes")
-        for column in columns:
-            table.add_column(column)
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+        print_rows("where the time goes", columns, lines)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -40,10 +25,10 @@ def markdown(result: dict[str, Any]) -> str:
         "rounds, quartiles in brackets. A speed-up is the median of the ratios within rounds to the unmerged model in "
         "the same runtime (peers: in eager); of the ideal, to what the multiply-adds alone would give.",
         f"`{result['command']}`",
-        _markdown_table(*_cells(result)),
+        as_markdown(*_cells(result), "---"),
     ]
     for columns, lines in _breakdowns(result):
-        parts += ["Where the time goes:", _markdown_table(columns, lines)]
+        parts += ["Where the time goes:", as_markdown(columns, lines, "---")]
     if any(line["runtime"] != "eager" for line in result["rows"]) or len(result["rows"]) > 1:
         parts.append("![Speed-up by batch size](speedup.png)")
     return "\n\n".join(parts) + "\n"
@@ -54,9 +39,9 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = ["runtime", "method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"]
     lines = []
     for row in result["rows"]:
-        line = [row["runtime"], row["method"], "" if row["r"] is None else reduction_label(row["r"])]
+        line = [row["runtime"], row["method"], shown_r(row["r"])]
         line.append("–" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e6:.1f}")
-        line.append("–" if row["ideal_speedup"] is None else f"{row['ideal_speedup']:.2f}×")
+        line.append(shown(row["ideal_speedup"], ".2f", "×"))
         line += [_batch_cell(batch) for batch in row["batches"]]
         lines.append([*line, str(row["break_even_batch_size"] or "–")])
     return columns, lines
@@ -75,11 +60,7 @@ def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]
     eager, compiled = [], []
     for row in result["rows"]:
         for batch in row["batches"]:
-            start = [
-                row["method"],
-                reduction_label(row["r"]) if row["r"] is not None else "",
-                str(batch["batch_size"]),
-            ]
+            start = [row["method"], shown_r(row["r"]), str(batch["batch_size"])]
             if batch.get("breakdown"):
                 seconds, shares = batch["breakdown"]["seconds"], batch["breakdown"]["shares"]
                 parts = [f"{1e3 * seconds[part]:.2f} ms, {100 * shares[part]:.1f} %" for part in seconds]
@@ -93,8 +74,3 @@ def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]
     if compiled:
         tables.append((["method", "r", "batch", "matching and merging, compiled"], compiled))
     return tables
-
-
-def _markdown_table(columns: list[str], lines: list[list[str]]) -> str:
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

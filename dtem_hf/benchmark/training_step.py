@@ -14,71 +14,65 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..configuration import DTEMConfig
-from ..errors import BadValue
-from ..evaluation.classification import evaluation_device
 from ..files import write_json
-from ..models.attach import attach, merging_of, recorded_steps, set_merge_config
+from ..models.attach import attach
+from ..models.distances import kl_to
+from ..models.install import merging_of, recorded_steps, set_merge_config
+from ..models.timing import time_interleaved
 from ..ops import relaxation
-from ..programs.arguments import option, parse_arguments
-from ..programs.conditions import command, hardware, versions
+from ..programs.arguments import ModelArguments, at_least, option, parse_arguments
+from ..programs.conditions import conditions
+from ..programs.output import output_folder
+from ..report.tables import print_rows
 from ..training.fisher import FisherArguments, fisher_loss, sampled_log_probability
 from ..training.parameters import freeze_backbone, relax
-from ..training.tasks.base import kl_to
-from .efficiency import Spread, peak_memory, time_interleaved
+from .efficiency import Spread, peak_memory
 
 
 @dataclass(kw_only=True)
-class TrainingStepArguments:
+class TrainingStepArguments(ModelArguments):
     """Time and memory of training steps; images are noise, as their content does not change the cost."""
 
-    model: str = option("image classifier: Hub id or local folder")
     random_weights: bool = option("read the model's config alone, which is enough to time it", default=False)
     r: int = option("tokens merged per layer", default=16)
     batch_size: int = option("images per step", default=32)
     rounds: int = option("how often every row runs", default=10)
     autocast: Literal["no", "bfloat16", "float16"] = option("number format of the forward pass", default="no")
-    device: str = option("cpu, cuda, …; auto: an accelerator if there is one", default="auto")
     output_dir: str = option("folder for training_step.json", default="runs/benchmark-training")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds", "r"):
-            if getattr(self, name) < 1:
-                raise BadValue(name, getattr(self, name), "1 or more")
+        at_least(self, 1, "batch_size", "rounds", "r")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the JSON and print the table."""
     arguments = parse_arguments(TrainingStepArguments, argv, __doc__ or "")
+    path = output_folder(arguments.output_dir) / "training_step.json"
     record = measure_training_step(arguments)
-    path = Path(arguments.output_dir, "training_step.json")
     write_json(path, record)
-    table = Table(title=f"{arguments.model}, batch {arguments.batch_size}, r = {arguments.r}, {record['hardware']}")
-    for column in ("step", "seconds", "to plain", "to definition", "peak MiB"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    lines = []
     for row in record["rows"]:
         medians = [row[name]["median"] for name in ("seconds", "ratio_to_plain", "ratio_to_definition")]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        table.add_row(row["step"], *(f"{median:.3f}" for median in medians), peak)
-    Console(width=120).print(table)
+        lines.append([row["step"], *(f"{median:.3f}" for median in medians), peak])
+    title = f"{arguments.model}, batch {arguments.batch_size}, r = {arguments.r}, {record['hardware']}"
+    print_rows(title, ("step", "seconds", "to plain", "to definition", "peak MiB"), lines)
     print(f"written: {path}")
 
 
 def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
     """Run all rows in turn, `rounds` times; returns what is written to `training_step.json`."""
-    a, device = arguments, evaluation_device(arguments.device)
+    a, device = arguments, arguments.choose_device()
     if a.random_weights:
         model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(a.model))
     else:
@@ -105,13 +99,7 @@ def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
         }
         for i, (name, run) in enumerate(runs.items())
     ]
-    return {
-        "command": command(),
-        "arguments": asdict(a),
-        "rows": rows,
-        "hardware": hardware(device),
-        "versions": versions(),
-    }
+    return {**conditions(device), "arguments": asdict(a), "rows": rows}
 
 
 class _Steps:

@@ -87,13 +87,17 @@ def _read_table(path: Path) -> dict[int, CaptionedImage]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
     images: dict[str, CaptionedImage] = {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if not {"image", "caption"} <= set(reader.fieldnames or ()):
             raise BadValue(path.name, reader.fieldnames, "a header with the columns image and caption")
         for line, row in enumerate(reader, start=2):
+            where = f"{path.name} line {line}"
+            if None in row:  # else half a caption would be lost
+                fields = len(reader.fieldnames or ())
+                raise BadValue(where, row[None], f"{fields} fields, and these are left over; quote commas in captions")
             if not row["image"] or not row["caption"]:
-                raise BadValue(f"{path.name} line {line}", row, "an image and a caption")
+                raise BadValue(where, row, "an image and a caption")
             images.setdefault(row["image"], CaptionedImage(row["image"])).captions.append(row["caption"])
     if not images:
         raise BadValue(path.name, 0, "at least one image with a caption")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import UnsupportedModelError
-from ..families import find_backbone
 from ..models.vision import run_on_pixels
 
 
@@ -37,14 +36,6 @@ def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
     """What the tensors are called that a model makes of pixels [B, C, H, W]: `logits`, `last_hidden_state`, …"""
     with torch.inference_mode():
         return _tensor_names(run_on_pixels(model, pixel_values))
-
-
-def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own."""
-    config: Any = find_backbone(model)[1].config
-    size = config.image_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.num_channels, height, width
 
 
 def export_graph(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:

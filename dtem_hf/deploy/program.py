@@ -25,25 +25,24 @@ from transformers import AutoConfig
 from .. import ops
 from ..configuration import MergeConfig
 from ..errors import BadValue
-from ..evaluation.classification import describe_model, evaluation_device
 from ..files import replacing_together, write_json
 from ..models.attach import UNSET
 from ..models.auto import auto_class
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, hardware, versions
+from ..models.vision import image_shape
+from ..programs.arguments import DTYPES, ModelArguments, one_of, option, parse_arguments, parse_reduction
+from ..programs.conditions import conditions, describe_model
 from .aot_inductor import PackageRunner, write_package
-from .graph import INPUT_NAME, export_graph, image_shape, output_names
+from .graph import INPUT_NAME, export_graph, output_names
 from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need_onnx, write_onnx, written_opset
 from .parity import TOLERANCE, check_parity
 
 
 FORMATS = {"onnx": "model.onnx", "aot_inductor": "model.pt2"}
-DTYPES = ("float32", "bfloat16", "float16")
 _PLAIN = "none"
 
 
 @dataclass(kw_only=True)
-class ExportArguments:
+class ExportArguments(ModelArguments):
     """Write a merged model for deployment; of one that also reads text, the part that sees images."""
 
     model: str = option("model: Hub id or local folder; or, with --random_weights, one that has its config")
@@ -68,22 +67,15 @@ class ExportArguments:
     )
     tolerance: float = option("largest difference from eager in float32, absolute or relative", default=TOLERANCE)
     unchecked: bool = option("write it even where nothing here can run it to check it", default=False)
-    device: str = option("where it is to run; auto takes an accelerator if there is one", default="auto")
     seed: int = option("of the images that it is checked on, and of random weights", default=0)
     output_dir: str = option("folder for the files", default="runs/export")
 
     def __post_init__(self) -> None:
-        choices = {
-            "dtype": DTYPES,
-            "merge_form": ops.MERGE_FORMS,
-            "attention": ("auto", "eager", "sdpa"),
-            "method": (None, _PLAIN, *sorted(MergeConfig._methods)),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise BadValue(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
-        if not self.formats or not set(self.formats) <= set(FORMATS):
-            raise BadValue("formats", self.formats, f"some of {', '.join(FORMATS)}")
+        one_of(self, "dtype", DTYPES)
+        one_of(self, "merge_form", ops.MERGE_FORMS)
+        one_of(self, "attention", ("auto", "eager", "sdpa"))
+        one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
+        one_of(self, "formats", FORMATS)
         if self.opset < LOWEST_OPSET:
             raise BadValue("opset", self.opset, f"{LOWEST_OPSET} or more")
         if self.tolerance <= 0:
@@ -117,7 +109,7 @@ def export(arguments: ExportArguments) -> list[dict[str, Any]]:
     """Write every format. Returns the records beside the files; a format that fails leaves no file of its own."""
     if "onnx" in arguments.formats:
         need_onnx("onnx", "onnxscript", *([] if arguments.unchecked else ["onnxruntime"]))
-    device = evaluation_device(arguments.device)
+    device = arguments.choose_device()
     model = load_for_export(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     records = []
     for kind in (progress := tqdm(arguments.formats, desc="export", unit="file")):
@@ -149,7 +141,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
         else:
             parity = check_parity(model, run, names, shape, arguments.tolerance, arguments.seed)
         record = {
-            "command": command(),
+            **(made := conditions(device)),
             "format": kind,
             "files": [_described(file) for file in files],
             **({"opset": written_opset(path), "merge_form": arguments.merge_form} if kind == "onnx" else {}),
@@ -163,8 +155,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
             "parity": parity,
             **({} if reason is None else {"unchecked_because": reason}),
             "device": device.type,
-            "hardware": hardware(device),
-            "versions": {**versions(), **_onnx_versions()},
+            "versions": {**made["versions"], **_onnx_versions()},
         }
         write_json(path.with_name(f"{path.name}.json"), record)
     return record

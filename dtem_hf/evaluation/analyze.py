@@ -18,49 +18,44 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..configuration import MergeConfig
+from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images, load_processor
-from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.card import method_name
+from ..labels import method_name
 from ..models.attach import attach
 from ..models.auto import AutoModelForImageClassification
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, data_name, hardware, versions
+from ..models.copies import share_weights
+from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
 from ..report.page import read_section, write_report
 from ..report.pictures import draw_merged_layers, draw_merged_tokens
 from ..report.plots import plot_correlation
-from .classification import describe_model, evaluation_device
 from .correlation import correlation_table, similarity_correlations
-from .variants import share_weights
 
 
 @dataclass(kw_only=True)
-class AnalyzeArguments:
+class AnalyzeArguments(ImageArguments):
     """Kendall correlation of similarities before and after training, pictures of merged tokens, and a page of both."""
 
-    model: str = option("classifier: Hub id or local folder")
-    data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
     adapter: str = option("trained adapter: Hub id or local folder")
-    split: str = option("split of a Hub dataset", default="validation")
     limit: int = option("images for the correlation", default=64)
     methods: list[str] = option("methods to draw beside the adapter's", default_factory=lambda: ["tome"])
     r: str = option("tokens merged per layer in the pictures", default="16")
     pictures: int = option("images to draw", default=4)
     batch_size: int = option("images per batch", default=16)
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
     output_dir: str = option("folder for correlation.json, the pictures and index.html", default="runs/analysis")
 
     def __post_init__(self) -> None:
-        for name in ("limit", "pictures", "batch_size"):
-            if getattr(self, name) < 1:
-                raise BadValue(name, getattr(self, name), "1 or more")
+        super().__post_init__()
+        at_least(self, 1, "pictures")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, analyse, write everything into one folder."""
     arguments = parse_arguments(AnalyzeArguments, argv, __doc__ or "")
-    output = Path(arguments.output_dir)
+    output = output_folder(arguments.output_dir)
     record = analyze(arguments)
     write_json(output / "correlation.json", record)
     plot_correlation(record["layers"], output / "correlation.png", title=record["model"]["name"])
@@ -72,27 +67,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def analyze(arguments: AnalyzeArguments) -> dict[str, Any]:
     """Draw the pictures, and return what is written to `correlation.json`."""
-    device = evaluation_device(arguments.device)
+    device = arguments.choose_device()
     model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=None).to(device)
     adapter = MergeAdapter.from_reference(arguments.adapter)
-    images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures))
+    images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures), NO_LABELS)
     processor = load_processor(arguments.model)
     # The same embedding as its training started from, and as it ended.
     models = {
         "before": attach(share_weights(model), adapter.config),
         "after": attach(share_weights(model), adapter),
     }
-    _draw(arguments, model, models["after"], images, processor)
+    _draw(arguments, model, models["after"], ProcessedImages(images, processor), processor)
     chosen = images.select(range(min(arguments.limit, len(images))))
     correlations = _correlate(models, ProcessedImages(chosen, processor), arguments.batch_size)
     return {
-        "command": command(),
+        **conditions(device),
         "model": describe_model(arguments.model, model),
         "adapter": arguments.adapter,
         "init": getattr(adapter.config, "init", None),
         "data": {"name": data_name(arguments.data), "num_images": len(chosen)},
-        "hardware": hardware(device),
-        "versions": versions(),
         "rows": correlation_table(correlations),
         "layers": {name: values.mean(axis=1).tolist() for name, values in correlations.items()},
     }
@@ -115,7 +108,7 @@ def _draw(arguments: AnalyzeArguments, plain: Any, learned: Any, images: Any, pr
     shown[f"{method_name(learned.merge_config.method)}, learned"] = share_weights(learned)
     for model in shown.values():
         model.set_reduction(r)
-    pictures = [images[i]["image"].convert("RGB") for i in range(min(arguments.pictures, len(images)))]
+    pictures = [images.open(i) for i in range(min(arguments.pictures, len(images)))]
     output = Path(arguments.output_dir)
     draw_merged_tokens(pictures, shown, processor, output / "merged_by_method.png")
     draw_merged_layers(pictures[0], shown, processor, output / "merged_by_layer.png")

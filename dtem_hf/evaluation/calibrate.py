@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..configuration import MergeConfig
+from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
@@ -24,19 +25,18 @@ from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
 from ..models.auto import AutoModelForImageClassification
 from ..models.calibration import calibrate
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, data_name, hardware, versions
-from .classification import describe_model, evaluation_device
+from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
 
 
 RECORD_NAME = "calibration.json"
 
 
 @dataclass(kw_only=True)
-class CalibrateArguments:
+class CalibrateArguments(ImageArguments):
     """Search for a plan."""
 
-    model: str = option("classifier: Hub id or local folder")
     data: str = option("images: Hub dataset id, folder of class folders, or folder of images; labels are not read")
     split: str = option("split of a Hub dataset", default="train")
     num_images: int = option("images that plans are compared on, drawn by seed", default=256)
@@ -46,16 +46,13 @@ class CalibrateArguments:
     r: str | None = option("the plan has the multiply-adds of this r; left out, of the adapter's own", default=None)
     flops: float | None = option("or this share of the unmerged model's multiply-adds", default=None)
     evaluations: int = option("most plans that are measured", default=60)
-    batch_size: int = option("images per batch", default=32)
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
     output_dir: str = option(
         "folder for the adapter with its plan, or the config, and calibration.json", default="runs/calibrate"
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "evaluations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise BadValue(name, getattr(self, name), "1 or more")
+        super().__post_init__()
+        at_least(self, 1, "num_images", "evaluations")
         if (self.adapter is None) == (self.method is None):
             raise BadValue("adapter, method", (self.adapter, self.method), "one of the two")
         if self.r is not None and self.flops is not None:
@@ -65,6 +62,7 @@ class CalibrateArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, search, and write what was found."""
     arguments = parse_arguments(CalibrateArguments, argv, __doc__ or "")
+    output_folder(arguments.output_dir)
     record = calibrate_model(arguments)
     print(f"r per layer {record['reductions']}: {record['distance']:.4g}, and {record['even_distance']:.4g} evenly")
     print(f"written: {arguments.output_dir}")
@@ -72,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
-    a, device = arguments, evaluation_device(arguments.device)
+    a, device = arguments, arguments.choose_device()
     model = AutoModelForImageClassification.from_pretrained(a.model, merge=None).to(device).eval()
     if a.adapter is not None:
         attach(model, MergeAdapter.from_reference(a.adapter))
@@ -80,14 +78,14 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         attach(model, MergeConfig.from_dict({"method": a.method}))
     if a.r is not None:
         model.set_reduction(parse_reduction(a.r))
-    images = load_images(a.data, a.split)
+    images = load_images(a.data, a.split, a.limit, NO_LABELS)
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
-    processed = Subset(ProcessedImages(images, load_processor(a.model), num_labels=model.config.num_labels), drawn)
+    processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
     found = calibrate(
         model, list(_pixels(processed, a.batch_size)), a.flops, evaluations=a.evaluations, batch_size=a.batch_size
     )
     record = {
-        "command": command(),
+        **conditions(device),
         "model": describe_model(a.model, model),
         "adapter": a.adapter,
         "method": model.merge_config.method,
@@ -97,8 +95,6 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         "distance": found.distance,
         "even_distance": found.even_distance,
         "evaluations": found.evaluations,
-        "hardware": hardware(device),
-        "versions": versions(),
     }
     output = Path(a.output_dir)
     if a.adapter is not None:

@@ -12,54 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from ..data.captioned_images import MODEL_INPUTS, CaptionCollate, CaptionedImages, Images, hold_out
 from ..data.captions import read_annotations
 from ..data.images import load_processor
-from ..errors import BadValue
 from ..files import write_json
-from ..hub.adapter import MergeAdapter
-from ..hub.card import reduction_label
 from ..models.auto import auto_class
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, data_name, hardware, versions
-from ..training.captioned_images import CaptionedImages, Images, hold_out
-from ..training.tasks.captioning import MODEL_INPUTS, caption_losses
-from ..training.tasks.captions import CaptionCollate
-from .classification import describe_model, evaluation_device
-from .variants import make_variants, method_names, run_in_turn
+from ..models.distances import caption_losses
+from ..programs.arguments import at_least, option, parse_arguments
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
+from ..report.tables import print_rows, shown_r
+from .arguments import METHODS_HELP, RowArguments
+from .variants import run_in_turn
 
 
 @dataclass(kw_only=True)
-class CaptionLossArguments:
+class CaptionLossArguments(RowArguments):
     """Measure a captioning model's loss under several methods and amounts of merging."""
 
-    model: str = option("captioning model: Hub id or local folder")
     images: str = option("folder of the captioned images")
     captions: str = option("COCO's annotations, Karpathy's JSON, or a table of image and caption")
     split: str | None = option("split of Karpathy's file: train, restval, val or test", default=None)
     hold_out: int | None = option("only the images that training with this validation_size holds out", default=None)
-    methods: list[str] = option(f"some of {', '.join(method_names())}", default_factory=lambda: ["tome", "dtem"])
-    r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["4", "8", "12"])
-    adapter: str | None = option("trained adapter for dtem: Hub id or local folder", default=None)
+    methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["tome", "dtem"])
     max_caption_tokens: int = option("captions are cut to this length", default=40)
     batch_size: int = option("captions per batch", default=32)
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
     output: str = option("file for the result", default="runs/caption_loss.json")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "hold_out"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadValue(name, getattr(self, name), "1 or more")
+        at_least(self, 1, "batch_size", "hold_out")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print and write the result."""
     arguments = parse_arguments(CaptionLossArguments, argv, __doc__ or "")
+    output_folder(Path(arguments.output).parent)
     result = evaluate_caption_loss(arguments)
     write_json(arguments.output, result)
     print_table(result)
@@ -69,11 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 @torch.inference_mode()
 def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
     """Every row's mean loss per caption (nats per token), and the captions for which it is below ToMe's at its r."""
-    a, device = arguments, evaluation_device(arguments.device)
+    a, device = arguments, arguments.choose_device()
     config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
     model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
-    adapters = {} if a.adapter is None else {a.adapter: MergeAdapter.from_reference(a.adapter)}
-    variants = make_variants(model, a.methods, [parse_reduction(text) for text in a.r], [], adapters)
+    variants = a.make_variants(model, a.load_adapters())
     images: Images = read_annotations(a.captions, a.split)
     if a.hold_out is not None:
         _, images = hold_out(images, a.hold_out)
@@ -90,8 +80,7 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
     losses = [torch.cat(part) for part in parts]
     rows = [
         {
-            "method": variant.method,
-            "r": variant.shown_r,
+            **variant.facts(),
             "visual_tokens": variant.plan.output_tokens,
             "ratio": variant.plan.ratio,
             "loss": own.nanmean().item(),
@@ -103,13 +92,11 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
         for variant, own in zip(variants, losses, strict=True)
     ]
     return {
-        "command": command(),
+        **conditions(device),
         "model": describe_model(a.model, model),
         "adapter": a.adapter,
         "data": {"name": data_name(a.images), "num_images": len(images), "num_captions": data.num_captions},
         "batch_size": a.batch_size,
-        "hardware": hardware(device),
-        "versions": versions(),
         "rows": rows,
         "comparisons": _compare(variants, losses),
     }
@@ -142,15 +129,20 @@ def standard_error(values: torch.Tensor) -> float:
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows, and DTEM against ToMe, in the terminal."""
     data = result["data"]
-    table = Table(title=f"{result['model']['name']} on {data['num_captions']} captions of {data['num_images']} images")
-    for column in ("method", "r", "visual tokens", "share", "loss", "ratio", "added", "±"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in result["rows"]:
-        r = "" if row["r"] is None else reduction_label(row["r"])
-        shares = [f"{row['ratio']:.3f}", f"{row['loss']:.4f}", f"{row['loss_ratio']:.4f}"]
-        errors = [f"{row['added_loss']:+.4f}", f"{row['standard_error']:.4f}"]
-        table.add_row(row["method"], r, str(row["visual_tokens"]), *shares, *errors)
-    Console(width=120).print(table)
+    lines = [
+        [
+            row["method"],
+            shown_r(row["r"]),
+            str(row["visual_tokens"]),
+            f"{row['ratio']:.3f}",
+            *(f"{row[name]:.4f}" for name in ("loss", "loss_ratio")),
+            f"{row['added_loss']:+.4f}",
+            f"{row['standard_error']:.4f}",
+        ]
+        for row in result["rows"]
+    ]
+    title = f"{result['model']['name']} on {data['num_captions']} captions of {data['num_images']} images"
+    print_rows(title, ("method", "r", "visual tokens", "share", "loss", "ratio", "added", "±"), lines)
     for each in result["comparisons"]:
         difference = f"{each['dtem_minus_tome']:+.4f} ± {each['standard_error']:.4f}"
         print(f"r={each['r']}: DTEM − ToMe = {difference} nats per token")

@@ -99,21 +99,34 @@ def unavailable(spice_jars: str | None = None) -> dict[str, str]:
     """
     if find_spec("pycocoevalcap") is None:
         raise ImportError("captions are scored by pycocoevalcap: pip install 'dtem-hf[captions]'")
-    java = _missing_java()
-    reasons = {metric: java or scorer.missing() for scorer in _scorers(spice_jars) for metric in scorer.metrics}
+    lacking = _tokenizer_lacks()
+    reasons = {metric: lacking or scorer.missing() for scorer in _scorers(spice_jars) for metric in scorer.metrics}
     return {metric: reason for metric, reason in reasons.items() if reason is not None}
 
 
 def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
-    """Captions in lower case, split by the Penn Treebank's rules, without punctuation: the input of every metric."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    """Captions in lower case, split by the Penn Treebank's rules, without punctuation: the input of every metric.
 
-    # The tokenizer reads one caption per line, and knows more line ends than there are in Python's `\n`.
-    plain = {image_id: [{"caption": " ".join(text.split())} for text in texts] for image_id, texts in captions.items()}
-    tokens: Captions = PTBTokenizer().tokenize(plain)
-    if {image_id: len(texts) for image_id, texts in tokens.items()} != {k: len(v) for k, v in captions.items()}:
-        raise RuntimeError("the PTB tokenizer gave back another number of captions; is Java working?")
-    return tokens
+    pycocoevalcap's class for it writes into its own folder, which may be read-only, so its jar is run here.
+    """
+    tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer")
+    jar = _package_folder("tokenizer") / tokenizer.STANFORD_CORENLP_3_4_1_JAR
+    # One caption per line: Java takes more characters for line ends than Python's `\n`.
+    lines = [" ".join(text.split()) for texts in captions.values() for text in texts]
+    with tempfile.TemporaryDirectory() as scratch:
+        given = Path(scratch, "captions.txt")
+        given.write_text("\n".join(lines), encoding="utf-8")
+        options = ["-preserveLines", "-lowerCase", "-encoding", "utf-8", str(given)]
+        program = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        run = subprocess.run([*program, *options], capture_output=True)
+    found = run.stdout.decode("utf-8").split("\n")
+    if run.returncode or len(found) < len(lines):
+        told = run.stderr.decode(errors="replace").strip().splitlines()
+        raise subprocess.SubprocessError(f"the PTB tokenizer failed: {told[0] if told else run.returncode}")
+    tokens = iter(
+        " ".join(word for word in line.split() if word not in tokenizer.PUNCTUATIONS) for line in found[: len(lines)]
+    )
+    return {image_id: [next(tokens) for _ in texts] for image_id, texts in captions.items()}
 
 
 def find_spice_jars(folder: str | None = None) -> tuple[Path | None, str | None]:
@@ -134,7 +147,7 @@ def _scorers(spice_jars: str | None) -> list[Scorer]:
     jars, missing_jars = find_spice_jars(spice_jars)
     return [
         Scorer(METRICS[:4], lambda gts, res: _class("bleu", "Bleu")(4).compute_score(gts, res, verbose=0)[0]),
-        Scorer(("METEOR",), _meteor),
+        Scorer(("METEOR",), _meteor, _meteor_lacks),
         Scorer(("ROUGE-L",), lambda gts, res: [_class("rouge", "Rouge")().compute_score(gts, res)[0]]),
         Scorer(("CIDEr",), lambda gts, res: [_class("cider", "Cider")().compute_score(gts, res)[0]]),
         Scorer(("SPICE",), lambda gts, res: [_spice(gts, res, jars)], lambda: missing_jars),
@@ -161,13 +174,22 @@ def _package_folder(part: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / part
 
 
-def _missing_java() -> str | None:
+def _tokenizer_lacks() -> str | None:
+    """What keeps the tokenizer of all metrics from working here; it is tried out on one word."""
     if shutil.which("java") is None:
         return (
             "the tokenizer of all these metrics needs Java, and there is no java on the PATH "
             "(Debian: apt-get install default-jre-headless)"
         )
-    return None
+    try:
+        return None if tokenise({0: ["Dog"]}) == {0: ["dog"]} else "the PTB tokenizer does not work with this Java"
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+
+
+def _meteor_lacks() -> str | None:
+    jar = _package_folder("meteor") / import_module("pycocoevalcap.meteor.meteor").METEOR_JAR
+    return None if jar.is_file() else f"METEOR needs {jar.name} in pycocoevalcap/meteor"
 
 
 def _spice(references: Captions, predictions: Captions, jars: Path | None) -> float:

@@ -10,31 +10,33 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..data.classes import match_labels
+from ..data.images import ProcessedImages, collate, data_digest, load_images, load_processor
 from ..errors import BadValue
 from ..files import write_json
-from ..hub.adapter import MergeAdapter
-from ..hub.card import write_card
+from ..hub.folder_card import write_card
 from ..models.auto import AutoModelForImageClassification
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, data_name, hardware, versions
+from ..models.distances import kl_to
+from ..programs.arguments import ImageArguments, option, parse_arguments
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.identity import digest
+from ..programs.output import output_folder
+from ..programs.processes import processes
 from ..report.plots import plot_accuracy
 from ..report.tables import print_table
-from ..training.tasks.base import kl_to
-from .metrics import load_metric
-from .parts import Columns, Parts, batches_of, processes, weights_digest
-from .variants import Variant, make_variants, method_names, run_in_turn
+from .arguments import ResumableArguments
+from .metrics import Metrics, load_metrics
+from .parts import Columns, Parts, batches_of
+from .variants import Variant, median_speed, run_in_turn
 
 
 _RANKED = 5
@@ -42,163 +44,101 @@ _BINS = 15
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(ResumableArguments, ImageArguments):
     """Evaluate an image classifier under several methods and amounts of merging."""
 
-    model: str = option("classifier: Hub id or local folder")
-    data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
-    split: str = option("split of a Hub dataset", default="validation")
-    limit: int | None = option("use only the first so many images", default=None)
-    methods: list[str] = option(
-        f"some of {', '.join(method_names())}", default_factory=lambda: ["none", "tome", "dtem"]
-    )
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
-    flops: list[float] = option("shares of the multiply-adds to reach, one row each", default_factory=list)
-    adapter: str | None = option(
-        "trained adapter for dtem; left out, dtem starts from keys and equals tome", default=None
+    label_column: str | None = option(
+        "column of labels; left out: label, labels or cls; none: no labels are read", default=None
     )
-    batch_size: int = option("images per batch", default=32)
-    num_workers: int = option("processes that decode images", default=1)
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
-    dtype: str = option("float32, bfloat16 or float16", default="float32")
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
-    resume: Literal["auto", "never"] = option(
-        "auto: go on where an interrupted run in output_dir stopped; never: start over", default="auto"
-    )
     write_card: bool = option("put the results into the adapter's folder and write its card anew", default=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise BadValue("batch_size", self.batch_size, "1 or more")
-        if self.limit is not None and self.limit < 1:
-            raise BadValue("limit", self.limit, "1 or more")
+        super().__post_init__()
         if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
             raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise BadValue("dtype", self.dtype, "float32, bfloat16 or float16")
-
-    def adapter_references(self) -> list[str]:
-        """The adapters that methods with an embedding are evaluated with; none: from keys."""
-        return [] if self.adapter is None else [self.adapter]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
-    result = evaluate(arguments)
-    if not processes().is_main_process:
-        return
-    output = Path(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
-    write_json(output / "evaluation.json", result)
-    plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
-    if arguments.write_card:
-        write_card(output, overwrite=True)
-    print_table(result)
-    print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
+    output = output_folder(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
+
+    def keep(result: dict[str, Any]) -> None:
+        write_json(output / "evaluation.json", result)
+        plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+        if arguments.write_card:
+            write_card(output, overwrite=True)
+
+    result = evaluate(arguments, keep)
+    if processes().is_main_process:
+        print_table(result)
+        print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
 
 
-def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
+def evaluate(
+    arguments: EvaluateArguments, keep: Callable[[dict[str, Any]], None] = lambda result: None
+) -> dict[str, Any]:
     """Measure every row on every image; the images are decoded once. Returns what is written to `evaluation.json`.
 
-    Under `accelerate launch` or torchrun the batches are shared out, and every process returns the same result. What
-    is finished is kept in `output_dir/parts` until all of it is, so that the same command goes on where it stopped.
+    Under `accelerate launch` or torchrun the processes share the batches, and each returns the same result. Finished
+    batches lie in `output_dir/parts` until `keep` has written the result: the same command goes on where it stopped.
     """
-    device = evaluation_device(arguments.device)
-    adapters = {name: MergeAdapter.from_reference(name) for name in arguments.adapter_references()}
-    model = AutoModelForImageClassification.from_pretrained(
-        arguments.model, merge=None, dtype=getattr(torch, arguments.dtype)
-    ).to(device)
-    reductions = [parse_reduction(text) for text in arguments.r]
-    variants = make_variants(model, arguments.methods, reductions, arguments.flops, adapters)
-    images = load_images(arguments.data, arguments.split, arguments.limit)
-    processed = ProcessedImages(images, load_processor(arguments.model), num_labels=model.config.num_labels)
-    run = {
-        "rows": [[variant.method, variant.shown_r, variant.adapter] for variant in variants],
-        "weights": {
-            "model": weights_digest(model.state_dict()),
-            **{name: weights_digest(adapter.tensors) for name, adapter in adapters.items()},
-        },
-        "data": [arguments.data, arguments.split, len(images)],
-        "batch_size": arguments.batch_size,
-        "dtype": arguments.dtype,
-    }
-    parts = Parts(Path(arguments.output_dir) / "parts", run, arguments.resume)
-    batches = batches_of(len(images), arguments.batch_size)
-    measure(variants, processed, batches, parts, device, arguments.num_workers)
-    rows = make_rows(variants, parts.read(len(batches)))
-    parts.state.wait_for_everyone()
-    if parts.state.is_main_process:
-        parts.remove()
-    return {
-        "command": command(),
-        "model": describe_model(arguments.model, model),
-        "adapter": arguments.adapter,
+    a, device = arguments, arguments.choose_device()
+    adapters = a.load_adapters()
+    model = AutoModelForImageClassification.from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype))
+    variants = a.make_variants(model.to(device), adapters)
+    images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
+    classes = match_labels(images, model.config)
+    processed = ProcessedImages(images, processor, num_labels=model.config.num_labels, classes=classes)
+    metrics = load_metrics()
+    run = a.run_facts(
+        model,
+        variants,
+        adapters,
+        data=[a.data, a.split, len(images), data_digest(images), digest(classes.ids)],
+        processor=digest(processor.to_dict()),
+    )
+    parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
+    batches = batches_of(len(images), a.batch_size)
+    parts.measure(
+        processed,
+        batches,
+        lambda batch, number: measure_batch(variants, batch, device, first=number % len(variants)),
+        "evaluate",
+        a.num_workers,
+        collate,
+    )
+    rows = make_rows(variants, parts.read(len(batches)), metrics)
+    result = {
+        **conditions(device),
+        "model": describe_model(a.model, model),
+        "adapter": a.adapter,
         "data": {
-            "name": data_name(arguments.data),
+            "name": data_name(a.data),
             "num_images": len(images),
             "labelled": rows[0]["top1"] is not None,
+            "labels": classes.how,
         },
         "image_size": list(processed[0]["pixel_values"].shape[-2:]),
-        "batch_size": arguments.batch_size,
+        "batch_size": a.batch_size,
         "processes": parts.state.num_processes,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "hardware": hardware(device),
-        "dtype": arguments.dtype,
-        "versions": versions(),
+        "dtype": a.dtype,
         "rows": rows,
     }
-
-
-def describe_model(name: str, model: Any) -> dict[str, Any]:
-    """What a record says of a model; of a local folder, its last part."""
-    return {
-        "name": os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
-        "model_type": model.config.model_type,
-        "num_parameters": model.num_parameters(),
-    }
-
-
-def evaluation_device(name: str) -> torch.device:
-    """The device of this process; `auto` takes an accelerator if there is one."""
-    return processes().device if name == "auto" else torch.device(name)
-
-
-def measure(
-    variants: Sequence[Variant],
-    images: ProcessedImages,
-    batches: Sequence[Sequence[int]],
-    parts: Parts,
-    device: torch.device,
-    num_workers: int = 0,
-) -> None:
-    """Run all rows on each unfinished batch that falls to this process, and keep what comes of it in `parts`.
-
-    Batches are the same for any number of processes, so their figures are, too. The first one of a process warms up
-    and is not timed, nor is a last one of another size.
-    """
-    mine = parts.share(len(batches))
-    loader = DataLoader(
-        images, batch_sampler=[list(batches[number]) for number in mine], collate_fn=collate, num_workers=num_workers
-    )
-    shown = parts.state.is_main_process
-    progress = tqdm(loader, desc="evaluate", unit="batch", disable=not shown)
-    if shown and len(parts.finished()):
-        progress.write(f"{len(parts.finished())} of {len(batches)} batches were finished before")
-    for place, (number, batch) in enumerate(zip(mine, progress, strict=True)):
-        columns = measure_batch(variants, batch, device, first=number % len(variants))
-        if place == 0 or len(batches[number]) < len(batches[0]):
-            columns["seconds_per_image"][:] = math.nan
-        parts.write(number, columns)
-    parts.state.wait_for_everyone()
+    parts.finish(lambda: keep(result))
+    return result
 
 
 @torch.inference_mode()
 def measure_batch(
     variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int = 0
 ) -> Columns:
-    """Run all rows on a batch in turn, from row `first` on: whoever runs first shares the processor with whatever
-    decodes the next batch, and that must not always be the same one.
+    """Run all rows on a batch in turn, from row `first` on: the first one shares the processor with the workers that
+    decode the next batch, and that must not always be the same row.
 
     Row 0 is the reference. Returns labels [B] and, for each of R rows, `ranked` classes [R, B, 5], `confidence` in the
     first of them [R, B], `kl` to the reference [R, B] and `seconds_per_image` [R].
@@ -217,11 +157,11 @@ def measure_batch(
     }
 
 
-def make_rows(variants: Sequence[Variant], parts: Sequence[Columns]) -> list[dict[str, Any]]:
+def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Metrics) -> list[dict[str, Any]]:
     """One dict per row, from the columns of all batches: figures in percent, KL in nats, images per second."""
     labels = np.concatenate([part["labels"] for part in parts])
     reference = np.concatenate([part["ranked"][0, :, 0] for part in parts])
-    accuracy, calibration = load_metric("top_k_accuracy"), load_metric("calibration_error")
+    accuracy, calibration = metrics
     rows: list[dict[str, Any]] = []
     for i, variant in enumerate(variants):
         ranked, confidence, kl = (
@@ -235,25 +175,18 @@ def make_rows(variants: Sequence[Variant], parts: Sequence[Columns]) -> list[dic
             right = (ranked[known, 0] == labels[known]).astype(np.int32)
             error = calibration.compute(predictions=confidence[known], references=right, num_bins=_BINS)
             figures = {"top1": hits["top1"], f"top{_RANKED}": hits[f"top{widths[-1]}"], **error}
-        agreement = accuracy.compute(predictions=ranked[:, :1], references=reference, k=1)["top1"]
-        figures = {name: None if value is None else 100 * value for name, value in figures.items()}
-        seconds = np.array([part["seconds_per_image"][i] for part in parts])
-        seconds = seconds[~np.isnan(seconds)]
-        speed = float(1 / np.median(seconds)) if len(seconds) else None
-        plain = rows[0]["images_per_second"] if rows else speed
+        figures["agreement"] = accuracy.compute(predictions=ranked[:, :1], references=reference, k=1)["top1"]
+        speed, speedup = median_speed(
+            [part["seconds_per_image"][i] for part in parts], rows[0]["images_per_second"] if rows else None
+        )
         rows.append(
             {
-                "method": variant.method,
-                "r": variant.shown_r,
-                **({} if variant.adapter is None else {"adapter": variant.adapter}),
-                **figures,
-                "agreement": 100 * agreement,
+                **variant.facts(),
+                **{name: None if value is None else 100 * value for name, value in figures.items()},
                 "kl": math.fsum(kl) / len(kl),
                 "images_per_second": speed,
-                "speedup": speed / plain if plain and speed else None,
-                "multiply_adds": variant.plan.multiply_adds,
-                "ratio": variant.plan.ratio,
-                "tokens": variant.plan.tokens[-1],
+                "speedup": speedup,
+                **variant.costs(),
             }
         )
     return rows

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json, write_text
-from ..hub.card import multiply_adds_unit, reduction_label
+from ..labels import multiply_adds_unit, reduction_label
 from ..programs.arguments import option, parse_arguments
-from ..report.plots import plot_pareto, series_name
-from ..report.tables import print_table
+from ..programs.output import output_folder
+from ..programs.processes import processes
+from ..report.plots import measure_of, plot_pareto, series_name
+from ..report.tables import as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
+from .arguments import METHODS_HELP
 from .classification import EvaluateArguments, evaluate
-from .parts import processes
 from .variants import UNMERGED, method_names
 
 
@@ -38,7 +40,7 @@ class CompareArguments(EvaluateArguments):
     """Compare methods at the same amounts of merging."""
 
     methods: list[str] = option(
-        f"some of {', '.join(method_names())}",
+        METHODS_HELP,
         default_factory=lambda: [name for name in method_names() if name != "soft"],
     )
     r: list[str] = option("tokens merged per layer, one row each", default_factory=list)
@@ -61,14 +63,18 @@ class CompareArguments(EvaluateArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, compare, print the tables, write them as Markdown, CSV and JSON, and plot."""
     arguments = parse_arguments(CompareArguments, argv, __doc__ or "")
-    result = evaluate(arguments)
-    if not processes().is_main_process:
-        return
-    result["adapters"] = arguments.adapter_references()
-    write_comparison(result, Path(arguments.output_dir))
-    print_table(result)
-    print(wide_table(result["rows"]))
-    print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")
+
+    output = output_folder(arguments.output_dir)
+
+    def keep(result: dict[str, Any]) -> None:
+        result["adapters"] = arguments.adapter_references()
+        write_comparison(result, output)
+
+    result = evaluate(arguments, keep)
+    if processes().is_main_process:
+        print_table(result)
+        print(wide_table(result["rows"]))
+        print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")
 
 
 def write_comparison(result: dict[str, Any], folder: Path) -> None:
@@ -98,7 +104,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def wide_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per method, a column per amount of merging (the layout of the paper's Table 1), as Markdown."""
-    measure = _measure(rows)
+    measure = measure_of(rows)
     amounts = list(dict.fromkeys(amount_name(row["r"]) for row in rows if row["method"] != UNMERGED))
     plain = rows[0]
     lines = [["Method", "unmerged", *amounts]]
@@ -106,7 +112,7 @@ def wide_table(rows: Sequence[dict[str, Any]]) -> str:
         mine = {amount_name(row["r"]): row for row in rows[1:] if series_name(row) == name}
         cells = [_with_change(mine[amount][measure], plain[measure]) if amount in mine else "–" for amount in amounts]
         lines.append([name, f"{plain[measure]:.2f}", *cells])
-    return _as_markdown(lines)
+    return as_markdown(lines[0], lines[1:])
 
 
 def long_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -121,19 +127,19 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
                 "–" if row["method"] == UNMERGED else amount_name(row["r"]),
                 f"{row['multiply_adds'] / factor:.3f} {unit}",
                 f"{row['ratio']:.3f}",
-                _shown(row["images_per_second"], ".1f"),
-                _shown(row["speedup"], ".2f", "×"),
+                shown(row["images_per_second"], ".1f"),
+                shown(row["speedup"], ".2f", "×"),
                 f"{1 / row['ratio']:.2f}×",
-                *(_shown(row[name], ".2f") for name in ("top1", "top5", "calibration_error", "agreement")),
+                *(shown(row[name], ".2f") for name in ("top1", "top5", "calibration_error", "agreement")),
                 f"{row['kl']:.4f}",
             ]
         )
-    return _as_markdown(lines)
+    return as_markdown(lines[0], lines[1:])
 
 
 def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
     """ToMe, then what soft merging and the decoupled embedding add to the line above, as Markdown."""
-    measure = _measure(rows)
+    measure = measure_of(rows)
     amounts = list(dict.fromkeys(amount_name(row["r"]) for row in rows if row["method"] in ABLATION))
     lines, above = [["", *amounts]], dict[str, float]()
     for method, label in ABLATION.items():
@@ -145,7 +151,7 @@ def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append([label, *cells])
         above = mine
-    return _as_markdown(lines)
+    return as_markdown(lines[0], lines[1:])
 
 
 def csv_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -167,26 +173,11 @@ def amount_name(r: Any) -> str:
     return reduction_label(r)
 
 
-def _measure(rows: Sequence[dict[str, Any]]) -> str:
-    return "top1" if all(row["top1"] is not None for row in rows) else "agreement"
-
-
 def _measure_text(rows: Sequence[dict[str, Any]]) -> str:
-    if _measure(rows) == "top1":
+    if measure_of(rows) == "top1":
         return "Top-1 accuracy in percent; in brackets, the change from the unmerged model."
     return "No labels: agreement with the unmerged model in percent."
 
 
 def _with_change(value: float, before: float) -> str:
     return f"{value:.2f} ({value - before:+.2f})".replace("-", "−")
-
-
-def _shown(value: float | None, form: str, unit: str = "") -> str:
-    return "–" if value is None else f"{value:{form}}{unit}"
-
-
-def _as_markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The first line is the head; text goes to the left in the first column and to the right in the others."""
-    marks = ["---", *["---:"] * (len(lines[0]) - 1)]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in [lines[0], marks, *lines[1:]]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

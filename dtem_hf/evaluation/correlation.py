@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..embedding import mean_key_projection
 from ..errors import BadValue
-from ..families import find_backbone
-from ..models.attach import MergeMixin, merged_layers
+from ..families import find_encoder
+from ..models.attach import MergeMixin
+from ..models.copies import share_weights
 from ..models.vision import evaluating, run_on_pixels
-from ..ops.matching import cosine_scores, split_even_odd
-from .variants import share_weights
+from ..ops import cosine_scores, split_even_odd
 
 
 @torch.no_grad()
@@ -28,21 +29,30 @@ def similarity_correlations(model: Any, pixel_values: Tensor, r: Any = 0) -> NDA
     layer; 0: all of them, so that every layer and method sees the same). The model is left as it is. Raises ValueError
     where it has no learned embedding.
     """
-    encoder = find_backbone(model)[1]
+    encoder = find_encoder(model)[1]
     if not isinstance(model, MergeMixin) or getattr(encoder, "merge_embedding", None) is None:
         raise BadValue("model", type(model).__name__, "a model with a learned embedding: attach DTEM or an adapter")
     model = share_weights(model)
     model.set_reduction(r)
-    backbone, encoder = find_backbone(model)
-    prefix = backbone.num_prefix_tokens(encoder)
-    # A trace has the last layer see all its tokens, which a classifier else leaves out.
-    with evaluating(model), model.trace_merging(), _recording(merged_layers(model)) as inputs:
-        run_on_pixels(model, pixel_values)
+    family, encoder = find_encoder(model)
+    prefix, names = family.geometry(encoder).num_prefix_tokens, family.anatomy
+    inputs: list[Tensor] = []
+    hooks = [
+        getattr(layer, names.norm1).register_forward_hook(lambda _, args, normed: inputs.append(normed))
+        for layer in family.layers(encoder)
+    ]
+    try:
+        with evaluating(model):
+            run_on_pixels(model, pixel_values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    keys = family.key_projections(encoder, inputs[0].new_empty(0))
     taus = []
-    for layer, embed, normed in zip(merged_layers(model), encoder.merge_embedding.layers, inputs, strict=True):
+    for projection, embed, normed in zip(keys, encoder.merge_embedding.projections, inputs, strict=True):
         by_keys, by_embedding = (
             cosine_scores(*split_even_odd(metric, prefix)).flatten(1).cpu().numpy()  # [B, a, b] -> [B, a · b]
-            for metric in (backbone.mean_keys(layer, normed), embed(normed))
+            for metric in (F.linear(normed, *mean_key_projection(projection)), embed(normed))
         )
         taus.append([kendalltau(x, y).statistic for x, y in zip(by_keys, by_embedding, strict=True)])
     return np.asarray(taus)
@@ -71,33 +81,3 @@ def correlation_table(correlations: Mapping[str, NDArray[np.float64]], num_range
             row[f"{name}_std"] = float(per_image.std())
         rows.append(row)
     return rows
-
-
-@contextmanager
-def _recording(layers: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Inside the block, what feeds the queries, keys and values of every layer is noted, in order."""
-    inputs: list[Tensor] = []
-    reducers = [layer.merge_reducer for layer in layers]
-    for layer, reducer in zip(layers, reducers, strict=True):
-        layer.merge_reducer = _Recorder(reducer, inputs)
-    try:
-        yield inputs
-    finally:
-        for layer, reducer in zip(layers, reducers, strict=True):
-            layer.merge_reducer = reducer
-
-
-class _Recorder:
-    """A reducer that notes its input and does what the real one does."""
-
-    runs_in_every_layer = True
-
-    def __init__(self, reducer: Any, inputs: list[Tensor]) -> None:
-        self._reducer, self._inputs = reducer, inputs
-
-    def reduce(self, x: Tensor, normed: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        self._inputs.append(normed)
-        return self._reducer.reduce(x, normed, *rest, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reducer, name)

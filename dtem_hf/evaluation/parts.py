@@ -1,51 +1,43 @@
-"""What an evaluation has finished, on disk: one file per batch, so that an interruption loses one batch at most."""
+"""Finished batches of an evaluation on disk, one file each: an interruption loses at most one batch per process."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ..errors import BadValue
 from ..files import read_json, replacing, write_json
+from ..programs.identity import digest
+from ..programs.processes import processes
 
 
 Columns = dict[str, NDArray[Any]]
 _RUN_NAME = "run.json"
 
 
-def processes() -> Accelerator:
-    """This process among those that were launched together. Raises RuntimeError where they do not know each other."""
-    accelerator = Accelerator()
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"{launched} processes were launched and Accelerate sees {accelerator.num_processes}: "
-            "without an accelerator, set ACCELERATE_USE_CPU=true and launch with torchrun"
-        )
-    return accelerator
-
-
 class Parts:
     """The finished batches of one run, in a folder that all its processes share.
 
-    `run` is what the results depend on, as JSON: parts of another run are not mixed in.
+    `run` is what the results depend on, as JSON. Its digest is in every file's name, so parts of another run are never
+    read. Raises ValueError where the folder holds an unfinished run that differs, unless `resume` is "never".
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: str) -> None:
-        self.folder = folder
+        self.folder, self.digest = folder, digest(run)
         self.state = processes()
-        if self.state.is_main_process and resume == "never":
-            shutil.rmtree(folder, ignore_errors=True)
+        self._finished = folder.with_name(f".{folder.name}.finished")
+        if self.state.is_main_process:
+            shutil.rmtree(self._finished, ignore_errors=True)  # of a run that was killed while it removed them
+            if resume == "never":
+                shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
         if (folder / _RUN_NAME).is_file():
             _check_same_run(read_json(folder / _RUN_NAME), run, folder)
@@ -56,14 +48,38 @@ class Parts:
 
     def finished(self) -> set[int]:
         """The numbers of the batches that are done."""
-        names = (re.fullmatch(r"part-(\d+)\.npz", path.name) for path in self.folder.glob("part-*.npz"))
+        names = (re.fullmatch(rf"{self.digest}-(\d+)\.npz", path.name) for path in self.folder.glob("*.npz"))
         return {int(name[1]) for name in names if name}
 
-    def share(self, num_batches: int) -> list[int]:
-        """The unfinished batches that this process has to do; every process must ask before one writes."""
-        missing = sorted(set(range(num_batches)) - self.finished())
+    def measure(
+        self,
+        images: Any,
+        batches: Sequence[Sequence[int]],
+        measure: Callable[[Any, int], Columns],
+        title: str,
+        num_workers: int = 0,
+        collate: Any = None,
+    ) -> None:
+        """Measure every unfinished batch that falls to this process, and keep its columns.
+
+        `measure` takes a batch and its number. Batches, and so figures, are the same for any number of processes. The
+        first batch of a process warms up, and the last of all may be smaller: neither is timed.
+        """
+        finished = self.finished()
+        self.state.wait_for_everyone()  # before one of them writes
+        missing = sorted(set(range(len(batches))) - finished)
+        mine = missing[self.state.process_index :: self.state.num_processes]
+        sampler = [list(batches[number]) for number in mine]
+        loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
+        progress = tqdm(loader, desc=title, unit="batch", disable=not self.state.is_main_process)
+        if finished and self.state.is_main_process:
+            progress.write(f"{len(finished)} of {len(batches)} batches were finished before")
+        for place, (number, batch) in enumerate(zip(mine, progress, strict=True)):
+            columns = measure(batch, number)
+            if place == 0 or len(batches[number]) < len(batches[0]):
+                columns["seconds_per_image"][:] = np.nan
+            self.write(number, columns)
         self.state.wait_for_everyone()
-        return missing[self.state.process_index :: self.state.num_processes]
 
     def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> None:
         """Keep a batch's results, whole or not at all."""
@@ -80,21 +96,16 @@ class Parts:
                 parts.append({name: arrays[name] for name in arrays.files})
         return parts
 
-    def remove(self) -> None:
-        """Clear up behind a run that is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def finish(self, keep: Callable[[], None]) -> None:
+        """Let the first process keep the results, and then remove the parts."""
+        self.state.wait_for_everyone()  # all have read them
+        if self.state.is_main_process:
+            keep()
+            self.folder.rename(self._finished)
+            shutil.rmtree(self._finished, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:08d}.npz"
-
-
-def weights_digest(tensors: Mapping[str, Any]) -> str:
-    """A hash of a state dict, by which a run knows its model again."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        return self.folder / f"{self.digest}-{number:08d}.npz"
 
 
 def batches_of(num_items: int, batch_size: int) -> list[Sequence[int]]:

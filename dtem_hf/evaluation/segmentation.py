@@ -19,24 +19,23 @@ import torch
 from datasets import load_dataset
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data.images import load_processor
+from ..data.opening import open_image
 from ..errors import BadValue
-from ..families import find_backbone
+from ..families import find_encoder
 from ..files import write_json
-from ..hub.adapter import MergeAdapter
-from ..hub.card import reduction_label
 from ..models.auto import AutoModel
 from ..models.vision import run_on_pixels
-from ..programs.arguments import option, parse_arguments, parse_reduction
-from ..programs.conditions import command, data_name, hardware, versions
-from .classification import describe_model, evaluation_device
-from .variants import Variant, make_variants, method_names
+from ..programs.arguments import at_least, option, parse_arguments
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
+from ..report.tables import about, print_rows, shown_r
+from .arguments import RowArguments
+from .variants import Variant
 
 
 IGNORED = 255
@@ -45,10 +44,9 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(kw_only=True)
-class SegmentationArguments:
+class SegmentationArguments(RowArguments):
     """Train a linear head on the unmerged backbone's patches, and measure mIoU under several amounts of merging."""
 
-    model: str = option("backbone: Hub id or local folder")
     train: str = option("images and masks that the head learns from: folder, or Hub dataset id")
     test: str = option("images and masks to measure with: folder, or Hub dataset id")
     train_split: str = option("split of a Hub dataset", default="train")
@@ -59,24 +57,14 @@ class SegmentationArguments:
         "classes; left out, one more than the largest in the training masks", default=None
     )
     limit: int | None = option("use only the first so many images of each", default=None)
-    methods: list[str] = option(
-        f"some of {', '.join(method_names())}", default_factory=lambda: ["none", "tome", "dtem"]
-    )
-    r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["4", "8", "12"])
-    flops: list[float] = option("shares of the multiply-adds to reach, one row each", default_factory=list)
-    adapter: str | None = option("trained adapter for dtem: Hub id or local folder", default=None)
     steps: int = option("optimiser steps of the head", default=500)
     lr: float = option("learning rate of the head", default=1e-2)
     batch_size: int = option("images per batch", default=16)
     seed: int = option("of everything that is drawn", default=0)
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
     output_dir: str = option("folder for segmentation.json", default="runs/segmentation")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "limit", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadValue(name, value, "1 or more")
+        at_least(self, 1, "steps", "batch_size", "limit", "num_classes")
         if self.num_classes is not None and self.num_classes > IGNORED:
             raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
 
@@ -96,9 +84,9 @@ class SegmentationImages:
         """An image in RGB and its mask [H, W]. Raises ValueError for a mask of another size or with colours."""
         pair = self.pairs[index]
         if isinstance(pair, tuple):
-            image, mask = (Image.open(path) for path in pair)
+            image, mask = open_image(pair[0], pair[0].name, index), Image.open(pair[1])
         else:
-            image, mask = pair[self.image_column], pair[self.mask_column]
+            image, mask = open_image(pair[self.image_column], str(index), index), pair[self.mask_column]
         classes = np.asarray(mask)
         if classes.ndim != 2 or classes.shape != (image.height, image.width):
             raise BadValue(
@@ -108,7 +96,7 @@ class SegmentationImages:
             )
         if classes.min() < 0 or classes.max() > IGNORED:
             raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED}, which is ignored")
-        return image.convert("RGB"), classes.astype(np.uint8)
+        return image, classes.astype(np.uint8)
 
 
 def load_segmentation(
@@ -141,8 +129,8 @@ def load_segmentation(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train the head, measure, print the table, write JSON."""
     arguments = parse_arguments(SegmentationArguments, argv, __doc__ or "")
+    path = output_folder(arguments.output_dir) / "segmentation.json"
     result = evaluate_segmentation(arguments)
-    path = Path(arguments.output_dir) / "segmentation.json"
     write_json(path, result)
     print_table(result)
     print(f"written: {path}")
@@ -150,17 +138,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
     """Train the head once, on unmerged patches, and measure every row with it; returns `segmentation.json`."""
-    device = evaluation_device(arguments.device)
+    device = arguments.choose_device()
     columns = (arguments.image_column, arguments.mask_column, arguments.limit)
     train = load_segmentation(arguments.train, arguments.train_split, *columns)
     test = load_segmentation(arguments.test, arguments.test_split, *columns)
     model = AutoModel.from_pretrained(arguments.model, merge=None).to(device).eval()
-    adapters = {}
-    if arguments.adapter is not None:
-        adapters[arguments.adapter] = MergeAdapter.from_reference(arguments.adapter)
-    reductions = [parse_reduction(text) for text in arguments.r]
-    variants = make_variants(model, arguments.methods, reductions, arguments.flops, adapters, unmerge=True)
-    reader = PatchReader(load_processor(arguments.model), find_backbone(model)[1].config, device)
+    variants = arguments.make_variants(model, arguments.load_adapters(), unmerge=True)
+    reader = PatchReader(load_processor(arguments.model), find_encoder(model)[1].config, device)
     num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
     head = train_head(variants[0], train, reader, num_classes, arguments)
     matrices = [np.zeros((num_classes, num_classes), dtype=np.int64) for _ in variants]
@@ -171,29 +155,23 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
         for variant, matrix in zip(variants, matrices, strict=True):
             for logits, mask in zip(predict(variant, head, reader.pixels(images), reader), masks, strict=True):
                 matrix += confusion(upsampled_classes(logits, mask.shape), mask, num_classes)
-    rows = []
-    for variant, matrix in zip(variants, matrices, strict=True):
-        figures = {"miou": 100 * mean_iou(matrix), "pixel_accuracy": 100 * float(np.trace(matrix) / matrix.sum())}
-        rows.append(
-            {
-                "method": variant.method,
-                "r": variant.shown_r,
-                **figures,
-                "multiply_adds": variant.plan.multiply_adds,
-                "ratio": variant.plan.ratio,
-                "tokens": variant.plan.tokens[-1],
-            }
-        )
+    rows = [
+        {
+            **variant.facts(),
+            "miou": 100 * mean_iou(matrix),
+            "pixel_accuracy": 100 * float(np.trace(matrix) / matrix.sum()),
+            **variant.costs(),
+        }
+        for variant, matrix in zip(variants, matrices, strict=True)
+    ]
     return {
-        "command": command(),
+        **conditions(device),
         "model": describe_model(arguments.model, model),
         "adapter": arguments.adapter,
         "data": {"name": data_name(arguments.test), "num_images": len(test)},
         "training_data": {"name": data_name(arguments.train), "num_images": len(train)},
         "num_classes": num_classes,
         "steps": arguments.steps,
-        "hardware": hardware(device),
-        "versions": versions(),
         "rows": rows,
     }
 
@@ -303,15 +281,17 @@ def mean_iou(matrix: NDArray[np.int64]) -> float:
 
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of a segmentation in the terminal."""
-    data = result["data"]
-    table = Table(title=f"{result['model']['name']} on {data['num_images']} images of {data['name']}")
-    for column in ("method", "r", "mIoU", "pixel accuracy", "M mult-adds", "share"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in result["rows"]:
-        r = "" if row["r"] is None else reduction_label(row["r"])
-        figures = [f"{row['miou']:.1f}", f"{row['pixel_accuracy']:.1f}"]
-        table.add_row(row["method"], r, *figures, f"{row['multiply_adds'] / 1e6:.1f}", f"{row['ratio']:.3f}")
-    Console(width=120).print(table)
+    lines = [
+        [
+            row["method"],
+            shown_r(row["r"]),
+            *(f"{row[name]:.1f}" for name in ("miou", "pixel_accuracy")),
+            f"{row['multiply_adds'] / 1e6:.1f}",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    print_rows(about(result), ("method", "r", "mIoU", "pixel accuracy", "M mult-adds", "share"), lines)
 
 
 def _largest_class(mask: NDArray[np.uint8]) -> int:

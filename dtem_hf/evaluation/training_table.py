@@ -24,6 +24,7 @@ from ..errors import BadValue
 from ..files import read_json, write_json, write_text
 from ..programs.arguments import option, parse_arguments
 from ..report.plots import plot_training
+from ..report.tables import as_markdown
 
 
 _RECIPES = Path(__file__).parents[2] / "recipes"
@@ -124,14 +125,13 @@ class _Table:
         header = ["trained by"]
         for r in self.reductions:
             header += [f"KL, r = {r}", "of ToMe's", "top-1"]
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+        lines = []
         for row, record in records:
             cells = [f"[{row.title}]({row.name}.json)"]
             for i, own in enumerate(_rows(record)):
                 share = "" if baseline is None else f"{own['kl'] / baseline[i]['kl']:.2f}"
                 cells += [f"{own['kl']:.4f}", share, f"{own['top1']:.1f}"]
             lines.append(cells)
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         first = records[0][1]["evaluations"][0]
         plain = first["rows"][0]
         head = (
@@ -140,7 +140,7 @@ class _Table:
             "`python recipes/training_table.py --rows recipes/configs/training_table.yaml --model … --train … "
             "--dev …`; every row's JSON holds its commands.\n\n"
         )
-        write_text(self.output / "table.md", head + text + "\n")
+        write_text(self.output / "table.md", head + as_markdown(header, lines) + "\n")
         plot_training(
             [(row.title, [r["kl"] for r in _rows(record)]) for row, record in records],
             self.reductions,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..benchmark.efficiency import synchronize
 from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
-from ..models.attach import attach, detach
+from ..models.attach import attach
+from ..models.copies import share_weights
+from ..models.install import detach
+from ..models.timing import synchronize
 from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
 
 
@@ -29,7 +30,7 @@ _METHODS: dict[str, EvaluatedMethod] = {}
 class EvaluatedMethod(ABC):
     """How a method becomes rows: what is attached to the model, and how much of it.
 
-    A subclass is registered under its `name` when it is written down; nothing else has to know of it.
+    A subclass is registered under its `name`; a new method needs nothing else.
     """
 
     name: ClassVar[str]
@@ -41,14 +42,14 @@ class EvaluatedMethod(ABC):
 
     @abstractmethod
     def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
-        """Put the method into a plain model, merging nothing yet; `options` are `attach`'s."""
+        """Attach the method to a plain model without merging anything yet; `options` are `attach`'s."""
 
     def accepts(self, reduction: Any) -> bool:
-        """Whether the method has a use for an r, where several methods are given the same."""
+        """Whether the method understands an r; several methods are given the same list."""
         return not isinstance(as_schedule(reduction), KeepRateSchedule)
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
-        """One amount for each row: every r that it has a use for, then every share of the multiply-adds."""
+        """One amount for each row: every r that the method accepts, then every share of the multiply-adds."""
         amounts = [r for r in reductions if self.accepts(r)]
         return [*amounts, *(FlopsSchedule(share) for share in shares)]
 
@@ -98,9 +99,9 @@ class EViT(EvaluatedMethod):
 
 
 class Soft(EvaluatedMethod):
-    """Merging by keys, softly, as it is relaxed in training: between ToMe and DTEM in the ablation.
+    """Soft merging by keys, as training relaxes it: between ToMe and DTEM in the ablation.
 
-    No token leaves, so it saves nothing: its multiply-adds are the unmerged model's (and the grouping's, not counted).
+    No token is removed, so its multiply-adds are the unmerged model's (grouping is not counted).
     """
 
     name = "soft"
@@ -138,7 +139,7 @@ class Variant:
             yield self.model
 
     def standalone(self) -> Any:
-        """A model of its own that is set to this row for good, with the weights of all; unmerged, a plain one."""
+        """A copy that stays set to this row and shares the weights; of the unmerged row, a plain model."""
         model = share_weights(self.model)
         if self.method == UNMERGED:
             return detach(model)
@@ -147,13 +148,26 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """How the row is called in tables."""
+        """The row's name in tables and file names."""
         return self.method if self.r is None else f"{self.method} r={self.shown_r}"
 
     @property
     def shown_r(self) -> Any:
         """r as JSON."""
         return None if self.r is None else as_schedule(self.r).to_json()
+
+    def facts(self) -> dict[str, Any]:
+        """Method, r and, where there are several, the adapter: the head of every result's row."""
+        return {
+            "method": self.method,
+            "r": self.shown_r,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
+        }
+
+    def costs(self) -> dict[str, Any]:
+        """Multiply-adds of an image, their share of the unmerged model's, and the tokens that are left."""
+        plan = self.plan
+        return {"multiply_adds": plan.multiply_adds, "ratio": plan.ratio, "tokens": plan.tokens[-1]}
 
 
 def method_names() -> list[str]:
@@ -217,7 +231,14 @@ def run_in_turn(
     return results, seconds
 
 
-def share_weights(model: Any) -> Any:
-    """A copy of a model that shares its parameters and buffers."""
-    shared = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    return copy.deepcopy(model, shared)
+def median_speed(seconds_per_image: Sequence[float], plain: float | None) -> tuple[float | None, float | None]:
+    """Images per second, and the speed-up over `plain` of them (None: this row itself); NaN is a batch without timing.
+
+    Both are None where nothing was timed.
+    """
+    seconds = np.asarray(seconds_per_image, dtype=float)
+    timed = seconds[~np.isnan(seconds)]
+    if not len(timed):
+        return None, None
+    speed = float(1 / np.median(timed))
+    return speed, speed / (plain or speed)

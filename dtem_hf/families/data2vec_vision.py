@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.data2vec.modeling_data2vec_vision import (
     Data2VecVisionForImageClassification,
     Data2VecVisionForSemanticSegmentation,
     Data2VecVisionModel,
 )
 
-from ..scope import current_layer, current_state, open_layer
+from ..scope import current_state
 from ..token_state import TokenState
-from .base import Backbone
-from .beit import RelativeBiasMerging, add_biases, gather_bias, nearest_tokens
+from .anatomy import Anatomy
+from .family import Family
 from .readers import WeighedMean
+from .relative_bias import RelativeBiasMerging, add_biases, follow
 
 
 class FollowingBias:
     """A layer's relative position bias: [1, H, N, N] before a merge, [B, H, n, n] behind one."""
 
     def forward(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Tensor:
-        layer = current_layer()
-        if layer is None:
+        state = current_state()
+        if state is None:
             return super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
-        state, index = layer
-        dim_size = state.num_tokens if index else dim_size
+        dim_size = state.num_tokens if state.layer else dim_size
         bias = super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
-        positions = state.positions(index)
-        if not state.has_merged(index) or positions is None:
-            return bias
-        return gather_bias(bias, nearest_tokens(positions, window_size[1], state.num_prefix_tokens))
+        return follow(bias, state, state.layer, window_size[1])
 
 
 class SharedBias:
@@ -45,88 +41,59 @@ class SharedBias:
         return super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
 
 
-class Data2VecVisionLayerMerging(RelativeBiasMerging):
-    """Merging between the attention and the MLP of a `Data2VecVisionLayer`."""
+class Data2VecVisionMerging(RelativeBiasMerging):
+    """A `Data2VecVisionLayer` returns a tuple, and its MLP is in two parts."""
 
-    def forward(
+    def merged_forward(  # type: ignore[override]
         self: Any,
         hidden_states: Tensor,
+        state: TokenState,
         output_attentions: bool = False,
         relative_position_bias: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         resolution: tuple[int, int] | None = None,
-        token_state: TokenState | None = None,
     ) -> tuple[Tensor, ...]:
         place = {"interpolate_pos_encoding": interpolate_pos_encoding, "resolution": resolution}
-        if token_state is None:
-            return super().forward(  # type: ignore[misc]
-                hidden_states, output_attentions, relative_position_bias=relative_position_bias, **place
-            )
-        self.place_tokens(hidden_states, resolution, token_state)
-        sizes = self.attention_bias(hidden_states, None, token_state)
-        shared = relative_position_bias
-        if shared is not None:
-            shared = self.follow(shared, resolution, token_state)
-        bias = add_biases(shared, sizes)
+        grid = self.grid(resolution)
+        self.place_tokens(hidden_states, grid, state)
+        bias = self.bias_with_sizes(hidden_states, relative_position_bias, state, grid)
         normed = self.layernorm_before(hidden_states)
-        with open_layer(token_state, self.merge_index):
-            attended, *weights = self.attention(normed, output_attentions, relative_position_bias=bias, **place)
-        attended = attended if self.lambda_1 is None else self.lambda_1 * attended
-        hidden_states = self.merge_step(
-            self.drop_path(attended) + hidden_states,
-            normed,
-            token_state,
-            lambda: self._whole_bias(bias, place, token_state),
-        )
+        attended, *weights = self.attention(normed, output_attentions, relative_position_bias=bias, **place)
+        hidden_states = self.drop_path(_scaled(attended, self.lambda_1)) + hidden_states
+        own = self.attention.attention
+        if own.has_relative_position_bias and not state.method.pairwise:  # which looks at attention's scores
+            bias = add_biases(own.relative_position_bias(grid, interpolate_pos_encoding), bias)
+        hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         grown = self.output(self.intermediate(self.layernorm_after(hidden_states)))
-        grown = grown if self.lambda_2 is None else self.lambda_2 * grown
-        return (self.drop_path(grown) + hidden_states, *weights)
-
-    def _whole_bias(self: Any, bias: Tensor | None, place: dict[str, Any], state: TokenState) -> Tensor | None:
-        """With the bias that the attention makes itself."""
-        attention = self.attention.attention
-        if not attention.has_relative_position_bias:
-            return bias
-        with open_layer(state, self.merge_index):
-            own = attention.relative_position_bias(self.grid(place["resolution"]), place["interpolate_pos_encoding"])
-        return add_biases(own, bias)
+        return (self.drop_path(_scaled(grown, self.lambda_2)) + hidden_states, *weights)
 
     def grid(self: Any, resolution: Any) -> tuple[int, int]:
         patch_size = self.attention.attention.config.patch_size
         return resolution[0] // patch_size, resolution[1] // patch_size
 
 
-class Data2VecVisionFamily(Backbone):
-    encoder_class = Data2VecVisionModel
-    models = {
-        "AutoModel": (Data2VecVisionModel,),
-        "AutoModelForImageClassification": (Data2VecVisionForImageClassification,),
-        "AutoModelForSemanticSegmentation": (Data2VecVisionForSemanticSegmentation,),
-    }
-    dense = (Data2VecVisionForSemanticSegmentation,)
-    composites = (Data2VecVisionForSemanticSegmentation,)
-    layer_merging = Data2VecVisionLayerMerging
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else scale * x
 
-    def layers(self, encoder: Any) -> Sequence[nn.Module]:
-        return encoder.encoder.layer
 
-    def num_prefix_tokens(self, encoder: nn.Module) -> int:
-        return 1
-
-    def attention(self, layer: Any) -> nn.Module:
-        return layer.attention
-
-    def key_linear(self, layer: Any) -> tuple[nn.Module, int]:
-        return layer.attention.attention.key, layer.attention.attention.num_attention_heads
-
-    def query_linear(self, layer: Any) -> nn.Module:
-        return layer.attention.attention.query
-
-    def readers(self, model: nn.Module, encoder: Any) -> Iterator[tuple[nn.Module, type]]:
-        if encoder.pooler is not None:
-            yield encoder.pooler, WeighedMean
-        if encoder.encoder.has_relative_position_bias:
-            yield encoder.encoder.relative_position_bias, SharedBias
-        for layer in encoder.encoder.layer:
-            if layer.attention.attention.has_relative_position_bias:
-                yield layer.attention.attention.relative_position_bias, FollowingBias
+FAMILY = Family(
+    encoders={Data2VecVisionModel: "encoder.layer"},
+    anatomy=Anatomy(
+        norm1="layernorm_before",
+        attention="attention",
+        norm2="layernorm_after",
+        mlp="output",
+        query="attention.attention.query",
+        key="attention.attention.key",
+        heads="attention.attention.num_attention_heads",
+    ),
+    models={
+        Data2VecVisionModel: "tokens",
+        Data2VecVisionForImageClassification: "tokens",
+        Data2VecVisionForSemanticSegmentation: "grid",
+    },
+    composites=(Data2VecVisionForSemanticSegmentation,),
+    encoder_parts={"pooler": WeighedMean, "encoder.relative_position_bias": SharedBias},
+    layer_parts={"attention.attention.relative_position_bias": FollowingBias},
+    layer_merging=Data2VecVisionMerging,
+)

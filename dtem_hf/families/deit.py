@@ -1,24 +1,18 @@
 """DeiT with its distillation token: CLS, distillation, then the patches."""
 
-from __future__ import annotations
-
-from torch import nn
 from transformers.models.deit.modeling_deit import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTModel,
 )
 
-from .vit import ViTLike
+from .family import Family
+from .vit import VIT_LAYER
 
 
-class DeiTFamily(ViTLike):
-    encoder_class = DeiTModel
-    models = {
-        "AutoModel": (DeiTModel,),
-        "AutoModelForImageClassification": (DeiTForImageClassification, DeiTForImageClassificationWithTeacher),
-    }
-    prefix_readers = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
-
-    def num_prefix_tokens(self, encoder: nn.Module) -> int:
-        return 2
+FAMILY = Family(
+    encoders={DeiTModel: "layers"},
+    anatomy=VIT_LAYER,
+    models=dict.fromkeys([DeiTModel, DeiTForImageClassification, DeiTForImageClassificationWithTeacher], "tokens"),
+    num_prefix_tokens=2,
+)

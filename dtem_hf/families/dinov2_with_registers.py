@@ -1,24 +1,18 @@
 """DINOv2 with registers: CLS, the registers, then the patches."""
 
-from __future__ import annotations
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as modeling
 
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
-    Dinov2WithRegistersBackbone,
-    Dinov2WithRegistersEncoder,
-    Dinov2WithRegistersForImageClassification,
-    Dinov2WithRegistersModel,
+from .dinov2 import DINOV2_LAYER, DINOV2_LAYER_PARTS
+from .family import Family
+
+
+FAMILY = Family(
+    encoders={modeling.Dinov2WithRegistersModel: "encoder.layer", modeling.Dinov2WithRegistersEncoder: "layer"},
+    anatomy=DINOV2_LAYER,
+    models={
+        modeling.Dinov2WithRegistersModel: "tokens",
+        modeling.Dinov2WithRegistersForImageClassification: "mean",
+        modeling.Dinov2WithRegistersBackbone: "grid",
+    },
+    layer_parts=DINOV2_LAYER_PARTS,
 )
-
-from .dinov2 import Dinov2Like
-
-
-class Dinov2WithRegistersFamily(Dinov2Like):
-    encoder_class = Dinov2WithRegistersEncoder
-    models = {
-        "AutoModel": (Dinov2WithRegistersModel,),
-        "AutoModelForImageClassification": (Dinov2WithRegistersForImageClassification,),
-        "AutoBackbone": (Dinov2WithRegistersBackbone,),
-    }
-    averaging = (Dinov2WithRegistersForImageClassification,)
-    dense = (Dinov2WithRegistersBackbone,)
-    normalising = Dinov2WithRegistersModel

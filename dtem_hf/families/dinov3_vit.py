@@ -1,13 +1,13 @@
 """DINOv3 ViT: CLS and registers, then patches whose keys and queries are rotated by where they lie.
 
-A merged token lies at the size-weighted mean of its patches. Tokens carry their coordinates, read off the rotation of
-the lowest frequency that the model itself made (which keeps its augmentation of positions), and are rotated anew.
+A merged token lies at the size-weighted mean of its patches. Tokens carry their coordinates, by which every layer
+rotates them. The coordinates are read off the rotation of the lowest frequency that the model itself made, which keeps
+its augmentation of positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackbone
 
 from ..errors import UnsupportedModelError
 from ..token_state import TokenState
-from .base import LayerMerging
-from .dinov2 import Dinov2Like
+from .dinov2 import DINOV3_LAYER
+from .family import Family
+from .layer import LayerMerging
 
 
 Rotation = tuple[Tensor, Tensor]
@@ -55,55 +56,42 @@ def rotate(keys: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([prefix, patches * cos + torch.cat([-second, first], dim=-1) * sin], dim=2)
 
 
-class DINOv3ViTLayerMerging(LayerMerging):
-    """Merging between the attention and the MLP of a `DINOv3ViTLayer`."""
+class DINOv3ViTMerging(LayerMerging):
+    """The attention of a `DINOv3ViTLayer` gets rotations for the tokens that enter it."""
 
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-        token_state: TokenState | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if token_state is None:
-            return super().forward(  # type: ignore[misc]
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
-            )
-        assert position_embeddings is not None
-        normed = self.norm1(hidden_states)
-        bias = self.attention_bias(hidden_states, attention_mask, token_state)
-        rotation = self._rotation(hidden_states, position_embeddings, token_state)
-        attended, _ = self.attention(normed, attention_mask=bias, position_embeddings=rotation, **kwargs)
-        attended = self.drop_path(self.layer_scale1(attended))
-        turn: Callable[[Tensor], Tensor] = lambda keys: rotate(keys, rotation)  # noqa: E731
-        hidden_states = self.merge_step(attended + hidden_states, normed, token_state, bias, turn)
-        return self.drop_path(self.layer_scale2(self.run_mlp(self.norm2(hidden_states), token_state))) + hidden_states
-
-    def _rotation(self: Any, hidden_states: Tensor, original: Rotation, state: TokenState) -> Rotation:
-        theta, prefix = self.attention.config.rope_theta, state.num_prefix_tokens
+    def attention_inputs(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        original, theta = kwargs["position_embeddings"], self.attention.config.rope_theta
+        prefix = state.num_prefix_tokens
         if self.merge_index == 0:
             places = coordinates(original, theta).expand(hidden_states.shape[0], -1, -1)
             state.place(torch.cat([places.new_zeros(places.shape[0], prefix, 2), places], dim=1))
-        if not state.has_merged(self.merge_index):
-            return original
+        bias = super().attention_inputs(hidden_states, attention_mask, state, kwargs)
         positions = state.positions(self.merge_index)
-        assert positions is not None
-        return rotation_at(positions[:, prefix:], theta, original[0].shape[-1], original[0].dtype)
+        if state.has_merged(self.merge_index) and positions is not None:
+            kwargs["position_embeddings"] = rotation_at(
+                positions[:, prefix:], theta, original[0].shape[-1], original[0].dtype
+            )
+        state.rotation = kwargs["position_embeddings"]
+        return bias
+
+    def rotated(self, keys: Tensor, state: TokenState) -> Tensor:
+        return rotate(keys, state.rotation)
 
 
-class DINOv3ViTFamily(Dinov2Like):
-    encoder_class = DINOv3ViTEncoder
-    models = {"AutoModel": (DINOv3ViTModel,), "AutoBackbone": (DINOv3ViTBackbone,)}
-    dense = (DINOv3ViTBackbone,)
-    layer_merging = DINOv3ViTLayerMerging
-    open_attention = None  # it turns queries and keys in between
-
-    def key_linear(self, layer: Any) -> tuple[nn.Module, int]:
-        return layer.attention.k_proj, layer.attention.num_heads
+class DINOv3ViTFamily(Family):
+    """Positions are read off rotations, which narrow heads do not allow."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
-        config = encoder.config
-        head_dim = config.hidden_size // config.num_attention_heads
+        head_dim = self.geometry(encoder).head_dim
         if head_dim < 8:
             raise UnsupportedModelError(f"head width {head_dim}: positions can be read off rotations from 8 on.")
+
+
+FAMILY = DINOv3ViTFamily(
+    encoders={DINOv3ViTEncoder: "layer"},
+    anatomy=DINOV3_LAYER,
+    models={DINOv3ViTModel: "tokens", DINOv3ViTBackbone: "grid"},
+    layer_merging=DINOv3ViTMerging,
+)

@@ -1,28 +1,28 @@
-"""GIT: a CLIP-like vision tower whose merged tokens go to a captioning decoder as they are.
+"""GIT: a CLIP-like vision tower whose merged tokens go to a captioning decoder.
 
 The decoder's loss and its cached attention mask read the number of visual tokens off `image_patch_tokens`, which the
-stock model computes from the size of an image; here it is what the tower has really handed on, frame by frame.
+stock model computes from the size of an image. Here it is the number that the tower has returned, frame by frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
 from transformers.models.git.modeling_git import GitForCausalLM, GitModel, GitVisionModel
 
 from ..scope import Scope, current_scope, open_scope
-from .clip import CLIPLike
-from .readers import ScopedForward
+from .clip import CLIP_LAYER
+from .family import Family
+from .readers import LiveReader
 
 
-class CountsVisualTokens(ScopedForward):
-    """Mixed into `GitModel` and `GitForCausalLM`: while they run, it is known how many visual tokens there are."""
+class CountsVisualTokens(LiveReader):
+    """Mixed into `GitModel` and `GitForCausalLM`: their scope holds the number of visual tokens."""
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
-        with open_scope(Scope(num_tokens=cached_visual_tokens(inputs), drops=True)) as scope:
+        with open_scope(Scope(reader=self.reader, num_tokens=cached_visual_tokens(inputs))) as scope:
             output = stock()
         if outer is not None:
             outer.num_tokens = scope.num_tokens
@@ -30,18 +30,18 @@ class CountsVisualTokens(ScopedForward):
 
 
 def cached_visual_tokens(inputs: Mapping[str, Any]) -> int:
-    """Visual tokens in a decoder's cache: its mask covers the text alone. 0 where there is nothing to tell it from."""
-    # Its name from transformers 5.24 on, and before.
-    caches = (inputs.get(name) for name in ("cache", "past_key_values"))
-    cache, mask = next((c for c in caches if c is not None), None), inputs.get("attention_mask")
+    """Visual tokens in a decoder's cache, whose mask covers the text alone; 0 where there is no cache."""
+    # Called `cache` from transformers 5.24 on, and `past_key_values` before.
+    cache = next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
     text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    mask = inputs.get("attention_mask")
     if inputs.get("pixel_values") is not None or cache is None or mask is None or text is None:
         return 0
     return max(cache.get_seq_length() + text.shape[1] - mask.shape[-1], 0)
 
 
 class TrueImagePatchTokens:
-    """Mixed into the decoder layer's self-attention that the stock model asks."""
+    """Mixed into the decoder layer's self-attention that the stock model asks for the number."""
 
     @property
     def image_patch_tokens(self) -> int:
@@ -50,28 +50,15 @@ class TrueImagePatchTokens:
         return scope.num_tokens if scope is not None and scope.num_tokens else self.__dict__["image_patch_tokens"]
 
 
-class GitFamily(CLIPLike):
-    encoder_class = GitVisionModel
-    models = {
-        "AutoModel": (GitModel,),
-        "AutoModelForCausalLM": (GitForCausalLM,),
-        "AutoModelForImageTextToText": (GitForCausalLM,),
-    }
-    other_models = (GitVisionModel,)
-    composites = (GitModel, GitForCausalLM)
-
-    def layers(self, encoder: Any) -> Sequence[nn.Module]:
-        return encoder.vision_model.encoder.layers
-
-    def model_mixins(self, model_class: type) -> tuple[type, ...]:
-        return (CountsVisualTokens,) if issubclass(model_class, self.composites) else ()
-
-    def readers(self, model: Any, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
-        if isinstance(model, GitForCausalLM):
-            yield model.git, CountsVisualTokens
-        if isinstance(model, self.composites):
-            decoder: Any = model.git if isinstance(model, GitForCausalLM) else model
-            yield decoder.encoder.layer[0].attention.self, TrueImagePatchTokens
-
-    def frames(self, model: Any) -> int:
-        return (isinstance(model, self.composites) and model.config.num_image_with_embedding) or 1
+FAMILY = Family(
+    encoders={GitVisionModel: "vision_model.encoder.layers"},
+    anatomy=CLIP_LAYER,
+    models={GitModel: CountsVisualTokens, GitForCausalLM: CountsVisualTokens, GitVisionModel: "tokens"},
+    composites=(GitModel, GitForCausalLM),
+    frames="num_image_with_embedding",
+    model_parts={
+        "git": CountsVisualTokens,
+        "git.encoder.layer.0.attention.self": TrueImagePatchTokens,
+        "encoder.layer.0.attention.self": TrueImagePatchTokens,
+    },
+)

@@ -8,17 +8,21 @@ from torch import nn
 from transformers.models.ijepa.modeling_ijepa import IJepaForImageClassification, IJepaModel
 
 from ..errors import UnsupportedModelError
-from .vit import ViTLike
+from .family import Family
+from .vit import VIT_LAYER
 
 
-class IJepaFamily(ViTLike):
-    encoder_class = IJepaModel
-    models = {"AutoModel": (IJepaModel,), "AutoModelForImageClassification": (IJepaForImageClassification,)}
-    averaging = (IJepaForImageClassification,)
-
-    def num_prefix_tokens(self, encoder: nn.Module) -> int:
-        return 0
+class IJepaFamily(Family):
+    """A pooler would take the first patch for a CLS token."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         if encoder.pooler is not None:
             raise UnsupportedModelError("IJepaModel's pooler reads the first patch, which a merge may take away.")
+
+
+FAMILY = IJepaFamily(
+    encoders={IJepaModel: "layers"},
+    anatomy=VIT_LAYER,
+    models={IJepaModel: "tokens", IJepaForImageClassification: "mean"},
+    num_prefix_tokens=0,
+)

@@ -1,4 +1,4 @@
-"""Attention for modules of transformers that take no mask: their own without one, the same with one."""
+"""Attention with a mask, for modules of transformers that take none; without one, their own forward pass runs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops
-
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, dropout: float, weights: bool
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float, weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention, with an additive mask or none: [B, H, n, d] three times -> [B, n, H·d], and the weights if wanted."""
+    """Attention with an additive mask: [B, H, n, d] three times -> [B, n, H·d], and the weights if wanted."""
     if not weights:
-        return ops.biased_attention(query, key, value, bias, scaling, dropout).transpose(1, 2).flatten(2), None
-    scores = (query @ key.transpose(2, 3)) * scaling
-    scores = scores if bias is None else scores + bias
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        return mixed.transpose(1, 2).flatten(2), None
+    scores = (query @ key.transpose(2, 3)) * scaling + bias
     shares = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout, training=dropout > 0)
     return (shares @ value).transpose(1, 2).flatten(2), shares
 
 
 class MaskedAttention:
-    """Mixed into a self-attention with `query`, `key` and `value`, which has no output projection of its own."""
+    """Mixed into a self-attention with `query`, `key` and `value`, and no output projection."""
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        heads = self.num_attention_heads
         q, k, v = (
-            linear(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+            linear(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
-        dropout = self.dropout_prob if self.training else 0.0
-        return attend(
-            q, k, v, attention_mask, q.shape[-1] ** -0.5, dropout, self.config._attn_implementation == "eager"
-        )
+        dropout, eager = self.dropout_prob if self.training else 0.0, self.config._attn_implementation == "eager"
+        return attend(q, k, v, attention_mask, q.shape[-1] ** -0.5, dropout, eager)

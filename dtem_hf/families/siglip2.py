@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -16,11 +16,12 @@ from transformers.models.siglip2.modeling_siglip2 import (
 
 from ..errors import BadValue
 from ..scope import current_state
-from .readers import MaskedAveraging
-from .siglip import SiglipLike
+from .clip import CLIP_LAYER
+from .family import Family
+from .readers import WeighedAttention
 
 
-# From then on, the grid of positions is resized by a matrix product.
+# From this version on, transformers resizes the grid of positions by a matrix product.
 POSITIONS_BY_PRODUCT = Version(transformers.__version__) >= Version("5.24")
 
 
@@ -29,27 +30,12 @@ class UnmaskedHead:
 
     def forward(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         state = current_state()
-        if state is not None and state.changed:
-            attention_mask = None
-        return super().forward(hidden_state, attention_mask)  # type: ignore[misc]
+        merged = state is not None and state.changed
+        return super().forward(hidden_state, None if merged else attention_mask)  # type: ignore[misc]
 
 
-class Siglip2Family(SiglipLike):
-    encoder_class = Siglip2VisionModel
-    models = {
-        "AutoModel": (Siglip2Model, Siglip2VisionModel),
-        "AutoModelForImageClassification": (Siglip2ForImageClassification,),
-        "AutoModelForZeroShotImageClassification": (Siglip2Model,),
-    }
-    composites = (Siglip2Model,)
-
-    def model_mixins(self, model_class: type) -> tuple[type, ...]:
-        return (MaskedAveraging,) if issubclass(model_class, Siglip2ForImageClassification) else ()
-
-    def readers(self, model: nn.Module, encoder: Any) -> Iterator[tuple[nn.Module, type]]:
-        yield from super().readers(model, encoder)
-        if encoder.use_head:
-            yield encoder.head, UnmaskedHead
+class PaddedFamily(Family):
+    """Images come as patches, with padding that a mask marks."""
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         mask = inputs.get("pixel_attention_mask")
@@ -64,7 +50,19 @@ class Siglip2Family(SiglipLike):
         stem, head, tail = super().outside_cost(modules)
         for embeddings in (m for m in modules if hasattr(m, "patch_embedding")):
             patch: Any = embeddings.patch_embedding  # a linear map of every patch
-            stem, head = stem + patch.weight.numel(), head - patch.weight.numel()
+            size = patch.in_features * patch.out_features
+            stem, head = stem + size, head - size
             if POSITIONS_BY_PRODUCT:
-                stem += embeddings.position_embedding.weight.numel()  # type: ignore[operator, union-attr]
+                positions: Any = embeddings.position_embedding
+                stem += positions.num_embeddings * positions.embedding_dim
         return stem, head, tail
+
+
+FAMILY = PaddedFamily(
+    encoders={Siglip2VisionModel: "encoder.layers"},
+    anatomy=CLIP_LAYER,
+    models={Siglip2Model: "tokens", Siglip2VisionModel: "tokens", Siglip2ForImageClassification: "masked_mean"},
+    num_prefix_tokens=0,
+    composites=(Siglip2Model,),
+    encoder_parts={"head": UnmaskedHead, "head.attention": WeighedAttention},
+)

@@ -1,13 +1,13 @@
 """ViT-MSN: a ViT without a pooler."""
 
-from __future__ import annotations
-
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNForImageClassification, ViTMSNModel
 
-from .vit import ViTLike
+from .family import Family
+from .vit import VIT_LAYER
 
 
-class ViTMSNFamily(ViTLike):
-    encoder_class = ViTMSNModel
-    models = {"AutoModel": (ViTMSNModel,), "AutoModelForImageClassification": (ViTMSNForImageClassification,)}
-    prefix_readers = (ViTMSNForImageClassification,)
+FAMILY = Family(
+    encoders={ViTMSNModel: "layers"},
+    anatomy=VIT_LAYER,
+    models={ViTMSNModel: "tokens", ViTMSNForImageClassification: "tokens"},
+)

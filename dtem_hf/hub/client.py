@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 
 from ..errors import AdapterError, BadValue
 from ..version import __version__
-from .card import CARD_NAME
+from .layout import CARD_NAME
 
 
 MAIN = "main"
@@ -53,6 +53,15 @@ def download(
             )
         path = hf_hub_download(repo_id, filename, revision=revision, **options)
     return Path(path), facts.commit_hash
+
+
+def drop_cached(path: Path) -> None:
+    """Remove a downloaded file, and the blob that it links to, from the Hub's cache; the next download replaces it."""
+    blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    with suppress(OSError):  # a cache that may not be written to keeps it
+        if blob.parent == path.parents[2] / "blobs":
+            blob.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def cached_commit(repo_id: str, revision: str | None = None, cache_dir: Any = None) -> str | None:

@@ -12,16 +12,18 @@ from huggingface_hub import CommitInfo, ModelCard
 
 from ..configuration import CONFIG_NAME
 from ..errors import BadValue
-from .card import CARD_NAME, EVALUATION_NAME, TRAINING_NAME, folder_card, is_made
+from ..files import read_bytes, read_text
 from .client import download, publish
+from .folder_card import folder_card, is_made
+from .layout import CARD_NAME, EVALUATION_NAME, LARGEST_CARD, TRAINING_NAME, WEIGHTS_NAME
+from .reading import parse_tensors, read_config, split_reference
 from .records import clean, read_record, without_private
 
 
-# transformers says in its error what it was given by this; it has no class of the name.
+# The model type in config.json. transformers has no such type, so its error names an adapter as what it is.
 MODEL_TYPE = "dtem_hf_merge_adapter"
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _LARGEST_PICTURE = 1 << 24
-_LARGEST_CARD = 1 << 20
 _LARGEST_METADATA = 1 << 17
 _MOST_RESULTS = 1000
 
@@ -30,63 +32,51 @@ def publish_folder(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    private: bool | None = None,
     branch: str | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     commit_message: str | None = None,
-    overwrite_card: bool = False,
-    token: str | bool | None = None,
     with_card: bool = True,
+    **options: Any,
 ) -> CommitInfo:
-    """Publish an adapter's folder in one commit: what `published_files` lists and nothing else of it.
+    """Publish an adapter's folder in one commit: the files that `published_files` lists, and no others.
 
-    `branch` and `revision` mean the same. Raises FileNotFoundError or AdapterError for a folder that holds no sound
-    adapter, and what `dtem_hf.hub.publish` raises.
+    `branch` and `revision` mean the same; other keywords are those of `client.publish`. Raises FileNotFoundError or
+    ValueError for a folder that holds no sound adapter, and what `client.publish` raises.
     """
     if branch is not None and revision not in (None, branch):
         raise BadValue("revision", revision, f"the same as branch={branch!r}, or one of them alone")
     files = published_files(folder, repo_id)
     if not with_card:
         del files[CARD_NAME]
-    return publish(
-        repo_id,
-        files,
-        commit_message or f"Upload merge adapter for {json.loads(files[CONFIG_NAME])['backbone']['model_type']}",
-        private=private,
-        branch=branch or revision,
-        create_pr=create_pr,
-        overwrite_card=overwrite_card,
-        token=token,
-    )
+    model_type = json.loads(files[CONFIG_NAME])["backbone"]["model_type"]
+    message = commit_message or f"Upload merge adapter for {model_type}"
+    return publish(repo_id, files, message, branch=branch or revision, **options)
 
 
 def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) -> dict[str, bytes]:
     """What of an adapter's folder is published, by name: config, tensors, card, records, and the card's pictures.
 
-    Records go without Hub tokens and without the folders of this machine. A card that nobody has edited names the
-    repository. `config.json` is added, by which transformers says what it was given.
+    JSON goes without Hub tokens and without the folders of this machine. A card that was not edited names the
+    repository. `config.json` is added for transformers. Raises FileNotFoundError, and ValueError for an adapter that
+    is not sound, and for links, pipes, devices and files of no reasonable size.
     """
-    from .adapter import WEIGHTS_NAME, MergeAdapter  # adapter.py needs this module
-
     folder = Path(folder)
-    MergeAdapter.from_pretrained(folder)
+    files = {}
+    for name in (CONFIG_NAME, EVALUATION_NAME, TRAINING_NAME):
+        if name == CONFIG_NAME or os.path.lexists(folder / name):
+            files[name] = _json(without_private(read_record(folder / name, links=False)))
+    adapter = read_config(folder / CONFIG_NAME, str(folder))
+    files[WEIGHTS_NAME] = read_bytes(folder / WEIGHTS_NAME, adapter.largest_weights, links=False)
+    parse_tensors(files[WEIGHTS_NAME], adapter, str(folder))
     card = folder_card(folder, repo_id=repo_id if repo_id and "/" in repo_id else None)
-    if (folder / CARD_NAME).is_file():
-        written = (folder / CARD_NAME).read_text(encoding="utf-8")
+    if os.path.lexists(folder / CARD_NAME):
+        written = read_text(folder / CARD_NAME, LARGEST_CARD, links=False)
         card = card if is_made(written, folder) else written
-    files = {name: (folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
     files[CARD_NAME] = card.encode()
-    for name in (EVALUATION_NAME, TRAINING_NAME):
-        if (folder / name).is_file():
-            record = without_private(read_record(folder / name))
-            files[name] = (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _PICTURE_SUFFIXES and f"({path.name})" in card and path.is_file():
-            if path.is_symlink() or path.stat().st_size > _LARGEST_PICTURE:
-                raise BadValue(path.name, path, f"a picture in the folder itself, of {_LARGEST_PICTURE} bytes at most")
-            files[path.name] = path.read_bytes()
-    files["config.json"] = (json.dumps({"model_type": MODEL_TYPE}, indent=2) + "\n").encode()
+        if path.suffix in _PICTURE_SUFFIXES and f"({path.name})" in card:
+            files[path.name] = read_bytes(path, _LARGEST_PICTURE, links=False)
+    files["config.json"] = _json({"model_type": MODEL_TYPE})
     return files
 
 
@@ -95,16 +85,12 @@ def card_results(reference: str, **hub_options: Any) -> list[dict[str, Any]]:
 
     `reference` is a folder, a Hub id, or `id@revision`. Texts are on one line, and values are numbers.
     """
-    from .adapter import split_reference
-
     name, revision = split_reference(reference)
     try:
         path = Path(name, CARD_NAME)
         if not Path(name).is_dir():
-            path, _ = download(name, CARD_NAME, _LARGEST_CARD, revision, **hub_options)
-        if path.stat().st_size > _LARGEST_CARD:
-            return []
-        text = path.read_text(encoding="utf-8")
+            path, _ = download(name, CARD_NAME, LARGEST_CARD, revision, **hub_options)
+        text = read_text(path, LARGEST_CARD)
         if len(text.split("\n---", 1)[0]) > _LARGEST_METADATA:
             return []
         results = getattr(ModelCard(text, ignore_metadata_errors=True).data, "eval_results", None) or []
@@ -121,6 +107,10 @@ def card_results(reference: str, **hub_options: Any) -> list[dict[str, Any]]:
         for result in results[:_MOST_RESULTS]
         if isinstance(result.metric_value, (int, float)) and abs(result.metric_value) < 1e18
     ]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _shown(text: Any) -> str | None:

@@ -1,7 +1,7 @@
 """JSON records of training and evaluation as a card needs them: checked, and with text that is safe to publish.
 
-The names in a record come from configs and command lines that anyone may have written, and folders of the machine it
-was made on stand in it.
+The names in a record come from configs and command lines that anyone may have written, and it names folders of the
+machine on which it was made.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..files import read_json
 
 
 _LONGEST_TEXT = 1000
-_LARGEST_NUMBER = 1e18  # which no record holds, nor infinity, nor NaN
-# What a record of a run may hold and a published card must not: Hub tokens, and folders of the machine it was made on.
+_LARGEST_NUMBER = 1e18  # records hold smaller numbers, and neither infinity nor NaN
+# Hub tokens and folders of a machine, which a record may hold and a published card must not.
 _PRIVATE = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
     (re.compile(r"^~?/.*/(?=[^/]+$)"), "…/"),
@@ -40,7 +40,7 @@ _KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
 
 
 def entry(record: Mapping[str, Any], where: str, name: str, kind: type, default: Any = MISSING) -> Any:
-    """An entry of a record, checked to be of a kind; `default` where it is absent or null, if there is a default."""
+    """An entry of a record, checked to be of a kind; `default`, if given, where it is absent or null."""
     value = record.get(name)
     if value is None and default is not MISSING:
         return default
@@ -53,16 +53,16 @@ def entry(record: Mapping[str, Any], where: str, name: str, kind: type, default:
     return value
 
 
-def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a record's file. Raises FileNotFoundError, or ValueError where it holds no JSON object."""
-    record = read_json(path)
+def read_record(path: str | os.PathLike[str], links: bool = True) -> dict[str, Any]:
+    """Read a record's file as `read_json` does. Raises FileNotFoundError, or ValueError where it is no JSON object."""
+    record = read_json(path, links=links)
     if not isinstance(record, dict):
         raise BadValue(Path(path).name, type(record).__name__, "a JSON object")
     return record
 
 
 def versions_of(record: Mapping[str, Any], where: str) -> str | None:
-    """The versions that a record names, on one line."""
+    """The versions in a record, on one line."""
     versions = entry(record, where, "versions", dict, {})
     return ", ".join(as_code(f"{name} {value}") for name, value in versions.items()) or None
 
@@ -102,7 +102,7 @@ def clean(value: Any) -> str:
 
 
 def as_code(value: Any) -> str:
-    """Text as a code span, in which Markdown knows nothing but the backtick. (In a table it would also know bars.)"""
+    """Text as a code span, in which only the backtick is special in Markdown (and bars, inside a table)."""
     return f"`{as_line(value) or ' '}`"
 
 
@@ -112,5 +112,5 @@ def as_line(value: Any) -> str:
 
 
 def as_text(value: Any) -> str:
-    """Text in running Markdown, with nothing in it special."""
+    """Text for a Markdown paragraph, with its special characters escaped."""
     return re.sub(r"([\\`*_{}\[\]()<>#|~&$@:!])", r"\\\1", clean(value))

@@ -3,10 +3,9 @@
 import sys
 
 from ..discovery import import_all
-from .base import AttentionInputs, MetricSource, Reducer, make_reducer
-from .matching import leave_matched
+from .base import MergedLayer, Method, make_method
 
 
 import_all(sys.modules[__name__])
 
-__all__ = ["AttentionInputs", "MetricSource", "Reducer", "leave_matched", "make_reducer"]
+__all__ = ["MergedLayer", "Method", "make_method"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..configuration import DTEMConfig
 from ..embedding import (
     DecoupledEmbedding,
     EmbeddingShape,
+    KeyProjection,
     default_embed_dim,
     initialize_from_keys,
     initialize_randomly,
@@ -19,114 +21,96 @@ from ..embedding import (
 )
 from ..schedule import MetricCost
 from ..token_state import TokenState
-from .base import AttentionInputs, MetricSource
-from .matching import MatchingReducer, leave_matched, lengthen
+from .base import MergedLayer
+from .matching import MatchingMethod, record_matched
 
 
-class DTEMReducer(MatchingReducer[DTEMConfig]):
+class DTEM(MatchingMethod[DTEMConfig]):
     """Soft grouping and soft merging in `.train()`, hard matching in `.eval()`, unless the config says otherwise."""
 
     config_class: ClassVar[type[DTEMConfig]] = DTEMConfig
 
-    def embedding_shape(self, encoder: nn.Module) -> EmbeddingShape:
-        layers = self.backbone.layers(encoder)
-        keys = self.backbone.key_projection(layers[0])
-        hidden_size = keys.weight.shape[1]
-        embed_dim = self.config.embed_dim or default_embed_dim(hidden_size, keys.head_dim)
-        heads = keys.num_heads if self.config.learn_exponents else 0
-        c = self.config
-        return EmbeddingShape(len(layers), hidden_size, embed_dim, heads, c.learn_norms)
+    def embedding_shape(self) -> EmbeddingShape:
+        g, c = self.geometry, self.config
+        heads = g.num_heads if c.learn_exponents else 0
+        return EmbeddingShape(g.num_layers, g.hidden_size, c.embed_dim or default_embed_dim(g), heads, c.learn_norms)
 
-    def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
+    def initialize(self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float) -> None:
         if self.config.init == "random":
-            initialize_randomly(embedding, std=getattr(encoder.config, "initializer_range", 0.02))
+            initialize_randomly(embedding, std)
         else:
-            initialize_from_keys(embedding, [self.backbone.key_projection(x) for x in self.backbone.layers(encoder)])
+            initialize_from_keys(embedding, keys)
 
-    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
-        shape = self.embedding_shape(encoder)
+    def metric_cost(self) -> MetricCost:
+        shape = self.embedding_shape()
         return MetricCost(shape.hidden_size * shape.embed_dim, width=shape.embed_dim)
 
-    def is_soft(self, layer: nn.Module) -> bool:
+    def is_soft(self, training: bool) -> bool:
         """Whether a layer merges softly at this moment."""
-        return self.config.relaxation == "soft" or (self.config.relaxation == "auto" and layer.training)
+        return self.config.relaxation == "soft" or (self.config.relaxation == "auto" and training)
 
-    def is_straight_through(self, layer: nn.Module) -> bool:
+    def is_straight_through(self, training: bool) -> bool:
         """Whether a layer merges hard, with the gradients of the soft merge, at this moment."""
-        return self.config.relaxation == "straight_through" and layer.training
+        return self.config.relaxation == "straight_through" and training
 
-    def wants_bias(self, layer: nn.Module) -> bool:
+    def wants_bias(self, training: bool) -> bool:
         # Softly merged tokens leave attention only through their sizes.
-        return self.config.proportional_attention or self.is_soft(layer)
+        return self.config.proportional_attention or self.is_soft(training)
 
-    def sizes_carry_gradient(self, layer: nn.Module) -> bool:
-        return self.is_soft(layer) or self.is_straight_through(layer)
+    def sizes_carry_gradient(self, training: bool) -> bool:
+        return self.is_soft(training) or self.is_straight_through(training)
 
-    def metric_source(self, layer: nn.Module, index: int, state: TokenState) -> MetricSource | None:
-        if state.steps is not None or self.is_soft(layer) or self.is_straight_through(layer):
-            return None
+    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
         assert state.embedding is not None
-        return MetricSource(state.embedding.layers[index])
+        # Detached, so that no gradient teaches the backbone to be easy to compare.
+        return state.embedding.projections[state.layer](normed.detach())
 
-    def metric(
-        self, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
-    ) -> tuple[Tensor, int]:
+    def merge(self, x: Tensor, metric: Tensor, r: int, training: bool, state: TokenState) -> Tensor:
+        if self.is_straight_through(training):
+            return self._merge_straight_through(x, metric, r, state)
+        if not self.is_soft(training):
+            return super().merge(x, metric, r, training, state)
+        return self._merge_softly(x, metric, r, state)
+
+    @property
+    def _relaxation(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "top_k": c.top_k,
+            "score_temperature": c.score_temperature,
+            "assignment_temperature": c.assignment_temperature,
+        }
+
+    def _merge_softly(self, x: Tensor, metric: Tensor, r: int, state: TokenState) -> Tensor:
+        index, prefix = state.layer, state.num_prefix_tokens
+        active, _ = state.begin_layer(index, x.shape[1])
+        before = state.sizes(index)
+        if before is None:
+            before = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        assignment = ops.soft_assignment(metric, active, r, prefix, empty=state.padding(index), **self._relaxation)
+        merged, sizes = ops.move_mass(x, before, assignment, active, prefix)
         assert state.embedding is not None
-        # Detached, so that the backbone is never taught to be easy to compare.
-        return state.embedding.layers[index](normed.detach()), 1
-
-    def merge(
-        self, x: Tensor, metric: Tensor, heads: int, r: int, layer: nn.Module, index: int, state: TokenState
-    ) -> Tensor:
-        if self.is_straight_through(layer):
-            return self._merge_straight_through(x, metric, r, index, state)
-        if not self.is_soft(layer):
-            return super().merge(x, metric, heads, r, layer, index, state)
-        active, _ = state.enter(index, x.shape[1])
-        sizes = state.sizes(index)
-        if sizes is None:
-            sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-        before, prefix = sizes, state.num_prefix_tokens
-        assignment = ops.soft_assignment(
-            metric,
-            active,
-            r,
-            prefix,
-            self.config.top_k,
-            self.config.score_temperature,
-            self.config.assignment_temperature,
-            state.padding(index),
-        )
-        unmerged = x
-        x, sizes = ops.move_mass(x, before, assignment, active, prefix)
-        x = lengthen(
-            state,
-            index,
-            x,
-            lambda: ops.move_mass(norms_of(unmerged), before, assignment, active, prefix)[0],
+        merged = state.embedding.lengthen(
+            index, merged, lambda: ops.move_mass(norms_of(x), before, assignment, active, prefix)[0]
         )
         order = ops.size_order(sizes, active, prefix)
-        x, sizes = ops.permute_tokens(x, order), ops.permute_tokens(sizes, order)
+        merged, sizes = ops.permute_tokens(merged, order), ops.permute_tokens(sizes, order)
 
         def carry(positions: Tensor) -> Tensor:
             return ops.permute_tokens(ops.move_mass(positions, before, assignment, active, prefix)[0], order)
 
-        state.leave(index, x, sizes, active - r, source=lambda: order.argsort(dim=-1), carry=carry)
-        return x
+        state.record_merge(index, merged, sizes, active - r, source=lambda: order.argsort(dim=-1), carry=carry)
+        return merged
 
-    def _merge_straight_through(self, x: Tensor, metric: Tensor, r: int, index: int, state: TokenState) -> Tensor:
-        c, num_tokens, before = self.config, x.shape[1], state.sizes(index)
+    def _merge_straight_through(self, x: Tensor, metric: Tensor, r: int, state: TokenState) -> Tensor:
+        index, before = state.layer, state.sizes(state.layer)
         matching, flow = ops.straight_through_matching(
-            metric,
-            r,
-            state.num_prefix_tokens,
-            c.top_k,
-            c.score_temperature,
-            c.assignment_temperature,
-            state.padding(index),
+            metric, r, state.num_prefix_tokens, empty=state.padding(index), **self._relaxation
         )
-        unmerged = x
-        x, sizes = ops.merge_along_flow(x, before, matching, flow)
-        x = lengthen(state, index, x, lambda: ops.merge_along_flow(norms_of(unmerged), before, matching, flow)[0])
-        leave_matched(state, index, ops.Merged(x, sizes, lambda: matching), num_tokens)
-        return x
+        merged, sizes = ops.merge_along_flow(x, before, matching, flow)
+        assert state.embedding is not None
+        merged = state.embedding.lengthen(
+            index, merged, lambda: ops.merge_along_flow(norms_of(x), before, matching, flow)[0]
+        )
+        record_matched(state, merged, sizes, matching, x.shape[1])
+        return merged

@@ -5,65 +5,51 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..configuration import EViTConfig
-from ..embedding import DecoupledEmbedding
 from ..errors import UnsupportedModelError
 from ..schedule import MetricCost
 from ..token_state import TokenState
-from .base import AttentionInputs, Reducer
+from .base import MergedLayer, Method
 
 
-class EViTReducer(Reducer[EViTConfig]):
-    """Nothing to learn; the same in training. CLS attention is computed anew from the layer's own queries and keys."""
+class EViT(Method[EViTConfig]):
+    """Nothing to learn; the same in training. The scores are the layer's own queries and keys."""
 
     config_class: ClassVar[type[EViTConfig]] = EViTConfig
     pairwise: ClassVar[bool] = False
-    runs_in_every_layer = False
 
-    def check(self, encoder: nn.Module) -> None:
-        if self.backbone.num_prefix_tokens(encoder) == 0:
+    def check(self, encoder_name: str) -> None:
+        if self.geometry.num_prefix_tokens == 0:
             raise UnsupportedModelError(
-                f"method='evit' ranks tokens by the attention of a CLS token, and {type(encoder).__name__} has none; "
+                f"method='evit' ranks tokens by the attention of a CLS token, and {encoder_name} has none; "
                 "use 'tome' or 'dtem'."
             )
 
-    def initialize(self, embedding: DecoupledEmbedding, encoder: nn.Module) -> None:
-        """There is nothing to fill."""
+    def metric_cost(self) -> MetricCost:
+        width = self.geometry.num_heads * self.geometry.head_dim
+        # The products of keys, which attention has computed, with one query, and that query.
+        return MetricCost(width, per_image=width * self.geometry.hidden_size)
 
-    def metric_cost(self, encoder: nn.Module, layer: nn.Module) -> MetricCost:
-        width, hidden = self.backbone.key_projection(layer).weight.shape
-        keys = 0 if self.backbone.hands_out_keys(layer) else width * hidden
-        # Keys, their products with one query, and that query.
-        return MetricCost(keys + width, per_image=width * hidden)
-
-    def reduce(
-        self, x: Tensor, normed: Tensor, layer: nn.Module, index: int, state: TokenState, attention: AttentionInputs
-    ) -> Tensor:
-        active, r = state.enter(index, x.shape[1])
+    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+        index, num_tokens, prefix = state.layer, x.shape[1], state.num_prefix_tokens
+        active, r = state.begin_layer(index, num_tokens)
         if r == 0:
-            state.pass_on(index, x)
+            state.record_unchanged(index, x)
             return x
-        num_kept = x.shape[1] - state.num_prefix_tokens - r - 1
-        scores = self.backbone.first_token_attention(layer, normed, attention)
-        kept, fused = ops.split_by_score(scores, num_kept, state.num_prefix_tokens)
+        scores = layer.first_token_attention(normed, bias, state)
+        kept, fused = ops.split_by_score(scores, num_tokens - prefix - r - 1, prefix)
         before = state.sizes(index)
         before = torch.ones(x.shape[:2], device=x.device) if before is None else before
-        num_tokens = x.shape[1]
-        x, sizes = ops.fuse_tokens(x, before, scores, kept, fused, state.num_prefix_tokens)
+        x, sizes = ops.fuse_tokens(x, before, scores, kept, fused, prefix)
 
-        def carry(positions: Tensor) -> Tensor:  # where they lie on average, not where they are looked at
+        def carry(positions: Tensor) -> Tensor:  # the fused patches' mean place, whatever attention weighs them by
             shares = before / before.gather(1, fused).sum(dim=1, keepdim=True)
-            return ops.fuse_tokens(positions, before, shares, kept, fused, state.num_prefix_tokens)[0]
+            return ops.fuse_tokens(positions, before, shares, kept, fused, prefix)[0]
 
-        state.leave(
-            index,
-            x,
-            sizes,
-            active - r,
-            source=lambda: ops.fused_source_map(kept, num_tokens, state.num_prefix_tokens),
-            carry=carry,
+        state.record_merge(
+            index, x, sizes, active - r, source=lambda: ops.fused_source_map(kept, num_tokens, prefix), carry=carry
         )
         return x

@@ -11,11 +11,14 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.auto_factory import _get_model_class
 
 from ..errors import AdapterError
-from ..families import check_attention_implementation, families, unsupported
+from ..families import FAMILIES, check_attention_implementation, unsupported
 from ..hub.adapter import MergeAdapter
-from .attach import ADAPTER_ARGUMENTS, UNSET, MergeLike, attach, merged_class, resolve_merge
+from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
+from .derived import stock_class
+from .install import MergeLike, resolve_merge
 
 
 _HUB_ARGUMENTS = (
@@ -72,21 +75,15 @@ class MergingAutoClass:
 
     @classmethod
     def _model_class(cls, config: PretrainedConfig) -> type:
-        fitting = [
-            model_class
-            for auto_name, model_class in _supported_models()
-            if auto_name == cls.__name__ and model_class.config_class is type(config)
-        ]
-        for model_class in fitting:
-            if model_class.__name__ in (config.architectures or ()):
+        mapping = cls._model_mapping  # type: ignore[attr-defined]
+        if type(config) in mapping:
+            model_class: type = _get_model_class(config, mapping)
+            if issubclass(model_class, _SUPPORTED):
                 return model_class
-        if fitting:
-            return fitting[0]
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}")
 
 
-def _supported_models() -> list[tuple[str, Any]]:
-    return [(name, cls) for family in families() for name, group in family.models.items() for cls in group]
+_SUPPORTED = tuple(cls for family in FAMILIES for cls in family.models)
 
 
 class AutoBackbone(MergingAutoClass, transformers.AutoBackbone):
@@ -145,21 +142,42 @@ def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **op
         ) from error
 
 
+# For a checkpoint that several Auto classes can read, the first of these is chosen.
+_BY_PREFERENCE = (
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForSemanticSegmentation,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForCausalLM,
+    AutoBackbone,
+    AutoModelForPreTraining,
+    AutoModel,
+)
+
+
+def _mapped_classes(auto: Any, config_class: Any) -> tuple[Any, ...]:
+    """The model classes that an Auto class has for a config, if any of them can be merged."""
+    classes = auto._model_mapping.get(config_class, ())
+    classes = classes if isinstance(classes, (list, tuple)) else (classes,)
+    return tuple(classes) if any(issubclass(cls, _SUPPORTED) for cls in classes) else ()
+
+
 def auto_class(config: PretrainedConfig) -> Any:
     """The Auto class for the model that a checkpoint was saved as, or else for one that its config can be read as.
 
     Raises UnsupportedModelError where none of them can be merged.
     """
-    offered = {
-        model_class.__name__: name
-        for name, model_class in _supported_models()
-        if model_class.config_class is type(config)
-    }
+    offered = [
+        (auto, cls.__name__)
+        for auto in _BY_PREFERENCE
+        for cls in _mapped_classes(auto, type(config))
+        if issubclass(cls, _SUPPORTED)
+    ]
     if not offered:
         raise unsupported(f"A model of type {config.model_type!r}")
-    saved = [offered[name] for name in config.architectures or () if name in offered]
-    # Of the others, the bare encoder is the last choice.
-    return globals()[(saved or sorted(offered.values(), key="AutoModel".__eq__))[0]]
+    saved = [auto for auto, name in offered if name in (config.architectures or ())]
+    return (saved or [auto for auto, _ in offered])[0]
 
 
 def register() -> None:
@@ -175,17 +193,18 @@ def register() -> None:
 
 def unregister() -> None:
     """Give transformers' Auto classes their own model classes back."""
-    _register(lambda model_class: model_class)
+    _register(lambda model_class: stock_class(model_class))
 
 
 def _register(variant: Callable[[type], type]) -> None:
     """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
-    groups: dict[tuple[str, type], list[type]] = {}
-    for auto_name, model_class in _supported_models():
-        groups.setdefault((auto_name, model_class.config_class), []).append(variant(model_class))
-    for (auto_name, config_class), classes in groups.items():
-        chosen = classes[0] if len(classes) == 1 else tuple(classes)
-        getattr(transformers, auto_name).register(_key(config_class), chosen, exist_ok=True)
+    for auto in _BY_PREFERENCE:
+        stock = getattr(transformers, auto.__name__)
+        for config_class in {cls.config_class for cls in _SUPPORTED}:  # type: ignore[attr-defined]
+            classes = _mapped_classes(stock, config_class)
+            if classes:
+                chosen = tuple(variant(cls) if issubclass(cls, _SUPPORTED) else cls for cls in classes)
+                stock.register(_key(config_class), chosen[0] if len(chosen) == 1 else chosen, exist_ok=True)
 
 
 class _OwnKey:

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from ..configuration import EViTConfig, MergeConfig
 from ..errors import BadValue, UnsupportedModelError
-from ..families import find_backbone
+from ..families import find_encoder
 from ..schedule import ConstantSchedule, KeepRateSchedule, ListSchedule, Schedule, reductions_for
-from ..training.features import feature_distance, recorded_features
-from ..training.tasks.base import kl_to
-from .attach import MergeMixin, merging_of, set_merge_config
+from .attach import MergeMixin
+from .distances import feature_distance, kl_to, recorded_features
 from .encoder import Merging
+from .install import merging_of, set_merge_config
 
 
 _SLOPES = (0.0, -0.3, 0.3, 0.6, 0.9)
@@ -89,7 +89,7 @@ class _Search:
 
     def __init__(self, model: Any, batches: Sequence[Tensor], most: int) -> None:
         self.model, self.batches, self.most = model, batches, most
-        backbone, encoder = find_backbone(model)
+        backbone, encoder = find_encoder(model)
         self.runs = encoder if isinstance(model, backbone.composites) else model
         self.evaluations = 0
         self._seen: dict[str, float] = {}

@@ -40,10 +40,15 @@ def derive_class(module: nn.Module, *mixins: type) -> None:
     change_class(module, derived_class(base, *mixins))
 
 
+def stock_class(cls: type) -> type:
+    """The class that a derived one was made from; any other class as it is."""
+    return cls.derived_from[0] if issubclass(cls, Renamed) else cls
+
+
 def restore_class(module: nn.Module) -> None:
     """Give a module back the class that its own was derived from, if it was."""
     if isinstance(module, Renamed):
-        change_class(module, module.derived_from[0])
+        change_class(module, stock_class(type(module)))
 
 
 def change_class(module: Any, new: type) -> None:

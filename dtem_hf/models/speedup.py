@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..benchmark.efficiency import time_interleaved
 from ..errors import BadValue
-from ..families import find_backbone
-from .attach import set_merge_config
+from ..families import find_encoder
+from .install import set_merge_config
+from .timing import time_interleaved
 from .vision import evaluating, run_on_pixels
 
 
@@ -22,6 +22,8 @@ def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 
     for a small model). The model's reduction and mode are as before when it returns. Raises ValueError that says how
     fast it gets where `target` is out of reach.
     """
+    if not 1 < target < float("inf"):
+        raise BadValue("target_speedup", target, "a number above 1")
     config = model.merge_config
     measured: dict[int, float] = {}
 
@@ -55,7 +57,7 @@ def _is_feasible(model: Any, share: float) -> bool:
 @torch.inference_mode()
 def _speedup(model: Any, batch_size: int, rounds: int) -> float:
     """Median over rounds of unmerged over merged time, for a batch of noise."""
-    config, example = find_backbone(model)[1].config, next(model.parameters())
+    config, example = find_encoder(model)[1].config, next(model.parameters())
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     shape = (batch_size, config.num_channels, height, width)
     pixels = torch.randn(shape, device=example.device, dtype=example.dtype)

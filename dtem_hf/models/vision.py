@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families import find_backbone
+from ..families import find_encoder
 
 
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
@@ -24,7 +24,7 @@ def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
 
 def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     """Run the part of a model that sees images: [B, C, H, W], of any size, on any device and in any dtype."""
-    encoder: Any = find_backbone(model)[1]
+    encoder: Any = find_encoder(model)[1]
     part: Any = image_part(model, encoder)
     parameter = next(encoder.parameters())
     kwargs: dict[str, Any] = {}
@@ -33,6 +33,14 @@ def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     if tuple(pixel_values.shape[2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
         kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
     return part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
+
+
+def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own."""
+    config: Any = find_encoder(model)[1].config
+    size = config.image_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.num_channels, height, width
 
 
 @contextmanager

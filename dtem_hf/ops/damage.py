@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .matching import split_even_odd
+from .splitting import split_even_odd
 
 
 _SMALLEST_TOTAL = 1e-12

@@ -1,36 +1,51 @@
 """When matching and merging run as Triton kernels, and what torch.compile sees of them.
 
-The kernels are for CUDA, where Triton is installed, and where no gradient flows through a merge; the plain path is
-their reference and what runs everywhere else. DTEM_HF_TRITON=0 in the environment keeps to the plain path.
+The kernels run on CUDA, where Triton is installed, and where no gradient flows through a merge. Everywhere else the
+tensor operations of `matching.py` and `merging.py` run, which are the kernels' reference.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from .splitting import split_counts
+
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Looked up once, without importing it, which takes a while.
-_AVAILABLE = find_spec("triton") is not None
+# The types of the devices that the kernels run on. find_spec does not import Triton, which takes a while.
+devices: tuple[str, ...] = ("cuda",) if find_spec("triton") is not None else ()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside the block the tensor operations run on CUDA, too: for benchmarks that compare both."""
+    global devices
+    before, devices = devices, ()
+    try:
+        yield
+    finally:
+        devices = before
 
 
 def can_match(metric: Tensor) -> bool:
-    """Whether `best_partner` runs on a metric. An exported graph has to do without."""
-    return _AVAILABLE and metric.is_cuda and metric.dtype in _DTYPES and not torch.compiler.is_exporting()
+    """Whether `best_partner` runs on a metric that lies on one of `devices`. An exported graph holds no kernel."""
+    return metric.dtype in _DTYPES and not torch.compiler.is_exporting()
 
 
 def can_merge(x: Tensor, sizes: Tensor | None) -> bool:
-    """Whether `merge_tokens` runs on tokens: not where a gradient has to come back through it."""
-    differentiated = x.requires_grad or (sizes is not None and sizes.requires_grad)
-    return can_match(x) and not (torch.is_grad_enabled() and differentiated)
+    """Whether `merge_tokens` runs on tokens on one of `devices`: not where a gradient has to come back through it."""
+    if not can_match(x):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (sizes is not None and sizes.requires_grad)))
 
 
 def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """The highest cosine of every A token and the first B token that has it: metric [B, N, d] -> two of [B, a].
 
-    Float32 and int64; no similarity matrix is ever in memory.
+    Float32 and int64; the similarity matrix is never stored.
     """
     run = _best_partner_op if torch.compiler.is_compiling() else _best_partner
     return run(metric.detach(), num_prefix_tokens)
@@ -65,15 +80,13 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-# Opaque to torch.compile, which needs no more of them than the shapes of what they return.
+# Opaque to torch.compile, which needs only the shapes of what they return.
 _best_partner_op = torch.library.custom_op("dtem_hf::best_partner", _best_partner, mutates_args=())
 _merge_tokens_op = torch.library.custom_op("dtem_hf::merge_tokens", _merge_tokens, mutates_args=())
 
 
 @_best_partner_op.register_fake
 def _(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    from .matching import split_counts  # which imports this file
-
     shape = metric.shape[0], split_counts(metric.shape[1], num_prefix_tokens)[0]
     return metric.new_empty(shape, dtype=torch.float32), metric.new_empty(shape, dtype=torch.int64)
 

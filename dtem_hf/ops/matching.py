@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
+from .splitting import split_counts, split_even_odd
 
 
 class Matching(NamedTuple):
-    """Who is merged into whom, as indices into the non-prefix halves A and B.
+    """Which tokens merge into which, as indices into the non-prefix halves A and B.
 
     Shapes: `merged` [B, r] (rows of A that leave), `target` [B, r] (the row of B each of them joins), `kept`
     [B, a - r] (rows of A that stay, ascending); int64. `num_prefix_tokens` is the P that the halves were cut with.
@@ -25,19 +26,6 @@ class Matching(NamedTuple):
     target: Tensor
     kept: Tensor
     num_prefix_tokens: int
-
-
-def split_counts(num_tokens: int, num_prefix_tokens: int) -> tuple[int, int]:
-    """Number of non-prefix tokens at even and at odd positions."""
-    even = (num_tokens + 1) // 2 - (num_prefix_tokens + 1) // 2
-    return even, num_tokens - num_prefix_tokens - even
-
-
-def split_even_odd(x: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """Views on the non-prefix tokens at even (A) and odd (B) positions: [B, N, ...] -> [B, a, ...], [B, b, ...]."""
-    first_even = num_prefix_tokens + num_prefix_tokens % 2
-    first_odd = num_prefix_tokens + 1 - num_prefix_tokens % 2
-    return x[:, first_even::2], x[:, first_odd::2]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -59,10 +47,10 @@ def descending_order(x: Tensor) -> Tensor:
 
 
 def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
-    """Let tokens that stand for nothing (padding) be merged first: scores [B, A, B'], bool [B, A] and [B, B'].
+    """Rank padding, which stands for no patch, before all other merges: scores [B, A, B'], bool [B, A] and [B, B'].
 
-    Merging one changes nothing, so it outranks every cosine, whatever its partner; and nothing but padding is merged
-    into padding while there is a choice, where two tokens would meet for no reason of their own.
+    Merging a padding token away changes nothing, so it outranks every cosine. Other tokens merge into padding only
+    where no other partner is left: two of them would meet there without being similar.
     """
     scores = scores.masked_fill(empty_b.unsqueeze(1), -2.0)
     return scores.masked_fill(empty_a.unsqueeze(2), 2.0)
@@ -70,7 +58,7 @@ def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
 
 def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) -> tuple[Tensor, Tensor]:
     """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
-    if empty is None and kernels.can_match(metric):
+    if metric.device.type in kernels.devices and empty is None and kernels.can_match(metric):
         return kernels.best_partner(metric, num_prefix_tokens)
     with without_autocast(metric.device.type):
         a, b = split_even_odd(F.normalize(metric.float(), dim=-1), num_prefix_tokens)
@@ -97,9 +85,9 @@ def bipartite_soft_matching(
         )
     if r == 0:  # also where there is nothing to compare with
         batch, (even, _) = metric.shape[0], split_counts(metric.shape[1], num_prefix_tokens)
-        nobody = torch.empty(batch, 0, dtype=torch.int64, device=metric.device)
-        everybody = torch.arange(even, device=metric.device).expand(batch, -1)
-        return Matching(nobody, nobody, everybody, num_prefix_tokens)
+        none = torch.empty(batch, 0, dtype=torch.int64, device=metric.device)
+        all_a = torch.arange(even, device=metric.device).expand(batch, -1)
+        return Matching(none, none, all_a, num_prefix_tokens)
     best, partner = _best_partner(metric, num_prefix_tokens, empty)
     order = descending_order(best)
     merged = order[:, :r]

@@ -1,100 +1,67 @@
 """Size-weighted merging along a matching, source maps, and the way back (METHOD.md section 3)."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import kernels
 from .forms import exports_one_hot
-from .matching import Matching, split_counts, split_even_odd, without_autocast
+from .matching import Matching
+from .splitting import split_counts, split_even_odd
 
 
 _SMALLEST_TOTAL = 1e-12
 
 
-class Merged(NamedTuple):
-    """Tokens behind a merge: `x` [B, N - r, D], `sizes` [B, N - r], and `matching`, which makes what they went by.
-
-    `bias` [B, 1, 1, N - r] is the float32 `size_bias` of the sizes, where it was made in passing.
-    """
-
-    x: Tensor
-    sizes: Tensor
-    matching: Callable[[], Matching]
-    bias: Tensor | None = None
-
-
-def _rows(index: Tensor, num_tokens: int, first: int = 0, step: int = 1) -> Tensor:
-    """Where positions in each image are in all images below each other: [B, n] -> [B · n].
-
-    An index i stands for position `first` + i · `step`. A gather along tokens would read its index anew for every
-    feature, and take ten times as long on a CPU.
-    """
-    batch = index.shape[0]
-    images = torch.arange(first, first + batch * num_tokens, num_tokens, device=index.device).unsqueeze(1)
-    return torch.add(images, index, alpha=step).flatten()
-
-
-def _add_sizes(base: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
-    """Add each size to the one it points at: [B, b], [B, r], [B, r] -> [B, b]."""
-    if base.is_cuda or exports_one_hot():
-        return _add_by_product(base.unsqueeze(-1), index, sizes.unsqueeze(-1)).squeeze(-1)
-    return base.scatter_add(1, index, sizes)
-
-
-def _add_rows(base: Tensor, index: Tensor, rows: Tensor, flat_index: Tensor) -> Tensor:
-    """Add each row to the base row it points at: [B, b, D], [B, r], [B, r, D] -> [B, b, D]. Overwrites `base`."""
-    if base.is_cuda or exports_one_hot():
-        return _add_by_product(base, index, rows)
-    if torch.compiler.is_exporting():
+def _add_at(base: Tensor, index: Tensor, rows: Tensor, flat_index: Tensor) -> Tensor:
+    """Add each row to the base row at its index: [B, n, D], [B, r], [B, r, D] -> [B, n, D]. May overwrite `base`."""
+    exporting = torch.compiler.is_exporting()
+    if base.is_cuda or (exporting and exports_one_hot()):
+        # A product with the one-hot matrix: CUDA scatters by atomics in no fixed order, and TensorRT cannot.
+        positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
+        one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
+        with torch.autocast(base.device.type, enabled=False):
+            return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]
+    if exporting:
         return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
-    base.flatten(0, 1).index_add_(0, flat_index, rows.flatten(0, 1))
-    return base
-
-
-def _add_by_product(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """The same as a product with the one-hot matrix of the index.
-
-    CUDA scatters by atomics in no fixed order, and the same input must give the same output.
-    """
-    positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
-    return torch.baddbmm(base, (positions == index.unsqueeze(1)).to(base.dtype), rows)  # [B, b, r] @ [B, r, D]
+    return base.flatten(0, 1).index_add_(0, flat_index, rows.flatten(0, 1)).view_as(base)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
     """Merge the matched tokens: size-weighted mean of features, sum of sizes (METHOD.md section 3).
 
     `x` [B, N, D], `sizes` [B, N] float32 or None where every token stands for one patch. Returns x [B, N - r, D] in
-    its own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32. Tokens
-    that nobody joined are copied, bit for bit.
+    its own dtype and sizes [B, N - r] float32, in the order prefix, unmerged A, B. The sums run in float32 at least.
+    Tokens that no other token joined are copied, bit for bit.
     """
-    if kernels.can_merge(x, sizes):
+    if x.device.type in kernels.devices and kernels.can_merge(x, sizes):
         return kernels.merge_tokens(x, sizes, *matching)
-    prefix, target = matching.num_prefix_tokens, matching.target
+    prefix, (batch, num_tokens, width) = matching.num_prefix_tokens, x.shape
+    (r, kept), device = (matching.merged.shape[1], matching.kept.shape[1]), x.device
+    first_a, first_b, left = prefix + prefix % 2, prefix + 1 - prefix % 2, num_tokens - r
     if sizes is None:
-        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    _, b = split_even_odd(x, prefix)
-    size_a, size_b = split_even_odd(sizes, prefix)
-    leaving_size = size_a.gather(1, matching.merged)
-    new_size_b = _add_sizes(size_b, target, leaving_size)
-    # A mean as what it moves its target by, so that only targets are touched: x + Σ mᵢ (xᵢ - x) / m'. A hard merge
-    # behind a soft one meets tokens of no size at all.
-    share = leaving_size / new_size_b.gather(1, target).clamp_(min=_SMALLEST_TOTAL)
+        sizes = torch.ones(batch, num_tokens, dtype=torch.float32, device=device)
+    # Rows of all images below each other: a gather along tokens would read its index anew for every feature.
+    rows = torch.arange(batch * num_tokens, device=device).view(batch, num_tokens)
+    first = rows[:, first_a : first_a + 1]
+    staying = torch.cat([rows[:, :prefix], torch.add(first, matching.kept, alpha=2), rows[:, first_b::2]], dim=1)
+    leaving = torch.add(first, matching.merged, alpha=2).flatten()
+    joined = matching.target + (prefix + kept)  # places in the output, where B follows the prefix and unmerged A
+    joined_rows = (joined + torch.arange(0, batch * left, left, device=device).unsqueeze(1)).flatten()
 
-    # A in its new order, and at the end those that leave.
-    rows = torch.cat([matching.kept, matching.merged], dim=1)
-    rows = _rows(rows, x.shape[1], first=prefix + prefix % 2, step=2)
-    a = x.flatten(0, 1).index_select(0, rows).view(x.shape[0], -1, x.shape[2])
-    kept, leaving = a.split_with_sizes([matching.kept.shape[1], target.shape[1]], dim=1)
-    merged_b = b.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    joined = _rows(target, b.shape[1])
-    with without_autocast(x.device.type):
-        steps = leaving.float() - merged_b.flatten(0, 1).index_select(0, joined).view_as(leaving)
-        merged_b = _add_rows(merged_b, target, steps * share.unsqueeze(-1), joined).to(x.dtype)
-    x = torch.cat([x[:, :prefix], kept, merged_b], dim=1)
-    return x, torch.cat([sizes[:, :prefix], size_a.gather(1, matching.kept), new_size_b], dim=1)
+    flat, flat_sizes = x.flatten(0, 1), sizes.flatten()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    merged = flat.index_select(0, staying.flatten()).to(dtype)
+    new_sizes = flat_sizes.index_select(0, staying.flatten()).view(batch, left, 1)
+    leaving_size = flat_sizes.index_select(0, leaving).view(batch, r, 1)
+    new_sizes = _add_at(new_sizes, joined, leaving_size, joined_rows)
+    # A mean as a step of its target, so that only targets change: x + Σ mᵢ (xᵢ - x) / m'. After a soft merge, tokens
+    # can be empty.
+    total = new_sizes.view(-1, 1).index_select(0, joined_rows).clamp(min=_SMALLEST_TOTAL)
+    steps = (flat.index_select(0, leaving).to(dtype) - merged.index_select(0, joined_rows)) * (
+        leaving_size.view(-1, 1) / total
+    )
+    merged = _add_at(merged.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)
+    return merged.to(x.dtype), new_sizes.squeeze(-1)
 
 
 def source_map(matching: Matching, num_tokens: int) -> Tensor:
@@ -122,4 +89,6 @@ def compose_source_maps(earlier: Tensor, later: Tensor) -> Tensor:
 
 def unmerge_tokens(x: Tensor, source: Tensor) -> Tensor:
     """Give every input token the output token it was merged into: [B, n, D], source [B, N] -> [B, N, D]."""
-    return x.flatten(0, 1).index_select(0, _rows(source, x.shape[1])).view(*source.shape, -1)
+    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=source.device)
+    rows = (source + first.unsqueeze(1)).flatten()
+    return x.flatten(0, 1).index_select(0, rows).view(*source.shape, -1)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first, split_even_odd
+from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
+from .splitting import split_even_odd
 
 
 _EPSILON = torch.finfo(torch.float32).eps

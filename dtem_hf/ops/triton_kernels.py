@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .matching import split_counts
+from .splitting import split_counts
 
 
 _SMALLEST_NORM = 1e-12  # of torch.nn.functional.normalize

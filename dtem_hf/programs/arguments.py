@@ -6,22 +6,66 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
 from ..errors import AdapterError, BadValue, UnsupportedModelError
+from .processes import choose_device
 
 
 T = TypeVar("T")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def option(help: str, **kwargs: Any) -> Any:
     """A dataclass field with its help text, which the command line shows."""
     return dataclasses.field(metadata={"help": help}, **kwargs)
+
+
+def at_least(arguments: Any, low: float, *names: str) -> None:
+    """Raise ValueError for the first option below `low`; None is no value and passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= low:
+            raise BadValue(name, value, f"{low} or more")
+
+
+def one_of(arguments: Any, name: str, allowed: Collection[Any]) -> None:
+    """Raise ValueError for an option that is not allowed; of a list, every entry is looked at, and one is needed."""
+    value = getattr(arguments, name)
+    listed = isinstance(value, list)
+    if not (value and set(value) <= set(allowed) if listed else value in allowed):
+        raise BadValue(name, value, f"{'some' if listed else 'one'} of {', '.join(filter(None, allowed))}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelArguments:
+    """The model of a program, and where it runs."""
+
+    model: str = option("model: Hub id or local folder")
+    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
+
+    def choose_device(self) -> torch.device:
+        """The device that is asked for."""
+        return choose_device(self.device)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImageArguments(ModelArguments):
+    """The images of a program, and how many of them run at once."""
+
+    data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
+    split: str = option("split of a Hub dataset, or of a folder with train, val or test in it", default="validation")
+    limit: int | None = option("use only the first so many images", default=None)
+    batch_size: int = option("images per batch", default=32)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size", "limit")
 
 
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
@@ -45,12 +89,15 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; what its user can mend is one line on stderr, and exit code 2."""
+    """Run a script; what its user can mend is one line on stderr.
+
+    The exit code is 2 for a bad value, 1 for what is missing or cannot be written (a full disk, say).
+    """
     try:
         main()
-    except (BadValue, UnsupportedModelError, AdapterError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except (BadValue, UnsupportedModelError, AdapterError, OSError, ImportError) as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
 
 
 def _only_config() -> argparse.ArgumentParser:

@@ -1,17 +1,33 @@
-"""What a result depends on beside its inputs: versions and hardware."""
+"""What a record says about how it was made: command, model, data, hardware and versions."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
 import transformers
 
 from ..version import __version__
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """The command line, the hardware and the versions of a result."""
+    return {"command": command(), "hardware": hardware(device), "versions": versions()}
+
+
+def describe_model(name: str, model: Any) -> dict[str, Any]:
+    """A model's name (of a local folder, its last part), type and size."""
+    return {
+        "name": os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
+        "model_type": model.config.model_type,
+        "num_parameters": model.num_parameters(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -26,14 +42,14 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """What a process runs on, in words."""
+    """The processor or GPU that a process runs on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
-    """The processor by its maker's name, and on x86 by family and model, as names are often those of whole lines."""
+    """The processor's name, and on x86 family and model, as one name often covers a whole product line."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:  # not Linux
@@ -46,12 +62,12 @@ def _processor() -> str:
 
 
 def command() -> str:
-    """The command line that is running, without the folder the program lies in."""
+    """The command line that is running, without the folder of the program."""
     program = Path(sys.argv[0])
     name = f"recipes/{program.name}" if program.suffix == ".py" else program.name
     return " ".join([name, shlex.join(sys.argv[1:])]).strip()
 
 
 def data_name(data: str) -> str:
-    """What images are called in a record: a Hub id as it is, a local folder by its last two parts."""
+    """The name of a data set in a record: a Hub id, or the last two parts of a local folder."""
     return f"local folder {'/'.join(Path(data).parts[-2:])}" if Path(data).is_dir() else data

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import BadValue
 from ..files import read_json, write_text
-from ..hub.card import reduction_label
+from ..labels import reduction_label
 from ..programs.arguments import option, parse_arguments
 from .tables import COLUMNS, cells
 

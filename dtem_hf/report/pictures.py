@@ -17,9 +17,11 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.opening import as_rgb
 from ..errors import BadValue
-from ..families import find_backbone
-from ..models.attach import MergeMixin, merged_layers
+from ..families import find_encoder
+from ..models.attach import MergeMixin
+from ..models.install import merged_layers
 from ..models.vision import evaluating, run_on_pixels
 from .plots import check_figure_format, save_figure
 
@@ -181,12 +183,12 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
 def _draw(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
     """What a model sees of an image, and its tokens behind each of some layers (None: the last)."""
     processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
-    backbone, encoder = find_backbone(model)
+    family, encoder = find_encoder(model)
     config: Any = encoder.config
     pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
     source_maps = _source_maps(model, pixel_values)
     pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
-    prefix = backbone.num_prefix_tokens(encoder)
+    prefix = family.geometry(encoder).num_prefix_tokens
     # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
     scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
     enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -208,9 +210,7 @@ def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
 def _in_mode(image: Image, num_channels: int) -> Image:
     if num_channels not in _MODES:
         raise BadValue("num_channels", num_channels, f"one of {sorted(_MODES)}")
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value / 256)  # which would be cut off at 255, not scaled
-    return image.convert(_MODES[num_channels])
+    return as_rgb(image).convert(_MODES[num_channels])
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 
 from ..errors import BadValue
 from ..files import replacing
-from ..hub.card import method_name, multiply_adds_unit, reduction_label
+from ..labels import method_name, multiply_adds_unit, reduction_label
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.
 _STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
 _SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 _UNMERGED = "none"
+_MEASURES = {"top1": "Top-1 accuracy (%)", "agreement": "Agreement with the unmerged model (%)"}
 
 
 def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -29,16 +30,9 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     unmerged model is drawn. The suffix of `path` is the format; the file is written whole or not at all. Raises
     ValueError where there are no rows.
     """
-    check_figure_format(path)
-    if not rows:
-        raise BadValue("rows", rows, "at least one row")
-    labelled = all(row["top1"] is not None for row in rows)
-    measure = "top1" if labelled else "agreement"
+    figure, (axis,) = _figure(rows, path, (6.4, 4.2))
+    measure = measure_of(rows)
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
-
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
     for row in rows:
         if row["method"] == _UNMERGED:
             axis.axhline(row[measure], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
@@ -77,44 +71,30 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
                 },
                 zorder=5,
             )
-
-    axis.set_xlabel(f"Multiply-adds per image ({unit})")
-    axis.set_ylabel("Top-1 accuracy (%)" if labelled else "Agreement with the unmerged model (%)")
+    axis.set(xlabel=f"Multiply-adds per image ({unit})", ylabel=_MEASURES[measure])
     axis.margins(x=0.08, y=0.12)
-    axis.grid(color="0.9", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    for text in axis.legend(loc="lower right", frameon=False).get_texts():
-        text.set_parse_math(False)
-    if title is not None:
-        axis.set_title(title, fontsize=11, parse_math=False)
-    save_figure(figure, path)
+    _legend(axis, loc="lower right")
+    save_figure(figure, path, title)
 
 
 def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot accuracy against multiply-adds and against speed; a step line joins the rows that no other one beats.
+    """Plot accuracy against multiply-adds and against speed; a line joins the rows that no other one beats.
 
     `rows` are those of an evaluation's JSON. The second panel is left out where there are no speeds. The suffix of
     `path` is the format; the file is written whole or not at all. Raises ValueError where there are no rows.
     """
-    check_figure_format(path)
-    if not rows:
-        raise BadValue("rows", rows, "at least one row")
-    measure = "top1" if all(row["top1"] is not None for row in rows) else "agreement"
+    timed = all(row["images_per_second"] is not None for row in rows)
+    figure, axes = _figure(rows, path, (5.2 * (1 + timed), 4.4), panels=1 + timed)
+    measure = measure_of(rows)
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
-    # Costs: the less the better. Speed is shown as it is, and counts with its sign turned.
+    # The last entry is 1 where less is better, -1 where more is.
     panels = [(f"Multiply-adds per image ({unit})", [row["multiply_adds"] / factor for row in rows], 1)]
-    if all(row["images_per_second"] is not None for row in rows):
+    if timed:
         panels.append(("Images per second", [row["images_per_second"] for row in rows], -1))
-
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     quality = [row[measure] for row in rows]
     series = list(dict.fromkeys(series_name(row) for row in rows))
     styles = _series_styles(rows)
-    for place, (axis, (label, x, sign)) in enumerate(
-        zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True)
-    ):
+    for axis, (label, x, sign) in zip(axes, panels, strict=True):
         front = sorted((x[i], quality[i]) for i in pareto_front([sign * value for value in x], quality))
         axis.plot(*zip(*front, strict=True), color="0.6", linewidth=4, alpha=0.45, zorder=1, label="best trade-off")
         for name in series:
@@ -125,16 +105,9 @@ def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], ti
                 *zip(*points, strict=True), color=colour, marker=marker, markersize=size, linewidth=1.4, label=name
             )
         axis.set_xlabel(label)
-        axis.grid(color="0.9", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        if place == 0:
-            axis.set_ylabel("Top-1 accuracy (%)" if measure == "top1" else "Agreement with the unmerged model (%)")
-            for text in axis.legend(frameon=False, fontsize=9).get_texts():
-                text.set_parse_math(False)
-    if title is not None:
-        figure.suptitle(title, fontsize=11, parse_math=False)
-    save_figure(figure, path)
+    axes[0].set_ylabel(_MEASURES[measure])
+    _legend(axes[0], fontsize=9)
+    save_figure(figure, path, title)
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
@@ -147,6 +120,11 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
         if best is None or equal or qualities[i] > qualities[best]:
             front.append(i)
     return sorted(front)
+
+
+def measure_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The figure that rows are compared by: top-1, or agreement with the unmerged model where labels are missing."""
+    return "top1" if all(row["top1"] is not None for row in rows) else "agreement"
 
 
 def series_name(row: dict[str, Any]) -> str:
@@ -173,36 +151,21 @@ def plot_correlation(
     layers: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str | None = None
 ) -> None:
     """Plot Kendall's τ layer by layer: a line per name, for example before and after training."""
-    check_figure_format(path)
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
+    figure, (axis,) = _figure(layers, path, (6.4, 3.6))
     for (name, values), (colour, marker) in zip(layers.items(), cycle(_STYLES.values()), strict=False):
         axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, linewidth=1.8, label=name)
-    axis.set_xlabel("Layer")
-    axis.set_ylabel("Kendall's τ: keys, embedding")
+    axis.set(xlabel="Layer", ylabel="Kendall's τ: keys, embedding")
     axis.set_ylim(min(0, *(value for values in layers.values() for value in values)), 1.05)
-    axis.grid(color="0.9", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    for text in axis.legend(frameon=False).get_texts():
-        text.set_parse_math(False)
-    if title is not None:
-        axis.set_title(title, fontsize=11, parse_math=False)
-    save_figure(figure, path)
+    _legend(axis)
+    save_figure(figure, path, title)
 
 
 def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot speed-up against batch size: a line per row of a benchmark's JSON, dashed at what its count would give.
+    """Plot speed-up against batch size: a line per row of a benchmark's JSON, dotted at what its count would give.
 
     The suffix of `path` is the format; the file is written whole or not at all. Raises ValueError for no rows.
     """
-    check_figure_format(path)
-    if not rows:
-        raise BadValue("rows", rows, "at least one row")
-    figure = Figure(figsize=(6.8, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
+    figure, (axis,) = _figure(rows, path, (6.8, 4.2))
     axis.axhline(1, color="0.45", linewidth=1, zorder=1)
     merged = [row for row in rows if row["method"] != _UNMERGED]
     amounts = list(dict.fromkeys((row["method"], str(row["r"])) for row in merged))
@@ -221,29 +184,17 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
             axis.axhline(ideal, color=colour, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
             drawn.add((colour, round(ideal, 3)))
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("Batch size")
-    axis.set_ylabel("Speed-up over the unmerged model (dotted: by count)")
-    axis.grid(color="0.9", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(xlabel="Batch size", ylabel="Speed-up over the unmerged model (dotted: by count)")
     if merged:
-        for text in axis.legend(frameon=False, fontsize=8).get_texts():
-            text.set_parse_math(False)
-    if title is not None:
-        axis.set_title(title, fontsize=11, parse_math=False)
-    save_figure(figure, path)
+        _legend(axis, fontsize=8)
+    save_figure(figure, path, title)
 
 
 def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int], path: str | os.PathLike[str]) -> None:
     """Plot KL as a share of the first row's, best row at the top; rows are (title, KL at each r)."""
-    check_figure_format(path)
-    if not rows:
-        raise BadValue("rows", rows, "at least one row")
+    figure, (axis,) = _figure(rows, path, (8, 1.2 + 0.28 * len(rows)))
     first = rows[0][1]
     ranked = sorted(rows, key=lambda row: -sum(row[1]))
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
     for number, (amount, (colour, marker)) in enumerate(zip(r, (*_STYLES.values(), *_SPARE_STYLES), strict=False)):
         shares = [values[number] / first[number] for _, values in ranked]
         axis.plot(shares, range(len(ranked)), marker, color=colour, markersize=5, label=f"r = {amount}", alpha=0.9)
@@ -251,22 +202,47 @@ def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int],
     axis.axvline(0.5, color="0.75", linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axis.set_yticks(range(len(ranked)), [title for title, _ in ranked], fontsize=7)
     axis.set_xlabel(f"KL, as a share of that of “{rows[0][0]}”")
-    axis.grid(axis="x", color="0.92")
-    axis.legend(fontsize=7, frameon=False)
+    axis.grid(False, axis="y")
+    _legend(axis, fontsize=7)
     save_figure(figure, path)
 
 
 def check_figure_format(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError where the suffix of a path is no format that figures are written in."""
+    """Raise ValueError where figures cannot be written in the format of a path's suffix."""
     formats = FigureCanvasAgg.get_supported_filetypes()
     if _format(path) not in formats:
         raise BadValue("path", os.fspath(path), f"a name that ends in one of .{', .'.join(sorted(formats))}")
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], title: str | None = None) -> None:
     """Write a figure in the format of its suffix, whole or not at all."""
+    if title is not None:
+        figure.suptitle(title, fontsize=11, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=_format(path))
+
+
+def _figure(
+    content: Any, path: str | os.PathLike[str], size: tuple[float, float], panels: int = 1
+) -> tuple[Figure, list[Any]]:
+    """An empty figure and its panels. Raises ValueError for no content, or a format that cannot be written."""
+    check_figure_format(path)
+    if not content:
+        raise BadValue("rows", content, "at least one row")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
+    for axis in axes:
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(axis: Any, **options: Any) -> None:
+    """A legend whose names are text: a dollar sign in one starts no formula."""
+    for text in axis.legend(frameon=False, **options).get_texts():
+        text.set_parse_math(False)
 
 
 def _format(path: str | os.PathLike[str]) -> str:

@@ -1,58 +1,69 @@
-"""The rows of an evaluation as a table, for a terminal and for Markdown."""
+"""Rows of results as tables, for a terminal and for Markdown."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..hub.card import reduction_label
+from ..labels import reduction_label
 
 
 COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
 
 
+def print_rows(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], names: int = 1) -> None:
+    """Show a table in the terminal; the first `names` columns are text, the others are numbers."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < names else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=max(120, min(170, 20 * len(columns)))).print(table)
+
+
+def as_markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], alignment: str = "---:") -> str:
+    """A Markdown table; `alignment` is that of all columns but the first."""
+    marks = ["---", *[alignment] * (len(columns) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (columns, marks, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A number as text, or a dash where there is none."""
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def shown_r(r: Any) -> str:
+    """What a row's r is called in a table; nothing for the unmerged model."""
+    return "" if r is None else reduction_label(r)
+
+
+def about(result: dict[str, Any]) -> str:
+    """The title of a result's table: model and data."""
+    data = result["data"]
+    return f"{result['model']['name']} on {data['num_images']} images of {data['name']}"
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of `evaluation.json` under COLUMNS, as text."""
+    r = row["r"]
     return [
         row["method"],
-        _reduction(row["r"]),
-        _shown(row["top1"], "{:.1f}"),
-        _shown(row["top5"], "{:.1f}"),
-        _shown(row.get("calibration_error"), "{:.1f}"),
+        json.dumps(r) if isinstance(r, (int, list)) else shown_r(r),
+        *(shown(row.get(name), ".1f") for name in ("top1", "top5", "calibration_error")),
         f"{row['agreement']:.1f}",
         f"{row['kl']:.4f}",
         f"{row['multiply_adds'] / 1e6:.1f}",
         f"{row['ratio']:.3f}",
-        _shown(row["images_per_second"], "{:.0f}"),
-        _shown(row["speedup"], "{:.2f}×"),
+        shown(row["images_per_second"], ".0f"),
+        shown(row["speedup"], ".2f", "×"),
     ]
 
 
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
-    data = result["data"]
-    table = Table(title=f"{result['model']['name']} on {data['num_images']} images of {data['name']}")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    Console(width=120).print(table)
-
-
-def markdown_table(result: dict[str, Any]) -> str:
-    """The rows of an evaluation as a Markdown table."""
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, result["rows"])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _reduction(r: Any) -> str:
-    if r is None:
-        return ""
-    return reduction_label(r) if isinstance(r, dict) else json.dumps(r)
-
-
-def _shown(value: float | None, template: str) -> str:
-    return "–" if value is None else template.format(value)
+    print_rows(about(result), COLUMNS, [cells(row) for row in result["rows"]])

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_type_hints
 from ..configuration import LEARN_FIELDS, DTEMConfig
 from ..data.augmentation import AUGMENTATIONS
 from ..errors import BadValue
+from ..models.distances import FEATURE_LOSSES, FEATURES
 from ..programs.arguments import option, parse_reduction
 from .curriculum import CurriculumArguments
-from .features import FEATURE_LOSSES, FEATURES
 from .fisher import FisherArguments
 from .tasks import task_names
 

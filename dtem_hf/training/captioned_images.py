@@ -1,75 +1,17 @@
-"""Images with captions to learn from: one of an image's captions per epoch; and to validate on: all of them."""
+"""Which captioned images a run learns from, and which it is validated on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from ..data.augmentation import augmented_pixels
-from ..data.captions import CaptionedImage, has_splits, read_annotations
+from ..data.captioned_images import CaptionedImages, Images, hold_out
+from ..data.captions import has_splits, read_annotations
 from ..errors import BadValue
-from ..evaluation.captions_generation import CaptionImages
 
 
 if TYPE_CHECKING:
     from .arguments import TrainArguments
-
-
-Images = Mapping[int, CaptionedImage]
-
-
-class CaptionedImages(torch.utils.data.Dataset):
-    """{"pixel_values": [C, H, W], "caption": str, "caption_id", "index", "epoch": int} for i or (epoch, i).
-
-    `index` counts images or, with `every_caption`, their captions one after the other; otherwise, which caption an
-    image comes with depends on seed, epoch and index alone. `caption_id` counts the captions of all images. Raises
-    FileNotFoundError where an image is not in the folder.
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        folder: Path,
-        processor: Any,
-        seed: int = 0,
-        augmentation: str = "none",
-        every_caption: bool = False,
-    ) -> None:
-        self.images = CaptionImages(images, folder, processor)
-        self.seed, self.augmentation = seed, augmentation
-        lengths = [len(image.captions) for image in images.values()]
-        self._first = np.concatenate([[0], np.cumsum(lengths)])
-        self.every_caption = every_caption
-
-    @property
-    def num_captions(self) -> int:
-        """The captions of all images."""
-        return int(self._first[-1])
-
-    def __len__(self) -> int:
-        return self.num_captions if self.every_caption else len(self.images)
-
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = item if isinstance(item, tuple) else (0, int(item))
-        if self.every_caption:
-            image = int(np.searchsorted(self._first, index, side="right")) - 1
-            number = index - int(self._first[image])
-        else:
-            image = index
-            draw = np.random.default_rng((self.seed, epoch, index, 1))  # 1: not what augmentation draws
-            number = int(draw.integers(self._first[image + 1] - self._first[image]))
-        key = (self.seed, epoch, index)
-        return {
-            "pixel_values": augmented_pixels(self.images.open(image), self.images.processor, self.augmentation, key),
-            "caption": self.images.captioned(image).captions[number],
-            "caption_id": int(self._first[image]) + number,
-            "index": index,
-            "epoch": epoch,
-        }
 
 
 def load_captioned_images(arguments: TrainArguments, processor: Any) -> tuple[CaptionedImages, CaptionedImages]:
@@ -96,13 +38,3 @@ def load_captioned_images(arguments: TrainArguments, processor: Any) -> tuple[Ca
         CaptionedImages(images, Path(a.data), processor, a.seed, a.augmentation),
         CaptionedImages(held_out, validation_folder, processor, every_caption=True),
     )
-
-
-def hold_out(images: Images, size: int) -> tuple[Images, Images]:
-    """Split images into those to learn from and `size` to validate on, which are the same in every run."""
-    ids = list(images)
-    chosen = set(np.random.default_rng(0).permutation(len(ids))[:size].tolist())
-    parts: tuple[dict[int, CaptionedImage], dict[int, CaptionedImage]] = ({}, {})
-    for place, image_id in enumerate(ids):
-        parts[place in chosen][image_id] = images[image_id]
-    return parts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import DTEMConfig
 from ..errors import BadValue
-from ..models.attach import set_merge_config
+from ..models.install import set_merge_config
 from ..programs.arguments import option
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.images import UnreadableImage
+from ..data.opening import UnreadableImage
 
 
 # Key in a batch: [B], whether an item stands in for an image that could not be read.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..data.augmentation import drawn_from
-from ..families import find_backbone
-from ..models.attach import merged_layers
+from ..families import find_encoder
+from ..models.install import merged_layers
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, An
     a = arguments
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     embedding = list(model.merge_parameters())
-    aggregation = list(find_backbone(model)[1].merge_embedding.aggregation_parameters())
+    aggregation = list(find_encoder(model)[1].merge_embedding.aggregation_parameters())
     others = {id(parameter) for parameter in aggregation}
     comparing = [parameter for parameter in embedding if id(parameter) not in others]
     result = [{"name": "embedding", "params": comparing, "lr": a.lr, "weight_decay": a.weight_decay}]
@@ -97,7 +97,7 @@ def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, An
 
 def _depths(model: Any) -> tuple[dict[int, int], int]:
     """Depth by the identity of a parameter: 0 for embeddings, i for layer i from 1; and the depth of all else."""
-    _, encoder = find_backbone(model)
+    _, encoder = find_encoder(model)
     layers = merged_layers(model)
     depths = {id(p): 0 for name, p in encoder.named_parameters() if "embeddings" in name.split(".")}
     for number, layer in enumerate(layers, start=1):

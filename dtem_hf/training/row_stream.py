@@ -13,7 +13,7 @@ from datasets import IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Sampler
 
-from ..data.images import row_name
+from ..data.opening import row_name
 from ..errors import BadValue
 
 

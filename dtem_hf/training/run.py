@@ -20,8 +20,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from ..errors import BadValue
 from ..files import replacing_folder, write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.card import TRAINING_NAME, refreshed_card
-from ..models.attach import load_embedding
+from ..hub.folder_card import refreshed_card
+from ..hub.layout import TRAINING_NAME
+from ..models.install import load_embedding
 from ..programs.conditions import command, data_name, hardware, versions
 from . import checkpoints
 from .arguments import TrainArguments

@@ -23,13 +23,12 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from ..data.captioned_images import ImageFolder, hold_out
 from ..data.captions import read_annotations
 from ..errors import BadValue
-from ..evaluation.captions_generation import CaptionImages
 from ..files import write_json
 from ..programs.arguments import option, parse_arguments
 from ..programs.conditions import command, hardware, versions
-from .captioned_images import hold_out
 
 
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -84,7 +83,7 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     model = GitForCausalLM(make_config(arguments, tokenizer)).train()
     # A thousand small images are read once and stay in memory.
-    pictures = CaptionImages(images, Path(arguments.images), processor)
+    pictures = ImageFolder(images, Path(arguments.images), processor)
     places = tqdm(range(len(pictures)), desc="read", unit="image")
     pixels = torch.stack([pictures[i]["pixel_values"] for i in places])
 

@@ -16,8 +16,8 @@ from dtem_hf.benchmark.efficiency import (
     count_parameters,
     peak_memory,
     speeds,
-    time_interleaved,
 )
+from dtem_hf.models.timing import time_interleaved
 
 
 CPU = torch.device("cpu")

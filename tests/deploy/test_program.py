@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from dtem_hf import BadValue, ToMeConfig, attach, ops
-from dtem_hf.deploy.graph import ImageGraph, export_graph, image_shape, output_names
+from dtem_hf.deploy.graph import ImageGraph, export_graph, output_names
 from dtem_hf.deploy.onnx_runtime import OnnxRunner, write_onnx
 from dtem_hf.deploy.parity import check_parity
 from dtem_hf.deploy.program import ExportArguments, export, export_format, load_for_export, main
 from dtem_hf.errors import UnsupportedModelError
+from dtem_hf.models.vision import image_shape
 
 
 def operators(path: Path) -> set[str]:

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, GitConfig, GitForCausalLM
 
 from dtem_hf import AutoModelForCausalLM, BadValue, ToMeConfig
 from dtem_hf.data.images import load_processor
-from dtem_hf.evaluation import captions, captions_generation
+from dtem_hf.evaluation import captions
 from dtem_hf.evaluation.captions import EvaluateCaptionsArguments, evaluate_captions, main
 from dtem_hf.evaluation.captions_generation import count_generation
 from dtem_hf.evaluation.captions_scoring import METRICS
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
     expected = evaluate_captions(EvaluateCaptionsArguments(**options))
     files = {row["results"]: results(options["output_dir"], row["results"]) for row in expected["rows"]}
     shutil.rmtree(options["output_dir"])
-    done, real = [], captions_generation.caption_batch
+    done, real = [], captions.caption_batch
 
     def stop_at_the_third(variants, batch, *rest, **kwargs):
         if len(done) == 2:
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
         done.append(batch["image_id"].tolist())
         return real(variants, batch, *rest, **kwargs)
 
-    monkeypatch.setattr(captions_generation, "caption_batch", stop_at_the_third)
+    monkeypatch.setattr(captions, "caption_batch", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate_captions(EvaluateCaptionsArguments(**options))
     with pytest.raises(BadValue, match="settings="):
@@ -154,7 +154,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
         later.append(batch["image_id"].tolist())
         return real(variants, batch, *rest, **kwargs)
 
-    monkeypatch.setattr(captions_generation, "caption_batch", note)
+    monkeypatch.setattr(captions, "caption_batch", note)
     evaluate_captions(EvaluateCaptionsArguments(**options))
     assert done == [[100, 101, 102, 103], [104, 105, 106, 107]] and later == [[108]]
     for name, texts in files.items():

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from dtem_hf import BadValue
-from dtem_hf.evaluation.captions_scoring import METRICS, SPICE_JARS, SPICE_VARIABLE, score_captions, tokenise
+from dtem_hf.evaluation.captions_scoring import (
+    METRICS,
+    SPICE_JARS,
+    SPICE_VARIABLE,
+    score_captions,
+    tokenise,
+    unavailable,
+)
 
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
@@ -123,15 +130,39 @@ def test_without_java_everything_is_null_with_the_reason(monkeypatch, no_jars, t
 
 @needs_java
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # METEOR's destructor meets a dead Java
-def test_a_scorer_that_dies_takes_no_other_with_it_and_spice_needs_its_jars(no_jars, monkeypatch):
+def test_a_scorer_that_dies_takes_no_other_with_it_and_spice_needs_its_jars(no_jars, monkeypatch, tmp_path):
     from pycocoevalcap.meteor import meteor
 
-    monkeypatch.setattr(meteor, "METEOR_JAR", "absent.jar")
+    (tmp_path / "broken.jar").write_bytes(b"no jar")
+    monkeypatch.setattr(meteor, "METEOR_JAR", str(tmp_path / "broken.jar"))
     scores = score_captions(REFERENCES, {**PREDICTIONS, 3: REFERENCES[3][0]})
     assert scores.values["METEOR"] is None and scores.reasons["METEOR"].startswith("METEOR failed")
     assert scores.values["CIDEr"] is not None and scores.values["BLEU-1"] is not None
     assert scores.values["SPICE"] is None and list(scores.reasons) == ["METEOR", "SPICE"]
     assert SPICE_JARS[0] in scores.reasons["SPICE"] and "--spice_jars" in scores.reasons["SPICE"]
+
+
+@needs_java
+def test_what_a_scorer_lacks_is_known_before_anything_is_scored(no_jars, monkeypatch):
+    from pycocoevalcap.meteor import meteor
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    monkeypatch.setattr(meteor, "METEOR_JAR", "absent.jar")
+    assert unavailable()["METEOR"] == "METEOR needs absent.jar in pycocoevalcap/meteor"
+    monkeypatch.setattr(ptbtokenizer, "STANFORD_CORENLP_3_4_1_JAR", "absent.jar")
+    reasons = unavailable()
+    assert set(reasons) == set(METRICS) and all("PTB tokenizer failed" in reason for reason in reasons.values())
+
+
+@needs_java
+def test_tokenising_writes_nothing_into_the_package():
+    """Site-packages may be read-only; pycocoevalcap's own class puts a file beside its jar."""
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    folder = Path(ptbtokenizer.__file__).parent
+    before = folder.stat().st_mtime_ns
+    assert tokenise(REFERENCES)[2][0] == "two cats sleep on a sofa"
+    assert folder.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("by_variable", [False, True])

@@ -25,7 +25,8 @@ from dtem_hf import (
 from dtem_hf.data.images import ProcessedImages, load_images, load_processor
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
-from dtem_hf.evaluation.variants import make_variants, run_in_turn, share_weights
+from dtem_hf.evaluation.variants import make_variants, run_in_turn
+from dtem_hf.models.copies import share_weights
 
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,12 @@ def test_rows_equal_a_brute_force(options, vit_folder, image_folder, adapter):
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (row["method"], row["r"], name)
     assert result["rows"][0]["agreement"] == 100 and result["rows"][0]["kl"] == 0 and result["rows"][0]["ratio"] == 1
     assert all(row["ratio"] <= 0.7 for row in result["rows"] if isinstance(row["r"], dict))
-    assert result["data"] == {"name": result["data"]["name"], "num_images": 48, "labelled": True}
+    assert result["data"] == {
+        "name": result["data"]["name"],
+        "num_images": 48,
+        "labelled": True,
+        "labels": "class numbers",
+    }
 
 
 def test_methods_differ_with_a_learned_embedding(options):
@@ -243,7 +249,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
     monkeypatch.setattr(classification, "measure_batch", stop_at_the_fourth)
     with pytest.raises(Stopped):
         evaluate(EvaluateArguments(**options))
-    finished = sorted((Path(options["output_dir"]) / "parts").glob("part-*"))
+    finished = sorted((Path(options["output_dir"]) / "parts").glob("*.npz"))
     assert len(finished) == 3
     with pytest.raises(BadValue, match=r"batch_size=8: the unfinished run in .* has 7"):
         evaluate(EvaluateArguments(**{**options, "batch_size": 8}))

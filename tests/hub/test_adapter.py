@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import warnings
@@ -24,7 +25,8 @@ from dtem_hf import (
     attach,
 )
 from dtem_hf.configuration import CONFIG_NAME
-from dtem_hf.hub.adapter import WEIGHTS_NAME, BackboneFacts
+from dtem_hf.hub.facts import BackboneFacts
+from dtem_hf.hub.layout import WEIGHTS_NAME
 
 
 Make = Callable[..., Any]
@@ -68,7 +70,7 @@ def test_a_folder_holds_what_the_contract_says(folder: Path, model: Any) -> None
     assert {path.name for path in folder.iterdir()} == {"merge_config.json", "merge_adapter.safetensors", "README.md"}
     tensors = load_file(folder / "merge_adapter.safetensors")
     assert set(tensors) == KEYS
-    for i, layer in enumerate(model.vit.merge_embedding.layers):
+    for i, layer in enumerate(model.vit.merge_embedding.projections):
         assert tensors[f"layers.{i}.weight"].shape == (8, 32)
         assert tensors[f"layers.{i}.bias"].shape == (8,)
         assert {tensors[f"layers.{i}.{part}"].dtype for part in ("weight", "bias")} == {torch.float32}
@@ -76,6 +78,8 @@ def test_a_folder_holds_what_the_contract_says(folder: Path, model: Any) -> None
         assert torch.equal(tensors[f"layers.{i}.bias"], layer.bias)
     config = json.loads((folder / "merge_config.json").read_text())
     backbone = config.pop("backbone")
+    content = (folder / "merge_adapter.safetensors").read_bytes()
+    assert config.pop("tensors_sha256") == hashlib.sha256(content).hexdigest()
     assert config == model.merge_config.to_dict()
     assert backbone == {
         "model_type": "vit",
@@ -381,14 +385,14 @@ def test_a_newer_major_version_is_refused_with_the_version_needed_whatever_else_
 def test_a_file_that_is_too_large_for_its_config_is_not_read(folder: Path) -> None:
     with open(folder / WEIGHTS_NAME, "ab") as file:
         file.truncate(1 << 32)  # nothing on the disk, and 4 GiB to who reads it
-    with pytest.raises(AdapterError, match="has 4294967296 bytes, and its config calls for"):
+    with pytest.raises(AdapterError, match=r"merge_adapter\.safetensors='4294967296 bytes': a file of at most"):
         MergeAdapter.from_pretrained(folder)
 
 
 def test_a_header_that_is_too_large_is_not_read(folder: Path) -> None:
     content = header({"__metadata__": {"x": "y" * (1 << 20)}})
     (folder / WEIGHTS_NAME).write_bytes(content)
-    with pytest.raises(AdapterError, match=r"a header of .* bytes, and 1048576 are the most"):
+    with pytest.raises(AdapterError, match=r"a header of .* bytes, at most 1048576"):
         MergeAdapter.from_pretrained(folder)
 
 

@@ -13,8 +13,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 import dtem_hf
-from dtem_hf.hub.adapter import BackboneFacts
-from dtem_hf.hub.card import card_of, reduction_label, write_card
+from dtem_hf.hub.card import card_of
+from dtem_hf.hub.facts import BackboneFacts
+from dtem_hf.hub.folder_card import write_card
+from dtem_hf.labels import reduction_label
 
 
 BASE = "facebook/deit-tiny-patch16-224"

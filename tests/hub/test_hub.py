@@ -22,7 +22,8 @@ from PIL import Image
 
 from dtem_hf import AdapterError, AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
 from dtem_hf.configuration import CONFIG_NAME
-from dtem_hf.hub.adapter import WEIGHTS_NAME, BackboneFacts
+from dtem_hf.hub.facts import BackboneFacts
+from dtem_hf.hub.layout import WEIGHTS_NAME
 from tests.support.hub_client import hub_environment
 from tests.support.loopback_hub import Fault, LoopbackHub
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dtem_hf import DTEMConfig, attach
-from dtem_hf.hub.card import folder_card, refreshed_card
+from dtem_hf.hub.folder_card import folder_card, refreshed_card
 from dtem_hf.hub.publishing import card_results, published_files
 
 

@@ -27,7 +27,7 @@ RELAXATIONS = ["hard", "soft", "straight_through"]
 def aggregation(model: Any) -> dict[str, Tensor]:
     """What says how merged tokens count, by name."""
     return {
-        name.partition("merge_embedding.")[2]: parameter
+        name.partition("merge_embedding.")[2].removesuffix(".value"): parameter
         for name, parameter in model.named_parameters()
         if "merge_embedding.exponents" in name or "merge_embedding.norms" in name
     }
@@ -57,7 +57,7 @@ def test_neutral_it_is_bit_identical_to_the_config_without(
             outputs.append(model(pixels).logits)
         if with_gradients:
             outputs[-1].square().sum().backward()
-            gradients.append([layer.weight.grad for layer in model.vit.merge_embedding.layers])
+            gradients.append([layer.weight.grad for layer in model.vit.merge_embedding.projections])
     if with_gradients and relaxation != "hard":
         assert torch.equal(*outputs)
         for ours, theirs in zip(*gradients, strict=True):
@@ -76,7 +76,7 @@ def test_prefix_and_tokens_that_nobody_joined_stay_bit_for_bit(
     states = []
     for share in (0.0, 1.0):
         model = attach(make_classifier(num_hidden_layers=2).to(dtype), DTEMConfig(r=9, **LEARN))
-        model.vit.merge_embedding.norms[0].data.fill_(share)
+        model.vit.merge_embedding.norms[0].value.data.fill_(share)
         seen: list[Tensor] = []
         model.vit.layers[0].layernorm_after.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
         with torch.set_grad_enabled(with_gradients), model.trace_merging() as trace:
@@ -105,7 +105,7 @@ def test_gradients_reach_all_that_counts(make_classifier: Make, pixels: Tensor, 
     }
     assert reached == aggregation(model).keys() - {"exponents.0", "norms.3"}
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    compares = [layer.weight.grad is not None for layer in model.vit.merge_embedding.layers]
+    compares = [layer.weight.grad is not None for layer in model.vit.merge_embedding.projections]
     assert any(compares) == (relaxation != "hard")
 
 

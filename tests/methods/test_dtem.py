@@ -26,7 +26,7 @@ def model(deit_tiny: Callable[[], ViTForImageClassification], oracle: dict[str, 
     model = attach(deit_tiny(), DTEMConfig(r=16))
     if embedding == "given":
         given = {name.removeprefix("adapter_"): value for name, value in oracle.items() if name.startswith("adapter_")}
-        model.vit.merge_embedding.load_state_dict(given)
+        model.vit.merge_embedding.load_adapter_tensors(given)
     return model
 
 
@@ -42,7 +42,7 @@ def soft_pass(model: Any, pixel_values: Tensor, plain: Tensor) -> tuple[Tensor, 
     logits = model(pixel_values).logits
     loss = F.kl_div(logits.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="batchmean")
     loss.backward()
-    weights = [layer.weight for layer in model.vit.merge_embedding.layers]
+    weights = [layer.weight for layer in model.vit.merge_embedding.projections]
     return logits.detach(), loss.detach(), [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
 
 
@@ -105,7 +105,7 @@ def test_relaxation_says_when_merging_is_soft(
     assert [sizes.shape[1] for sizes in trace.sizes] == ([65] * 4 if soft else [56, 47, 38, 29])
     with torch.no_grad():
         reference = attach(make_classifier(), DTEMConfig(r=9)).train(soft)(pixels).logits
-    torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)  # a trace sees all rows of the last layer
+    torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
 
 
 def test_softly_merged_tokens_leave_attention_without_proportional_attention_too(
@@ -132,12 +132,14 @@ def test_the_metric_never_teaches_the_backbone(make_classifier: Callable[..., An
     """The sizes behind the first layer depend on its embedding and, through the metric, on nothing else."""
     model = attach(make_classifier(), DTEMConfig(r=9)).train()
     biases = []
-    model.vit.layers[1].attention.register_forward_pre_hook(lambda module, arguments: biases.append(arguments[1]))
+    model.vit.layers[1].attention.register_forward_pre_hook(
+        lambda module, arguments, keywords: biases.append(keywords["attention_mask"]), with_kwargs=True
+    )
     model(pixels)
     leaves = dict(model.named_parameters())
     gradients = torch.autograd.grad(biases[0].sum(), list(leaves.values()), allow_unused=True)
     reached = {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
-    assert reached == {"vit.merge_embedding.layers.0.weight", "vit.merge_embedding.layers.0.bias"}
+    assert reached == {"vit.merge_embedding.projections.0.weight", "vit.merge_embedding.projections.0.bias"}
 
 
 @pytest.mark.parametrize("width, embed_dim", [(512, 64), (1024, 128)])
@@ -155,7 +157,7 @@ def test_random_initialisation_is_random_and_differs_from_keys(
 ) -> None:
     model = attach(make_classifier(), DTEMConfig(r=9, init="random", embed_dim=5))
     assert [tuple(p.shape) for p in model.merge_parameters()] == [(5, 32), (5,)] * 4
-    for layer in model.vit.merge_embedding.layers:
+    for layer in model.vit.merge_embedding.projections:
         assert not layer.bias.any()
         assert layer.weight.std().item() == pytest.approx(0.2, rel=0.3)
     with torch.no_grad():

@@ -160,7 +160,7 @@ def test_attach_follows_the_models_dtype_mode_and_trainability(make_classifier: 
     assert all(parameter.requires_grad for parameter in model.merge_parameters())
     assert all(module.training for module in model.modules())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"vit.merge_embedding.layers.{i}.{part}" for i in range(4) for part in ("weight", "bias")
+        f"vit.merge_embedding.projections.{i}.{part}" for i in range(4) for part in ("weight", "bias")
     }
 
 
@@ -432,4 +432,4 @@ def test_an_adapter_in_memory_is_a_copy(make_classifier: Make) -> None:
 def test_the_bare_encoder_holds_its_embedding_itself(make_bare: Make) -> None:
     model = attach(make_bare(), DTEMConfig(r=4))
     assert isinstance(model, ViTModel)
-    assert next(key for key in model.state_dict() if "merge" in key) == "merge_embedding.layers.0.weight"
+    assert next(key for key in model.state_dict() if "merge" in key) == "merge_embedding.projections.0.weight"

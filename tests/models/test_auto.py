@@ -193,7 +193,7 @@ def test_a_recorded_embedding_that_is_not_there_is_an_error(checkpoint: Path, lo
     for key in keys[lost]:
         del tensors[key]
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OSError, match=r"merge_embedding\.layers\.\d\..* is missing.*merge=None"):
+    with pytest.raises(OSError, match=r"merge_embedding\.projections\.\d\..* is missing.*merge=None"):
         AutoModelForImageClassification.from_pretrained(checkpoint)
     assert type(AutoModelForImageClassification.from_pretrained(checkpoint, merge=None)) is ViTForImageClassification
 

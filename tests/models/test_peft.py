@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from dtem_hf import AdapterError, DTEMConfig, MergeAdapter, attach, detach
+from dtem_hf import DTEMConfig, MergeAdapter, attach, detach
 
 
 Make = Callable[..., Any]
@@ -110,17 +110,36 @@ def test_neither_loads_what_is_the_others(make_classifier: Make, adapter: Path, 
         attach(make_classifier(), lora)
 
 
-def test_lora_on_the_embedding_itself_is_not_lost_in_silence(
+def test_lora_on_all_linear_layers_leaves_the_embedding_alone(
     make_classifier: Make, adapter: Path, pixels: Tensor
 ) -> None:
-    """ "all-linear" covers the embedding; an adapter has no place for the low-rank part, until it is merged in."""
-    config = LoraConfig(target_modules="all-linear", r=4)
-    model = with_noise(get_peft_model(attach(make_classifier(), adapter), config), "lora_")
-    with pytest.raises(AdapterError, match=r"merge_embedding: its layers are peft.*exclude_modules"):
-        model.to_merge_adapter()
-    expected = logits(model, pixels)
-    unloaded = model.merge_and_unload()
-    torch.testing.assert_close(logits(unloaded, pixels), expected, rtol=1e-4, atol=1e-5)
-    assert set(unloaded.to_merge_adapter().tensors) == set(MergeAdapter.from_pretrained(adapter).tensors)
-    spared = LoraConfig(target_modules="all-linear", r=4, exclude_modules=r".*merge_embedding.*")
-    assert get_peft_model(attach(make_classifier(), adapter), spared).to_merge_adapter().embed_dim == 8
+    """An adapter would have no place for a low-rank part of the embedding."""
+    model = with_noise(
+        get_peft_model(attach(make_classifier(), adapter), LoraConfig(target_modules="all-linear")), "lora_"
+    )
+    assert any("lora_" in name for name, _ in model.named_parameters())
+    assert not any("lora_" in name for name, _ in model.named_parameters() if "merge_embedding" in name)
+    ours, theirs = model.to_merge_adapter().tensors, MergeAdapter.from_pretrained(adapter).tensors
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_embedding_that_peft_trains_and_saves_is_the_one_that_counts(
+    make_classifier: Make, adapter: Path, pixels: Tensor, tmp_path: Path
+) -> None:
+    """`modules_to_save` trains a copy: it is optimised, runs, and is what an adapter is made of."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["merge_embedding"])
+    model = get_peft_model(attach(make_classifier(), adapter), config)
+    before = logits(model, pixels)
+    parameters = list(model.merge_parameters())
+    assert parameters and all(p.requires_grad for p in parameters)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.3 * torch.randn_like(parameter)
+    trained = logits(model, pixels)
+    assert not torch.equal(trained, before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, pixels), before)
+    model.save_merge_adapter(tmp_path / "trained")
+    read = MergeAdapter.from_pretrained(tmp_path / "trained")
+    assert {id(p) for p in parameters} == {id(p) for p in model.merge_parameters()}
+    torch.testing.assert_close(logits(attach(make_classifier(), read), pixels), trained)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtem_hf import DTEMConfig, attach, ops
-from dtem_hf.ops import attention
+from dtem_hf import ops
 from tests.support import slow_reference as slow
 
 
@@ -161,10 +155,15 @@ def test_an_empty_token_is_empty_to_any_power(dtype: torch.dtype) -> None:
     )
 
 
+def extended_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    extended = ops.extend_keys(query, key, value, bias, scaling)
+    return F.scaled_dot_product_attention(*extended, scale=scaling)[..., : value.shape[-1]]
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("dim", [8, 20, 64])
 @pytest.mark.parametrize("exponents", [None, [0.5, 1.0, 2.0]])
-def test_both_forms_of_the_bias_are_the_definition(
+def test_mask_and_extended_keys_are_the_definition(
     dtype: torch.dtype, tolerance: float, dim: int, exponents: list[float] | None
 ) -> None:
     """Of powers of sizes, and for queries that are fewer than keys."""
@@ -175,10 +174,11 @@ def test_both_forms_of_the_bias_are_the_definition(
     scores = q.double() @ k.double().transpose(2, 3) * scaling
     weights = scores.exp() * sizes.double()[:, None, None, :] ** powers.double()[:, None, None]
     expected = (weights / weights.sum(dim=-1, keepdim=True) @ v.double())[:, :, :7]
-    for form in ops.BIAS_FORMS:
-        found = ops.biased_attention(q[:, :, :7], k, v, bias.to(dtype) if form == "mask" else bias, scaling, form=form)
+    q = q[:, :, :7]
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(dtype), scale=scaling)
+    for found, bound in ((masked, 2 * tolerance), (extended_attention(q, k, v, bias, scaling), tolerance)):
         assert found.dtype == dtype and found.shape == (2, 3, 7, dim)
-        assert relative_error(found, expected) < (2 if form == "mask" else 1) * tolerance
+        assert relative_error(found, expected) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -186,41 +186,6 @@ def test_padding_counts_for_nothing_in_extended_keys(dtype: torch.dtype) -> None
     q, k, v = (torch.randn(2, 3, 10, 64).to(dtype) for _ in range(3))
     bias = torch.zeros(2, 1, 1, 10, dtype=dtype)
     bias[:, :, :, 6:] = torch.finfo(dtype).min
-    found = ops.biased_attention(q, k, v, bias, 0.125, form="extended_keys")
+    found = extended_attention(q, k, v, bias, 0.125)
     expected = F.scaled_dot_product_attention(q, k[:, :, :6], v[:, :, :6], scale=0.125)
     torch.testing.assert_close(found, expected, atol=1e-2 if dtype != torch.float32 else 1e-6, rtol=1e-2)
-
-
-def test_a_bias_for_pairs_and_a_boolean_one_are_masks_in_any_form() -> None:
-    q, k, v, _ = inputs()
-    for bias in (torch.randn(2, 3, 12, 12), torch.rand(2, 1, 12, 12) < 0.8, torch.rand(2, 1, 1, 12) < 0.8):
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
-        assert torch.equal(ops.biased_attention(q, k, v, bias, 0.3, form="extended_keys"), expected)
-
-
-def test_the_environment_chooses_the_form() -> None:
-    """For all that runs, compiled graphs included; another word is refused, and what would be right is named."""
-    script = "from dtem_hf.ops import attention; print(attention._FORM)"
-    told = {}
-    for form in ("extended_keys", "flash"):
-        environment = {**os.environ, "DTEM_HF_SIZE_BIAS": form}
-        told[form] = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert told["extended_keys"].stdout.strip() == "extended_keys"
-    assert "DTEM_HF_SIZE_BIAS='flash'" in told["flash"].stderr and "mask, extended_keys" in told["flash"].stderr
-
-
-@torch.no_grad()
-def test_whole_models_by_extended_keys(monkeypatch: pytest.MonkeyPatch, make_classifier: Any, pixels: Tensor) -> None:
-    model = attach(make_classifier(), DTEMConfig(r=6, learn_exponents=True))
-    for parameter in model.merge_parameters():
-        parameter += 0.1 * torch.randn(parameter.shape)
-    expected = model(pixels).logits
-    extended = []
-    stock = attention.extend_keys
-    monkeypatch.setattr(attention, "_FORM", "extended_keys")
-    monkeypatch.setattr(attention, "extend_keys", lambda *args: extended.append(1) or stock(*args))
-    torch.testing.assert_close(model(pixels).logits, expected, atol=1e-5, rtol=1e-5)
-    assert len(extended) == model.config.num_hidden_layers - 1
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(pixels).logits, expected, atol=1e-5, rtol=1e-5)

@@ -20,8 +20,7 @@ SPLITS = [*product((0, 1, 2, 5), (16, 17)), (1, 197), (5, 300)]
 @pytest.fixture
 def through_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send the public functions to the kernels, on the CPU too."""
-    monkeypatch.setattr(kernels, "can_match", lambda metric: True)
-    monkeypatch.setattr(kernels, "can_merge", lambda x, sizes: True)
+    monkeypatch.setattr(kernels, "devices", ("cpu", "cuda"))
 
 
 def plain_best_partner(metric: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -134,6 +133,17 @@ def test_operators_are_registered_as_torch_wants_them():
     torch.library.opcheck(kernels._merge_tokens_op, (metric, None, *matching), test_utils=checks)
 
 
-def test_the_plain_path_is_taken_elsewhere():
+def test_the_cpu_never_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 9, 4)
-    assert not kernels.can_match(x) and not kernels.can_merge(x, None)
+    for name in ("best_partner", "merge_tokens"):
+        monkeypatch.setattr(kernels, name, lambda *args: pytest.fail("a kernel ran on the CPU"))
+    merged, _ = merge_tokens(x, None, bipartite_soft_matching(x, 2))
+    assert merged.shape == (1, 7, 4)
+
+
+def test_kernels_can_be_switched_off_and_come_back_after_an_error() -> None:
+    assert kernels.devices == ("cuda",)
+    with pytest.raises(KeyError), kernels.disabled():
+        assert not kernels.devices
+        raise KeyError
+    assert kernels.devices == ("cuda",)

@@ -14,7 +14,7 @@ import pytest
 
 from dtem_hf import BadValue
 from dtem_hf.configuration import CONFIG_NAME
-from dtem_hf.hub.adapter import WEIGHTS_NAME
+from dtem_hf.hub.layout import WEIGHTS_NAME
 from dtem_hf.training.arguments import TrainArguments
 from tests.support.hub_client import hub_environment
 from tests.support.loopback_hub import Fault

@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import AutoTokenizer, GitForCausalLM
 
 from dtem_hf import BadValue
+from dtem_hf.data.captioned_images import hold_out
 from dtem_hf.data.captions import read_annotations
 from dtem_hf.data.images import load_processor
-from dtem_hf.training.captioned_images import hold_out
 from dtem_hf.training.small_git import SmallGitArguments, caption_loss, main, make_tokenizer, train_small_git
 
 

@@ -1,27 +1,41 @@
-"""Metrics as modules of the `evaluate` library, shipped with the package and loaded by local path.
-
-`evaluate.load("accuracy")` downloads a script; these need no network and change only with the package.
-"""
+"""Metrics as modules of the `evaluate` library, shipped with the package: no download, and no folder of HF_HOME."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+
+class Metrics(NamedTuple):
+    """What a classifier's figures are computed by."""
+
+    accuracy: Any
+    calibration: Any
+
+
+def load_metrics() -> Metrics:
+    """Top-k accuracy and calibration error, ready to compute."""
+    return Metrics(load_metric("TopKAccuracy"), load_metric("CalibrationError"))
 
 
 def load_metric(name: str) -> Any:
-    """The `evaluate` module of a file in this folder: `top_k_accuracy` or `calibration_error`."""
-    library = _evaluate_library()
-    return library.load(str(Path(__file__).with_name(f"{name}.py")), keep_in_memory=True)
+    """An instance of a metric in this folder: `TopKAccuracy` or `CalibrationError`."""
+    _import_library()
+    file = {"TopKAccuracy": "top_k_accuracy", "CalibrationError": "calibration_error"}[name]
+    scratch = TemporaryDirectory()
+    metric = getattr(import_module(f".{file}", __package__), name)(keep_in_memory=True, cache_dir=scratch.name)
+    metric.scratch = scratch  # removed with it
+    return metric
 
 
-def _evaluate_library() -> Any:
-    """The library, and not `recipes/evaluate.py`, whose folder comes first in the search path of every recipe."""
+def _import_library() -> None:
+    """Import the library `evaluate`, not `recipes/evaluate.py`, which comes first in the search path of a recipe."""
     path = sys.path[:]
     sys.path[:] = [folder for folder in path if not Path(folder, "evaluate.py").is_file()]
     try:
-        import evaluate
+        import evaluate  # noqa: F401
     finally:
         sys.path[:] = path
-    return evaluate

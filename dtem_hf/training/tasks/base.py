@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from datasets import IterableDataset
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...data.images import load_processor
 from ...errors import BadValue
-from ...models.attach import detach
+from ...models.install import detach
 
 
 if TYPE_CHECKING:
@@ -120,10 +119,3 @@ def make_task(arguments: TrainArguments) -> Task:
     if arguments.task not in _TASKS:
         raise BadValue("task", arguments.task, f"one of {', '.join(task_names())}")
     return _TASKS[arguments.task](arguments)
-
-
-def kl_to(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference ‖ model) in nats, per image: logits [B, classes] twice -> [B]."""
-    return F.kl_div(logits.float().log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none").sum(
-        -1
-    )

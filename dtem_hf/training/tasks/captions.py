@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
+from ...data.captioned_images import CaptionCollate
 from ...data.images import load_processor
 from ..captioned_images import load_captioned_images
 from .base import Task, TaskData
@@ -33,29 +31,3 @@ class CaptionTask(Task):
     def save_model(self, model: Any, folder: Path) -> None:
         super().save_model(model, folder)
         self.load_tokenizer().save_pretrained(folder)
-
-
-class CaptionCollate:
-    """Batches: pixel_values [B, C, H, W]; input_ids, attention_mask and labels (-100 at padding) [B, T]; and numbers.
-
-    The numbers are index, epoch and caption_id, [B] each.
-    """
-
-    def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:
-        self.tokenizer, self.options = tokenizer, options
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        text = self.tokenizer(
-            [item["caption"] for item in items],
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-            **self.options,
-        )
-        return {
-            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
-            "labels": text["input_ids"].masked_fill(text["attention_mask"] == 0, -100),
-            **{name: torch.tensor([item[name] for item in items]) for name in ("index", "epoch", "caption_id")},
-        }

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForZeroShotImageClassification
 
+from ...data.captioned_images import CaptionCollate
 from ...errors import BadValue
-from ...models.attach import attach, detach
-from .base import TaskData, kl_to
-from .captions import CaptionCollate, CaptionTask
+from ...models.attach import attach
+from ...models.distances import kl_to
+from ...models.install import detach
+from .base import TaskData
+from .captions import CaptionTask
 
 
 if TYPE_CHECKING:

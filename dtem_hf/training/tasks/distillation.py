@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..features import feature_distance, recorded_features
-from .base import kl_to
+from ...models.distances import feature_distance, kl_to, recorded_features
 from .images import ClassifierTask
 
 

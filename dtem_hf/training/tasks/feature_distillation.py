@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from ...models.auto import AutoModel
-from ..features import feature_distance, recorded_features
+from ...models.distances import feature_distance, recorded_features
 from .images import ImageTask
 
 

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...configuration import LEARN_FIELDS
+from ...data.captioned_images import MODEL_INPUTS
 from ...errors import BadValue
-from ...models.attach import merging_of, recorded_steps
+from ...models.distances import recorded_features
+from ...models.install import merging_of, recorded_steps
 from ...token_state import MergeStep
-from ..features import recorded_features
 from ..fisher import Sampler, fisher_loss, sampled_log_probability, sampled_projection, sampled_words
 from .base import Task
-from .captioning import MODEL_INPUTS, Captioning
+from .captioning import Captioning
 from .feature_distillation import FeatureDistillation
 from .images import ClassifierTask
 

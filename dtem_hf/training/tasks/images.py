@@ -9,9 +9,9 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data.classes import check_labels
 from ...data.images import (
     ProcessedImages,
-    check_labels,
     collate,
     first_rows,
     load_images,
@@ -21,8 +21,9 @@ from ...data.images import (
 )
 from ...errors import BadValue
 from ...models.auto import AutoModelForImageClassification
+from ...models.distances import kl_to
 from ..mixing import Mixed, mix
-from .base import Task, TaskData, kl_to
+from .base import Task, TaskData
 
 
 class ImageTask(Task):

@@ -8,12 +8,12 @@ from dtem_hf.evaluation.metrics import load_metric
 
 @pytest.fixture(scope="module")
 def accuracy():
-    return load_metric("top_k_accuracy")
+    return load_metric("TopKAccuracy")
 
 
 @pytest.fixture(scope="module")
 def calibration():
-    return load_metric("calibration_error")
+    return load_metric("CalibrationError")
 
 
 def test_top_k_is_a_label_among_the_k_largest_scores(accuracy):

@@ -8,9 +8,10 @@ import torch
 from transformers import BlipForConditionalGeneration, GitForCausalLM
 
 from dtem_hf import BadValue, MergeAdapter
+from dtem_hf.models.distances import caption_losses
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
-from dtem_hf.training.tasks.captioning import caption_losses, word_divergence
+from dtem_hf.training.tasks.captioning import word_divergence
 
 
 CLASSES = {"git_folder": GitForCausalLM, "blip_folder": BlipForConditionalGeneration}

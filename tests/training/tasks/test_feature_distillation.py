@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 
 from dtem_hf import BadValue, DTEMConfig, attach
-from dtem_hf.training.features import feature_distance, recorded_features
+from dtem_hf.models.distances import feature_distance, recorded_features
 from dtem_hf.training.parameters import freeze_backbone, relax
 from dtem_hf.training.tasks.feature_distillation import nearest
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dtem_hf import BadValue
-from dtem_hf.models.attach import recorded_steps
+from dtem_hf.models.install import recorded_steps
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.fisher import sampled_log_probability, sampled_projection, sampled_words
 from dtem_hf.training.parameters import relax

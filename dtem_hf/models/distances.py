@@ -1,4 +1,4 @@
-"""What an encoder makes of an image, as one vector: what is compared where there are no logits."""
+"""How far a merged model's output is from the unmerged one's: logits, features, and captions' losses."""
 
 from __future__ import annotations
 
@@ -6,16 +6,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BadValue
-from ..families import find_backbone
+from ..families import find_encoder
 from ..scope import Scope, open_scope
 
 
 FEATURES = ("auto", "pooled", "cls", "patches")
 FEATURE_LOSSES = ("cosine", "mse")
+
+
+def kl_to(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference ‖ model) in nats, per image: logits [B, classes] twice -> [B]."""
+    ours, theirs = logits.float().log_softmax(-1), reference.log_softmax(-1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+
+
+def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
+    """[B, D] twice -> [B]: one minus the cosine, or the mean squared difference."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(features.float(), reference, dim=-1)
+    return (features.float() - reference).square().mean(dim=-1)
+
+
+def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each caption's tokens but the first: [B, V + T, classes], [B, T] -> [B].
+
+    The V logits of visual tokens, which GIT puts in front of those of the text, are left out.
+    """
+    predicted, wanted = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
+    losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
+    counted = (wanted != -100).sum(dim=1)
+    return torch.where(counted > 0, losses.sum(dim=1) / counted, torch.nan)
 
 
 @contextmanager
@@ -26,15 +51,15 @@ def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
     tokens, weighted by their sizes. `auto` is the first of these that there is; it passes over a pooler like ViT's,
     whose weights many checkpoints lack. Raises ValueError where an encoder has not what is asked for.
     """
-    backbone, encoder = find_backbone(model)
-    prefix = backbone.num_prefix_tokens(encoder)
+    family, encoder = find_encoder(model)
+    prefix = family.geometry(encoder).num_prefix_tokens
     if kind == "cls" and not prefix:
         raise BadValue("features", kind, f"pooled or patches, as {type(encoder).__name__} has no CLS token")
     outputs: list[Any] = []
     handle = encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         # Asked to prepare for a plain mean, a merged encoder hands on tokens that are weighed by their sizes.
-        with open_scope(Scope(averages=kind == "patches" or not prefix)):
+        with open_scope(Scope(reader="mean" if kind == "patches" or not prefix else "tokens")):
             yield lambda: _pool(encoder, outputs[-1], kind, prefix)
     finally:
         handle.remove()
@@ -51,10 +76,3 @@ def _pool(encoder: Any, output: Any, kind: str, num_prefix_tokens: int) -> Tenso
     if kind == "cls" or (kind == "auto" and num_prefix_tokens):
         return tokens[:, 0].float()
     return tokens[:, num_prefix_tokens:].float().mean(dim=1)
-
-
-def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
-    """[B, D] twice -> [B]: one minus the cosine, or the mean squared difference."""
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(features.float(), reference, dim=-1)
-    return (features.float() - reference).square().mean(dim=-1)

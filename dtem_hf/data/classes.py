@@ -1,0 +1,144 @@
+"""Which class of a model a label means: told by names where both have them, and otherwise refused or said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+
+from ..errors import BadValue
+from ..programs.processes import say
+from .opening import image_name
+
+
+_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")
+_NO_NAME = re.compile(r"(LABEL_)?\d+")
+_SHOWN = 3
+
+
+class ClassMap(NamedTuple):
+    """The model's class of every label (None: a label is the class), and how that is known, in words."""
+
+    ids: list[int] | None
+    how: str
+
+    def class_of(self, label: int) -> int:
+        """The class that a label means; -1 for none."""
+        return label if self.ids is None or label < 0 else self.ids[label]
+
+
+AS_NUMBERS = ClassMap(None, "class numbers")
+
+
+def match_labels(images: Any, config: Any, needed: bool = True) -> ClassMap:
+    """How the labels of a data set (streamed or not) are to be read by a model with this config.
+
+    Labels without names are the model's class numbers. Labels with names are matched by them, by ImageNet's wnids, or
+    by order where there are as many of them as classes, which is said. Raises ValueError where names and numbers of
+    classes disagree, or a number is out of range; with `needed` False, the labels are left out then, and that is said.
+    """
+    kind = (images.features or {}).get("label")
+    if not isinstance(kind, ClassLabel):
+        if isinstance(images, Dataset):
+            check_labels(images, config.num_labels)
+        return AS_NUMBERS
+    try:
+        found = match_classes(kind.names, config.id2label, config.label2id)
+    except BadValue as error:
+        if needed:
+            raise
+        say(f"labels are left out: {error}")
+        return ClassMap([-1] * len(kind.names), "none")
+    if found.how == "order":
+        say(
+            f"labels: the {len(kind.names)} classes of the data ({_some(kind.names)}) are taken for the model's "
+            f"({_some(list(config.id2label.values()))}) in their order, as their names do not tell"
+        )
+    return found
+
+
+def match_classes(
+    names: Sequence[str], id2label: Mapping[int, str], label2id: Mapping[str, int] | None = None
+) -> ClassMap:
+    """The model's class of every name. Raises ValueError that shows names of both sides where they do not fit."""
+    count = len(id2label)
+    if all(name.isdecimal() and int(name) < count for name in names):
+        return ClassMap([int(name) for name in names], "class numbers")
+    known = _ids_by_name(id2label, label2id or {})
+    wnids = _wnids() if _is_imagenet(id2label) else {}
+    found = [_id_of(name, known, wnids) for name in names]
+    if None not in found:
+        return ClassMap([i for i in found if i is not None], "names")
+    # Some names may be ambiguous or spelled otherwise: the others confirm that both have the same order.
+    if len(names) == count and all(i in (None, place) for place, i in enumerate(found)):
+        return ClassMap(list(range(count)), "order" if all(i is None for i in found) else "names")
+    unknown = [name for name, i in zip(names, found, strict=True) if i is None]
+    raise BadValue(
+        "data",
+        unknown[:_SHOWN],
+        f"class names of the model, which has {count} ({_some(list(id2label.values()))}); {len(unknown)} of "
+        f"{len(names)} in the data are none of them. Rename the classes, write a labels.csv with class numbers, or "
+        "read no labels with --label_column none",
+    )
+
+
+def check_labels(images: Dataset, num_labels: int | None) -> None:
+    """Raise ValueError that names the first image whose label is no class of a model with `num_labels` of them.
+
+    None: labels are not looked at.
+    """
+    if num_labels is None:
+        return
+    labels = images.select_columns(["label"]).with_format("arrow")[:]["label"]
+    wrong = pc.or_(pc.greater_equal(labels, num_labels), pc.less(labels, -1))
+    index = pc.index(wrong, True).as_py()
+    if index >= 0:
+        raise bad_label(labels[index].as_py(), index, image_name(images, index), num_labels)
+
+
+def bad_label(label: int, index: int, name: str, num_labels: int) -> BadValue:
+    """The error for a label that is no class."""
+    expected = f"image {index} needs one below the model's {num_labels} classes"
+    return BadValue("label", label, expected if name == str(index) else f"{expected} ({name})")
+
+
+def _ids_by_name(id2label: Mapping[int, str], label2id: Mapping[str, int]) -> dict[str, set[int]]:
+    """Classes by name and by each of the synonyms that commas divide."""
+    known: dict[str, set[int]] = {}
+    for i, label in [*id2label.items(), *((i, label) for label, i in label2id.items())]:
+        if not _NO_NAME.fullmatch(label):
+            for name in (label, *label.split(",")):
+                known.setdefault(_plain(name), set()).add(int(i))
+    return known
+
+
+def _id_of(name: str, known: Mapping[str, set[int]], wnids: Mapping[str, int]) -> int | None:
+    for candidate in (name, *name.split(",")):
+        ids = known.get(_plain(candidate), ())
+        if len(ids) == 1:
+            return next(iter(ids))
+    wnid = re.match(r"n\d{8}", name)
+    return wnids.get(wnid[0]) if wnid else None
+
+
+def _is_imagenet(id2label: Mapping[int, str]) -> bool:
+    """Whether a model has ImageNet-1k's classes: a thousand, the first two by their names or all without any."""
+    first = [id2label.get(i, "") for i in range(2)]
+    named = all(word in label.lower() for word, label in zip(("tench", "goldfish"), first, strict=True))
+    return len(id2label) == 1000 and (named or all(_NO_NAME.fullmatch(label) for label in first))
+
+
+def _wnids() -> dict[str, int]:
+    return {wnid: i for i, wnid in enumerate(_WNIDS.read_text(encoding="ascii").split())}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name).strip().casefold()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

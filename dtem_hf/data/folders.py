@@ -1,0 +1,226 @@
+"""Local folders of images, parquet files or WebDataset's tar files, of which no file is left out without a word.
+
+Top folders are splits only where all of them are named so (train, val, test, ...). File names tell splits only where
+all of them do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
+from PIL import Image
+
+from ..errors import BadValue
+from ..programs.processes import say
+
+
+LABELS_NAME = "labels.csv"
+LABEL_COLUMNS = ("label", "labels", "cls")
+# Value of the option label_column that leaves labels unread.
+NO_LABELS = "none"
+_METADATA = ("metadata.csv", "metadata.jsonl")
+_SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
+_SPLITS = {
+    word: split
+    for split, words in {
+        "train": ("train", "training"),
+        "validation": ("validation", "valid", "val", "dev"),
+        "test": ("test", "testing", "eval", "evaluation"),
+    }.items()
+    for word in words
+}
+_STREAMED_PARTS = 64
+
+
+def load_folder(folder: Path, split: str, streaming: bool, label_column: str | None = None) -> tuple[Any, str | None]:
+    """A data set of a folder, and the column that still has to be read for labels (None where they are read)."""
+    if (folder / LABELS_NAME).is_file():
+        listed = _from_csv(folder, label_column)
+    else:
+        files = [PurePosixPath(path.relative_to(folder).as_posix()) for path in _files(folder)]
+        shards = [path for path in files if path.suffix.lower() in _SHARDS]
+        Image.init()
+        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        images = [path for path in files if path.suffix.lower() in suffixes]
+        if shards and images:
+            raise BadValue("data", str(folder), f"a folder of images or of shards, not both: {images[0]}, {shards[0]}")
+        if shards:
+            return _from_shards(folder, shards, split, streaming), label_column
+        if not images:
+            raise BadValue("data", str(folder), "a folder of at least one image, parquet file or WebDataset tar file")
+        listed = _from_images(folder, images, split, label_column)
+    if len(listed) == 0:
+        raise BadValue("data", str(folder), "at least one image")
+    return listed.to_iterable_dataset(min(len(listed), _STREAMED_PARTS)) if streaming else listed, None
+
+
+def named_labels(values: Sequence[str | None]) -> tuple[list[int], Any]:
+    """Labels as numbers, and their feature: class numbers where all are numbers, else places among sorted names."""
+    present = sorted({value for value in values if value})
+    if all(re.fullmatch(r"-?\d+", value) for value in present):
+        return [int(value) if value else -1 for value in values], Value("int64")
+    place = {name: i for i, name in enumerate(present)}
+    return [place[value] if value else -1 for value in values], ClassLabel(names=present)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in order, those behind links to folders included; names that begin with a dot are left out."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        seen.add(real)
+
+
+def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, label_column: str | None) -> Dataset:
+    images = sorted(images)
+    common = PurePosixPath(os.path.commonpath([path.parent for path in images]) or ".")
+    tops = {path.relative_to(common).parts[0] for path in images if path.parent != common}
+    if tops and all(path.parent != common for path in images) and tops <= set(_SPLITS):
+        wanted = _chosen({_SPLITS[top] for top in tops}, split)
+        inside = [path for path in images if _SPLITS[path.relative_to(common).parts[0]] == wanted]
+        say(f"data: {len(inside)} of {len(images)} images in {folder.name}, those of split {wanted}")
+        images = inside
+    listed = {"image": [str(folder / path) for path in images]}
+    if label_column == NO_LABELS:
+        return Dataset.from_dict(listed, Features({"image": ImageFeature()}))
+    names, columns = _names_in_metadata(folder, images, label_column)
+    if names is None:
+        names = _names_of_folders(images)
+        if names is None:
+            say(f"no labels: {_why_none(columns)}")
+            return Dataset.from_dict(listed, Features({"image": ImageFeature()}))
+    labels, kind = named_labels(names)
+    return Dataset.from_dict({**listed, "label": labels}, Features({"image": ImageFeature(), "label": kind}))
+
+
+def _why_none(columns: Sequence[str]) -> str:
+    if columns:
+        return f"the metadata has the columns {', '.join(columns)}; --label_column names one"
+    return f"the images are in no class folders, and there is no {LABELS_NAME}"
+
+
+def _names_of_folders(images: Sequence[PurePosixPath]) -> list[str | None] | None:
+    """Each image's class: its folder, or the top folder where they are nested unevenly; None for a single folder."""
+    common = PurePosixPath(os.path.commonpath([path.parent for path in images]) or ".")
+    inner = [path.relative_to(common) for path in images]
+    if len({path.parent for path in inner}) < 2:
+        return None
+    even = len({len(path.parts) for path in inner}) == 1
+    return [None if len(path.parts) == 1 else path.parts[-2 if even else 0] for path in inner]
+
+
+def _names_in_metadata(
+    folder: Path, images: Sequence[PurePosixPath], label_column: str | None
+) -> tuple[list[str | None] | None, list[str]]:
+    """Labels by image from `metadata.csv` or `.jsonl` files, None where they have none, and the columns they have."""
+    found: dict[PurePosixPath, Any] = {}
+    columns: list[str] = []
+    for place in sorted({path.parent for path in images} | {PurePosixPath(".")}):
+        for name in _METADATA:
+            if (folder / place / name).is_file():
+                for row in _rows(folder / place / name):
+                    columns = columns or [column for column in row if column != "file_name"]
+                    column = label_column or next((c for c in LABEL_COLUMNS if c in row), None)
+                    if column in row and "file_name" in row:
+                        found[place / row["file_name"]] = row[column]
+    if label_column is not None and label_column not in columns:
+        raise no_such_column(label_column, columns)
+    if not found:
+        return None, columns
+    values = [found.get(path) for path in images]
+    return [None if value is None else str(value) for value in values], columns
+
+
+def no_such_column(label_column: str, columns: Sequence[str]) -> BadValue:
+    """The error for a column of labels that the data do not have."""
+    return BadValue("label_column", label_column, f"one of the columns {', '.join(columns) or '(there are none)'}")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, streaming: bool) -> Any:
+    kinds = sorted({path.suffix.lower() for path in shards})
+    if len(kinds) > 1:
+        raise BadValue("data", str(folder), f"files of one kind, not {' and '.join(kinds)}")
+    by_split: dict[str | None, list[str]] = {}
+    for path in sorted(shards):
+        by_split.setdefault(_split_of(path), []).append(str(folder / path))
+    if None in by_split and len(by_split) > 1:
+        raise BadValue(
+            "data",
+            str(folder),
+            f"files whose names all tell a split, or none; {Path(by_split[None][0]).name} does not, and others do",
+        )
+    wanted = next(iter(by_split)) if len(by_split) == 1 else _chosen({name for name in by_split if name}, split)
+    if len(by_split) > 1:
+        say(f"data: {len(by_split[wanted])} of {len(shards)} files in {folder.name}, those of split {wanted}")
+    try:
+        return load_dataset(
+            _SHARDS[kinds[0]], data_files={"train": by_split[wanted]}, split="train", streaming=streaming
+        )
+    except DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise BadValue("data", str(folder), f"files that can be read ({reason})") from error
+
+
+def _split_of(path: PurePosixPath) -> str | None:
+    """The split that a file's name or folder tells by a word of its own; None where it is none, or two."""
+    words = [*path.parts[:-1], *re.split(r"[\W_]+", path.stem)]
+    found = {_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _chosen(splits: set[str], split: str) -> str:
+    """The split that is asked for, or the only one."""
+    wanted = _SPLITS.get(split, split)
+    if wanted in splits:
+        return wanted
+    if len(splits) > 1:
+        raise BadValue("split", split, f"one of {', '.join(sorted(splits))}")
+    return next(iter(splits))
+
+
+def _from_csv(folder: Path, label_column: str | None) -> Dataset:
+    column = None if label_column == NO_LABELS else label_column or "label"
+    files, labels = [], []
+    with open(folder / LABELS_NAME, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        if "file" not in columns or (label_column is None and column not in columns):
+            raise BadValue(LABELS_NAME, columns, "a header with the columns file and label")
+        if column is not None and column not in columns:
+            raise no_such_column(column, columns)
+        for line, row in enumerate(reader, start=2):
+            where = f"{LABELS_NAME} line {line}"
+            if None in row:
+                raise BadValue(where, row[None], f"{len(columns)} fields; quote those that hold a comma")
+            path = (folder / row["file"]).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise BadValue(where, row["file"], "a file inside the folder")
+            if not path.is_file():
+                raise FileNotFoundError(f"{where}: there is no {row['file']} in {folder}")
+            try:
+                labels.append(int(row[column]) if column and row[column] else -1)
+            except ValueError as error:
+                raise BadValue(where, row[column], "a whole number, or nothing") from error
+            files.append(str(path))
+    return Dataset.from_dict(
+        {"image": files, "label": labels}, Features({"image": ImageFeature(), "label": Value("int64")})
+    )

@@ -1,0 +1,116 @@
+"""Opening images, alike in every program: upright, in RGB with 8 bits, and within a bound on pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+
+from ..errors import BadValue
+
+
+UNDECODED = ImageFeature(decode=False)
+# WebDataset's name of an example.
+SHARD_KEY = "__key__"
+# 134 million: larger than any camera's, and half a gigabyte in RGB with alpha.
+MOST_PIXELS = 1 << 27
+# Files whose content is part of a digest.
+_DIGESTED = 2000
+# The values that may stand for white where a mode leaves it open; the smallest that an image reaches is taken.
+_WHITE = {"I": (255, 65535, 2**31 - 1), "F": (1.0, 255.0, 65535.0)}
+
+
+class UnreadableImage(ValueError):
+    """An image cannot be decoded; `name` says which, and `index` where it is in the data."""
+
+    # A DataLoader raises a worker's error again from its message alone.
+    def __init__(self, message: str, name: str = "", index: int = -1) -> None:
+        super().__init__(message)
+        self.name, self.index = name, index
+
+
+def open_image(source: Any, name: str, index: int = -1) -> Image.Image:
+    """An image in RGB, as `as_rgb` makes it. Raises UnreadableImage that names it.
+
+    `source` is a path, a Pillow image, or what an undecoded image column holds: {"bytes", "path"}.
+    """
+    with naming_unreadable(name, index), _opened(source) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadValue("size", image.size, f"at most {MOST_PIXELS:,} pixels")
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Turned upright by its EXIF orientation, 16-bit and float values scaled to 8 bits, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _WHITE or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bit(np.asarray(image), _WHITE.get(image.mode, (65535,))))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def files_digest(files: Iterable[tuple[str, Any]], count: int) -> str:
+    """A short hash of `count` files, each given as what to call it and its path or content.
+
+    The sizes of all of them count, and the content of 2,000 that are spread evenly.
+    """
+    found, step = hashlib.sha256(), max(1, count // _DIGESTED)
+    for i, (text, source) in enumerate(files):
+        inside = isinstance(source, bytes)
+        local = not inside and source is not None and os.path.isfile(source)
+        size = len(source) if inside else os.path.getsize(source) if local else 0
+        found.update(f"{text}:{size}\n".encode())
+        if i % step == 0:
+            found.update(source if inside else Path(source).read_bytes() if local else b"")
+    return found.hexdigest()[:16]
+
+
+def row_name(row: dict[str, Any], index: int) -> str:
+    """The name of an image: its file, its key in a shard, or its number."""
+    image = row["image"] if isinstance(row.get("image"), dict) else {}
+    return row.get(SHARD_KEY) or image.get("path") or str(index)
+
+
+def image_name(images: Dataset, index: int) -> str:
+    """The name of image `index` of a dataset."""
+    return row_name(images.select([index]).cast_column("image", UNDECODED)[0], index)
+
+
+@contextmanager
+def naming_unreadable(name: str, index: int = -1) -> Iterator[None]:
+    """Any error inside the block becomes UnreadableImage: broken files make decoders raise all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        raise UnreadableImage(f"image {name} cannot be read ({type(error).__name__}: {error})", name, index) from error
+
+
+def _opened(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.copy()
+    if not isinstance(source, dict):
+        return Image.open(source)
+    if source.get("bytes") is not None:
+        return Image.open(BytesIO(source["bytes"]))
+    if os.path.exists(source["path"]):
+        return Image.open(Path(source["path"]))
+    return ImageFeature().decode_example(source)  # a file on the Hub, of a data set that is streamed
+
+
+def _eight_bit(values: Any, whites: tuple[float, ...]) -> Any:
+    low, high = float(values.min()), float(values.max())
+    white = next((white for white in whites if high <= white), None)
+    if white is None or not low >= 0:
+        raise BadValue("pixels", (low, high), f"values from 0 to {' or '.join(f'{white:.10g}' for white in whites)}")
+    return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)

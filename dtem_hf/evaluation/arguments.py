@@ -1,0 +1,75 @@
+"""The options that programs with rows share: which methods merge how much, and what survives an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..hub.adapter import MergeAdapter
+from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_reduction
+from ..programs.identity import weights_digest
+from .variants import Variant, make_variants, method_names
+
+
+METHODS_HELP = f"some of {', '.join(method_names())}"
+
+
+@dataclass(kw_only=True)
+class RowArguments(ModelArguments):
+    """One model under several methods and amounts of merging: the rows of a result."""
+
+    methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["none", "tome", "dtem"])
+    r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["4", "8", "12"])
+    flops: list[float] = option("shares of the multiply-adds to reach, one row each", default_factory=list)
+    adapter: str | None = option(
+        "trained adapter for dtem: Hub id or local folder; left out, dtem starts from keys and equals tome",
+        default=None,
+    )
+
+    def adapter_references(self) -> list[str]:
+        """The adapters that methods with an embedding are measured with; none: from keys."""
+        return [] if self.adapter is None else [self.adapter]
+
+    def load_adapters(self) -> dict[str, MergeAdapter]:
+        """These adapters by name."""
+        return {name: MergeAdapter.from_reference(name) for name in self.adapter_references()}
+
+    def reductions(self) -> list[Any]:
+        """Every r as `set_reduction` takes it."""
+        return [parse_reduction(text) for text in self.r]
+
+    def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
+        """The rows, on a plain model; `options` are `attach`'s."""
+        return make_variants(model, self.methods, self.reductions(), self.flops, adapters, **options)
+
+
+@dataclass(kw_only=True)
+class ResumableArguments(RowArguments):
+    """Rows that are measured batch by batch, in one process or several, and go on where they stopped."""
+
+    limit: int | None = option("use only the first so many images", default=None)
+    batch_size: int = option("images per batch", default=32)
+    num_workers: int = option("processes that decode images", default=1)
+    dtype: str = option(", ".join(DTYPES), default="float32")
+    output_dir: str = option("folder for the results", default="runs/evaluate")
+    resume: Literal["auto", "never"] = option(
+        "auto: go on where an interrupted run in output_dir stopped; never: start over", default="auto"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size", "limit")
+        one_of(self, "dtype", DTYPES)
+
+    def run_facts(
+        self, model: Any, variants: Sequence[Variant], adapters: dict[str, MergeAdapter], **data: Any
+    ) -> dict[str, Any]:
+        """What the results of a run depend on, as JSON; `data` describes what is read."""
+        weights = {name: weights_digest(adapter.tensors) for name, adapter in adapters.items()}
+        return {
+            "rows": [[variant.method, variant.shown_r, variant.adapter] for variant in variants],
+            "weights": {"model": weights_digest(model.state_dict()), **weights},
+            **data,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+        }

@@ -1,0 +1,170 @@
+"""What has to be known about a family of encoders, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..embedding import Geometry, KeyProjection
+from ..errors import BadValue, UnsupportedModelError
+from ..schedule import EncoderCost, LayerCost, MetricCost
+from .anatomy import Anatomy, convolution_cost, linear_cost
+from .layer import LayerMerging
+from .readers import READERS
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of encoders. Stateless: what is not declared here is read off the encoder.
+
+    `encoders`: the stock modules that run the layers, each with the dotted name of its list of layers. `anatomy`: how
+    a layer is built. `models`: the models in which such an encoder may be merged, and how each reads its tokens: a
+    word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; registers
+    that the config declares are added.
+
+    `composites`: models that do more than see, and are costed by their encoder alone. `frames`: the entry of a
+    composite's config that says how many images it sees at once. `encoder_parts`, `layer_parts` and `model_parts`: by
+    dotted name, modules that read tokens or their number, each with the mixin that makes it read merged ones; names
+    that a model lacks are passed over. `layer_merging`: the mixin for layers.
+    """
+
+    encoders: Mapping[type[nn.Module], str]
+    anatomy: Anatomy
+    models: Mapping[type[nn.Module], str | type]
+    num_prefix_tokens: int = 1
+    composites: tuple[type[nn.Module], ...] = ()
+    frames: str | None = None
+    encoder_parts: Mapping[str, type] = field(default_factory=dict)
+    layer_parts: Mapping[str, type] = field(default_factory=dict)
+    model_parts: Mapping[str, type] = field(default_factory=dict)
+    layer_merging: type[LayerMerging] = LayerMerging
+
+    def reader(self, model_class: type) -> str | type:
+        """How models of a class read the tokens."""
+        return next(self.models[cls] for cls in model_class.__mro__ if cls in self.models)
+
+    def reads_grid(self, model: nn.Module) -> bool:
+        """Whether a model needs all tokens back in place."""
+        return self.reader(type(model)) == "grid"
+
+    def model_mixins(self, model_class: type) -> tuple[type, ...]:
+        """Mixins for a merged model of a class, in front of the class itself."""
+        reader = self.reader(model_class)
+        return READERS[reader] if isinstance(reader, str) else (reader,)
+
+    def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
+        """The encoder's layers, in order."""
+        return attrgetter(next(path for cls, path in self.encoders.items() if isinstance(encoder, cls)))(encoder)
+
+    def geometry(self, encoder: Any) -> Geometry:
+        """Widths and counts, by declared sizes: weights may be packed, sharded or offloaded."""
+        layers, width = self.layers(encoder), encoder.config.hidden_size
+        prefix = self.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0)
+        return Geometry(len(layers), width, *self.anatomy.heads_of(layers[0], width), prefix)
+
+    def parts(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+        """Modules that read tokens or their number, each with its mixin."""
+        roots = [(model, self.model_parts), (encoder, self.encoder_parts)]
+        roots += [(layer, self.layer_parts) for layer in self.layers(encoder)]
+        for root, named in roots:
+            for name, mixin in named.items():
+                try:
+                    yield root.get_submodule(name), mixin
+                except AttributeError:  # an optional part
+                    continue
+
+    def key_projections(self, encoder: Any, like: Tensor) -> list[KeyProjection]:
+        """Every layer's map to attention keys; `like` has the device and dtype of their input."""
+        width = encoder.config.hidden_size
+        return [self.anatomy.key_projection(layer, width, like) for layer in self.layers(encoder)]
+
+    def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Sizes [B, N] for inputs that come with padding (size 0), read off the encoder's arguments; None: no such."""
+        return None
+
+    def check(self, model: nn.Module, encoder: Any) -> None:
+        """Raise UnsupportedModelError for a model of the family that is set up in a way that cannot be merged."""
+
+    def num_tokens(self, encoder: Any, image_size: int | tuple[int, int] | None = None) -> int:
+        """Tokens that enter the first layer for an image of a size in pixels (None: the model's own)."""
+        config = encoder.config
+        height, width = _pair(config.image_size if image_size is None else image_size, "image_size")
+        patch_height, patch_width = _pair(config.patch_size, "patch_size")
+        if height < patch_height or width < patch_width:
+            raise BadValue("image_size", image_size, f"at least one patch of {patch_height}×{patch_width} pixels")
+        return (height // patch_height) * (width // patch_width) + self.geometry(encoder).num_prefix_tokens
+
+    def frames_of(self, model: Any) -> int:
+        """How many images a model sees at once; their tokens are returned together."""
+        seen = getattr(model.config, self.frames or "", None) if isinstance(model, self.composites) else None
+        return seen or 1
+
+    def encoder_cost(self, model: nn.Module, encoder: nn.Module, metric: MetricCost) -> EncoderCost:
+        """Count the multiply-adds of matrix products and convolutions, as `torch.utils.flop_counter` does."""
+        layers, geometry = self.layers(encoder), self.geometry(encoder)
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        if (embedding := getattr(encoder, "merge_embedding", None)) is not None:
+            inside |= {id(module) for module in embedding.modules()}
+        seeing = encoder if isinstance(model, self.composites) else model
+        stem, head, tail = self.outside_cost([module for module in seeing.modules() if id(module) not in inside])
+        return EncoderCost(
+            layers=tuple(self._layer_cost(layer, geometry, metric) for layer in layers),
+            stem=stem,
+            head=head,
+            tail=tail,
+            num_prefix_tokens=geometry.num_prefix_tokens,
+        )
+
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
+        """Multiply-adds of the modules around the layers: per patch, per image, and per token that is returned.
+
+        A head that attends to the tokens has one query: its own projection, and keys, values, scores and shares of
+        every token.
+        """
+        widths = [module.embed_dim for module in modules if isinstance(module, nn.MultiheadAttention)]
+        head = linear_cost(modules) + sum(width**2 for width in widths)
+        return convolution_cost(modules), head, sum(2 * width**2 + 2 * width for width in widths)
+
+    def _layer_cost(self, layer: nn.Module, geometry: Geometry, metric: MetricCost) -> LayerCost:
+        before = list(attrgetter(self.anatomy.attention)(layer).modules())
+        seen = {id(module) for module in before}
+        after = [module for module in layer.modules() if id(module) not in seen]
+        return LayerCost(linear_cost(before), 2 * geometry.num_heads * geometry.head_dim, linear_cost(after), metric)
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in pair):
+        raise BadValue(name, value, "a number of pixels, or (height, width)")
+    return pair
+
+
+# The attention implementations that add the size bias to their scores; others read a float mask as padding, or not at
+# all.
+EXACT_ATTENTION = ("eager", "sdpa")
+
+
+def check_attention_implementation(name: str | None) -> None:
+    """Refuse an attention backend that would not add log sizes to the scores."""
+    if name is not None and name not in EXACT_ATTENTION:
+        raise UnsupportedModelError(
+            f"attn_implementation={name!r}: token sizes enter attention as an additive mask, which this backend does "
+            f"not add; use one of {', '.join(EXACT_ATTENTION)}."
+        )
+
+
+def input_like(encoder: Any) -> Tensor:
+    """An empty tensor of an encoder's dtype, on the device that it computes on; on meta where it has no values yet."""
+    for parameter in encoder.parameters():
+        if not parameter.is_meta:
+            return torch.empty(0, dtype=encoder.dtype, device=parameter.device)
+    for module in encoder.modules():  # all offloaded: accelerate brings weights to this device
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.empty(0, dtype=encoder.dtype, device=device)
+    return torch.empty(0, dtype=encoder.dtype, device="meta")

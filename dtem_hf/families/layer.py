@@ -1,0 +1,126 @@
+"""The one forward pass of a merged layer, for every family whose layer is a pre-norm one (METHOD.md section 1)."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scope import Scope, current_state, open_scope
+from ..token_state import TokenState
+from .anatomy import Anatomy
+
+
+class LayerMerging:
+    """Mixed into a family's own layer class. `merge_index` is the layer's place in the encoder.
+
+    A family whose attention needs more than a size bias overrides `attention_inputs`; one whose layer is built in
+    another way overrides `merged_forward`.
+    """
+
+    merge_index: int
+    training: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # An argument, as gradient checkpointing runs the forward pass again outside of every scope.
+        if (state := current_state()) is not None:
+            kwargs.setdefault("token_state", state)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, hidden_states: Tensor, *args: Any, token_state: TokenState | None = None, **kwargs: Any) -> Any:
+        if token_state is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        token_state.layer = self.merge_index
+        if token_state.finished:
+            with open_scope(Scope(state=token_state, closed=True)):
+                return self.merged_forward(hidden_states, token_state, *args, **kwargs)
+        return self.merged_forward(hidden_states, token_state, *args, **kwargs)
+
+    def merged_forward(
+        self: Any, hidden_states: Tensor, state: TokenState, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The layer with a merge between attention and MLP: [B, n, D] -> [B, n', D]."""
+        parts = state.anatomy
+        bias = self.attention_inputs(hidden_states, attention_mask, state, kwargs)
+        normed = getattr(self, parts.norm1)(hidden_states)
+        attended = getattr(self, parts.attention)(normed, attention_mask=bias, **kwargs)
+        if isinstance(attended, tuple):
+            attended = attended[0]
+        hidden_states = self.branch(attended, parts.branch1) + hidden_states
+        hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
+        grown = getattr(self, parts.mlp)(getattr(self, parts.norm2)(hidden_states))
+        return self.branch(grown, parts.branch2) + hidden_states
+
+    def branch(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Apply a branch's modules and multiply by its parameters, in order: [B, n, D] -> [B, n, D]."""
+        for name in names:
+            part = getattr(self, name)
+            x = part(x) if isinstance(part, nn.Module) else part * x
+        return x
+
+    def attention_inputs(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The additive mask for the layer's attention; what belongs to the tokens moves to the layer's device.
+
+        `kwargs` are the other arguments of the attention; a family may change them.
+        """
+        index = self.merge_index
+        if state.has_merged(index):
+            state.move_to(index, hidden_states.device)
+        return state.attention_bias(index, hidden_states.dtype, attention_mask, state.method.wants_bias(self.training))
+
+    def keys(self: Any, normed: Tensor, state: TokenState) -> Tensor:
+        """Attention keys as the layer computes them, before any rotation: [B, n, D] -> [B, n, H, d].
+
+        Those that the layer's attention has just computed, where its key projection has the hook `remember_keys`.
+        """
+        module = attrgetter(state.anatomy.key)(self)
+        if state.projected is not None and state.projected[0] is module:
+            projected = state.projected[1]
+        else:  # a module that replaced the hooked one
+            with torch.no_grad():
+                projected = module(normed)
+        return _by_heads(self, projected, state.anatomy, 1)
+
+    def rotated(self, keys: Tensor, state: TokenState) -> Tensor:
+        """Keys [B, H, n, d] as they meet the queries."""
+        return keys
+
+    def first_token_attention(self: Any, normed: Tensor, bias: Tensor | None, state: TokenState) -> Tensor:
+        """How much the first token attends to each token, averaged over heads: [B, n, D] -> [B, n], float32.
+
+        From the layer's own projections, whatever the attention implementation. The first token is never rotated.
+        """
+        keys = self.rotated(self.keys(normed, state).transpose(1, 2), state)  # [B, H, n, d]
+        query = attrgetter(state.anatomy.query)(self)(normed[:, :1])
+        query = _by_heads(self, query, state.anatomy, 0).transpose(1, 2)  # [B, H, 1, d]
+        scores = (query @ keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+        if bias is not None and bias.dtype == torch.bool:  # a mask that a user gave, as SDPA takes it
+            scores = scores.masked_fill(~bias[:, :, :1], -torch.inf)
+        elif bias is not None:
+            scores = scores + bias[:, :, :1].float()
+        return scores.softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+def _by_heads(layer: Any, projected: Tensor, parts: Anatomy, part: int) -> Tensor:
+    """Queries (part 0) or keys (part 1) by heads, of what their projection returned: [B, n, E] -> [B, n, H, d]."""
+    if parts.packed:
+        projected = projected.chunk(3, dim=-1)[part]
+    return projected.unflatten(-1, (attrgetter(parts.heads)(layer), -1))
+
+
+def remember_keys(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A forward hook on key projections: the pass that runs keeps what they return until the layer has merged."""
+    state = current_state()
+    if state is not None:
+        state.projected = module, output
+
+
+def forget_keys(module: nn.Module) -> None:
+    """Take the hook `remember_keys` off a module."""
+    hooks = module._forward_hooks
+    for number in [number for number, hook in hooks.items() if hook is remember_keys]:
+        del hooks[number]

@@ -1,0 +1,12 @@
+"""The files of an adapter's folder or repository, beside `merge_config.json`."""
+
+WEIGHTS_NAME = "merge_adapter.safetensors"
+CARD_NAME = "README.md"
+EVALUATION_NAME = "evaluation.json"
+TRAINING_NAME = "training.json"
+# Pictures that a card shows where they are in the folder, with their captions.
+PICTURES = {
+    "accuracy.png": "Accuracy against multiply-adds",
+    "merged_tokens.png": "Merged tokens: each token that is left has one colour and one outline",
+}
+LARGEST_CARD = 1 << 20

@@ -1,0 +1,171 @@
+"""Read an adapter from a folder or the Hub: two files of bounded size, of which no part is run or used as a path."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, deserialize
+from torch import Tensor
+
+from ..configuration import CONFIG_NAME, MergeConfig, check_version
+from ..embedding import EmbeddingShape
+from ..errors import WIDEST, AdapterError, BadValue
+from ..files import LARGEST_JSON, read_bytes, read_json
+from .client import download, drop_cached
+from .facts import BackboneFacts
+from .layout import WEIGHTS_NAME
+from .records import clean
+
+
+# Far more than any backbone needs: 48 layers of width 3,200 with an embedding of width 256 are 157 MB.
+_LARGEST_WEIGHTS = 1 << 28
+_LARGEST_HEADER = 1 << 20
+
+
+class AdapterConfig(NamedTuple):
+    """What `merge_config.json` says: the method's config, the backbone, and the SHA-256 of the file of tensors."""
+
+    config: MergeConfig
+    backbone: BackboneFacts
+    digest: str | None
+
+    @property
+    def largest_weights(self) -> int:
+        """The most bytes of a file of these tensors; an embedding is no wider than its backbone."""
+        width = getattr(self.config, "embed_dim", None) or self.backbone.hidden_size
+        # An embedding, exponents for at most `hidden_size` heads, and one number for lengths.
+        numbers = self.backbone.num_layers * (width + 1) * (self.backbone.hidden_size + 1)
+        return min(_LARGEST_HEADER + 4 * numbers, _LARGEST_WEIGHTS)
+
+
+def read_adapter(
+    name: str, revision: str | None = None, **options: Any
+) -> tuple[MergeConfig, BackboneFacts, dict[str, Tensor]]:
+    """Read an adapter from a folder or a Hub repository; `options` are `hf_hub_download`'s.
+
+    Raises FileNotFoundError, PermissionError, or AdapterError for an adapter that is not sound.
+    """
+    if os.path.isdir(name):
+        adapter = read_config(Path(name, CONFIG_NAME), name)
+        weights = Path(name, WEIGHTS_NAME)
+        return adapter.config, adapter.backbone, read_tensors(weights, adapter, name)
+    path, commit = download(name, CONFIG_NAME, LARGEST_JSON, revision, **options)
+    with _dropped_if_damaged(path):
+        adapter = read_config(path, name)
+    # Of the same commit, so that a push in between does not mix two adapters.
+    weights, _ = download(name, WEIGHTS_NAME, adapter.largest_weights, commit, **options)
+    with _dropped_if_damaged(path, weights):
+        return adapter.config, adapter.backbone, read_tensors(weights, adapter, name)
+
+
+def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """A folder or a Hub id, and the revision that `user/repo@revision` pins."""
+    pinned = None
+    if isinstance(reference, str) and not os.path.isdir(reference):
+        pinned = re.fullmatch(r"([^@]+)@([^@]+)", reference)
+    return (pinned[1], pinned[2]) if pinned else (os.fspath(reference), None)
+
+
+def read_config(path: Path, name: str) -> AdapterConfig:
+    """Read an adapter's `merge_config.json`. Raises FileNotFoundError, or AdapterError naming adapter and field."""
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise BadValue(CONFIG_NAME, values, "a JSON object")
+        # First, because all else may be different in another version.
+        check_version(values.pop("version", None))
+        backbone = BackboneFacts.from_dict(values.pop("backbone", None))
+        digest = values.pop("tensors_sha256", None)
+        if digest is not None and not re.fullmatch("[0-9a-f]{64}", str(digest)):
+            raise BadValue("tensors_sha256", digest, "64 hexadecimal digits, or null")
+        return AdapterConfig(MergeConfig.from_dict(values), backbone, digest)
+    except BadValue as error:
+        raise AdapterError(f"{name}: in {CONFIG_NAME}, {error}") from error
+
+
+def read_tensors(path: Path, adapter: AdapterConfig, name: str) -> dict[str, Tensor]:
+    """Read an adapter's tensors. Raises FileNotFoundError, or AdapterError naming the adapter and the tensor."""
+    try:
+        content = read_bytes(path, adapter.largest_weights)
+    except BadValue as error:
+        raise AdapterError(f"{name}: {error}") from error
+    return parse_tensors(content, adapter, name)
+
+
+def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str, Tensor]:
+    """The tensors in the bytes of an adapter's file, by name, if they are those that its config calls for.
+
+    Raises AdapterError.
+    """
+    where = f"{name}: {WEIGHTS_NAME}"
+    length = int.from_bytes(content[:8], "little")
+    if length > _LARGEST_HEADER:
+        raise AdapterError(
+            f"{where} is not a readable safetensors file: a header of {length} bytes, at most {_LARGEST_HEADER}."
+        )
+    try:
+        found = dict(deserialize(content))
+    except SafetensorError as error:
+        raise AdapterError(f"{where} is not a readable safetensors file: {clean(error)[:200]}.") from error
+    config, backbone = adapter.config, adapter.backbone
+    shape = EmbeddingShape(
+        backbone.num_layers,
+        backbone.hidden_size,
+        # The config may leave the width to the model, and does not say how many heads there are.
+        getattr(config, "embed_dim", None) or _length(found.get("layers.0.bias"), WIDEST),
+        _length(found.get("exponents.0"), backbone.hidden_size) if getattr(config, "learn_exponents", False) else 0,
+        getattr(config, "learn_norms", False),
+    )
+    expected = shape.tensors()
+    if odd := found.keys() ^ expected.keys():
+        raise AdapterError(
+            f"{where}: its tensors are not those of {backbone.num_layers} layers; first difference: "
+            f"{min(odd)[:200]!r}."
+        )
+    tensors = {}
+    for key, wanted in sorted(expected.items()):
+        part = found[key]
+        if part["shape"] != wanted or part["dtype"] != "F32":
+            raise AdapterError(
+                f"{where}: {key} is {part['dtype']} {part['shape']}, and F32 {wanted} would fit its config."
+            )
+        tensors[key] = torch.frombuffer(part["data"], dtype=torch.float32).reshape(wanted)
+        if not tensors[key].isfinite().all():
+            raise AdapterError(f"{where}: {key} holds NaN or infinity.")
+    digest = tensors_digest(content)
+    if adapter.digest not in (None, digest):
+        raise AdapterError(
+            f"{where} is not the file that {CONFIG_NAME} was written for: its SHA-256 is {digest}, and "
+            f"{adapter.digest} is recorded. It is damaged or another adapter's; save or download the adapter again."
+        )
+    return tensors
+
+
+def tensors_digest(content: bytes) -> str:
+    """What an adapter's config records of the file of tensors: its SHA-256, which is also its name in Git LFS."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _length(vector: Any, most: int) -> int:
+    """The length of a vector in a file; 1 where it is not there."""
+    shape = vector["shape"] if vector else []
+    return min(max(shape[0], 1), most) if shape else 1
+
+
+@contextmanager
+def _dropped_if_damaged(*paths: Path) -> Iterator[None]:
+    """Remove files from the Hub's cache where what they hold is not sound, so that they are downloaded again."""
+    try:
+        yield
+    except AdapterError as error:
+        if getattr(error.__cause__, "field", None) != "version":  # a newer dtem_hf reads that one
+            for path in paths:
+                drop_cached(path)
+        raise

@@ -1,0 +1,37 @@
+"""What methods, schedules and multiply-adds are called in tables, plots and cards."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from .schedule import ConstantSchedule, ListSchedule, as_schedule
+
+
+# In the order in which tables list them.
+METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "soft": "ToMe, merged softly", "evit": "EViT", "dtem": "DTEM"}
+
+
+def method_name(method: str) -> str:
+    """The name of a method in tables and plots."""
+    return METHOD_NAMES.get(method, method)
+
+
+def reduction_label(r: Any) -> str:
+    """The name of a schedule in tables and plots: "r=16", "flops=0.5", "linear r=8"; "–" for None.
+
+    Raises ValueError for what is no schedule.
+    """
+    if r is None:
+        return "–"
+    schedule = as_schedule(r)
+    if isinstance(schedule, (ConstantSchedule, ListSchedule)):
+        return f"r={schedule.to_json()}"
+    values = {f.name: getattr(schedule, f.name) for f in fields(schedule) if getattr(schedule, f.name) != f.default}  # type: ignore[arg-type]
+    text = " ".join(f"{name}={value}" for name, value in values.items())
+    return text if schedule.kind in values else f"{schedule.kind} {text}"
+
+
+def multiply_adds_unit(largest: float) -> tuple[float, str]:
+    """The unit for multiply-adds up to `largest`: its factor and its letter."""
+    return (1e9, "G") if largest >= 1e9 else (1e6, "M")

@@ -1,0 +1,205 @@
+"""Put merging into a model that is in memory, and take it out again.
+
+A merged model keeps its modules and its parameters; their classes become subclasses that bear the same names (recorded
+outputs, device maps and checkpoints go by name), and the learned embedding is one more child of the encoder. `detach`
+gives the classes back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration import MergeConfig
+from ..embedding import DecoupledEmbedding
+from ..errors import BadValue
+from ..families import check_attention_implementation, find_encoder, input_like
+from ..families.layer import forget_keys, remember_keys
+from ..hub.adapter import MergeAdapter
+from ..hub.facts import BackboneFacts
+from ..methods import make_method
+from ..token_state import MergeStep
+from .derived import Renamed, derive_class, restore_class
+from .encoder import EncoderMerging, Merging, embedding_of, pass_options
+
+
+MergeLike = MergeConfig | MergeAdapter | str | os.PathLike[str] | None
+
+
+def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, MergeAdapter | None]:
+    """Read what `merge` may be: a config, an adapter, an adapter's Hub id (`user/repo[@revision]`) or folder, None."""
+    if merge is None or isinstance(merge, MergeConfig):
+        return merge, None
+    if isinstance(merge, (str, os.PathLike)):
+        merge = MergeAdapter.from_reference(merge, **hub_kwargs)
+    if isinstance(merge, MergeAdapter):
+        return merge.config, merge
+    if isinstance(merge, dict):
+        return MergeConfig.from_dict(merge), None
+    raise BadValue("merge", merge, "a config (DTEMConfig, ToMeConfig, …), a MergeAdapter, a Hub id, a folder, or None")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that attaching adds to a model, made and checked before the model is touched."""
+
+    encoder: Any
+    merging: Merging
+    embedding: DecoupledEmbedding | None
+
+
+def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter | None = None) -> Prepared:
+    """Make what attaching a config, and an adapter's embedding, adds to a model.
+
+    Raises UnsupportedModelError and ValueError where it does not fit. On the meta device, where `from_pretrained`
+    builds a model before it loads it, the embedding stays without values.
+    """
+    family, encoder = find_encoder(model)
+    check_attention_implementation(encoder.config._attn_implementation)
+    family.check(model, encoder)
+    geometry = family.geometry(encoder)
+    method = make_method(config, geometry)
+    method.check(type(encoder).__name__)
+    cost = replace(family.encoder_cost(model, encoder, method.metric_cost()), pairwise=method.pairwise)
+    merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
+    shape, like = method.embedding_shape(), input_like(encoder)
+    embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
+    if adapter is not None:
+        adapter.check_fits(backbone_facts(model))
+        adapter.load_into(embedding)
+    if embedding is None:
+        return Prepared(encoder, merging, None)
+    if adapter is None and not like.is_meta:
+        keys = [] if config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
+        method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
+    embedding.train(encoder.training)
+    return Prepared(encoder, merging, embedding)
+
+
+def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
+    """Put what was prepared into a plain model. `model_mixins` go in front of the model's class, if not there yet."""
+    encoder, merging = prepared.encoder, prepared.merging
+    if not is_merged(model):
+        derive_class(model, *model_mixins)
+    if not isinstance(encoder, EncoderMerging):
+        derive_class(encoder, EncoderMerging)
+    for index, layer in enumerate(merging.family.layers(encoder)):
+        derive_class(layer, merging.family.layer_merging, Renamed)
+        layer.merge_index = index  # type: ignore[assignment]
+        merging.family.anatomy.key_module(layer).register_forward_hook(remember_keys)
+    for module, mixin in merging.family.parts(model, encoder):
+        derive_class(module, mixin, Renamed)
+    if prepared.embedding is not None:
+        encoder.merge_embedding = prepared.embedding
+    _set_merging(model, encoder, merging)
+
+
+def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
+    encoder.merging = merging
+    model.config.merge = merging.config.to_dict()
+
+
+def detach(model: PreTrainedModel) -> Any:
+    """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
+    inner: Any = inside_peft(model)
+    if not is_merged(inner):
+        return model
+    family, encoder = find_encoder(inner)
+    if is_installed(encoder):
+        for layer in family.layers(encoder):
+            del layer.merge_index
+        if embedding_of(encoder) is not None:
+            del encoder.merge_embedding
+        del encoder.merging
+        for module in inner.modules():
+            forget_keys(module)
+            restore_class(module)
+    restore_class(inner)
+    if hasattr(inner.config, "merge"):
+        del inner.config.merge
+    return model
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether a model is of a merged class."""
+    return isinstance(model, Renamed)
+
+
+def is_installed(encoder: Any) -> bool:
+    """Whether an encoder merges; a model of a merged class does not before `install` has run."""
+    return "merging" in vars(encoder)
+
+
+def inside_peft(model: Any) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def set_merge_config(model: Any, config: MergeConfig) -> None:
+    """Replace the config of a merged model; method and learned embedding stay.
+
+    Raises ValueError for another method, and where the embedding would have another shape; nothing is changed then.
+    """
+    encoder = find_encoder(model)[1]
+    merging: Merging = encoder.merging
+    if config.method != merging.config.method:
+        raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
+    _check_shape(config, merging)
+    changed = replace(merging, config=config)
+    merging.method.config = config
+    _set_merging(model, encoder, changed)
+
+
+def _check_shape(config: MergeConfig, merging: Merging) -> None:
+    wanted, own = make_method(config, merging.geometry).embedding_shape(), merging.method.embedding_shape()
+    if wanted is None or own is None or wanted == own:
+        return
+    if wanted.embed_dim != own.embed_dim:
+        raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
+    name = "learn_norms" if wanted.norms != own.norms else "learn_exponents"
+    raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
+
+
+def load_embedding(model: Any, adapter: MergeAdapter) -> None:
+    """Put an adapter's embedding in the place of a merged model's own; its config stays. Raises ValueError."""
+    adapter.check_fits(backbone_facts(model))
+    adapter.load_into(embedding_of(find_encoder(model)[1]))
+
+
+def merged_layers(model: Any) -> Sequence[nn.Module]:
+    """The encoder layers in which a model merges, in order."""
+    family, encoder = find_encoder(model)
+    return family.layers(encoder)
+
+
+def merging_of(model: Any) -> Merging:
+    """How a merged model is merged at present."""
+    return find_encoder(model)[1].merging
+
+
+@contextmanager
+def recorded_steps(model: Any) -> Iterator[list[MergeStep]]:
+    """`with recorded_steps(model) as steps:` appends what every layer that merges by matching chose from."""
+    steps: list[MergeStep] = []
+    with pass_options(find_encoder(model)[1], steps=steps):
+        yield steps
+
+
+def backbone_facts(model: Any, base_model: str | None = None) -> BackboneFacts:
+    """What an adapter records of a backbone. The name of a local folder is left out: it means nothing elsewhere."""
+    family, encoder = find_encoder(model)
+    geometry = family.geometry(encoder)
+    name = base_model or (None if os.path.exists(model.name_or_path) else model.name_or_path) or None
+    return BackboneFacts(
+        model_type=encoder.config.model_type,
+        num_layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        base_model=name,
+        base_revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+    )

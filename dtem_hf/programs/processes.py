@@ -1,0 +1,32 @@
+"""The processes of one launch: whether they know each other, and the device of this one."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+
+
+def processes() -> Accelerator:
+    """This process among those that were launched. Raises RuntimeError where Accelerate sees only this one."""
+    accelerator = Accelerator()
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched and Accelerate sees {accelerator.num_processes}: "
+            "without an accelerator, set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    return accelerator
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; `auto` takes an accelerator if there is one."""
+    return processes().device if name == "auto" else torch.device(name)
+
+
+def say(text: str) -> None:
+    """Tell the user something on stderr, once for all processes of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
