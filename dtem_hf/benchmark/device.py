@@ -174,7 +174,7 @@ def compare_kernels(device: torch.device, rounds: int = 30) -> dict[str, Any] | 
 
     Whether they match the same tokens, how far the merged tokens are apart, and median seconds of both.
     """
-    if not kernels.can_match(torch.zeros(1, 3, 1, device=device)):
+    if device.type not in kernels.devices:
         return None
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -71,19 +71,22 @@ def match_classes(
     known = _ids_by_name(id2label, label2id or {})
     wnids = _wnids() if _is_imagenet(id2label) else {}
     found = [_id_of(name, known, wnids) for name in names]
-    if None not in found:
-        return ClassMap([i for i in found if i is not None], "names")
-    # Some names may be ambiguous or spelled otherwise: the others confirm that both have the same order.
-    if len(names) == count and all(i in (None, place) for place, i in enumerate(found)):
-        return ClassMap(list(range(count)), "order" if all(i is None for i in found) else "names")
+    # Some names may be spelled otherwise, or stand for two classes: the others confirm that both have one order.
+    if len(names) == count and all(i in (None, -1, place) for place, i in enumerate(found)):
+        return ClassMap(list(range(count)), "names" if any(i == place for place, i in enumerate(found)) else "order")
     unknown = [name for name, i in zip(names, found, strict=True) if i is None]
-    raise BadValue(
-        "data",
-        unknown[:_SHOWN],
-        f"class names of the model, which has {count} ({_some(list(id2label.values()))}); {len(unknown)} of "
-        f"{len(names)} in the data are none of them. Rename the classes, write a labels.csv with class numbers, or "
-        "read no labels with --label_column none",
-    )
+    if unknown:
+        raise BadValue(
+            "data",
+            unknown[:_SHOWN],
+            f"class names of the model, which has {count} ({_some(list(id2label.values()))}); {len(unknown)} of "
+            f"{len(names)} in the data are none of them. Rename the classes, write a labels.csv with class numbers, "
+            "or read no labels with --label_column none",
+        )
+    unclear = [name for name, i in zip(names, found, strict=True) if i == -1]
+    if unclear:
+        say(f"labels: {', '.join(unclear)} are left out, as the model has several classes of that name")
+    return ClassMap([i for i in found if i is not None], "names")
 
 
 def check_labels(images: Dataset, num_labels: int | None) -> None:
@@ -107,22 +110,23 @@ def bad_label(label: int, index: int, name: str, num_labels: int) -> BadValue:
 
 
 def _ids_by_name(id2label: Mapping[int, str], label2id: Mapping[str, int]) -> dict[str, set[int]]:
-    """Classes by name and by each of the synonyms that commas divide."""
+    """Classes by "=" and their name, by the plain form of it, and by each of the synonyms that commas divide."""
     known: dict[str, set[int]] = {}
     for i, label in [*id2label.items(), *((i, label) for label, i in label2id.items())]:
         if not _NO_NAME.fullmatch(label):
-            for name in (label, *label.split(",")):
-                known.setdefault(_plain(name), set()).add(int(i))
+            for name in {f"={label}", *map(_plain, (label, *label.split(",")))}:
+                known.setdefault(name, set()).add(int(i))
     return known
 
 
 def _id_of(name: str, known: Mapping[str, set[int]], wnids: Mapping[str, int]) -> int | None:
-    for candidate in (name, *name.split(",")):
-        ids = known.get(_plain(candidate), ())
+    """The class of a name; -1 where several have it, None where no class has."""
+    found = [known[key] for key in (f"={name}", *map(_plain, (name, *name.split(",")))) if key in known]
+    for ids in found:
         if len(ids) == 1:
             return next(iter(ids))
     wnid = re.match(r"n\d{8}", name)
-    return wnids.get(wnid[0]) if wnid else None
+    return wnids.get(wnid[0]) if wnid else -1 if found else None
 
 
 def _is_imagenet(id2label: Mapping[int, str]) -> bool:

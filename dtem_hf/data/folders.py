@@ -72,15 +72,18 @@ def named_labels(values: Sequence[str | None]) -> tuple[list[int], Any]:
     return [place[value] if value else -1 for value in values], ClassLabel(names=present)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files in order, those behind links to folders included; names that begin with a dot are left out."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-        seen.add(real)
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files, those behind links to folders included; names that begin with a dot are left out."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link back to where it came from
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path, above | {real})
+        else:
+            yield path
 
 
 def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, label_column: str | None) -> Dataset:

@@ -106,7 +106,7 @@ def test_the_breakdown_sees_every_part_and_leaves_no_trace(make_classifier, pixe
     assert all(found["seconds"][part] > 0 for part in (*PARTS, "rest"))
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert dict(vars(ops)) == before
-    assert not [name for layer in model.vit.layers for name in vars(layer.merge_reducer) if name == "metric"]
+    assert "metric" not in vars(model.vit.merging.method)
     assert break_down(make_classifier(), lambda: None, torch.device("cpu"), rounds=1, warmup=0) is None
 
 

@@ -59,11 +59,12 @@ def test_tau_of_every_layer_and_image_is_that_of_a_count(make_classifier, pixels
 
 def test_an_untrained_embedding_ranks_like_the_keys_and_the_model_stays_as_it_was(make_classifier, pixels):
     model = attach(make_classifier(), DTEMConfig(r=5)).train()
-    reducer = model.vit.layers[0].merge_reducer
+    merging, hooks = model.vit.merging, [len(m._forward_hooks) for m in model.modules()]
     taus = similarity_correlations(model, pixels)
     assert taus.shape == (4, 3)
     np.testing.assert_allclose(taus, 1, atol=1e-3)
-    assert model.merge_config.r == 5 and model.training and model.vit.layers[0].merge_reducer is reducer
+    assert model.merge_config.r == 5 and model.training and model.vit.merging is merging
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
     merged = similarity_correlations(model, pixels, r=5)
     np.testing.assert_allclose(merged, 1, atol=2e-3)
 

@@ -67,6 +67,16 @@ def test_what_a_scripts_user_can_mend_is_one_line(capsys):
         run_script(refuse)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "Error: runtimes=['cuda']: one of eager, compile.\n"
+    for error in (OSError(28, "No space left on device", "runs/x"), ImportError("ONNX takes\n  the package onnx")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            run_script(fail)
+        assert ended.value.code == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["Error: [Errno 28] No space left on device: 'runs/x'", "Error: ONNX takes the package onnx"]
     with pytest.raises(ZeroDivisionError):  # a fault of the program's own is shown as it is
         run_script(lambda: 1 / 0)
 

@@ -37,7 +37,12 @@ PUBLISHED = {
     },
     **{f"mae_{size}_imagenet1k.yaml": {**IMAGENET, "epochs": 30} for size in ("base", "large")},
     **{
-        f"git_{size}_coco.yaml": {**EMBEDDING, "task": "captioning", "model": f"microsoft/git-{size}-coco"}
+        f"git_{size}_coco.yaml": {
+            **EMBEDDING,
+            "task": "captioning",
+            "model": f"microsoft/git-{size}-coco",
+            "split": "train+restval",  # Karpathy's 113,287; train alone has 82,783
+        }
         for size in ("base", "large")
     },
 }

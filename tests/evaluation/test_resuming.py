@@ -1,0 +1,154 @@
+"""A run is known by what it read, and keeps its parts until its results are written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dtem_hf import BadValue
+from dtem_hf.evaluation import classification
+from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folders(vit_folder, image_folder, tmp_path):
+    """Copies of a model and images that a test may change."""
+    shutil.copytree(vit_folder, tmp_path / "model")
+    shutil.copytree(image_folder, tmp_path / "images")
+    return tmp_path
+
+
+@pytest.fixture
+def options(folders):
+    return {
+        "model": str(folders / "model"),
+        "data": str(folders / "images"),
+        "methods": ["none", "tome"],
+        "r": ["2"],
+        "batch_size": 7,
+        "num_workers": 0,
+        "output_dir": str(folders / "out"),
+    }
+
+
+def flags(options):
+    plain = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
+    return [*plain, "--methods", *options["methods"], "--r", *options["r"]]
+
+
+def figures(result):
+    return [[row[name] for name in ("top1", "top5", "agreement", "kl", "multiply_adds")] for row in result["rows"]]
+
+
+def interrupt(options, monkeypatch, behind=3):
+    """Stop an evaluation behind some batches."""
+    real, done = classification.measure_batch, []
+
+    def measure(*args, **kwargs):
+        if len(done) == behind:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(classification, "measure_batch", measure)
+        evaluate(EvaluateArguments(**options))
+
+
+def mend_labels(folders):
+    lines = (folders / "images" / "labels.csv").read_text().splitlines()
+    name, _ = lines[2].split(",")
+    lines[2] = f"{name},4"
+    (folders / "images" / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def change_an_image(folders):
+    Image.new("RGB", (40, 36), "red").save(folders / "images" / "1.png")
+
+
+def change_the_processor(folders):
+    path = folders / "model" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.1, 0.2, 0.3]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [(mend_labels, "data"), (change_an_image, "data"), (change_the_processor, "processor")],
+    ids=["labels", "image", "processor"],
+)
+def test_a_run_with_other_input_is_not_gone_on_with(options, folders, monkeypatch, change, field):
+    interrupt(options, monkeypatch)
+    change(folders)
+    with pytest.raises(BadValue, match=rf"{field}=.*the unfinished run in .* --resume never"):
+        evaluate(EvaluateArguments(**options))
+    anew = figures(evaluate(EvaluateArguments(**options, resume="never")))
+    assert anew == figures(evaluate(EvaluateArguments(**{**options, "output_dir": str(folders / "other")})))
+
+
+def test_parts_that_a_kill_left_are_not_another_runs(options, folders, monkeypatch):
+    """Killed while parts were removed, `run.json` first: the next run has the same batches and other rows."""
+    interrupt(options, monkeypatch, behind=5)
+    parts = folders / "out" / "parts"
+    (parts / "run.json").unlink()
+    other = {**options, "r": ["4"]}
+    expected = figures(evaluate(EvaluateArguments(**{**other, "output_dir": str(folders / "clean")})))
+    assert figures(evaluate(EvaluateArguments(**other))) == expected
+    assert not parts.exists()
+
+
+def test_parts_stay_until_the_results_are_written(options, folders, monkeypatch):
+    """The disk is full in that moment: the same command writes what was measured, and measures nothing again."""
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(classification, "write_json", fail)
+        main(flags(options))
+    assert len(list((folders / "out" / "parts").glob("*.npz"))) == 7
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a batch was measured again")
+
+    monkeypatch.setattr(classification, "measure_batch", refuse)
+    main(flags(options))
+    assert len(json.loads((folders / "out" / "evaluation.json").read_text())["rows"]) == 2
+    assert sorted(path.name for path in (folders / "out").iterdir()) == ["accuracy.png", "evaluation.json"]
+
+
+def test_a_full_disk_is_one_line(options, folders):
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *flags(options)]
+    # Python would cut its own cached bytecode off.
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(folders), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=fill, env=environment)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr and "Error: [Errno 27] File too large" in run.stderr.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(options, folders):
+    (folders / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        main(flags({**options, "model": "no/such-model", "output_dir": str(folders / "file" / "out")}))
+
+
+def test_home_of_the_hub_may_be_read_only(options, folders):
+    """The metrics need no folder there: a file stands in its place."""
+    (folders / "home").write_text("")
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(folders), "HF_HOME": str(folders / "home" / "hf")}
+    subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *flags(options)], check=True, env=environment
+    )
+    assert (folders / "out" / "evaluation.json").is_file()
