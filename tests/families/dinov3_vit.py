@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import DINOv3ViTBackbone, DINOv3ViTModel
 
+from dtem_hf import ToMeConfig, UnsupportedModelError, attach
 from tests.support.family_case import FamilyCase, Row, images
 from tests.support.slow_anatomies import centres, dinov2_like, patches
 from tests.support.slow_model import Anatomy, Inputs, Outputs, Weights, layer_norm
@@ -42,3 +44,9 @@ CASE = FamilyCase(
     vision={"num_register_tokens": 4},
     uneven=lambda count: images(count, 20, 28),
 )
+
+
+def test_narrow_heads_are_refused() -> None:
+    """Positions are read off rotations, of which a head of four numbers has one only."""
+    with pytest.raises(UnsupportedModelError, match="head width 4: positions can be read off rotations from 8 on"):
+        attach(CASE.make(DINOv3ViTModel, num_attention_heads=8), ToMeConfig(r=9))

@@ -527,11 +527,12 @@ def test_the_captioning_loss_reaches_what_is_learned(frames: int | None) -> None
     pixel_values = images(2) if frames is None else images(2, frames)
     assert_loss_by_hand(model, pixel_values)
     gradients = loss_and_gradients(model, pixel_values)
-    learned = {name for name, _ in model.named_parameters() if "merge_embedding" in name}
-    idle = {name for name in learned if "layers.1." in name}  # merges nothing
+    learned = [name for name, _ in model.named_parameters() if "merge_embedding" in name]
+    idle = set(learned[2:4])  # weight and bias of the second layer, which merges nothing
     assert len(learned) == 8
-    assert set(gradients) == {"loss", *(name for name, _ in model.named_parameters())} - idle
-    for name in learned - idle:
+    reached = {name for name in gradients if name not in idle or gradients[name].any()}
+    assert reached == {"loss", *(name for name, _ in model.named_parameters())} - idle
+    for name in set(learned) - idle:
         assert gradients[name].isfinite().all()
         assert gradients[name].abs().max() > 1e-6, name
 

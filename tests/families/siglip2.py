@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import Siglip2ForImageClassification, Siglip2Model, Siglip2VisionModel
 
+from dtem_hf import BadValue, ToMeConfig, attach
 from tests.families.siglip import siglip, siglip_classifier_head, siglip_head
 from tests.support.family_case import PATCH, FamilyCase, Inputs, Row, images
 from tests.support.slow_model import Anatomy, Outputs, Weights, linear
@@ -65,3 +67,10 @@ CASE = FamilyCase(
     },
     mended={"export": "5.24"},
 )
+
+
+def test_an_image_size_is_refused() -> None:
+    """The processor decides how many patches an image gets."""
+    model = attach(CASE.make(Siglip2VisionModel), ToMeConfig(r=9))
+    with pytest.raises(BadValue, match=r"image_size=32: none: the processor's max_num_patches sets the number"):
+        model.merge_plan(image_size=32)

@@ -203,10 +203,7 @@ def widest(case: FamilyCase) -> Any:
 
 def all_inputs(case: FamilyCase, count: int) -> dict[str, Tensor]:
     """With a text for those that read one."""
-    inputs = case.small_inputs(count)
-    if hasattr(widest(case).config_class(), "text_config") or case.family == "git":
-        inputs["input_ids"] = torch.tensor([[2, 7, 8, 9, 7, 11, 10, 3]] * count)
-    return inputs
+    return {**case.small_inputs(count), **case.words(widest(case), count)}
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -9,23 +9,25 @@ import inspect
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, UnsupportedModelError, attach, detach
 from tests.support.ecosystem import autos_of
-from tests.support.families import ROWS
-from tests.support.family_case import Row
+from tests.support.families import CASES, ROWS
+from tests.support.family_case import FamilyCase, Row
 from tests.support.passes import MILD, gradients, merged, run, same_bits
 
 
 METHODS: dict[str, MergeConfig] = {"tome": ToMeConfig(r=9), "dtem": DTEMConfig(r=9), "evit": EViTConfig(0.6)}
 NOTHING: dict[str, MergeConfig] = {"tome": ToMeConfig(r=0), "dtem": DTEMConfig(r=0), "evit": EViTConfig(1.0)}
 UNEVEN = [11, 0, 14, 3]
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 every_row_and_method = pytest.mark.parametrize(
@@ -46,8 +48,10 @@ def snapshot(model: nn.Module) -> dict[str, tuple[type, set[str]]]:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @every_row_and_method
 def test_where_nothing_is_reduced_all_is_the_plain_model_bit_for_bit(row: Row, method: str, training: bool) -> None:
-    """Outputs and gradients."""
-    plain, model = row.make().train(training), merged(row, NOTHING[method]).train(training)
+    """Outputs and gradients, with every kind of dropout."""
+    dropout = dict.fromkeys(DROPOUTS, 0.3)
+    plain = row.make(**dropout).train(training)
+    model = attach(row.make(**dropout), NOTHING[method]).train(training)
     with torch.no_grad():
         assert same_bits(run(row, model), run(row, plain))
     assert same_bits(gradients(row, model), gradients(row, plain))
@@ -74,19 +78,17 @@ def test_unmerged_and_detached_it_is_the_plain_model_bit_for_bit(row: Row, metho
 
 @every_row
 def test_a_merged_model_is_one_of_its_own_class(row: Row) -> None:
-    """isinstance, names and the plain model's parameter names stay; what is learned comes in one container."""
+    """isinstance, names, signature and the plain model's parameters stay; what is learned comes in one container."""
     plain, model = row.make(), attach(row.make(), METHODS["dtem"])
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     ours = [(name, module) for name, module in model.named_modules() if "merge_embedding" not in name]
     for (name, module), (_, stock) in zip(ours, plain.named_modules(), strict=True):
         assert isinstance(module, type(stock)), name
         assert (type(module).__name__, type(module).__module__) == (type(stock).__name__, type(stock).__module__)
-    keys, learned = (
-        list(plain.state_dict()),
-        {f"projections.{i}.{part}" for i in range(4) for part in ("weight", "bias")},
-    )
+    keys, learned = list(plain.state_dict()), {f"layers.{i}.{part}" for i in range(4) for part in ("weight", "bias")}
     assert [key for key in model.state_dict() if "merge_embedding" not in key] == keys
-    assert {key.split("merge_embedding.")[1] for key in model.state_dict() if key not in keys} == learned
-    assert len(list(model.merge_parameters())) == 8
+    assert set(model.to_merge_adapter().tensors) == learned
+    assert len(model.state_dict()) - len(keys) == len(list(model.merge_parameters())) == len(learned)
     assert list(attach(model, METHODS["tome"]).state_dict()) == keys
     assert list(model.merge_parameters()) == []
 
@@ -243,11 +245,42 @@ def test_the_plan_is_what_torch_counts(row: Row, method: str) -> None:
     plan = model.merge_plan()
     for expected, context in (
         (plan.multiply_adds, nullcontext),
+        (plan.multiply_adds, model.trace_merging),
         (plan.unmerged_multiply_adds, model.unmerged),
     ):
         with context(), FlopCounterMode(display=False) as counter:
             run(row, model, row.inputs(1))
         assert expected == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+OTHERS = [(case, model_class) for case in CASES.values() for model_class in case.others]
+
+
+@pytest.mark.parametrize("case, model_class", OTHERS, ids=[model_class.__name__ for _, model_class in OTHERS])
+def test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case: FamilyCase, model_class: Any) -> None:
+    whole, alone = (
+        attach(case.make_small(each), METHODS["tome"]).merge_plan() for each in (model_class, case.encoder)
+    )
+    assert whole.multiply_adds == alone.multiply_adds
+    assert whole.unmerged_multiply_adds == alone.unmerged_multiply_adds
+
+
+WITH_TEXT = [(case, model_class) for case, model_class in OTHERS if case.words(model_class, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case, model_class", WITH_TEXT, ids=[model_class.__name__ for _, model_class in WITH_TEXT])
+def test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case: FamilyCase, model_class: Any) -> None:
+    """As they are when its tower is called by itself."""
+    model, images = attach(case.make(model_class), METHODS["tome"]), case.inputs(2)
+    tower = next(module for module in model.modules() if isinstance(module, case.encoder))
+    seen: list[Tensor] = []
+    tower.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    model(**images, **case.words(model_class, 2))
+    tower(**images)
+    assert len(seen) == 2
+    assert seen[0].shape[1] == model.merge_plan().tokens[-1] < model.merge_plan().num_tokens
+    assert torch.equal(*seen)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def _find() -> dict[str, FamilyCase]:
 
 
 CASES: dict[str, FamilyCase] = _find()
-ROWS: list[Row] = [replace(row, case=case) for case in CASES.values() for row in case.rows]
+ROWS: list[Row] = [row for case in CASES.values() for row in case.rows]
 
 
 def row_of(name: str) -> Row:

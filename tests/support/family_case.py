@@ -6,8 +6,9 @@ A family's file sets `CASE = FamilyCase(...)`; `tests.support.families` finds it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Row:
     """One model class in one setting, with the anatomy that the slow reference runs.
 
     `output` names the output that is compared where one is enough; `vision` are changes to the vision config; `case`
-    is filled in when the row is found.
+    is filled in by the case that it becomes a part of.
     """
 
     model: Any
@@ -113,6 +114,9 @@ class FamilyCase:
     eager_only: Mapping[str, str] = field(default_factory=dict)
     mended: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(replace(row, case=self) for row in self.rows))
+
     def __str__(self) -> str:
         return self.family
 
@@ -142,6 +146,14 @@ class FamilyCase:
             for parameter in model.parameters():  # some start at zero: positions, biases by position
                 parameter.data += 0.05 * torch.randn_like(parameter)
         return model
+
+    def words(self, model_class: Any, count: int) -> Inputs:
+        """Texts for a model class that reads one, nothing for one that only sees."""
+        if "vision_config" not in model_class.config_class.sub_configs:
+            return {}
+        text = torch.tensor([[2, 7, 8, 9, 7, 11, 10, 3]] * count)
+        takes = signature(model_class.forward).parameters
+        return {name: text for name in ("input_ids", "decoder_input_ids") if name in takes}
 
     def make_small(self, model_class: Any, attention: str | None = None) -> Any:
         """A model of few layers and 36 patches."""

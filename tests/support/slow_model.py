@@ -115,7 +115,7 @@ def run_layer(
         q, k, v = (linear(weights, root + name, h) for name in anatomy.qkv)
     # Padding (of size 0) is never attended to, whatever sizes count for.
     counted = tokens.sizes if reduction.proportional or reduction.soft else (tokens.sizes > 0).to(h.dtype)
-    exponents = learned_of(weights, f"merge_embedding.exponents.{index}.value")
+    exponents = learned_of(weights, f"merge_embedding.exponents.{index}")
     if exponents is not None:
         counted = slow.powers(counted, exponents)
     bias = None
@@ -127,12 +127,12 @@ def run_layer(
     shares = slow.attention_weights(*turned, anatomy.heads, scaling, counted, bias)
     x = tokens.x + attend_scale * linear(weights, root + anatomy.out, slow.mix(shares, v))
 
-    matrix = learned_of(weights, f"merge_embedding.projections.{index}.weight")
+    matrix = learned_of(weights, f"merge_embedding.layers.{index}.weight")
     if matrix is None:
         metric = sum(k.chunk(anatomy.heads, dim=1)) / anatomy.heads
     else:
-        metric = h.detach() @ matrix.T + learned_of(weights, f"merge_embedding.projections.{index}.bias")
-    share = learned_of(weights, f"merge_embedding.norms.{index}.value")
+        metric = h.detach() @ matrix.T + learned_of(weights, f"merge_embedding.layers.{index}.bias")
+    share = learned_of(weights, f"merge_embedding.norms.{index}")
     # The lengths of tokens are merged beside them, as one more feature.
     carried = x if share is None else torch.cat([x, x.norm(dim=1, keepdim=True)], dim=1)
     merged = reduce(carried, tokens, start, index, metric, shares[:, 0].mean(dim=0), anatomy.prefix, reduction)

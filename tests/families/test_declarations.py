@@ -1,0 +1,242 @@
+"""What a family declares is held by a test: without any one declaration, a check that is named here fails.
+
+The checks are tests of the files beside this one, run again on a family that lacks the declaration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtem_hf import ToMeConfig
+from dtem_hf.families import FAMILIES, Family
+from tests.families import test_promises, test_registry, test_slow_reference, test_unmerging
+from tests.support.families import CASES
+from tests.support.family_case import FamilyCase
+
+
+def family_of(case: FamilyCase) -> Family:
+    return next(family for family in FAMILIES if case.encoder in family.models)
+
+
+def own(case: FamilyCase, name: str) -> Callable[..., None]:
+    """A test in the family's own file."""
+    return getattr(import_module(f"tests.families.{case}"), name)
+
+
+# Each is given a case and an empty folder.
+
+
+def equals_the_slow_reference(case: FamilyCase, folder: Path) -> None:
+    for row in case.rows:
+        test_slow_reference.test_a_merged_model_equals_the_slow_reference(row, "tome", "eager")
+
+
+def merges_softly_as_the_slow_reference(case: FamilyCase, folder: Path) -> None:
+    for row in case.rows:
+        test_slow_reference.test_a_merged_model_equals_the_slow_reference(row, "soft", "eager")
+
+
+def ranks_as_the_slow_reference(case: FamilyCase, folder: Path) -> None:
+    for row in case.rows:
+        test_slow_reference.test_a_merged_model_equals_the_slow_reference(row, "evit", "eager")
+
+
+def drops_out_as_the_plain_model(case: FamilyCase, folder: Path) -> None:
+    for row in case.rows:
+        test_promises.test_where_nothing_is_reduced_all_is_the_plain_model_bit_for_bit(row, "tome", True)
+
+
+def plans_what_torch_counts(case: FamilyCase, folder: Path) -> None:
+    for row in case.rows:
+        test_promises.test_the_plan_is_what_torch_counts(row, "tome")
+
+
+def counts_the_encoder_alone(case: FamilyCase, folder: Path) -> None:
+    for model_class in case.others:
+        test_promises.test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case, model_class)
+
+
+def returns_as_many_tokens_as_planned(case: FamilyCase, folder: Path) -> None:
+    for row in case.rows:
+        test_promises.test_recorded_states_have_the_plans_lengths(row)
+    test_unmerging.test_all_tokens_come_back_in_place(case, "tome")
+    for _, model_class in (pair for pair in test_promises.WITH_TEXT if pair[0] is case):
+        test_promises.test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case, model_class)
+
+
+def lists_the_models_of_all_cases(case: FamilyCase, folder: Path) -> None:
+    test_registry.test_an_unknown_family_is_refused_with_the_list_of_known_ones()
+
+
+def lays_all_tokens_on_their_grid(case: FamilyCase, folder: Path) -> None:
+    for _, backbone in (pair for pair in test_unmerging.BACKBONES if pair[0] is case):
+        test_unmerging.test_feature_maps_lie_on_their_grid(case, backbone, (32, 32), "tome", folder)
+    pixels = case.inputs(3)["pixel_values"]
+    if case.family in ("beit", "data2vec_vision"):
+        own(case, "test_segmentation_sees_the_grid")("tome", pixels)
+    if case.family == "vit_mae":
+        own(case, "test_maes_decoder_gets_all_visible_tokens")(ToMeConfig(r=4), False, pixels)
+
+
+def keeps_text_from_what_was_softly_merged_away(case: FamilyCase, folder: Path) -> None:
+    own(case, "test_text_sees_as_many_tokens_softly_as_hard")()
+
+
+def counts_visual_tokens(case: FamilyCase, folder: Path) -> None:
+    for name in ("loss_is_that_of_the_text", "loss_knows_the_number_of_frames"):
+        own(case, f"the_{name}")(ToMeConfig, 9)
+    own(case, "test_decoder_sees_as_many_tokens_softly_as_hard")(None)
+    if own(case, "CACHES_RIGHTLY"):
+        own(case, "cached_generation_is_the_slow_one_image_by_image")(ToMeConfig, 9)
+        own(case, "test_the_bare_model_steps_with_a_cache")(ToMeConfig)
+
+
+def counts_frames(case: FamilyCase, folder: Path) -> None:
+    own(case, "test_the_plan_says_how_many_tokens_the_decoder_gets")(9, 3)
+
+
+def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
+    names = {
+        "ijepa": "test_a_pooler_on_a_patch_is_refused",
+        "dinov3_vit": "test_narrow_heads_are_refused",
+        "siglip2": "test_an_image_size_is_refused",
+    }
+    if case.family in names:
+        own(case, names[case.family])()
+
+
+LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
+Check = Callable[[FamilyCase, Path], None]
+Mutation = tuple[str, Family, tuple[Check, ...]]
+# Of each word for a model that reads tokens: another one, and what then fails.
+READERS: dict[str, tuple[str, Check]] = {
+    "tokens": ("grid", returns_as_many_tokens_as_planned),
+    "mean": ("tokens", equals_the_slow_reference),
+    "masked_mean": ("tokens", equals_the_slow_reference),
+    "grid": ("tokens", lays_all_tokens_on_their_grid),
+    "live": ("tokens", keeps_text_from_what_was_softly_merged_away),
+}
+PARTS = (equals_the_slow_reference, counts_visual_tokens)
+METHODS: dict[str, tuple[Check, ...]] = {
+    "padding_sizes": (equals_the_slow_reference,),
+    "check": (refuses_what_cannot_be_merged,),
+    "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "outside_cost": (plans_what_torch_counts,),
+    "encoder_cost": (plans_what_torch_counts,),
+}
+
+
+def without(mapping: Any, key: Any) -> dict[Any, Any]:
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+def anatomies(case: FamilyCase, family: Family) -> Iterator[Mutation]:
+    """Each name exchanged for another one of the layer, each part of a branch left out."""
+    parts = family.anatomy
+    others = {"attention": parts.mlp, "heads": "training", "query": parts.key, "key": parts.query}
+    if "merged_forward" not in vars(family.layer_merging) or family.layer_merging is LAYER:
+        others |= {"norm1": parts.norm2, "norm2": parts.norm1, "mlp": parts.norm2}
+    if parts.query == parts.key:
+        del others["query"], others["key"]
+    elif not case.rows[0].has_cls:  # no method ranks tokens by a query
+        del others["query"]
+    for name, value in others.items():
+        checks = (equals_the_slow_reference, ranks_as_the_slow_reference, plans_what_torch_counts)
+        wanted = {"query": checks[1:2], "attention": checks[::2]}.get(name, checks[:1])
+        yield f"anatomy.{name}", replace(family, anatomy=replace(parts, **{name: value})), wanted
+    for branch in ("branch1", "branch2"):
+        for part in getattr(parts, branch):
+            left = tuple(other for other in getattr(parts, branch) if other != part)
+            checks = (equals_the_slow_reference, drops_out_as_the_plain_model)
+            yield f"anatomy.{branch}-{part}", replace(family, anatomy=replace(parts, **{branch: left})), checks
+    packed = replace(parts, packed=not parts.packed)
+    yield "anatomy.packed", replace(family, anatomy=packed), (equals_the_slow_reference,)
+
+
+def mutations(case: FamilyCase) -> Iterator[Mutation]:
+    """The family without each of its declarations: a name, the family, and the checks of which one has to fail."""
+    family = family_of(case)
+    for cls in family.encoders:
+        yield (
+            f"encoders-{cls.__name__}",
+            replace(family, encoders=without(family.encoders, cls)),
+            (equals_the_slow_reference, lays_all_tokens_on_their_grid),
+        )
+    yield from anatomies(case, family)
+    for cls, reader in family.models.items():
+        name = cls.__name__
+        yield f"models-{name}", replace(family, models=without(family.models, cls)), (lists_the_models_of_all_cases,)
+        word, check = READERS[reader] if isinstance(reader, str) else ("tokens", counts_visual_tokens)
+        yield f"models-{name}-{word}", replace(family, models={**family.models, cls: word}), (check,)
+    prefix = family.num_prefix_tokens + 1
+    checks = (equals_the_slow_reference, merges_softly_as_the_slow_reference)
+    yield "num_prefix_tokens", replace(family, num_prefix_tokens=prefix), checks
+    for cls in family.composites:
+        left = tuple(other for other in family.composites if other is not cls)
+        yield f"composites-{cls.__name__}", replace(family, composites=left), (counts_the_encoder_alone,)
+    if family.frames:
+        yield "frames", replace(family, frames=None), (counts_frames,)
+    for field in ("encoder_parts", "layer_parts", "model_parts"):
+        for name in getattr(family, field):
+            yield f"{field}-{name}", replace(family, **{field: without(getattr(family, field), name)}), PARTS
+    if family.layer_merging is not LAYER:
+        yield "layer_merging", replace(family, layer_merging=LAYER), (equals_the_slow_reference,)
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    for name, method in vars(type(family)).items():
+        if type(family) is not Family and callable(method) and not name.startswith("_"):
+            lesser: Any = type("Lesser", (type(family),), {name: getattr(Family, name)})
+            yield name, lesser(**values), METHODS[name]
+
+
+ALL = [
+    pytest.param(case, *mutation[1:], id=f"{case}-{mutation[0]}")
+    for case in CASES.values()
+    for mutation in mutations(case)
+]
+
+
+def fails(check: Check, case: FamilyCase, folder: Path) -> bool:
+    try:
+        check(case, folder)
+    except (Exception, pytest.fail.Exception):
+        return True
+    return False
+
+
+@pytest.fixture
+def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[FamilyCase, Family], None]:
+    """Puts a family in the place of a case's own."""
+
+    def put(case: FamilyCase, family: Family) -> None:
+        found = [family if each is family_of(case) else each for each in FAMILIES]
+        monkeypatch.setattr("dtem_hf.families.FAMILIES", found)
+
+    return put
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_with_all_declarations_no_check_fails(case: FamilyCase, declare: Any, tmp_path: Path) -> None:
+    declare(case, replace(family_of(case)))
+    for number, check in enumerate(dict.fromkeys(check for *_, checks in mutations(case) for check in checks)):
+        if check is not counts_visual_tokens or case.family == "git":
+            check(case, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("case, family, checks", ALL)
+def test_without_a_declaration_a_check_fails(
+    case: FamilyCase, family: Family, checks: tuple[Check, ...], declare: Any, tmp_path: Path
+) -> None:
+    declare(case, family)
+    assert any(fails(check, case, tmp_path) for check in checks)
+
+
+def test_every_field_of_a_family_is_mutated() -> None:
+    """A new field, or a new method of a family's own, needs a line in `mutations`."""
+    mutated = {str(each.id).partition("-")[2].partition("-")[0].partition(".")[0] for each in ALL}
+    assert {field.name for field in fields(Family)} <= mutated
