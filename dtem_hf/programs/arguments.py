@@ -45,12 +45,12 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; what its user can mend is one line on stderr, and exit code 2."""
+    """Run a script; errors that its user can correct are one line on stderr: exit code 2 for a value, 1 for a file."""
     try:
         main()
-    except (BadValue, UnsupportedModelError, AdapterError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except (BadValue, UnsupportedModelError, AdapterError, OSError) as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, OSError) else 2) from error
 
 
 def _only_config() -> argparse.ArgumentParser:
