@@ -127,7 +127,7 @@ def test_an_adapter_of_another_width_of_embedding_says_so_itself(make_classifier
 
 
 def test_a_local_folder_is_not_recorded_as_the_backbone(make_classifier: Make, tmp_path: Path) -> None:
-    """A path means nothing to anybody else, and may say what it should not."""
+    """A path means nothing on another machine, and may be private."""
     make_classifier().save_pretrained(tmp_path / "base")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "base", merge=DTEMConfig(r=4))
     model.save_merge_adapter(tmp_path / "adapter")
@@ -363,7 +363,7 @@ def test_a_sound_folder_is_read_without_a_warning(folder: Path) -> None:
 def test_tensors_for_a_method_that_learns_nothing_are_refused(
     folder: Path, make_classifier: Make, pixels: Tensor, tmp_path: Path
 ) -> None:
-    """A config edited to say "tome" beside an embedding: an AdapterError, and the model is as it was."""
+    """A config edited to say "tome" beside an embedding: an AdapterError, and an unchanged model."""
     (folder / CONFIG_NAME).write_text(
         json.dumps(
             {**ToMeConfig(r=4).to_dict(), "backbone": {"model_type": "vit", "num_layers": 4, "hidden_size": 32}}
@@ -520,7 +520,7 @@ def test_another_backbone_that_fits_gives_one_warning(recorded: Any, loaded: Any
     assert [str(warning.message).split(". ")[0] for warning in caught] == ([message] if message else [])
 
 
-def test_the_error_of_a_stranger_s_file_is_short_and_printable(folder: Path) -> None:
+def test_the_error_of_a_hostile_file_is_short_and_printable(folder: Path) -> None:
     edit_config(folder, lambda values: values.update({"\x1b[31m" + "x" * 5000: 1, "method": "\x1b[2J" * 100}))
     with pytest.raises(AdapterError) as raised:
         MergeAdapter.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Adapter folders that somebody broke, or made to break something: each is read as a sound adapter or refused.
+"""Adapter folders that are damaged or hostile: each is read as a sound adapter or refused.
 
 The mutants are read by another process, which may not take more memory than a bound, and whose audit hook sees every
 file that is opened and every program that is started.

@@ -77,7 +77,7 @@ class TestPush:
     def test_what_is_no_answer_of_the_hub_is_an_error_that_names_the_repository(
         self, hub, client, folder, method, path, body
     ):
-        """Some answers say nothing wrong ("[]" to who only looks at the status): then all must be there."""
+        """Where the client looks only at the status, all files must be there."""
         fault = Fault(method, path, times=9, body=body)
         hub.faults.append(fault)
         try:
@@ -130,7 +130,7 @@ class TestPush:
         assert "Nothing was published" in message_of(error)
         assert set(hub.files("me/a")) == {"notes.txt"}
 
-    def test_where_the_hub_does_not_say_whether_it_arrived_nobody_else_does(self, hub, client, folder):
+    def test_where_the_hub_does_not_say_whether_it_arrived_no_claim_is_made(self, hub, client, folder):
         hub.commit("me/a", {"notes.txt": b"before"})
         hub.faults.append(Fault("POST", "/commit/", body=HTML, carried_out=True))
         hub.faults.append(Fault("POST", "/paths-info/", times=9, status=404))
@@ -143,7 +143,7 @@ class TestPush:
         client(PUBLISH, str(folder), "me/a", **ME)
         assert len(hub.repos["me/a"].commits) == before == 3
 
-    def test_what_somebody_else_committed_meanwhile_is_not_taken_for_ours(self, hub, client, folder):
+    def test_another_commit_meanwhile_is_not_taken_for_ours(self, hub, client, folder):
         hub.commit("me/a", {"notes.txt": b"before"})
         hub.on_commit = lambda repo_id: hub.commit(repo_id, {"count": str(len(hub.seen)).encode()})
         hub.faults.append(Fault("POST", "/commit/", times=9, body=HTML))
@@ -247,7 +247,7 @@ class TestLoad:
         assert "cannot be reached" not in message_of(error)
 
     def test_a_full_disk_names_the_cache(self, hub, client, cache, published):
-        """By a limit on the size of files, which is the same error to who writes."""
+        """By a limit on the size of files, which gives the same kind of error."""
         with pytest.raises(OSError) as error:
             client("hub_client:with_small_files", LOAD, "me/a", **cache)
         assert cache["cache_dir"] in message_of(error)

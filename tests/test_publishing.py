@@ -1,4 +1,4 @@
-"""What of a folder would be published, and what is read from the card of a stranger. (Pushes are in test_hub.py.)"""
+"""What of a folder would be published, and what is read from a downloaded card. (Pushes are in test_hub.py.)"""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_tokens_and_folders_in_a_config_are_not_published(folder: Path) -> None:
     assert "AbCdEf" not in card_path.read_text() and "alice" not in card_path.read_text()
 
 
-def test_a_card_follows_its_folder_until_somebody_edits_it(folder: Path) -> None:
+def test_a_card_follows_its_folder_until_it_is_edited(folder: Path) -> None:
     with refreshed_card(folder):
         (folder / "training.json").write_text('{"steps": 7}')
     assert "- Steps: 7" in (folder / "README.md").read_text()

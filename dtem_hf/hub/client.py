@@ -67,7 +67,7 @@ def download(
     if revision is not None and (revision.startswith("/") or ".." in revision.split("/")):
         raise FileNotFoundError(_no_revision(repo_id, revision))  # a part of a path in the cache
 
-    class Progress(tqdm):  # type: ignore[misc]
+    class Progress(tqdm):
         """Counts what arrives: a body may be longer than announced, and the client compares only when it ends."""
 
         received = 0
@@ -200,7 +200,7 @@ def _arrived(
                 return None
             revision, pull = f"refs/pr/{number}", f"{api.endpoint}/{repo_id}/discussions/{number}"
         found = {entry.path: entry for entry in api.get_paths_info(repo_id, list(files), revision=revision)}
-        commit = api.model_info(repo_id, revision=revision).sha
+        commit = str(api.model_info(repo_id, revision=revision).sha)
         for name, data in files.items():
             entry: Any = found.get(name)
             if entry is None:
@@ -216,8 +216,14 @@ def _arrived(
             f"say whether it arrived ({_first_line(asked)}). The same command again makes sure, and commits nothing "
             "twice."
         ) from error
-    url = f"{api.endpoint}/{repo_id}/commit/{commit}"
-    return CommitInfo(url, message, "", commit, _endpoint=api.endpoint, pr_url=pull)
+    return CommitInfo(
+        commit_url=f"{api.endpoint}/{repo_id}/commit/{commit}",
+        commit_message=message,
+        commit_description="",
+        oid=commit,
+        _endpoint=api.endpoint,
+        pr_url=pull,
+    )
 
 
 def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str | None = None) -> str:
