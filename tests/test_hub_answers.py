@@ -150,6 +150,16 @@ class TestPush:
         with pytest.raises(ConnectionError, match="Nothing was published"):
             client(PUBLISH, str(folder), "me/a", **ME)
 
+    def test_a_lost_pull_request_is_to_be_looked_for(self, hub, client, folder):
+        """A second one would be made by the same command."""
+        hub.commit("me/a", {"notes.txt": b"before"})
+        hub.faults.append(Fault("POST", "/commit/", body=HTML, carried_out=True))
+        hub.faults.append(Fault("GET", "/refs", times=9, body=HTML))
+        with pytest.raises(ConnectionError) as error:
+            client(PUBLISH, str(folder), "me/a", create_pr=True, **ME)
+        said = message_of(error)
+        assert f"Look at {hub.endpoint}/me/a/discussions" in said and "Nothing was published" not in said
+
     def test_metadata_that_the_hub_refuses(self, hub, client, folder):
         (folder / "README.md").write_text("---\nlicense: my very own\n---\n# A card\n")
         with pytest.raises(OSError) as error:

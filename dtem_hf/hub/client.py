@@ -177,45 +177,49 @@ def publish(
                 if status == 412 and tries_left:
                     continue
                 if status is None or status >= 500:
-                    place = None if create_pr else branch or MAIN
-                    if commit := _arrived(api, repo_id, place, wanted, commit_message, error):
+                    commit = _arrived(api, repo_id, branch or MAIN, create_pr, wanted, commit_message, error)
+                    if commit is not None:
                         return commit
                 raise
     raise AssertionError("the last try returns or raises")
 
 
 def _arrived(
-    api: HfApi, repo_id: str, revision: str | None, files: Mapping[str, bytes], message: str, error: Exception
+    api: HfApi,
+    repo_id: str,
+    revision: str,
+    create_pr: bool,
+    files: Mapping[str, bytes],
+    message: str,
+    error: Exception,
 ) -> CommitInfo | None:
-    """The newest commit of a revision, or without one of the newest pull request, if it holds all the files.
+    """The newest commit of a revision, or of the newest pull request, if it holds all the files; None if not.
 
     Raises LostAnswer where the Hub does not say.
     """
     pull = None
     try:
-        if revision is None:
+        if create_pr:
             pulls = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
             number = max((int(ref.ref.rsplit("/", 1)[-1]) for ref in pulls), default=None)
             if number is None:
                 return None
             revision, pull = f"refs/pr/{number}", f"{api.endpoint}/{repo_id}/discussions/{number}"
-        found = {entry.path: entry for entry in api.get_paths_info(repo_id, list(files), revision=revision)}
+        entries: list[Any] = api.get_paths_info(repo_id, list(files), revision=revision)
+        found = {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}
         commit = str(api.model_info(repo_id, revision=revision).sha)
-        for name, data in files.items():
-            entry: Any = found.get(name)
-            if entry is None:
-                return None
-            git_blob = b"blob %d\0" % len(data) + data
-            if entry.lfs and entry.lfs.sha256 != hashlib.sha256(data).hexdigest():
-                return None
-            if not entry.lfs and entry.blob_id != hashlib.sha1(git_blob).hexdigest():
-                return None
     except _FAILURES as asked:
+        again = f"Look at {api.endpoint}/{repo_id}/discussions before you try again"
+        if not create_pr:
+            again = "The same command again makes sure, and commits nothing twice"
         raise LostAnswer(
-            f"{repo_id}: the answer to the commit was lost ({_first_line(error)}), and {constants.ENDPOINT} does not "
-            f"say whether it arrived ({_first_line(asked)}). The same command again makes sure, and commits nothing "
-            "twice."
+            f"{repo_id}: the upload failed ({_first_line(error)}), and {api.endpoint} does not say whether the commit "
+            f"arrived ({_first_line(asked)}). {again}."
         ) from error
+    for name, data in files.items():
+        git_blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if found.get(name) not in (git_blob, hashlib.sha256(data).hexdigest()):
+            return None
     return CommitInfo(
         commit_url=f"{api.endpoint}/{repo_id}/commit/{commit}",
         commit_message=message,
