@@ -45,12 +45,15 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; errors that its user can correct are one line on stderr: exit code 2 for a value, 1 for a file."""
+    """Run a script; what its user can mend is one line on stderr.
+
+    The exit code is 2 for a bad value, 1 for what is missing or cannot be written (a full disk, say).
+    """
     try:
         main()
-    except (BadValue, UnsupportedModelError, AdapterError, OSError) as error:
+    except (BadValue, UnsupportedModelError, AdapterError, OSError, ImportError) as error:
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, OSError) else 2) from error
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
 
 
 def _only_config() -> argparse.ArgumentParser:
