@@ -123,7 +123,8 @@ def plan(
     _set_reduction(merged, r, flops)
     merge_plan = merged.merge_plan(image_size)
     if as_json:
-        _print_json({"model": model, "merge": merged.merge_config.to_dict(), **merge_plan.to_dict()})
+        found = {"model": model, "merge": merged.merge_config.to_dict(), **merge_plan.to_dict()}
+        typer.echo(json.dumps(found, indent=2))
         return
 
     tokens = [merge_plan.num_tokens, *merge_plan.tokens]
@@ -160,7 +161,7 @@ def info(
         "results": card_results(adapter),
     }
     if as_json:
-        _print_json(found)
+        typer.echo(json.dumps(found, indent=2))
         return
 
     named = {**found["merge"], **found["backbone"]}
@@ -168,10 +169,8 @@ def info(
     facts += [("parameters", f"{found['parameters']:,}"), ("size", f"{found['size_bytes']:,} bytes")]
     results = found["results"]
     facts += [(f"{result['dataset']}, {result['metric']}", result["value"]) for result in results[:_SHOWN_RESULTS]]
-    if not results:
-        facts.append(("results", "not evaluated"))
-    elif len(results) > _SHOWN_RESULTS:
-        facts.append(("results", f"{len(results) - _SHOWN_RESULTS} more with --json"))
+    more = f"{len(results) - _SHOWN_RESULTS} more with --json" if results else "not evaluated"
+    facts += [("results", more)] if not 0 < len(results) <= _SHOWN_RESULTS else []
     typer.echo(adapter)
     _print_table((), facts)
 
@@ -322,10 +321,6 @@ def _set_reduction(model: Any, r: str | None, flops: float | None) -> None:
 
     if r is not None or flops is not None:
         model.set_reduction(None if r is None else parse_reduction(r), flops=flops)
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    typer.echo(json.dumps(values, indent=2))
 
 
 def _print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:

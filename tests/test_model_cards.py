@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -31,7 +32,9 @@ def test_the_card_is_what_the_json_gives(folder: Path) -> None:
     assert "Not evaluated" not in card and "Not recorded" not in card
     for picture in re.findall(r"!\[.*\]\((.*)\)", card):
         assert (folder / picture).is_file()
-    assert (folder / "merge_adapter.safetensors").stat().st_size < 1_000_000
+    content = (folder / "merge_adapter.safetensors").read_bytes()
+    assert len(content) < 1_000_000
+    assert json.loads((folder / CONFIG_NAME).read_text())["tensors_sha256"] == hashlib.sha256(content).hexdigest()
 
 
 @published

@@ -115,7 +115,7 @@ def test_plan_adds_up_the_costs_of_every_layer() -> None:
 
 
 def spread_evenly(total: int, num_layers: int) -> list[int]:
-    """Layer i has handed on round(total (i + 1) / layers) merges, halves upwards."""
+    """Layers 0 to i merge round(total (i + 1) / layers) tokens, halves upwards."""
     upto = [0, *((2 * total * (i + 1) + num_layers) // (2 * num_layers) for i in range(num_layers))]
     return [later - earlier for earlier, later in pairwise(upto)]
 

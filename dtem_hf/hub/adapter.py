@@ -19,7 +19,7 @@ from torch import Tensor
 from ..configuration import CONFIG_NAME, MergeConfig
 from ..embedding import DecoupledEmbedding
 from ..errors import AdapterError
-from ..files import replacing, write_json
+from ..files import replacing, write_json, write_text
 from .card import card_of
 from .facts import BackboneFacts
 from .layout import CARD_NAME, WEIGHTS_NAME
@@ -108,7 +108,7 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         directory = Path(save_directory)
         self._save_pretrained(directory)
         if not (directory / CARD_NAME).exists():
-            self.generate_model_card().save(directory / CARD_NAME)
+            write_text(directory / CARD_NAME, f"{self.generate_model_card()}\n")
         if push_to_hub:
             return publish_folder(directory, repo_id or directory.name, **push_to_hub_kwargs)
         return None

@@ -1,11 +1,12 @@
 """The Hub's client with bounds on what it downloads, one commit for what it publishes, and errors that say what to do.
 
-Where something is not there FileNotFoundError is raised, where it may not be had PermissionError, and ConnectionError
-where the Hub cannot be reached while something is published. All are OSErrors that name the repository.
+A missing repository or file is a FileNotFoundError, denied access a PermissionError, and a Hub that gives no proper
+answer a ConnectionError. All are OSErrors that name the repository.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -14,8 +15,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -25,8 +36,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from ..errors import AdapterError, BadValue
+from ..files import DISK_IS_FULL
 from ..version import __version__
 from .layout import CARD_NAME
 
@@ -34,6 +47,13 @@ from .layout import CARD_NAME
 MAIN = "main"
 _TRIES_AGAINST_OTHERS = 3
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
+_NOTHING = "Nothing was published; the same command again goes on."
+# What the client raises; the last three, where an answer is JSON of another form than the Hub's.
+_FAILURES = (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+
+
+class LostAnswer(ConnectionError):
+    """The Hub was asked to commit, and does not say whether it did."""
 
 
 def download(
@@ -41,18 +61,47 @@ def download(
 ) -> tuple[Path, str]:
     """A file of a repository, from the Hub or its cache, and the commit it is of.
 
-    Its size is asked for first, and more than `largest` bytes are not downloaded. `options` are `hf_hub_download`'s.
-    Raises FileNotFoundError, PermissionError, or AdapterError for a file that is too large.
+    The Hub is asked for its size first, and more than `largest` bytes are not downloaded. `options` are
+    `hf_hub_download`'s. Raises FileNotFoundError, PermissionError, or AdapterError for a file that is too large.
     """
-    with clear_errors(repo_id, revision):
+    if revision is not None and (revision.startswith("/") or ".." in revision.split("/")):
+        raise FileNotFoundError(_no_revision(repo_id, revision))  # a part of a path in the cache
+
+    class Progress(tqdm):
+        """Counts what arrives: a body may be longer than announced, and the client compares only when it ends."""
+
+        received = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += int(n or 0)
+            if self.received > largest:
+                raise AdapterError(f"{repo_id}: {filename} should have {largest} bytes at most; nothing was kept.")
+            return super().update(n)
+
+    with clear_errors(repo_id, revision, cache_dir=options.get("cache_dir")):
         facts = hf_hub_download(repo_id, filename, revision=revision, dry_run=True, **options)
         if facts.file_size is None or facts.file_size > largest:
             raise AdapterError(
                 f"{repo_id}: {filename} has {facts.file_size} bytes and should have {largest} at most; "
                 "nothing was downloaded."
             )
-        path = hf_hub_download(repo_id, filename, revision=revision, **options)
+        if facts.will_download or not os.path.lexists(facts.local_path):
+            _check_etag(repo_id, filename, revision, options.get("token"))
+        path = hf_hub_download(repo_id, filename, revision=revision, tqdm_class=Progress, **options)
     return Path(path), facts.commit_hash
+
+
+def _check_etag(repo_id: str, filename: str, revision: str | None, token: Any) -> None:
+    """Raise AdapterError for an ETag that is a path: the client makes it the name of a file (huggingface_hub 2.4).
+
+    The client asks for it again when it downloads. A server that then answers differently is not noticed.
+    """
+    etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), token=token).etag
+    if not re.fullmatch(r"[\w+=-][\w.+=-]*", etag or ""):
+        raise AdapterError(
+            f"{repo_id}: {constants.ENDPOINT} gives {filename} the ETag {etag!r}, which is no hash; "
+            "nothing was downloaded."
+        )
 
 
 def drop_cached(path: Path) -> None:
@@ -67,7 +116,7 @@ def drop_cached(path: Path) -> None:
 def cached_commit(repo_id: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
     """The commit of which a model's config was just loaded from the Hub; None for a folder, or where it is not known.
 
-    The Hub is not asked.
+    Reads the cache only.
     """
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return str(revision)
@@ -93,9 +142,9 @@ def publish(
 ) -> CommitInfo:
     """Put files into a repository (made if needed) in one commit, so that all of them arrive or none.
 
-    A README.md that is there is kept unless `overwrite_card`, and the config.json of a model always; what has not
-    changed makes no commit. Raises ValueError for options that contradict each other, PermissionError where the token
-    may not do it, ConnectionError.
+    A README.md that is there is kept unless `overwrite_card`, and the config.json of a model always. Unchanged files
+    make no commit. Where the answer to the commit is lost, the Hub is asked whether it arrived. Raises ValueError for
+    options that contradict each other, PermissionError where the token may not do it, ConnectionError.
     """
     if create_pr and branch not in (None, MAIN):
         raise BadValue("branch", branch, f"{MAIN!r} or None beside create_pr=True, which proposes a change of {MAIN}")
@@ -112,20 +161,73 @@ def publish(
                     "replace it.",
                     stacklevel=3,
                 )
+            wanted = {name: data for name, data in files.items() if name not in kept}
             try:
-                # Refused by the Hub if somebody else was faster: what was just seen to be there may have changed.
+                # The Hub refuses it where another commit came first: the files that were seen may have changed.
                 return api.create_commit(
                     repo_id,
-                    [CommitOperationAdd(name, data) for name, data in files.items() if name not in kept],
+                    [CommitOperationAdd(name, data) for name, data in wanted.items()],
                     commit_message=commit_message,
                     revision=branch or MAIN,
                     create_pr=create_pr,
                     parent_commit=head.sha,
                 )
-            except HfHubHTTPError as error:
-                if error.response.status_code != 412 or not tries_left:
-                    raise
+            except _FAILURES as error:
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+                if status == 412 and tries_left:
+                    continue
+                if status is None or status >= 500:
+                    commit = _arrived(api, repo_id, branch or MAIN, create_pr, wanted, commit_message, error)
+                    if commit is not None:
+                        return commit
+                raise
     raise AssertionError("the last try returns or raises")
+
+
+def _arrived(
+    api: HfApi,
+    repo_id: str,
+    revision: str,
+    create_pr: bool,
+    files: Mapping[str, bytes],
+    message: str,
+    error: Exception,
+) -> CommitInfo | None:
+    """The newest commit of a revision, or of the newest pull request, if it holds all the files; None if not.
+
+    Raises LostAnswer where the Hub does not say.
+    """
+    pull = None
+    try:
+        if create_pr:
+            pulls = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
+            number = max((int(ref.ref.rsplit("/", 1)[-1]) for ref in pulls), default=None)
+            if number is None:
+                return None
+            revision, pull = f"refs/pr/{number}", f"{api.endpoint}/{repo_id}/discussions/{number}"
+        entries: list[Any] = api.get_paths_info(repo_id, list(files), revision=revision)
+        found = {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}
+        commit = str(api.model_info(repo_id, revision=revision).sha)
+    except _FAILURES as asked:
+        again = f"Look at {api.endpoint}/{repo_id}/discussions before you try again"
+        if not create_pr:
+            again = "The same command again makes sure, and commits nothing twice"
+        raise LostAnswer(
+            f"{repo_id}: the upload failed ({_first_line(error)}), and {api.endpoint} does not say whether the commit "
+            f"arrived ({_first_line(asked)}). {again}."
+        ) from error
+    for name, data in files.items():
+        git_blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if found.get(name) not in (git_blob, hashlib.sha256(data).hexdigest()):
+            return None
+    return CommitInfo(
+        commit_url=f"{api.endpoint}/{repo_id}/commit/{commit}",
+        commit_message=message,
+        commit_description="",
+        oid=commit,
+        _endpoint=api.endpoint,
+        pr_url=pull,
+    )
 
 
 def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str | None = None) -> str:
@@ -152,21 +254,28 @@ def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str |
 
 
 @contextmanager
-def clear_errors(repo_id: str, revision: str | None = None, publishing: bool = False) -> Iterator[None]:
+def clear_errors(
+    repo_id: str, revision: str | None = None, publishing: bool = False, cache_dir: Any = None
+) -> Iterator[None]:
     """Turn what the client raises inside the block into an OSError that names the repository and what to do."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
-        raise _clear(error, repo_id, revision, publishing) from error
-    except ValueError as error:
-        # A forced download that failed says no more than that.
-        if not isinstance(error.__cause__, (HTTPError, OSError)):
-            raise
-        raise _clear(error.__cause__, repo_id, revision, publishing) from error
+    except (BadValue, AdapterError, LostAnswer):
+        raise
+    except _FAILURES as error:
+        cause = error.__cause__
+        # A forced download that failed says only that it failed.
+        known = cause if type(error) is ValueError and isinstance(cause, LocalEntryNotFoundError) else error
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            place = str(cache_dir or constants.HF_HUB_CACHE)
+            raise OSError(error.errno, f"{repo_id}: {error.strerror}", place) from error
+        raise _clear(known, repo_id, revision, publishing) from error
 
 
-def _clear(error: Exception, repo_id: str, revision: str | None, publishing: bool) -> OSError:
+def _clear(error: BaseException, repo_id: str, revision: str | None, publishing: bool) -> OSError:
     site, at = constants.ENDPOINT, f"{repo_id} (revision {revision or MAIN})"
+    after = _NOTHING if publishing else "Try again."
+    said = _first_line(error.__cause__ or error)
     if isinstance(error, HFValidationError):
         return FileNotFoundError(
             f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {_first_line(error)}"
@@ -179,20 +288,25 @@ def _clear(error: Exception, repo_id: str, revision: str | None, publishing: boo
             f"name; if the repository is private, {_LOG_IN}."
         )
     if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(f"{repo_id} has no revision {revision!r}: name a branch, a tag, or a commit of it.")
+        if publishing and revision and not revision.startswith("refs/"):
+            return ConnectionError(f"{repo_id}: {site} made no branch {revision!r}, and gave no error. {after}")
+        return FileNotFoundError(_no_revision(repo_id, revision))
     if isinstance(error, RemoteEntryNotFoundError):
         name = os.path.basename(error.response.url.path)
         return FileNotFoundError(f"there is no {name} in {at}, so it is no merge adapter; look at {site}/{repo_id}.")
     if isinstance(error, LocalEntryNotFoundError):
-        return FileNotFoundError(_not_cached(at, error))
+        return _not_cached(error, repo_id, at)
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo_id, publishing)
     if isinstance(error, (HTTPError, ConnectionError, RuntimeError, TimeoutError)):
-        after = "Nothing was published; the same command again goes on." if publishing else "Try again."
-        return ConnectionError(
-            f"{repo_id}: the connection to {site} failed ({_first_line(error.__cause__ or error)}). {after}"
-        )
-    return error if isinstance(error, OSError) else OSError(str(error))
+        return ConnectionError(f"{repo_id}: the connection to {site} failed ({said}). {after}")
+    if isinstance(error, OSError) or type(error) is ValueError:  # the client's own words
+        return OSError(f"{repo_id}: {' '.join(str(error).split())}{f' {_NOTHING}' if publishing else ''}")
+    return ConnectionError(f"{repo_id}: {site} gave an answer that is not the Hub's ({said}). {after}")
+
+
+def _no_revision(repo_id: str, revision: str | None) -> str:
+    return f"{repo_id} has no revision {revision!r}: name a branch, a tag, or a commit of it."
 
 
 def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
@@ -207,14 +321,21 @@ def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
         return ConnectionError(f"{repo_id} is being changed by others all the time; try again.")
     if status < 500 and status not in (408, 429):
         return OSError(f"{repo_id}: the Hub refused: {said}")
-    return ConnectionError(f"{repo_id}: the Hub answered {status} ({said}); try again later.")
+    after = f" {_NOTHING}" if publishing else ""
+    return ConnectionError(f"{repo_id}: the Hub answered {status} ({said}); try again later.{after}")
 
 
-def _not_cached(at: str, error: LocalEntryNotFoundError) -> str:
-    """The client found nothing in its cache: nobody asked the Hub, or it gave no answer."""
-    if error.__cause__ is None or constants.is_offline_mode():
-        return f"{at} is not in the cache, and the Hub was not asked (offline): load it once with a connection."
-    return f"{at} is not in the cache, and {constants.ENDPOINT} cannot be reached ({_first_line(error.__cause__)})."
+def _not_cached(error: LocalEntryNotFoundError, repo_id: str, at: str) -> OSError:
+    """Why the client, which found nothing in its cache, has nothing from the Hub either."""
+    cause, site = error.__cause__, constants.ENDPOINT
+    if cause is None or constants.is_offline_mode():
+        return FileNotFoundError(
+            f"{at} is not in the cache, and the Hub was not asked (offline): load it once with a connection."
+        )
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
+        return _refused(cause, repo_id, publishing=False)
+    what = "gave an answer that is not the Hub's" if isinstance(cause, FileMetadataError) else "cannot be reached"
+    return FileNotFoundError(f"{at} is not in the cache, and {site} {what} ({_first_line(cause)}).")
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import signal
 import struct
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +127,7 @@ def test_an_adapter_of_another_width_of_embedding_says_so_itself(make_classifier
 
 
 def test_a_local_folder_is_not_recorded_as_the_backbone(make_classifier: Make, tmp_path: Path) -> None:
-    """A path means nothing to anybody else, and may say what it should not."""
+    """A path means nothing on another machine, and may be private."""
     make_classifier().save_pretrained(tmp_path / "base")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "base", merge=DTEMConfig(r=4))
     model.save_merge_adapter(tmp_path / "adapter")
@@ -359,7 +363,7 @@ def test_a_sound_folder_is_read_without_a_warning(folder: Path) -> None:
 def test_tensors_for_a_method_that_learns_nothing_are_refused(
     folder: Path, make_classifier: Make, pixels: Tensor, tmp_path: Path
 ) -> None:
-    """A config edited to say "tome" beside an embedding: an AdapterError, and the model is as it was."""
+    """A config edited to say "tome" beside an embedding: an AdapterError, and an unchanged model."""
     (folder / CONFIG_NAME).write_text(
         json.dumps(
             {**ToMeConfig(r=4).to_dict(), "backbone": {"model_type": "vit", "num_layers": 4, "hidden_size": 32}}
@@ -396,6 +400,97 @@ def test_a_header_that_is_too_large_is_not_read(folder: Path) -> None:
         MergeAdapter.from_pretrained(folder)
 
 
+def damage(folder: Path) -> None:
+    """Another finite number in the place of the last one: a file as sound as before."""
+    content = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(content[:-4] + struct.pack("<f", 1.0))
+
+
+def test_damaged_tensors_are_refused_by_their_digest(folder: Path, make_classifier: Make) -> None:
+    recorded = json.loads((folder / CONFIG_NAME).read_text())["tensors_sha256"]
+    damage(folder)
+    found = hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+    with pytest.raises(AdapterError, match=rf"{WEIGHTS_NAME} is not the file.*{found}, and {recorded} is recorded"):
+        MergeAdapter.from_pretrained(folder)
+    with pytest.raises(AdapterError, match="SHA-256"):
+        attach(make_classifier(), folder)
+
+
+@pytest.mark.parametrize("edit", [lambda v: v.pop("tensors_sha256"), lambda v: v.update(tensors_sha256=None)])
+def test_an_adapter_without_a_digest_loads(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    edit_config(folder, edit)
+    damage(folder)
+    assert MergeAdapter.from_pretrained(folder).tensors["layers.3.weight"][-1, -1] == 1.0
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "X" * 64, 3, ["0" * 64], "0" * 65])
+def test_a_digest_that_is_none_is_named(folder: Path, digest: Any) -> None:
+    edit_config(folder, lambda values: values.update(tensors_sha256=digest))
+    with pytest.raises(AdapterError, match="tensors_sha256="):
+        MergeAdapter.from_pretrained(folder)
+
+
+KILLED = """
+import os, signal, sys
+from dtem_hf import MergeAdapter
+
+old, new = (MergeAdapter.from_pretrained(folder) for folder in sys.argv[1:3])
+for number in range(10):  # each child is killed at another of its renames; the last one has none left
+    old.save_pretrained(sys.argv[3])
+    child = os.fork()
+    if not child:
+        renames = iter(range(number))
+        def hook(event, _):
+            if event == "os.rename" and next(renames, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        new.save_pretrained(sys.argv[3])
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    read = MergeAdapter.from_pretrained(sys.argv[3])
+    value = read.tensors["layers.0.bias"][0].item()
+    print(status, value == new.tensors["layers.0.bias"][0].item(), value == old.tensors["layers.0.bias"][0].item())
+"""
+
+
+def test_an_adapter_can_be_read_whenever_its_writer_is_killed(folder: Path, model: Any, tmp_path: Path) -> None:
+    """Config and tensors are two files, and neither must name the other's content while one of them is older."""
+    for parameter in model.merge_parameters():
+        parameter.data += 1
+    model.save_merge_adapter(tmp_path / "new", base_model="google/vit-tiny")
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "new"), str(tmp_path / "written")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    killed = [line[1:] for line in lines if line[0] == str(-signal.SIGKILL)]
+    assert len(lines) == 10 and 3 <= len(killed) < 10 and lines[-1] == ["0", "True", "False"]
+    assert killed[0] == ["False", "True"] and killed[-1] == ["True", "False"] and ["False", "False"] not in killed
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(folder: Path, make_classifier: Make) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    wide = attach(make_classifier(), DTEMConfig(r=9, embed_dim=24, init="random"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file too large is an error then, as a full disk is
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            wide.save_merge_adapter(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert raised.value.filename == str(folder / WEIGHTS_NAME) and len(str(raised.value).splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [10**400, -1, 0.5, True, float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size"])
+def test_numbers_of_the_backbone_are_bounded(folder: Path, name: str, number: Any) -> None:
+    edit_config(folder, lambda values: values["backbone"].update({name: number}))
+    with pytest.raises(AdapterError, match=rf"backbone\.{name}="):
+        MergeAdapter.from_pretrained(folder)
+
+
 def test_what_is_done_to_the_file_later_does_not_reach_the_adapter(folder: Path) -> None:
     before = MergeAdapter.from_pretrained(folder)
     expected = {key: tensor.clone() for key, tensor in before.tensors.items()}
@@ -425,7 +520,7 @@ def test_another_backbone_that_fits_gives_one_warning(recorded: Any, loaded: Any
     assert [str(warning.message).split(". ")[0] for warning in caught] == ([message] if message else [])
 
 
-def test_the_error_of_a_stranger_s_file_is_short_and_printable(folder: Path) -> None:
+def test_the_error_of_a_hostile_file_is_short_and_printable(folder: Path) -> None:
     edit_config(folder, lambda values: values.update({"\x1b[31m" + "x" * 5000: 1, "method": "\x1b[2J" * 100}))
     with pytest.raises(AdapterError) as raised:
         MergeAdapter.from_pretrained(folder)

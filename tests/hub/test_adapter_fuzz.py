@@ -1,4 +1,4 @@
-"""Adapter folders that somebody broke, or made to break something: each is read as a sound adapter or refused.
+"""Adapter folders that are damaged or hostile: each is read as a sound adapter or refused.
 
 The mutants are read by another process, which may not take more memory than a bound, and whose audit hook sees every
 file that is opened and every program that is started.
@@ -43,6 +43,7 @@ def sound_folder() -> Files:
         "backbone": {"model_type": "vit", "num_layers": 2, "hidden_size": 8, "base_model": "me/base"},
     }
     config["backbone"]["base_revision"] = "0" * 40  # type: ignore[index]
+    config["tensors_sha256"] = None
     shapes = {f"layers.{i}.{part}": shape for i in range(2) for part, shape in (("weight", [4, 8]), ("bias", [4]))}
     return {NAMES[0]: json.dumps(config).encode(), NAMES[1]: safetensors(shapes, lambda i: i / 7)}
 

@@ -281,10 +281,10 @@ class TestCard:
         client(PUBLISH, str(folder), "me/a", **ME)
         assert hub.files("me/a").items() >= model.items() and set(hub.files("me/a")) == {*PUBLISHED, *model}
 
-    def test_a_readme_that_somebody_puts_there_meanwhile_is_kept_too(self, hub, client, folder):
+    def test_a_readme_that_another_commit_adds_meanwhile_is_kept_too(self, hub, client, folder):
         def meanwhile(repo_id: str) -> None:
             hub.on_commit = None
-            hub.commit(repo_id, {"README.md": b"faster", "notes.txt": b"of somebody else"})
+            hub.commit(repo_id, {"README.md": b"faster", "notes.txt": b"another commit"})
 
         hub.create("me/a")
         hub.on_commit = meanwhile
@@ -300,7 +300,7 @@ class TestCard:
             client(PUBLISH, str(folder), "me/a", **ME)
         assert set(hub.files("me/a")) == {"count"}
 
-    def test_a_card_that_nobody_edited_names_the_repository(self, hub, client, folder):
+    def test_a_card_that_was_not_edited_names_the_repository(self, hub, client, folder):
         assert 'merge="user/repo"' in (folder / "README.md").read_text()
         client(PUBLISH, str(folder), "me/a", **ME)
         assert b'merge="me/a"' in hub.files("me/a")["README.md"]

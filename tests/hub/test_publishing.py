@@ -1,17 +1,22 @@
-"""What of a folder would be published, and what is read from the card of a stranger. (Pushes are in test_hub.py.)"""
+"""What of a folder would be published, and what is read from a downloaded card. (Pushes are in test_hub.py.)"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from dtem_hf import DTEMConfig, attach
-from dtem_hf.hub.folder_card import folder_card, refreshed_card
+from dtem_hf import DTEMConfig, MergeAdapter, attach
+from dtem_hf.errors import AdapterError, BadValue
+from dtem_hf.hub.folder_card import folder_card, refreshed_card, write_card
 from dtem_hf.hub.publishing import card_results, published_files
 
 
@@ -53,7 +58,98 @@ def test_pictures_go_with_the_card_that_shows_them(folder: Path) -> None:
     assert {name for name in files if name.endswith(("png", "jpg"))} == {"own.jpg"}
 
 
-def test_a_card_follows_its_folder_until_somebody_edits_it(folder: Path) -> None:
+def device_link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(3 << 30)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fails where the block waits for ever, or takes memory."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+FILES = ["merge_config.json", "merge_adapter.safetensors", "README.md", "evaluation.json", "training.json", "own.png"]
+
+
+def replace_file(folder: Path, name: str, make: Callable[[Path], object]) -> None:
+    """Put something else in the place of a file; a picture is shown by the card."""
+    if name == "own.png":
+        (folder / "README.md").write_text("![mine](own.png)")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("make", [os.mkfifo, device_link, sparse], ids=lambda make: make.__name__)
+def test_what_is_no_file_of_reasonable_size_is_not_published(
+    folder: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    replace_file(folder, name, make)
+    with bounded(), pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        published_files(folder)
+
+
+@pytest.mark.parametrize("name", ["merge_config.json", "merge_adapter.safetensors", "README.md"])
+@pytest.mark.parametrize("make", [os.mkfifo, device_link, sparse], ids=lambda make: make.__name__)
+def test_what_is_no_file_of_reasonable_size_is_not_read(
+    folder: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    replace_file(folder, name, make)
+    with bounded():
+        if name == "README.md":  # an adapter loads without its card
+            assert card_results(str(folder)) == []
+            assert MergeAdapter.from_pretrained(folder).embed_dim == 8
+        else:
+            with pytest.raises(AdapterError, match=name.replace(".", r"\.")):
+                MergeAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_not_followed_out_of_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    """Not even to a file that would do."""
+    sound = {"evaluation.json": None, "training.json": '{"steps": 7}', "own.png": "a picture"}
+    private = tmp_path / "private"
+    if name in sound:
+        private.write_text(sound[name] or "{}")
+    else:
+        private.write_bytes((folder / name).read_bytes())
+    replace_file(folder, name, lambda path: path.symlink_to(private))
+    with pytest.raises(BadValue, match=r"in the folder itself, and no link"):
+        published_files(folder)
+
+
+def test_tokens_and_folders_in_a_config_are_not_published(folder: Path) -> None:
+    """The name of the backbone, say, where a token was given for it."""
+    token = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
+    config = json.loads((folder / "merge_config.json").read_text())
+    config["backbone"].update(base_model=token, model_type=token, base_revision="/home/alice/models/tiny")
+    (folder / "merge_config.json").write_text(json.dumps(config))
+    (folder / "README.md").unlink()
+    everything = b"".join(published_files(folder, "me/a").values())
+    assert b"AbCdEf" not in everything and b"alice" not in everything
+    card_path = write_card(folder)
+    assert "AbCdEf" not in card_path.read_text() and "alice" not in card_path.read_text()
+
+
+def test_a_card_follows_its_folder_until_it_is_edited(folder: Path) -> None:
     with refreshed_card(folder):
         (folder / "training.json").write_text('{"steps": 7}')
     assert "- Steps: 7" in (folder / "README.md").read_text()

@@ -65,7 +65,11 @@ class User:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match: a status, a delay, a connection cut after bytes."""
+    """What goes wrong with the next `times` requests that match: a status, a delay, a connection cut after bytes.
+
+    `body` is answered in place of what the Hub would say, and `headers` in place of its own. With `carried_out`, the
+    Hub does what was asked, and its answer is lost. An `endless` body has no length and does not end.
+    """
 
     method: str
     path: str
@@ -73,6 +77,10 @@ class Fault:
     status: int | None = None
     delay: float = 0.0
     cut_after: int | None = None
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    carried_out: bool = False
+    endless: bool = False
 
 
 class LoopbackHub:

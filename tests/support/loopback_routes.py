@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        fault = self.hub.take_fault(self.command, unquote(url.path))
+        fault = self.fault = self.hub.take_fault(self.command, unquote(url.path))
         self.cut_after: int | None = None
         if fault is not None:
             time.sleep(fault.delay)
@@ -71,8 +71,12 @@ class Handler(BaseHTTPRequestHandler):
                 self._cut(0)
                 return
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if fault is not None and fault.status is not None:
-                raise Refused(fault.status, "this is a fault", **{"Retry-After": "0"})
+            if fault is not None and not fault.carried_out:
+                if fault.body is not None:
+                    self._send(200, b"", {})
+                    return
+                if fault.status is not None:
+                    raise Refused(fault.status, "this is a fault", **{"Retry-After": "0"})
             self.query = parse_qs(url.query)
             self.user = self._user(url.path)
             for method, pattern, name in _ROUTES:
@@ -96,6 +100,17 @@ class Handler(BaseHTTPRequestHandler):
         return user
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        fault = self.fault
+        if fault is not None and fault.body is not None:
+            status, body, headers = fault.status or 200, fault.body, {"Content-Type": "text/html"}
+        elif fault is not None and fault.carried_out:
+            self._cut(0)
+            return
+        if fault is not None:
+            headers = {**headers, **fault.headers}
+            if fault.endless:
+                self._send_without_end(status, body, headers)
+                return
         # Written down first: when the client has its answer, a test may look.
         out = b"" if self.command == "HEAD" else body if self.cut_after is None else body[: self.cut_after]
         name = self.user.name if getattr(self, "user", None) else None
@@ -108,6 +123,23 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(out)
         if self.cut_after is not None:
             self.close_connection = True
+
+    def _send_without_end(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """Send up to 256 MB, until the client hangs up."""
+        self.close_connection = True
+        self.send_response(status)
+        for key, value in {**headers, "Connection": "close"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        seen = Seen(self.command, self.path, None, status, 0, None, False)
+        self._see(seen)
+        try:
+            self.wfile.write(body)
+            for _ in range(256):
+                self.wfile.write(bytes(1 << 20))
+                seen.sent += 1 << 20
+        except OSError:
+            return  # the client hung up
 
     def _cut(self, status: int) -> None:
         self._see(Seen(self.command, self.path, None, status, 0, None, False))
@@ -230,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
     def paths_info(self, repo: str, rev: str) -> None:
         found = self._repo(repo)
         files = found.commits[self._at(found, rev)].files
-        wanted = json.loads(self.body)["paths"]
+        wanted = parse_qs(self.body.decode())["paths"]
         self._json([describe(path, files[path]) for path in wanted if path in files])
 
     # Uploads
