@@ -28,8 +28,8 @@ from ..models.auto import auto_class
 from ..programs.arguments import option, parse_arguments, parse_reduction
 from ..programs.conditions import command, data_name, hardware, versions
 from ..training.captioned_images import CaptionedImages, Images, hold_out
+from ..training.tasks.caption_task import CaptionCollate
 from ..training.tasks.captioning import MODEL_INPUTS, caption_losses
-from ..training.tasks.captions import CaptionCollate
 from .classification import describe_model, evaluation_device
 from .variants import make_variants, method_names, run_in_turn
 

@@ -24,6 +24,14 @@ def option(help: str, **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"help": help}, **kwargs)
 
 
+def at_least(arguments: Any, low: float, *names: str) -> None:
+    """Raise ValueError for the first option below `low`; None is no value and passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= low:
+            raise BadValue(name, value, f"{low} or more")
+
+
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
     """Read a dataclass from a command line; `--config FILE` is a YAML file whose values the other options override.
 

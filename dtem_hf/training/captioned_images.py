@@ -1,22 +1,17 @@
-"""Images with captions to learn from: one of an image's captions per epoch; and to validate on: all of them."""
+"""Images with captions: for training, one caption of each image per epoch; for validation, all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..data.augmentation import augmented_pixels
-from ..data.captions import CaptionedImage, has_splits, read_annotations
-from ..errors import BadValue
+from ..data.captions import CaptionedImage
 from ..evaluation.captions_generation import CaptionImages
-
-
-if TYPE_CHECKING:
-    from .arguments import TrainArguments
 
 
 Images = Mapping[int, CaptionedImage]
@@ -70,32 +65,6 @@ class CaptionedImages(torch.utils.data.Dataset):
             "index": index,
             "epoch": epoch,
         }
-
-
-def load_captioned_images(arguments: TrainArguments, processor: Any) -> tuple[CaptionedImages, CaptionedImages]:
-    """What to learn from and what to validate on, as the options say.
-
-    Raises FileNotFoundError or ValueError that names the option, the entry or the image.
-    """
-    a = arguments
-    if a.captions is None:
-        raise BadValue("captions", None, "COCO's annotations, Karpathy's JSON, or a table of image and caption")
-    splits = has_splits(a.captions)
-    images: Images = read_annotations(a.captions, a.split if splits else None)
-    if a.validation_captions is not None or splits:
-        path = a.validation_captions or a.captions
-        validation_split = {"validation": "val"}.get(a.validation_split, a.validation_split)
-        held_out: Images = read_annotations(path, validation_split if has_splits(path) else None)
-        _, held_out = hold_out(held_out, min(a.validation_size, len(held_out)))
-    else:
-        if a.validation_size >= len(images):
-            raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} captioned images")
-        images, held_out = hold_out(images, a.validation_size)
-    validation_folder = Path(a.validation_data or a.data)
-    return (
-        CaptionedImages(images, Path(a.data), processor, a.seed, a.augmentation),
-        CaptionedImages(held_out, validation_folder, processor, every_caption=True),
-    )
 
 
 def hold_out(images: Images, size: int) -> tuple[Images, Images]:

@@ -42,7 +42,7 @@ def test_last_line_that_was_being_written_is_forgotten(options, finish_processes
     expected = outcome(options["output_dir"])
     metrics = Path(options["output_dir"], "metrics.jsonl")
     metrics.write_text(metrics.read_text() + '{"step": 6, "lo')
-    assert "going on from" in finish_processes(options)[0]
+    assert "resuming from" in finish_processes(options)[0]
     assert outcome(options["output_dir"]) == expected
 
 

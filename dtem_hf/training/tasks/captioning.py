@@ -1,4 +1,4 @@
-"""Captioning models (GIT, BLIP): the language model's loss on captions that people wrote."""
+"""Task `captioning`: a captioning model (GIT, BLIP) learns from its own loss on captions written by people."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import AutoConfig
 from ...errors import BadValue
 from ...models.auto import auto_class
 from .base import kl_to
-from .captions import CaptionTask
+from .caption_task import CaptionTask
 
 
 MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
 class Captioning(CaptionTask):
-    """The model's own loss; it needs `captions`, and the images they are about in the folder `data`.
+    """Needs the option `captions`, and their images in the folder `data`.
 
-    `distillation_weight` of the loss is the divergence of the words' probabilities from the unmerged model's.
+    A share `distillation_weight` of the loss is the divergence of word probabilities from the unmerged model's.
     """
 
     name: ClassVar[str] = "captioning"
@@ -43,6 +43,10 @@ class Captioning(CaptionTask):
         target = self.unmerged(plain_model, **inputs).logits
         return (1 - weight) * output.loss + weight * word_divergence(target, output.logits, batch["labels"])
 
+    def num_terms(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The number of words that the model predicts."""
+        return (batch["labels"][:, 1:] != -100).sum()
+
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         output = self.unmerged(plain_model, **{name: batch[name] for name in MODEL_INPUTS})
         return caption_losses(output.logits, batch["labels"])
@@ -53,7 +57,7 @@ class Captioning(CaptionTask):
         return {"loss": caption_losses(output.logits, batch["labels"]), "unmerged_loss": reference}
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds `ratio`, of the loss to the unmerged model's."""
+        """Adds `ratio`: the loss, divided by the unmerged model's."""
         return {**means, "ratio": means["loss"] / means["unmerged_loss"]}
 
 

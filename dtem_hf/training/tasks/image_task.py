@@ -1,11 +1,11 @@
-"""What the tasks on images alone have in common: where the images come from; and the figures of classifiers."""
+"""The bases of the tasks on images: their data, and the figures of classifiers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,21 +29,19 @@ class ImageTask(Task):
     """Base of tasks that learn from images, with labels or without."""
 
     def load_data(self, model: Any) -> TaskData:
-        a = self.arguments
-        options: dict[str, Any] = {
-            "processor": load_processor(a.model),
-            "num_labels": self.num_labels(model),
-            "seed": a.seed,
-        }
-        rows: IterableDataset | None = None
+        a, labels = self.arguments, self.num_labels(model)
+        images, rows = None, None
         if a.streaming:
-            images, held_out, rows = None, self._validation_images(), stream_images(a.data, a.split)
+            held_out, rows = self._validation_images(), stream_images(a.data, a.split)
         else:
             images = load_images(a.data, a.split)
-            check_labels(images, self.num_labels(model))
-            whole = a.validation_data is not None
-            images, held_out = (images, self._validation_images()) if whole else self._split(images)
-        check_labels(held_out, self.num_labels(model))
+            check_labels(images, labels)
+            if a.validation_data is None:
+                images, held_out = self._split(images)
+            else:
+                held_out = self._validation_images()
+        check_labels(held_out, labels)
+        options: dict[str, Any] = {"processor": load_processor(a.model), "num_labels": labels, "seed": a.seed}
         return TaskData(
             ProcessedImages(images, augmentation=a.augmentation, **options),
             ProcessedImages(held_out, **options),
@@ -56,7 +54,7 @@ class ImageTask(Task):
         a = self.arguments
         if a.validation_size >= len(images):
             raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} images of the data")
-        # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
+        # A fixed seed: runs with other seeds are compared on the same images.
         parts = images.train_test_split(test_size=a.validation_size, seed=0)
         return parts["train"], parts["test"]
 
@@ -66,7 +64,7 @@ class ImageTask(Task):
             raise BadValue(
                 "validation_data",
                 None,
-                "images to validate on (perhaps the same, of another split): of a stream, none are held out",
+                "images to validate on (perhaps another split of the same data): no images of a stream are held out",
             )
         if a.streaming:
             rows = stream_images(a.validation_data, a.validation_split).shuffle(seed=0, buffer_size=a.shuffle_buffer)
@@ -75,11 +73,11 @@ class ImageTask(Task):
         return held_out.select(range(min(a.validation_size, len(held_out))))
 
     def num_labels(self, model: Any) -> int | None:
-        """How many classes there are; None where labels are not looked at."""
+        """The number of classes; None where labels are not used."""
         return None
 
     def mixed(self, batch: dict[str, Tensor]) -> Mixed:
-        """The batch under mixup and cutmix, as the options say. What is drawn depends on the batch's first item."""
+        """The batch under mixup and cutmix. The draw depends on the batch's first item."""
         a = self.arguments
         key = (a.seed, int(batch["epoch"][0]), int(batch["index"][0])) if a.mixup or a.cutmix else ()
         return mix(batch["pixel_values"], a.mixup, a.cutmix, key)
@@ -97,8 +95,8 @@ class ClassifierTask(ImageTask):
             raise BadValue(
                 "model",
                 a.model,
-                f"a trained classifier, and this one lacks {min(info['missing_keys'])}; an encoder without a head is "
-                "taught by --task feature_distillation",
+                f"a trained classifier, and this one lacks {min(info['missing_keys'])}; for an encoder without a "
+                "head, use --task feature_distillation",
             )
         return model
 

@@ -1,0 +1,32 @@
+"""The processes of one launch: whether they know each other, and the device of this one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def known_processes() -> PartialState:
+    """This process among those that were launched together. Raises RuntimeError where Accelerate sees fewer."""
+    state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched and Accelerate sees {state.num_processes}: "
+            "without an accelerator, set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    return state
+
+
+def processes() -> Accelerator:
+    """As `known_processes`, with Accelerate's functions."""
+    known_processes()
+    return Accelerator()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; `auto` takes an accelerator if there is one."""
+    return processes().device if name == "auto" else torch.device(name)
