@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from ..data.captions import CaptionedImage
-from ..data.images import naming_unreadable
+from ..data.images import files_digest, naming_unreadable
 from ..errors import BadValue
 from ..families import find_backbone
 from ..models.vision import image_part
@@ -57,6 +57,11 @@ class CaptionImages(torch.utils.data.Dataset):
         path = self._path(self.captioned(index))
         with naming_unreadable(path.name, index), Image.open(path) as image:
             return image.convert("RGB")
+
+    def digest(self) -> str:
+        """A short hash of what is read: ids, names and sizes of all images, and the content of 2,000 of them."""
+        paths = [self._path(image) for image in self.images.values()]
+        return files_digest(((f"{i}:{path.name}", path) for i, path in zip(self.ids, paths, strict=True)), len(self))
 
     def _path(self, image: CaptionedImage) -> Path:
         path = (self.folder / image.file_name).resolve()

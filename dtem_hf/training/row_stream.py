@@ -73,7 +73,7 @@ class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
         used = self._start["used"]
         batch: list[tuple[int, int, dict[str, Any]]] = []
         number = 0
-        for block in self._read_ahead():
+        for block in self._read_ahead() if self.num_batches else ():
             order = np.random.default_rng((self.seed, self.rank, block.first)).permutation(len(block.rows))
             for place in range(used, len(order)):
                 # Other processes use the numbers in between, so that no two images get the same augmentation.

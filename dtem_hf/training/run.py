@@ -29,6 +29,7 @@ from ..hub.adapter import MergeAdapter
 from ..hub.card import TRAINING_NAME, refreshed_card
 from ..models.attach import load_embedding
 from ..programs.conditions import command, data_name, hardware, versions
+from ..programs.identity import weights_digest
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
@@ -72,8 +73,12 @@ class Run:
         self.task, self.curriculum = make_task(a.task, a), Curriculum(a)
         set_seed(a.seed)
         self.model = self.task.load_model()
+        plain = {name: value for name, value in self.model.state_dict().items() if "merge_embedding" not in name}
+        self.identity = {"model": weights_digest(plain)}
         if a.start_from:
-            load_embedding(self.model, MergeAdapter.from_reference(a.start_from))
+            adapter = MergeAdapter.from_reference(a.start_from)
+            load_embedding(self.model, adapter)
+            self.identity["start_from"] = weights_digest(adapter.tensors)
         if a.train_backbone:
             self.task.keep_teacher(self.model)
             # The adapter is for the trained backbone, and not for the one that training began with.
@@ -83,6 +88,7 @@ class Run:
         if a.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.data = self.task.load_data(self.model)
+        self.identity |= self.data.identity
         self._count_steps()
         self.feed = make_feed(a, self.accelerator, self.data)
         held_out = loader(a, self.data, self.data.validation, batch_size=a.batch_size)
@@ -270,7 +276,9 @@ class Run:
             "unreadable": self.unreadable,
             "position": self.feed.state_after(self.step),
             "images_per_step": self.images_per_step,
+            "run_id": self.metrics.run_id,
             "arguments": asdict(self.arguments),
+            "identity": self.identity,
         }
         return checkpoints.save(
             self.accelerator, self.output / "checkpoints", self.step, state, self.arguments.keep_checkpoints
@@ -304,10 +312,11 @@ class Run:
         found = checkpoints.complete(folder)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
-            check_same_run(self.arguments, self.images_per_step, state)
+            check_same_run(self.arguments, self.images_per_step, self.identity, state)
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
             self.unreadable, self.position = state["unreadable"], state["position"]
             self.validation_due = state["validation_due"]
+            self.metrics.run_id = state.get("run_id", self.metrics.run_id)
             self.accelerator.print(f"resuming from {found[-1]} (step {self.step} of {self.arguments.steps})")
         self.metrics.start(asdict(self.arguments), self.step)
 

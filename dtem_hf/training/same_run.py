@@ -19,8 +19,13 @@ _WITHOUT_EFFECT = {
 }
 
 
-def check_same_run(arguments: TrainArguments, images_per_step: int, state: dict[str, Any]) -> None:
-    """Raise ValueError that names the first option that differs from the checkpoint's run."""
+def check_same_run(
+    arguments: TrainArguments, images_per_step: int, identity: dict[str, str], state: dict[str, Any]
+) -> None:
+    """Raise ValueError that names the first option, or content of an option, that differs from the checkpoint's run.
+
+    `identity` has a digest of what was read, by option.
+    """
     advice = f"choose another output_dir than {arguments.output_dir}, or pass --resume never to start over"
     before = state["arguments"]
     for name, value in asdict(arguments).items():
@@ -33,3 +38,7 @@ def check_same_run(arguments: TrainArguments, images_per_step: int, state: dict[
             f"batch_size × gradient_accumulation_steps × processes is {images_per_step}, and this run was started "
             f"with {state['images_per_step']}; go on with that, {advice}",
         )
+    for name, found in identity.items():
+        if state.get("identity", {}).get(name, found) != found:
+            what = f"what this run was started with, and its content has changed since; restore it, {advice}"
+            raise BadValue(name, getattr(arguments, name, arguments.model), what)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +29,37 @@ def wanted_trackers(report_to: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def new_run_id(output: Path) -> str:
+    """A new id for trackers: the folder's name in letters that all of them accept, and a random part."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", output.absolute().name).strip("-.")[:48] or "run"
+    return f"{name}-{uuid.uuid4().hex[:8]}"
+
+
 class Metrics:
     """Figures by step. Timings go to trackers only, so that `metrics.jsonl` is the same in every repetition."""
 
     def __init__(self, accelerator: Accelerator, output: Path) -> None:
         self.accelerator, self.output = accelerator, output
         self.path = output / METRICS_NAME
+        self.run_id = new_run_id(output)
 
     def start(self, arguments: dict[str, Any], step: int) -> None:
-        """Delete the figures of steps after `step`, where the run resumes (0: all figures), and open the trackers."""
+        """Delete the figures of steps after `step`, where the run resumes (0: all figures), and open the trackers.
+
+        A run that resumes has set `run_id` to its first one before.
+        """
         if self.accelerator.is_main_process:
             self._delete_after(step)
         if not self.accelerator.log_with:
             return
-        name = self.output.name or "train"
         self.accelerator.init_trackers(
             "dtem-hf",
             config={key: _plain(value) for key, value in arguments.items()} if step == 0 else None,
             init_kwargs={
                 # Steps after the checkpoint are logged again; they replace those of the run that was cut off.
                 "tensorboard": {"purge_step": step + 1} if step else {},
-                "trackio": {"name": name, "resume": "allow", "auto_log_gpu": False},
-                "wandb": {"name": name, "id": name, "resume": "allow", "dir": str(self.output)},
+                "trackio": {"name": self.run_id, "resume": "allow", "auto_log_gpu": False},
+                "wandb": {"name": self.run_id, "id": self.run_id, "resume": "allow", "dir": str(self.output)},
             },
         )
 

@@ -29,11 +29,13 @@ class TaskData:
 
     Both sets have a length and are indexed by i or (epoch, i): every random draw for an item depends on these alone.
     Items hold `index`. Where `rows` is a stream, `train` has no length and is indexed by (epoch, number, row).
+    `identity` has a digest of all that was read, by option: a run resumes with the same data only.
     """
 
     train: Any
     validation: Any
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    identity: dict[str, str]
     rows: IterableDataset | None = None
     num_images: int | None = None
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ...data.captions import has_splits, read_annotations
 from ...data.images import load_processor
 from ...errors import BadValue
+from ...programs.identity import digest
 from ..captioned_images import CaptionedImages, Images, hold_out
 from ..task_arguments import TaskArguments
 from .base import Task, TaskData
@@ -22,8 +23,15 @@ class CaptionTask(Task):
     """Base of tasks that learn from images with captions: in each epoch, one caption of every image is drawn."""
 
     def load_data(self, model: Any) -> TaskData:
-        train, validation = load_captioned_images(self.arguments, load_processor(self.arguments.model))
-        return TaskData(train, validation, self.make_collate(self.load_tokenizer()))
+        processor, tokenizer = load_processor(self.arguments.model), self.load_tokenizer()
+        train, validation = load_captioned_images(self.arguments, processor)
+        identity = {
+            "data": train.images.digest(),
+            "validation_data": validation.images.digest(),
+            "captions": digest([[i.captions for i in data.images.images.values()] for data in (train, validation)]),
+            "model's processor and tokenizer": digest([processor.to_dict(), tokenizer.get_vocab()]),
+        }
+        return TaskData(train, validation, self.make_collate(tokenizer), identity)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer in the model's folder or repository."""

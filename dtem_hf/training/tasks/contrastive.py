@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForZeroShotImageClassification
 
 from ...errors import BadValue
 from ...models.attach import attach, detach
+from ...programs.identity import weights_digest
 from ..task_arguments import TaskArguments
-from .base import kl_to
+from .base import TaskData, kl_to
 from .caption_task import CaptionCollate, CaptionTask
 
 
@@ -53,6 +54,11 @@ class Contrastive(CaptionTask):
         encoder.name_or_path = self.whole.name_or_path
         encoder.config._commit_hash = getattr(config, "_commit_hash", None)
         return encoder
+
+    def load_data(self, model: Any) -> TaskData:
+        data = super().load_data(model)
+        data.identity["model's text encoder"] = weights_digest(self.whole.text_model.state_dict())
+        return data
 
     def make_collate(self, tokenizer: Any) -> CaptionCollate:
         longest = self.whole.config.text_config.max_position_embeddings

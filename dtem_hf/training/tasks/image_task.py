@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ...data.images import (
     ProcessedImages,
     check_labels,
     collate,
+    data_digest,
+    files_digest,
     first_rows,
     load_images,
     load_processor,
@@ -21,6 +24,7 @@ from ...data.images import (
 )
 from ...errors import BadValue
 from ...models.auto import AutoModelForImageClassification
+from ...programs.identity import digest
 from ..mixing import Mixed, mix
 from .base import Task, TaskData, kl_to
 
@@ -41,11 +45,18 @@ class ImageTask(Task):
             else:
                 held_out = self._validation_images()
         check_labels(held_out, labels)
-        options: dict[str, Any] = {"processor": load_processor(a.model), "num_labels": labels, "seed": a.seed}
+        processor = load_processor(a.model)
+        options: dict[str, Any] = {"processor": processor, "num_labels": labels, "seed": a.seed}
+        identity = {
+            "data": _folder_digest(Path(a.data)) if images is None else data_digest(images),
+            "validation_data": data_digest(held_out),
+            "model's processor": digest(processor.to_dict()),
+        }
         return TaskData(
             ProcessedImages(images, augmentation=a.augmentation, **options),
             ProcessedImages(held_out, **options),
             collate,
+            identity,
             rows,
             None if rows is None else num_images(rows, a.split),
         )
@@ -121,3 +132,9 @@ class ClassifierTask(ImageTask):
             "top1": (100.0 * (best == labels)).masked_fill(unlabelled, torch.nan),
             "cross_entropy": cross_entropy.masked_fill(unlabelled, torch.nan),
         }
+
+
+def _folder_digest(folder: Path) -> str:
+    """A short hash of the files that a stream may read; of a data set on the Hub, only its name is known."""
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    return files_digest(((path.relative_to(folder).as_posix(), path) for path in files), len(files))
