@@ -111,7 +111,7 @@ def test_a_stream_is_known_by_its_files(options, started):
         train(TrainArguments(**run))
 
 
-def test_files_that_were_x_are_no_change(options, started):
+def test_files_that_were_touched_are_no_change(options, started):
     run = started(options)
     shutil.rmtree(Path(run["output_dir"], "checkpoints", "step-00000006"))
     for part in Path(run["data"]).iterdir():
