@@ -142,6 +142,14 @@ class DecoupledEmbedding(nn.Module):
         lost = norms().clamp(min=_SMALLEST_NORM) / norms_of(x).clamp(min=_SMALLEST_NORM)
         return (x * lost.pow(self.norms[layer]().to(x.device, torch.float32))).to(x.dtype)
 
+    def zero(self) -> Tensor | None:
+        """A zero that depends on every parameter that learns: added to an output, it gives each a gradient, if only 0.
+
+        None where nothing learns. DistributedDataParallel waits for the gradients of all parameters.
+        """
+        learning = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        return 0 * torch.stack([p.sum(dtype=torch.float32) for p in learning]).sum() if learning else None
+
     def aggregation_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that say how merged tokens count; all others say how tokens compare."""
         yield from self.exponents.parameters()

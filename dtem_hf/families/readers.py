@@ -103,12 +103,19 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
         last = last[:, : state.num_active]
     if reader in ("mean", "masked_mean"):
         last = weigh_tokens(last, state, unmerge)
-    if isinstance(output, tuple):
-        others = output[1:]
-        return (last, *(_unmerge_recorded(part, state) for part in others)) if unmerge else (last, *others)
-    output[next(iter(output))] = last
+    output = with_last(output, last)
+    if unmerge and isinstance(output, tuple):
+        return (last, *(_unmerge_recorded(part, state) for part in output[1:]))
     if unmerge and output.get("hidden_states") is not None:
         output["hidden_states"] = _unmerge_recorded(output["hidden_states"], state)
+    return output
+
+
+def with_last(output: Any, last: Tensor) -> Any:
+    """An encoder's output with another last hidden state."""
+    if isinstance(output, tuple):
+        return (last, *output[1:])
+    output[next(iter(output))] = last
     return output
 
 

@@ -16,7 +16,7 @@ from ..configuration import MergeConfig
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, check_attention_implementation
-from ..families.readers import ScopedForward, returned
+from ..families.readers import ScopedForward, returned, with_last
 from ..methods import Method
 from ..schedule import EncoderCost, MergePlan
 from ..scope import Scope, current_scope, open_scope
@@ -99,9 +99,17 @@ class EncoderMerging(Renamed, ScopedForward):
             state.finished = True
             if state.changed:
                 output = returned(output, state, wanted.reader, unmerge)
+            output = self._reaching_all(output, state)
         wanted.state = state
         wanted.num_tokens += output[0].shape[1]
         return output
+
+    def _reaching_all(self: Any, output: Any, state: TokenState) -> Any:
+        """In training, an output that depends on all learned parameters: some layers merge nothing."""
+        if not (self.training and torch.is_grad_enabled() and state.embedding is not None):
+            return output
+        zero = state.embedding.zero()
+        return output if zero is None else with_last(output, output[0] + zero.to(output[0]))
 
     def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:
         merging = self.merging

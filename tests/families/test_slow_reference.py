@@ -168,7 +168,7 @@ def test_gradients_equal_those_of_the_slow_reference(row: Row, method: str) -> N
             assert error < 1e-4, (name, float(error))
             compared += "merge_embedding" in name
         elif method == "aggregated" and "merge_embedding.layers" in name_of(name):
-            assert parameter.grad is None, name
+            assert parameter.grad is None or not parameter.grad.any(), name
     assert compared >= 2
 
 

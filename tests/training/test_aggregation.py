@@ -50,7 +50,7 @@ def test_lengths_are_given_back_in_full_at_a_share_of_one(make_classifier, pixel
     embedding = model.vit.merge_embedding
     x = torch.tensor([[[0.5, 0.5], [3.0, 4.0]]])
     for share, length in ((0.0, 0.5**0.5), (0.5, 0.5**0.25), (1.0, 1.0)):
-        embedding.norms[1].data.fill_(share)
+        embedding.norms[1].value.data.fill_(share)
         found = embedding.lengthen(1, x, lambda: torch.tensor([[[1.0], [5.0]]]))
         assert found[0, 0].norm().item() == pytest.approx(length, abs=1e-6)
         assert torch.equal(found[0, 1], x[0, 1])
@@ -76,7 +76,7 @@ def test_an_adapter_brings_it_along(make_classifier, pixels, tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(logits(again, pixels), logits(model, pixels))
-    with pytest.raises(BadValue, match="learn_norms=False: True, as the embedding in the checkpoint"):
+    with pytest.raises(BadValue, match="learn_norms=False: True, as the embedding was learned"):
         AutoModelForImageClassification.from_pretrained(
             tmp_path / "model", merge=DTEMConfig(r=5, learn_exponents=True)
         )
@@ -130,8 +130,8 @@ def test_it_has_a_learning_rate_of_its_own_and_no_weight_decay(vit_folder):
     arguments = TrainArguments(model="m", data="d", lr=1e-3, aggregation_lr=3e-2, **LEARN)
     comparing, counting = optimizer_groups(model, arguments)
     embedding = model.vit.merge_embedding
-    assert {id(p) for p in counting["params"]} == {id(p) for p in (*embedding.exponents, *embedding.norms)}
-    assert {id(p) for p in comparing["params"]} == {id(p) for p in embedding.layers.parameters()}
+    assert {id(p) for p in counting["params"]} == {id(p) for p in embedding.aggregation_parameters()}
+    assert {id(p) for p in comparing["params"]} == {id(p) for p in embedding.projections.parameters()}
     assert (comparing["lr"], counting["lr"], counting["weight_decay"]) == (1e-3, 3e-2, 0.0)
 
 

@@ -69,7 +69,8 @@ def test_straight_through_removes_tokens_and_reaches_the_embedding(vit_folder):
     ids=lambda changes: next(iter(changes)),
 )
 def test_runs_learn_and_are_measured_as_they_will_be_used(changes, options):
-    summary = train(TrainArguments(**{**options, **changes, "steps": 60, "lr": 0.02, "init": "random"}))
+    """From a random start that is not near the best already, as that of some seeds is."""
+    summary = train(TrainArguments(**{**options, **changes, "steps": 60, "lr": 0.02, "init": "random", "seed": 2}))
     lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 60 and sum(losses[-20:]) < sum(losses[:20])
