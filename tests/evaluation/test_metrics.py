@@ -1,19 +1,19 @@
-"""The shipped `evaluate` modules against loops over the examples."""
+"""The shipped metrics against loops over the examples."""
 
 import numpy as np
 import pytest
 
-from dtem_hf.evaluation.metrics import load_metric
+from dtem_hf.evaluation.metrics import CalibrationError, TopKAccuracy
 
 
 @pytest.fixture(scope="module")
 def accuracy():
-    return load_metric("TopKAccuracy")
+    return TopKAccuracy()
 
 
 @pytest.fixture(scope="module")
 def calibration():
-    return load_metric("CalibrationError")
+    return CalibrationError()
 
 
 def test_top_k_is_a_label_among_the_k_largest_scores(accuracy):
