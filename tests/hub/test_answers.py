@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from loopback_hub import Fault
 
 from dtem_hf import AdapterError, DTEMConfig, MergeAdapter
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.hub.facts import BackboneFacts
 from dtem_hf.hub.layout import WEIGHTS_NAME
+from tests.support.loopback_hub import Fault
 
 
 LOAD = "dtem_hf:MergeAdapter.from_pretrained"
@@ -168,7 +168,7 @@ class TestPush:
 
     def test_the_command_says_it_in_one_line(self, hub, client, folder):
         hub.faults.append(Fault("POST", "/api/validate-yaml", times=9, body=HTML))
-        code, out, err = client("hub_client:run_command", "push", str(folder), "me/a", token="hf_me")
+        code, out, err = client("tests.support.hub_client:run_command", "push", str(folder), "me/a", token="hf_me")
         assert (code, out) == (1, "") and len(err.splitlines()) == 1 and "me/a" in err
 
 
@@ -259,5 +259,5 @@ class TestLoad:
     def test_a_full_disk_names_the_cache(self, hub, client, cache, published):
         """By a limit on the size of files, which gives the same kind of error."""
         with pytest.raises(OSError) as error:
-            client("hub_client:with_small_files", LOAD, "me/a", **cache)
+            client("tests.support.hub_client:with_small_files", LOAD, "me/a", **cache)
         assert cache["cache_dir"] in message_of(error)
