@@ -1,9 +1,9 @@
-"""The whole way in a few minutes on a laptop's CPU: train a ViT, learn what to merge, measure, save, load again.
+"""A whole project in minutes on a laptop's CPU: train a ViT, learn what to merge, measure, save, load again.
 
     make quickstart
     python recipes/quickstart.py --output_dir runs/quickstart
 
-The images are scikit-learn's handwritten digits, which come with it: 1,797 real scans of 8×8 pixels.
+The images are the handwritten digits that come with scikit-learn: 1,797 real scans of 8×8 pixels.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _SCALE = 4
 class QuickstartArguments:
     """Train, merge, measure, save and load on handwritten digits."""
 
-    output_dir: str = option("folder for everything that is made", default="runs/quickstart")
+    output_dir: str = option("folder for all results", default="runs/quickstart")
     epochs: int = option("passes over the digits when the plain ViT is trained", default=15)
     steps: int = option("steps of learning the merge embedding", default=150)
     seed: int = option("of everything that is drawn", default=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the quickstart; each part says what it did and where to look."""
+    """Run the quickstart; each part prints its results and where they are."""
     arguments = parse_arguments(QuickstartArguments, argv, __doc__ or "")
     output = Path(arguments.output_dir)
     torch.manual_seed(arguments.seed)
@@ -194,7 +194,7 @@ def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
 
 
 def check_round_trip(output: Path, adapter: Path) -> None:
-    """Load the adapter in both ways and a merged checkpoint, and compare the logits bit for bit."""
+    """Load the adapter in two ways and a merged checkpoint, and compare the logits bit for bit."""
     name = output / "vit"
     pixels = torch.randn(8, 3, 8 * _SCALE, 8 * _SCALE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""All that is to be measured on an accelerator, in one call: DeiT-S and ViT-L at batch 1, 32 and 256 in bfloat16.
+"""All measurements on an accelerator in one call: DeiT-S and ViT-L at batch 1, 32 and 256 in bfloat16.
 
 python recipes/benchmark_device.py --output_dir runs/device
-python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # tries it out on a laptop, in small
+python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # in small, on a laptop
 """
 
 from dtem_hf.benchmark.device import main

@@ -1,4 +1,4 @@
-"""Write the card and the plot of every adapter in model_cards/ anew, from the JSON that lies beside it.
+"""Write the card and the plot of every adapter in model_cards/ again, from the JSON beside it.
 
 make model-cards
 python recipes/model_cards.py path/to/adapters   # another folder of adapter folders

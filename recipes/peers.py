@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 
 def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """A ViT that drops its last r tokens (half of them, where there are fewer) behind every attention, for nothing.
+    """A ViT that drops its last r tokens (at most half of them) after every attention, which costs nothing.
 
-    No metric, no matching, no merging, no sizes, and the same operations otherwise, called one after the other.
+    It has no metric, matching, merging or sizes; all other operations are the same.
     """
     if model.config.hidden_act != "gelu":
         raise RuntimeError(f"hidden_act={model.config.hidden_act!r}: this peer is written for 'gelu'")

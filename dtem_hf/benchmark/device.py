@@ -1,7 +1,7 @@
-"""All that is to be measured on an accelerator, in one call: DeiT-S and ViT-L at batch 1, 32 and 256 in bfloat16.
+"""All measurements on an accelerator in one call: DeiT-S and ViT-L at batch 1, 32 and 256 in bfloat16.
 
 python recipes/benchmark_device.py --output_dir runs/device
-python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # tries it out on a laptop, in small
+python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # in small, on a laptop
 
 Plain and merged models with random weights, eager and compiled; what share of a compiled step matching and merging
 take; whether attention is faster with the sizes as a mask or as extra features of the keys; and, on CUDA, how far the
@@ -53,7 +53,7 @@ class DeviceArguments:
     dtype: str = option(", ".join(DTYPES), default="bfloat16")
     rounds: int = option("timed rounds", default=30)
     device: str = option("where to run", default="cuda")
-    tiny: bool = option("a tiny model at batch 1 and 2 in one round: to try the program out", default=False)
+    tiny: bool = option("a tiny model at batch 1 and 2 in one round, to test the program", default=False)
     output_dir: str = option("folder for device.json and one folder per model and mode", default="runs/device")
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class DeviceArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure all, write what every model and mode gave and a summary."""
+    """Parse the command line, measure, write the result of every model and mode, and a summary."""
     arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
     device, folder = choose_device(arguments.device), output_folder(arguments.output_dir)
     summary: dict[str, Any] = {
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     dtype=arguments.dtype,
                 )
             )
-            # Whatever stops a later one, what was measured is kept.
+            # Written now, so that a later failure loses nothing.
             write_json(folder / f"{name}-{mode}" / "benchmark.json", result)
             write_text(folder / f"{name}-{mode}" / "benchmark.md", markdown(result))
             print_benchmark(result)

@@ -35,7 +35,7 @@ def count_parameters(model: nn.Module) -> int:
 def peak_memory(run: Run, device: torch.device) -> int | None:
     """Bytes of tensors that a call holds at its worst moment, beside those that were there before it.
 
-    None for a device whose allocator cannot be watched.
+    None for a device whose allocator cannot be observed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,10 +4,10 @@ python recipes/benchmark.py --model facebook/deit-small-patch16-224 --methods to
 python recipes/benchmark.py --model path/to/config --random_weights True --rounds 5    # a laptop's CPU
 python recipes/benchmark.py --model ... --runtimes eager compile onnxruntime --breakdown True
 python recipes/benchmark.py --model ... --dtype bfloat16 --runtimes compile --compile_mode reduce-overhead    # CUDA
-python recipes/benchmark.py --model ... --peer my_library:merged    # beside a callable of your own
+python recipes/benchmark.py --model ... --peer my_library:merged    # beside your function
 python recipes/benchmark.py --task captioning --model microsoft/git-base --r 4 8 12 --batch_sizes 1 8
 
-Every round runs every row once, so that what else the machine does falls on all of them; a speed-up is the median of
+Every round runs every row once, so that other load on the machine falls on all of them. A speed-up is the median of
 the ratios within rounds, to the unmerged model in the same runtime.
 """
 
@@ -26,7 +26,6 @@ from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.vision import image_shape
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
-from ..programs.conditions import conditions, describe_model
 from ..programs.output import output_folder
 from ..report.plots import plot_speedups
 from .rows import Entry, captioning_entries, image_entries, measure_entries
@@ -52,11 +51,11 @@ class BenchmarkArguments(RowArguments):
         f"torch.compile's: {', '.join(COMPILE_MODES)}; reduce-overhead is for CUDA, by CUDA graphs", default="default"
     )
     peer: list[str] = option(
-        "module:function of your own, measured in the same run: function(model, r), with a plain model of its own "
-        "(eval mode, on the device, in the dtype) and each r, returns a callable that takes pixels [B, C, H, W]",
+        "module:function to measure in the same run: function(model, r) gets a plain model (in eval mode, on the "
+        "device, in the dtype) and each r, and returns a callable that takes pixels [B, C, H, W]",
         default_factory=list,
     )
-    breakdown: bool = option("say where the time of merged rows goes", default=False)
+    breakdown: bool = option("measure which parts the time of merged rows goes to", default=False)
     batch_sizes: list[int] = option("images per batch, one column each", default_factory=lambda: [1, 16, 64])
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
     caption_tokens: int = option("captioning: tokens that every caption has", default=20)
@@ -120,10 +119,8 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
             arguments.compile_mode,
         )
     return {
-        **conditions(device),
-        "model": describe_model(arguments.model, model),
+        **arguments.facts(model, device),
         "random_weights": arguments.random_weights,
-        "adapter": arguments.adapter,
         "task": arguments.task,
         **({"caption_tokens": arguments.caption_tokens} if arguments.task == "captioning" else {}),
         "image_size": list(shape[1:]),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import BadValue
@@ -30,8 +31,7 @@ PEER = "peer"
 class Entry:
     """One row: `run` takes pixels [B, C, H, W] in `dtype`; `reference` is the row that it is compared with.
 
-    `model` is what runs, None where it is not ours to look into; `multiply_adds` are those of one image, None where
-    they cannot be counted.
+    `model` is None for a peer; `multiply_adds` are those of one image, None where they cannot be counted.
     """
 
     runtime: str
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """How an error calls the row."""
+        """The row's name in errors."""
         return f"{self.runtime} {self.method}" + ("" if self.r is None else f" r={self.r}")
 
 
@@ -65,25 +65,23 @@ def image_entries(
     models = [variant.standalone() for variant in variants]
     counts = [count_multiply_adds(partial(run_on_pixels, merged, one)) for merged in models]
     entries: list[Entry] = []
-    preparing = tqdm(total=len(runtimes) * len(variants) + len(peers), desc="prepare", unit="row", leave=False)
-    for runtime in runtimes:
-        reference = len(entries)
-        for variant, merged, count in zip(variants, models, counts, strict=True):
-            preparing.set_postfix_str(f"{runtime} {variant.label}")
-            run = make_run(runtime, merged, shape, compile_mode)
-            dtype = torch.float32 if runtime.startswith("onnxruntime") else parameter.dtype
-            facts = {"model": merged, "plan": _plan(merged, shape), "adapter": variant.adapter}
-            entries.append(Entry(runtime, variant.method, variant.shown_r, run, dtype, reference, count, **facts))
-            preparing.update()
-    for name, r in peers:
-        preparing.set_postfix_str(name)
-        run = peer_run(name, share_weights(model), r)
-        # What it runs outside of torch is not counted, and says nothing.
-        counted = count_multiply_adds(partial(run, one)) or None
-        shown = as_schedule(r).to_json()
-        entries.append(Entry(PEER, name, shown, run, parameter.dtype, _plain_row(entries), counted))
-        preparing.update()
-    preparing.close()
+    with tqdm(total=len(runtimes) * len(variants) + len(peers), desc="prepare", unit="row", leave=False) as progress:
+        for runtime in runtimes:
+            reference = len(entries)
+            for variant, merged, count in zip(variants, models, counts, strict=True):
+                progress.set_postfix_str(f"{runtime} {variant.label}")
+                run = make_run(runtime, merged, shape, compile_mode)
+                dtype = torch.float32 if runtime.startswith("onnxruntime") else parameter.dtype
+                entries.append(_entry(runtime, variant, merged, run, dtype, reference, count, shape))
+                progress.update()
+        for name, r in peers:
+            progress.set_postfix_str(name)
+            run = peer_run(name, share_weights(model), r)
+            # Work outside of torch is not counted; a count of 0 says nothing.
+            counted = count_multiply_adds(partial(run, one)) or None
+            plain = next((i for i, entry in enumerate(entries) if entry.runtime == "eager"), 0)
+            entries.append(Entry(PEER, name, as_schedule(r).to_json(), run, parameter.dtype, plain, counted))
+            progress.update()
     return entries
 
 
@@ -102,9 +100,15 @@ def captioning_entries(variants: Sequence[Variant], shape: tuple[int, int, int],
         def run(pixels: Tensor, model: Any = merged) -> Tensor:
             return model.generate(pixel_values=pixels, **settings)
 
-        facts = {"model": merged, "plan": _plan(merged, shape), "adapter": variant.adapter}
-        entries.append(Entry("eager", variant.method, variant.shown_r, run, like.dtype, 0, count, **facts))
+        entries.append(_entry("eager", variant, merged, run, like.dtype, 0, count, shape))
     return entries
+
+
+def _entry(
+    runtime: str, variant: Variant, model: Any, run: Any, dtype: Any, reference: int, count: int, shape: Any
+) -> Entry:
+    plan = model.merge_plan(tuple(shape[1:])) if hasattr(model, "merge_plan") else None
+    return Entry(runtime, variant.method, variant.shown_r, run, dtype, reference, count, model, plan, variant.adapter)
 
 
 @torch.inference_mode()
@@ -139,8 +143,11 @@ def measure_entries(
                 if breakdown and entry.runtime == "eager":
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
-                    median = float(sorted(seconds[:, i])[len(seconds) // 2])
-                    cell["merging"] = _merging(entry, batch_size, device, rounds, warmup, compile_mode, median)
+                    alone = entry.plan and merging_alone(entry.model, entry.plan, batch_size, compile_mode)
+                    cell["merging"] = None
+                    if alone:  # matching and merging, compiled and timed by themselves
+                        median = float(np.median(time_interleaved([alone], device, rounds, warmup)))
+                        cell["merging"] = {"seconds": median, "share": median / float(np.median(seconds[:, i]))}
                 row["batches"].append(cell)
     for row, entry in zip(rows, entries, strict=True):
         measured = {batch["batch_size"]: batch["speedup"]["median"] for batch in row["batches"]}
@@ -152,13 +159,14 @@ def _run(entry: Entry, pixels: Tensor) -> Any:
     try:
         return entry.run(pixels)
     except Exception as error:
-        error.add_note(f"while {entry.label} ran on a batch of {len(pixels)}") if hasattr(error, "add_note") else None
+        if hasattr(error, "add_note"):
+            error.add_note(f"while {entry.label} ran on a batch of {len(pixels)}")
         raise
 
 
 def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
     count, plain = entry.multiply_adds, reference.multiply_adds
-    counted = count is not None and plain is not None
+    ratio = count / plain if count is not None and plain is not None else None
     return {
         "runtime": entry.runtime,
         "method": entry.method,
@@ -166,41 +174,8 @@ def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
         **({} if entry.adapter is None else {"adapter": entry.adapter}),
         "parameters": None if entry.model is None else count_parameters(entry.model),
         "multiply_adds": count,
-        "ratio": count / plain if counted else None,  # type: ignore[operator]
-        "ideal_speedup": plain / count if counted else None,  # type: ignore[operator]
+        "ratio": ratio,
+        "ideal_speedup": None if ratio is None else 1 / ratio,
         **({} if entry.plan is None else {"output_tokens": entry.plan.output_tokens}),
         "batches": [],
     }
-
-
-def _merging(
-    entry: Entry,
-    batch_size: int,
-    device: torch.device,
-    rounds: int,
-    warmup: int,
-    compile_mode: str,
-    whole: float,
-) -> dict[str, float] | None:
-    """What matching and merging take of a compiled row: compiled and timed alone."""
-    if entry.plan is None:
-        return None
-    alone = merging_alone(entry.model, entry.plan, batch_size, compile_mode)
-    if alone is None:
-        return None
-    seconds = time_interleaved([alone], device, rounds, warmup)[:, 0]
-    median = float(sorted(seconds)[len(seconds) // 2])
-    return {"seconds": median, "share": median / whole}
-
-
-def _plan(model: nn.Module, shape: tuple[int, int, int]) -> MergePlan | None:
-    if not hasattr(model, "merge_plan"):
-        return None
-    size = shape[1:]
-    return model.merge_plan(tuple(size))  # type: ignore[operator]
-
-
-def _plain_row(entries: Sequence[Entry]) -> int:
-    """The row that peers are compared with: the unmerged model in eager, or in the first runtime there is."""
-    eager = [i for i, entry in enumerate(entries) if entry.runtime == "eager"]
-    return eager[0] if eager else 0

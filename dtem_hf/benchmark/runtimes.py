@@ -1,4 +1,4 @@
-"""What runs a model in a benchmark: eager, torch.compile, ONNX Runtime, or a function of the user's own."""
+"""The runtimes of a benchmark: eager, torch.compile, ONNX Runtime, or a function that the user names."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_run(
 
 @contextmanager
 def room_for_graphs(count: int) -> Iterator[None]:
-    """Let torch.compile keep so many graphs of the same code: one for each row, and one more for a batch of one."""
+    """Let torch.compile keep so many graphs of the same code: each row has one, and another for a batch of one."""
     with torch._dynamo.config.patch(
         recompile_limit=max(2 * count, torch._dynamo.config.recompile_limit),
         accumulated_recompile_limit=max(2 * count, torch._dynamo.config.accumulated_recompile_limit),
@@ -71,12 +71,11 @@ def room_for_graphs(count: int) -> Iterator[None]:
 
 
 def load_peer(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names, found like any import, and in the folder one is in.
+    """The function that `module:function` names; the module is looked for in the current folder, too.
 
-    It is called as `function(model, r)`: with a plain transformers model of its own, in eval mode, on the device and
-    in the dtype that is measured, sharing its weights with the others, and with the r of one row. It returns a
-    callable that takes pixels [B, C, H, W] (same device and dtype) and does for them what the model would. Raises
-    ValueError that says which part of the name is wrong.
+    It is called as `function(model, r)` with the r of one row and a plain transformers model (a copy that shares its
+    weights, in eval mode, on the measured device and in the measured dtype), and returns a callable that takes pixels
+    [B, C, H, W] of the same device and dtype. Raises ValueError that says which part of the name is wrong.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -102,7 +101,7 @@ def load_peer(name: str) -> Callable[..., Any]:
 
 
 def peer_run(name: str, model: nn.Module, r: Any) -> Run:
-    """What the peer of a name makes of a model and an r. Raises ValueError where that cannot be called."""
+    """The callable that a peer returns for a model and an r. Raises ValueError where it is not callable."""
     run = load_peer(name)(model, r)
     if not callable(run):
         raise BadValue("peer", name, f"a function that returns a callable, not {type(run).__name__}")

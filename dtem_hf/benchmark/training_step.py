@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
-    """Run all rows in turn, `rounds` times; returns what is written to `training_step.json`."""
+    """Run all rows in turn, `rounds` times. Returns the content of `training_step.json`."""
     a, device = arguments, arguments.choose_device()
     if a.random_weights:
         model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(a.model))

@@ -7,17 +7,15 @@ tokens) or `norm` (of the CLS token), `head`. Such a classifier is exactly a BEi
 bias and no layer scale (METHOD.md section 6). BEiT's keys have no bias: a key's bias adds the same to all scores of a
 query, which softmax does not see. ToMe, which compares keys, then compares them without it.
 
-Merged, the mean counts every token by its size. Off the shelf these models are merged without proportional attention:
+A merged model's mean counts every token by its size. Without training, merge without proportional attention:
 `ToMeConfig(r=16, proportional_attention=False)`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +27,11 @@ from torch import Tensor
 from transformers import BeitConfig, BeitForImageClassification, BitImageProcessorPil
 
 from ..errors import BadValue
+from ..files import replacing_folder
 from ..programs.arguments import option, parse_arguments
 
 
-# Heads cannot be read off shapes: those of the published sizes, by width and number of layers.
+# Shapes do not tell the number of heads: those of the published sizes, by width and number of layers.
 PUBLISHED = {(768, 12): ("ViT-B", 12), (1024, 24): ("ViT-L", 16), (1280, 32): ("ViT-H", 16)}
 _LAYER_NORM_EPS = 1e-6
 _IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -44,7 +43,7 @@ _BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-# Runs in one line, and unpickles tensors and the program's options but no code.
+# One line of Python that unpickles tensors and the options of the training program, but no code.
 _TO_SAFETENSORS = (
     "import argparse, sys, torch; from safetensors.torch import save_file; "
     "torch.serialization.add_safe_globals([argparse.Namespace]); "
@@ -57,7 +56,9 @@ _TO_SAFETENSORS = (
 class ConvertArguments:
     """Convert an MAE fine-tuned classifier to a BEiT with the same logits."""
 
-    checkpoint: str = option("classifier in its authors' layout, as safetensors; a .pth is told how to become one")
+    checkpoint: str = option(
+        "classifier in its authors' layout, as safetensors; a .pth gets its conversion command shown"
+    )
     output_dir: str = option("folder for the converted model and its image processor; must not exist, or be empty")
     num_attention_heads: int | None = option(
         "heads per layer; needed only for sizes other than ViT-B, ViT-L and ViT-H", default=None
@@ -66,9 +67,9 @@ class ConvertArguments:
 
 
 def mae_config(shapes: Mapping[str, Sequence[int]], num_attention_heads: int | None = None) -> Any:
-    """The BEiT that a checkpoint is, from the names and shapes of its tensors.
+    """The config of the BEiT that equals a checkpoint, from the names and shapes of its tensors.
 
-    Raises ValueError that names the first tensor that is missing, is not MAE's, or has an odd shape.
+    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
     """
     _check_kind(shapes)
     stem = _shape(shapes, "patch_embed.proj.weight", (None, 3, None, None))
@@ -140,7 +141,7 @@ def mae_processor(image_size: int) -> BitImageProcessorPil:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read, convert, save; say what came of it."""
+    """Read, convert, save, and describe the model."""
     arguments = parse_arguments(ConvertArguments, argv, __doc__ or "")
     output, checkpoint = Path(arguments.output_dir), Path(arguments.checkpoint)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -167,18 +168,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_kind(shapes: Mapping[str, Sequence[int]]) -> None:
-    """Say what a checkpoint is that is something else."""
+    """Raise ValueError for a checkpoint of another kind."""
     if any(name.startswith(("decoder_", "mask_token")) for name in shapes):
-        raise BadValue(
-            "checkpoint",
-            "decoder_…",
-            "a fine-tuned classifier; this is a pre-trained MAE, which transformers has as ViTMAEForPreTraining",
-        )
+        fits = "a fine-tuned classifier; this is a pre-trained MAE, which transformers has as ViTMAEForPreTraining"
+        raise BadValue("checkpoint", "decoder_…", fits)
     if ("fc_norm.weight" in shapes) == ("norm.weight" in shapes):
-        found = "both" if "norm.weight" in shapes else "neither"
-        raise BadValue(
-            "fc_norm.weight, norm.weight", found, "one: fc_norm of the patches' mean, or norm of the CLS token"
+        found, fits = (
+            "both" if "norm.weight" in shapes else "neither",
+            "fc_norm of the patches' mean, or norm of the CLS",
         )
+        raise BadValue("fc_norm.weight, norm.weight", found, f"one: {fits} token")
 
 
 def _heads(width: int, num_layers: int, given: int | None) -> int:
@@ -231,7 +230,7 @@ def _shape(shapes: Mapping[str, Sequence[int]], name: str, expected: Sequence[in
 
 
 def _opened(path: Path) -> Any:
-    """A safetensors file; what it may have been meant to be is told how to become one."""
+    """A safetensors file. Raises ValueError that shows how a pickled file becomes one."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no such file")
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
@@ -249,11 +248,6 @@ def _read_labels(path: Path, num_labels: int) -> dict[int, str]:
 
 def _save(model: Any, output: Path) -> None:
     """Write model and processor into a folder, whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folder = Path(temporary) / output.name
+    with replacing_folder(output) as folder:
         model.save_pretrained(folder)
         mae_processor(model.config.image_size).save_pretrained(folder)
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)

@@ -1,1 +1,1 @@
-"""Images and captions, read alike by every program."""
+"""Images and captions; every program reads them in the same way."""

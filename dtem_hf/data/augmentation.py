@@ -1,4 +1,4 @@
-"""Augmentation of training images; all but flips and plain crops is kornia's (`dtem-hf[train]`)."""
+"""Augmentation of training images; flips and plain crops are done here, the rest by kornia (`dtem-hf[train]`)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from ..errors import BadValue
 
 
-# The last two are DeiT's with its policy, or TrivialAugment's: crop and flip, the policy, random erasing.
+# The last two are DeiT's: crop and flip, a policy (RandAugment or TrivialAugment), random erasing.
 AUGMENTATIONS = ("none", "flip", "crop_flip", "resized_crop", "randaugment", "trivialaugment")
-# Of timm's and DeiT's: two operations, 9 on kornia's scale to 30, and a quarter of the images erased in part.
+# As in timm and DeiT: two operations of strength 9 (of kornia's 30), and a quarter of the images erased in part.
 _OPERATIONS, _MAGNITUDE, _ERASED = 2, 9, 0.25
 
 
 def augmented_pixels(image: Image.Image, processor: Any, augmentation: str, key: Sequence[int]) -> Tensor:
-    """An image as a model takes it: RGB -> [C, H, W]. What is drawn depends on `key`, and on nothing else."""
+    """An image as a model takes it: RGB -> [C, H, W]. Random numbers depend on `key` alone."""
     if augmentation in ("none", "flip", "crop_flip"):
         return _processed(image, processor, augmentation, key)
     height, width = model_size(processor)
@@ -39,7 +39,7 @@ def augmented_pixels(image: Image.Image, processor: Any, augmentation: str, key:
 
 
 def check_augmentation(augmentation: str) -> None:
-    """Raise ValueError for a name that is none, ImportError where what it needs is not installed."""
+    """Raise ValueError for an unknown name, ImportError where it needs kornia and that is not installed."""
     if augmentation not in AUGMENTATIONS:
         raise BadValue("augmentation", augmentation, f"one of {', '.join(AUGMENTATIONS)}")
     if augmentation not in ("none", "flip", "crop_flip"):
@@ -47,7 +47,7 @@ def check_augmentation(augmentation: str) -> None:
 
 
 def kornia(needed_by: str) -> Any:
-    """`kornia.augmentation`. Raises ImportError that says how to install it."""
+    """The module `kornia.augmentation`. Raises ImportError that says how to install it."""
     try:
         import kornia.augmentation
     except ImportError as error:
@@ -57,14 +57,14 @@ def kornia(needed_by: str) -> Any:
 
 @contextmanager
 def drawn_from(key: Sequence[int]) -> Iterator[None]:
-    """Inside the block torch draws what `key` determines; behind it, as if nothing had been drawn."""
+    """Inside the block torch's random numbers depend on `key` alone; its state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(tuple(key)).generate_state(1, np.uint64)[0] >> 1))
         yield
 
 
 def model_size(processor: Any) -> tuple[int, int]:
-    """Height and width of the images that a processor makes. Raises ValueError where they have no one size."""
+    """Height and width of the images that a processor makes. Raises ValueError where their size varies."""
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     height, width = size.get("height"), size.get("width")
     if not height or not width:
@@ -88,7 +88,7 @@ def _processed(image: Image.Image, processor: Any, augmentation: str, key: Seque
 
 
 def _as_tensor(image: Image.Image, largest: int) -> Tensor:
-    """[1, C, H, W] in [0, 1]. A far larger image is made smaller by Pillow: kornia's crops do not smooth."""
+    """[1, C, H, W] in [0, 1]. Pillow shrinks a far larger image first, as kornia's crops do not smooth."""
     shortest = min(image.size)
     if shortest > largest:
         width, height = (round(side * largest / shortest) for side in image.size)

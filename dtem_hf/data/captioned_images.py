@@ -18,7 +18,7 @@ from .captions import CaptionedImage
 from .opening import files_digest, open_image
 
 
-# What of a batch a captioning model reads.
+# The part of a batch that a captioning model reads.
 MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 Images = Mapping[int, CaptionedImage]
 
@@ -118,7 +118,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 
 def hold_out(images: Images, size: int) -> tuple[Images, Images]:
-    """Split images into those to learn from and `size` to validate on, which are the same in every run."""
+    """Split images into those to learn from and `size` to validate on; the split is the same in every run."""
     ids = list(images)
     chosen = set(np.random.default_rng(0).permutation(len(ids))[:size].tolist())
     parts: tuple[dict[int, CaptionedImage], dict[int, CaptionedImage]] = ({}, {})

@@ -1,4 +1,4 @@
-"""Captions on disk: COCO's annotation and result formats, the Karpathy splits, and Flickr8k's table."""
+"""Files of captions: COCO's annotation and result formats, the Karpathy splits, and Flickr8k's table."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_annotations(path: str | os.PathLike[str], split: str | None = None) -> 
 def read_predictions(path: str | os.PathLike[str]) -> dict[int, str]:
     """One caption by COCO id, from COCO's result format: a list of {"image_id": int, "caption": str}.
 
-    Raises FileNotFoundError or ValueError that names the entry, two captions for one image among them.
+    Raises FileNotFoundError, or ValueError that names the entry; two captions for one image are an error, too.
     """
     name = Path(path).name
     content = read_json(path, _LARGEST)
@@ -76,7 +76,7 @@ def write_predictions(path: str | os.PathLike[str], captions: Mapping[int, str])
 
 
 def has_splits(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is Karpathy's, whose images know their split."""
+    """Whether a file is in Karpathy's format, in which every image names its split."""
     if Path(path).suffix in (".txt", ".csv"):
         return False
     content = read_json(path, _LARGEST)
@@ -93,7 +93,7 @@ def _read_table(path: Path) -> dict[int, CaptionedImage]:
             raise BadValue(path.name, reader.fieldnames, "a header with the columns image and caption")
         for line, row in enumerate(reader, start=2):
             where = f"{path.name} line {line}"
-            if None in row:  # else half a caption would be lost
+            if None in row:  # without this, half a caption would be lost
                 fields = len(reader.fieldnames or ())
                 raise BadValue(where, row[None], f"{fields} fields, and these are left over; quote commas in captions")
             if not row["image"] or not row["caption"]:
@@ -130,7 +130,7 @@ def _read_karpathy(entries: list[Any], name: str, split: str | None) -> dict[int
             continue
         sentences = _value(entry, where, "sentences", list)
         captions = [_value(sentence, f"{where}.sentences[{j}]", "raw", str) for j, sentence in enumerate(sentences)]
-        # Flickr's files have no COCO id, only one of their own.
+        # Files of Flickr images have no COCO id, only an `imgid`.
         image_id = _value(entry, where, "cocoid" if "cocoid" in entry else "imgid", int)
         folder = _value(entry, where, "filepath", str, "")
         images[image_id] = CaptionedImage(os.path.join(folder, _value(entry, where, "filename", str)), captions)

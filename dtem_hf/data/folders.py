@@ -73,7 +73,7 @@ def named_labels(values: Sequence[str | None]) -> tuple[list[int], Any]:
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All files, those behind links to folders included; names that begin with a dot are left out."""
+    """All files, also through links to folders; names that begin with a dot are left out."""
     real = os.path.realpath(folder)
     if real in above:  # a link back to where it came from
         return
@@ -184,7 +184,7 @@ def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, stre
 
 
 def _split_of(path: PurePosixPath) -> str | None:
-    """The split that a file's name or folder tells by a word of its own; None where it is none, or two."""
+    """The split that a word of a file's name, or a folder's name, tells; None where there is none, or two."""
     words = [*path.parts[:-1], *re.split(r"[\W_]+", path.stem)]
     found = {_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS}
     return next(iter(found)) if len(found) == 1 else None

@@ -16,7 +16,7 @@ from .graph import INPUT_NAME
 def write_package(program: ExportedProgram, path: Path) -> list[Path]:
     """Compile a graph for the device it is on into a package, weights included. Returns the file.
 
-    Raises UnsupportedModelError where the compiler does not get through; on a CPU it needs a C++ compiler.
+    Raises UnsupportedModelError where compiling fails; on a CPU it needs a C++ compiler.
     """
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -27,7 +27,7 @@ def write_package(program: ExportedProgram, path: Path) -> list[Path]:
 
 
 class PackageRunner:
-    """A package that was written here: pixels [B, C, H, W] -> tensors. It holds native code: load your own only."""
+    """Runs a package: pixels [B, C, H, W] -> tensors. It holds native code: load only packages that you trust."""
 
     def __init__(self, path: Path) -> None:
         self._run: Any = torch._inductor.aoti_load_package(str(path))

@@ -13,14 +13,14 @@ from ..models.vision import run_on_pixels
 
 
 INPUT_NAME = "pixel_values"
-# Two, as a graph that is traced with one image is a graph for one image.
+# Two: a graph that is traced with one image takes only one.
 _TRACED_BATCH = 2
 
 
 class ImageGraph(nn.Module):
     """pixel_values [B, C, H, W] float32 -> the model's tensors, in the order of `output_names`, as float32.
 
-    Inside, the model computes in its own dtype. Float32 at both ends is what every runtime's arrays can hold.
+    The model computes in its own dtype; float32 at both ends is what the arrays of every runtime can hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +33,7 @@ class ImageGraph(nn.Module):
 
 
 def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
-    """What the tensors are called that a model makes of pixels [B, C, H, W]: `logits`, `last_hidden_state`, …"""
+    """The names of the tensors that a model returns for pixels [B, C, H, W]: `logits`, `last_hidden_state`, …"""
     with torch.inference_mode():
         return _tensor_names(run_on_pixels(model, pixel_values))
 
@@ -45,7 +45,7 @@ def export_graph(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgr
     try:
         with torch.no_grad():
             return torch.export.export(ImageGraph(model), (), {INPUT_NAME: pixels}, dynamic_shapes=batch)
-    except Exception as error:  # torch documents no kind of its own
+    except Exception as error:  # torch documents no error class for it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"{type(model).__name__} of {model.config.model_type} cannot be exported as one graph: {reason}"  # type: ignore[union-attr]

@@ -14,14 +14,14 @@ from ..errors import BadValue
 from .graph import INPUT_NAME
 
 
-# The first with a GELU of its own, which ONNX Runtime (1.17 and later) fuses; without it, every MLP costs four passes
+# The first with a GELU operator, which ONNX Runtime (1.17 and later) fuses; without it, every MLP costs four passes
 # more. The lowest that torch's exporter writes is 18.
 OPSET = 20
 LOWEST_OPSET = 18
 
 
 def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
-    """Write a graph as an ONNX file whose weights, if they are many, lie in a second one beside it.
+    """Write a graph as an ONNX file; many weights lie in a second file beside it.
 
     Returns the files. Raises ValueError for an opset below 18.
     """
@@ -54,8 +54,8 @@ def written_opset(path: Path) -> int:
 class OnnxRunner:
     """An ONNX file in ONNX Runtime: pixels [B, C, H, W] -> tensors, on the CPU or, with onnxruntime-gpu, on CUDA.
 
-    It runs with as many threads as torch does. Raises ValueError naming `dtype` where the runtime has no kernels for
-    what the file computes in, and `device` where it cannot run there.
+    It runs with as many threads as torch does. Raises ValueError naming `dtype` or `device` where the runtime has no
+    kernels for it.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
@@ -70,7 +70,7 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Threads that spin when they are done take the cores of what runs next, and in a benchmark that is another.
+        # Threads that spin after their work would take the cores of the next runtime of a benchmark.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         errors = onnxruntime.capi.onnxruntime_pybind11_state
         try:
@@ -98,7 +98,7 @@ class OnnxRunner:
 
 
 def need_onnx(*modules: str) -> None:
-    """Raise ImportError that says what to install where one of the packages is absent."""
+    """Raise ImportError that names what to install where one of the packages is absent."""
     for module in modules:
         try:
             __import__(module)

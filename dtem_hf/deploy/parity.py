@@ -1,4 +1,4 @@
-"""Whether a deployed model says what the model in memory says."""
+"""Whether a deployed model gives the outputs of the model in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .graph import ImageGraph
 
 Runner = Callable[[Tensor], Sequence[Tensor]]
 
-# What torch and another runtime may differ by in float32.
+# The largest difference between torch and another runtime in float32.
 TOLERANCE = 1e-4
-# In half precision a rounding may decide whom a token is merged with, and no two runtimes round alike: a pair chosen
-# otherwise moves the outputs by some hundredths of their size, a wrong graph by all of it.
+# In half precision, rounding may decide which tokens are merged, and runtimes round differently: another pair moves
+# the outputs by some hundredths of their size, a wrong graph by all of it.
 HALF_TOLERANCE = 0.05
 _BATCHES = (1, 2, 5)
 
@@ -68,7 +68,7 @@ def check_parity(
 
 
 def _outputs(run: Runner, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Every output over all batches, flat: the number of tokens is the same for all, that of images is not."""
+    """Every output over all batches, flat."""
     runs = [[value.float().cpu().flatten() for value in run(pixels)] for pixels in batches]
     return [torch.cat(values) for values in zip(*runs, strict=True)]
 

@@ -5,7 +5,7 @@ python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem
 python recipes/export.py --model path/to/model --flops 0.5 --dtype bfloat16 --formats aot_inductor
 python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 
-Beside every file lies a record of it: model.onnx and model.onnx.json, model.pt2 and model.pt2.json.
+Every file has a record beside it: model.onnx and model.onnx.json, model.pt2 and model.pt2.json.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class ExportArguments(ModelArguments):
         "eager, sdpa, or auto: eager in ONNX, where it is the shorter graph, and sdpa in AOTInductor", default="auto"
     )
     tolerance: float = option("largest difference from eager in float32, absolute or relative", default=TOLERANCE)
-    unchecked: bool = option("write it even where nothing here can run it to check it", default=False)
-    seed: int = option("of the images that it is checked on, and of random weights", default=0)
+    unchecked: bool = option("write a file even where nothing here can run and check it", default=False)
+    seed: int = option("of the images of the check, and of random weights", default=0)
     output_dir: str = option("folder for the files", default="runs/export")
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class ExportArguments(ModelArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, write the files, say how far they are from eager."""
+    """Parse the command line, write the files, print how far they are from eager."""
     arguments = parse_arguments(ExportArguments, argv, __doc__ or "")
     console = Console(width=140)
     for record in export(arguments):
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(arguments: ExportArguments) -> list[dict[str, Any]]:
-    """Write every format. Returns the records beside the files; a format that fails leaves no file of its own."""
+    """Write every format. Returns the records beside the files; a format that fails leaves no file."""
     if "onnx" in arguments.formats:
         need_onnx("onnx", "onnxscript", *([] if arguments.unchecked else ["onnxruntime"]))
     device = arguments.choose_device()

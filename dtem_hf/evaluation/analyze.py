@@ -1,4 +1,4 @@
-"""What an adapter has learned: how its similarities differ from those of keys, and what becomes of a picture.
+"""What an adapter has learned: how its similarities differ from those of keys, and which patches it merges.
 
 python recipes/analyze.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
 python recipes/analyze.py --model ... --data ... --adapter ... --limit 16    # a laptop's CPU
@@ -72,7 +72,7 @@ def analyze(arguments: AnalyzeArguments) -> dict[str, Any]:
     adapter = MergeAdapter.from_reference(arguments.adapter)
     images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures), NO_LABELS)
     processor = load_processor(arguments.model)
-    # The same embedding as its training started from, and as it ended.
+    # The embedding at the start of training, and at its end.
     models = {
         "before": attach(share_weights(model), adapter.config),
         "after": attach(share_weights(model), adapter),

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ..hub.adapter import MergeAdapter
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_reduction
+from ..programs.conditions import conditions, describe_model
 from ..programs.identity import weights_digest
 from .variants import Variant, make_variants, method_names
 
@@ -34,6 +37,10 @@ class RowArguments(ModelArguments):
     def load_adapters(self) -> dict[str, MergeAdapter]:
         """These adapters by name."""
         return {name: MergeAdapter.from_reference(name) for name in self.adapter_references()}
+
+    def facts(self, model: Any, device: torch.device) -> dict[str, Any]:
+        """How a result was made, with which model and adapter."""
+        return {**conditions(device), "model": describe_model(self.model, model), "adapter": self.adapter}
 
     def reductions(self) -> list[Any]:
         """Every r as `set_reduction` takes it."""

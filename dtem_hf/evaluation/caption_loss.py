@@ -23,7 +23,7 @@ from ..files import write_json
 from ..models.auto import auto_class
 from ..models.distances import caption_losses
 from ..programs.arguments import at_least, option, parse_arguments
-from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.conditions import data_name
 from ..programs.output import output_folder
 from ..report.tables import print_rows, shown_r
 from .arguments import METHODS_HELP, RowArguments
@@ -92,9 +92,7 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
         for variant, own in zip(variants, losses, strict=True)
     ]
     return {
-        **conditions(device),
-        "model": describe_model(a.model, model),
-        "adapter": a.adapter,
+        **a.facts(model, device),
         "data": {"name": data_name(a.images), "num_images": len(images), "num_captions": data.num_captions},
         "batch_size": a.batch_size,
         "rows": rows,

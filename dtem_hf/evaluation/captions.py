@@ -23,7 +23,7 @@ from ..errors import BadValue
 from ..files import write_json
 from ..models.auto import auto_class
 from ..programs.arguments import at_least, option, parse_arguments
-from ..programs.conditions import command, conditions, data_name, describe_model
+from ..programs.conditions import command, data_name
 from ..programs.identity import digest
 from ..programs.output import output_folder
 from ..programs.processes import processes
@@ -171,9 +171,7 @@ def evaluate_captions(
                 }
             )
         result = {
-            **conditions(device),
-            "model": describe_model(a.model, model),
-            "adapter": a.adapter,
+            **a.facts(model, device),
             "data": {"name": data_name(a.images), "num_images": len(images)},
             "generation": settings,
             "batch_size": a.batch_size,

@@ -1,7 +1,7 @@
 """BLEU, METEOR, ROUGE-L, CIDEr and SPICE as COCO's caption evaluation computes them, by pycocoevalcap.
 
-Its scorers are driven one by one: `COCOEvalCap.evaluate` builds SPICE first, which starts a download, and returns
-nothing where that fails. What cannot be computed is None, with the reason; nothing is downloaded.
+Its scorers are run one by one: `COCOEvalCap.evaluate` builds SPICE first, which starts a download, and returns
+nothing where that fails. A metric that cannot be computed is None, with the reason; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CaptionScores:
 class Scorer:
     """A scorer of some metrics: tokenised references and predictions by image in, one number per metric out.
 
-    `missing` says what it lacks here, None if nothing; it is asked before anything is computed.
+    `missing` returns what it lacks on this machine, or None.
     """
 
     metrics: tuple[str, ...]
@@ -57,7 +57,7 @@ class Scorer:
 def score_captions(
     references: Mapping[int, Sequence[str]], predictions: Mapping[int, str], spice_jars: str | None = None
 ) -> CaptionScores:
-    """Score one prediction per image against the references of that image; those of other images are not read.
+    """Score one prediction per image against the references of that image.
 
     `spice_jars` is a folder with SPICE_JARS (left out: the environment variable DTEM_HF_SPICE_JARS, or beside SPICE
     itself). Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
@@ -80,7 +80,7 @@ def score_captions(
                 )
             try:
                 values = scorer.score(*tokenised)
-            # A Java program that dies leaves a broken pipe, or an empty line where a number should be.
+            # A Java program that dies leaves a broken pipe, or an empty line instead of a number.
             except (OSError, ValueError, subprocess.SubprocessError) as error:
                 reason = f"{', '.join(scorer.metrics)} failed: {type(error).__name__}: {error}"
             if values is not None and not all(map(math.isfinite, values)):
@@ -93,7 +93,7 @@ def score_captions(
 
 
 def unavailable(spice_jars: str | None = None) -> dict[str, str]:
-    """The metrics that cannot be computed here, and why: to be asked before hours of captioning.
+    """The metrics that cannot be computed here, and why; programs ask before they caption.
 
     Raises ImportError without pycocoevalcap.
     """
@@ -163,7 +163,7 @@ def _meteor(references: Captions, predictions: Captions) -> list[float]:
     try:
         return [meteor.compute_score(references, predictions)[0]]
     finally:
-        # Where its Java program died it is still locked, and its destructor would wait for the lock for ever.
+        # If its Java program died, the lock is still held, and the destructor would wait for it for ever.
         if meteor.lock.locked():
             meteor.lock.release()
 
@@ -193,7 +193,7 @@ def _meteor_lacks() -> str | None:
 
 
 def _spice(references: Captions, predictions: Captions, jars: Path | None) -> float:
-    """Mean F-score of SPICE, whose jars may lie anywhere: pycocoevalcap's own class knows one place, and downloads."""
+    """Mean F-score of SPICE; pycocoevalcap's own class looks for its jars in one place, and downloads them."""
     assert jars is not None
     folder = _package_folder("spice")
     classes = os.pathsep.join([str(folder / "spice-1.0.jar"), str(folder / "lib" / "*"), str(jars.resolve() / "*")])

@@ -27,7 +27,7 @@ from ..hub.folder_card import write_card
 from ..models.auto import AutoModelForImageClassification
 from ..models.distances import kl_to
 from ..programs.arguments import ImageArguments, option, parse_arguments
-from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.conditions import data_name
 from ..programs.identity import digest
 from ..programs.output import output_folder
 from ..programs.processes import processes
@@ -52,7 +52,7 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
         "column of labels; left out: label, labels or cls; none: no labels are read", default=None
     )
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
-    write_card: bool = option("put the results into the adapter's folder and write its card anew", default=False)
+    write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,9 +112,7 @@ def evaluate(
     )
     rows = make_rows(variants, parts.read(len(batches)), metrics)
     result = {
-        **conditions(device),
-        "model": describe_model(a.model, model),
-        "adapter": a.adapter,
+        **a.facts(model, device),
         "data": {
             "name": data_name(a.data),
             "num_images": len(images),

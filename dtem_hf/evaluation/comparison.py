@@ -26,7 +26,7 @@ from .classification import EvaluateArguments, evaluate
 from .variants import UNMERGED, method_names
 
 
-# What is added from row to row of the ablation.
+# The rows of the ablation; each adds one part to the row above.
 ABLATION = {"tome": "ToMe", "soft": "+ soft merging", "dtem": "+ decoupled embedding"}
 _ABLATION_TEXT = (
     "What each part adds (in brackets: over the line above). Soft merging is how training relaxes the step: no token "
@@ -166,7 +166,7 @@ def csv_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def amount_name(r: Any) -> str:
-    """How much was merged, for a table's head: "−35 %" for a share of 0.65, else what the schedule is called."""
+    """How much was merged, for a table's head: "−35 %" for a share of 0.65, else the schedule's label."""
     schedule = None if r is None else as_schedule(r)
     if isinstance(schedule, FlopsSchedule) and schedule.slope == 0:
         return f"−{100 * (1 - schedule.flops):.4g} %"

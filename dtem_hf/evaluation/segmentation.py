@@ -1,4 +1,4 @@
-"""Semantic segmentation by a linear head on patch tokens: what merging costs where every patch counts.
+"""Semantic segmentation by a linear head on patch tokens: what merging costs in a task that reads every patch.
 
 python recipes/evaluate_segmentation.py --model facebook/dinov2-small --train path/to/train --test path/to/test --r 4 8
 python recipes/evaluate_segmentation.py --model ... --train ... --test ... --limit 50 --steps 200    # a laptop's CPU
@@ -31,7 +31,7 @@ from ..files import write_json
 from ..models.auto import AutoModel
 from ..models.vision import run_on_pixels
 from ..programs.arguments import at_least, option, parse_arguments
-from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.conditions import data_name
 from ..programs.output import output_folder
 from ..report.tables import about, print_rows, shown_r
 from .arguments import RowArguments
@@ -89,11 +89,8 @@ class SegmentationImages:
             image, mask = open_image(pair[self.image_column], str(index), index), pair[self.mask_column]
         classes = np.asarray(mask)
         if classes.ndim != 2 or classes.shape != (image.height, image.width):
-            raise BadValue(
-                f"mask {index}",
-                classes.shape,
-                f"one class per pixel, as high and wide as its image {image.size[::-1]}",
-            )
+            fits = f"one class per pixel, as high and wide as its image {image.size[::-1]}"
+            raise BadValue(f"mask {index}", classes.shape, fits)
         if classes.min() < 0 or classes.max() > IGNORED:
             raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED}, which is ignored")
         return image, classes.astype(np.uint8)
@@ -105,17 +102,13 @@ def load_segmentation(
     """Read a folder with `images` and `masks`, or a Hub dataset. Raises FileNotFoundError or ValueError."""
     folder = Path(data)
     if folder.is_dir():
-        masks = sorted((folder / "masks").glob("*.png"))
-        pairs: Any = []
-        for mask in masks:
-            found = [folder / "images" / f"{mask.stem}{suffix}" for suffix in _IMAGE_SUFFIXES]
-            existing = [path for path in found if path.is_file()]
-            if not existing:
-                raise FileNotFoundError(f"there is no image for masks/{mask.name} in {folder / 'images'}")
-            pairs.append((existing[0], mask))
-        if not pairs:
+        masks = {path.stem: path for path in (folder / "masks").glob("*.png")}
+        images = {p.stem: p for p in (folder / "images").glob("*") if p.suffix.lower() in _IMAGE_SUFFIXES}
+        if not masks and not images:
             raise BadValue("data", data, "a folder with images/NAME.jpg and masks/NAME.png")
-        return SegmentationImages(pairs[:limit])
+        for name in sorted(masks.keys() ^ images.keys()):
+            raise FileNotFoundError(f"{folder}: {'an image' if name in masks else 'a mask'} is missing for {name}")
+        return SegmentationImages([(images[name], masks[name]) for name in sorted(masks)][:limit])
     if folder.exists() or data.startswith((".", "/", "~")):
         raise FileNotFoundError(f"data={data!r}: there is no such folder")
     dataset = load_dataset(data, split=split)
@@ -165,9 +158,7 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
         for variant, matrix in zip(variants, matrices, strict=True)
     ]
     return {
-        **conditions(device),
-        "model": describe_model(arguments.model, model),
-        "adapter": arguments.adapter,
+        **arguments.facts(model, device),
         "data": {"name": data_name(arguments.test), "num_images": len(test)},
         "training_data": {"name": data_name(arguments.train), "num_images": len(train)},
         "num_classes": num_classes,
@@ -178,7 +169,7 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
 
 @dataclass
 class PatchReader:
-    """Images of any size as the backbone takes them, whole, and its patches as a grid."""
+    """Resizes whole images for the backbone, and reads its patches as a grid."""
 
     processor: Any
     config: Any
@@ -239,7 +230,7 @@ def train_head(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    with torch.no_grad():  # standardisation and map as one map
+    with torch.no_grad():  # fold the standardisation into the head
         head.weight.mul_(scale)
         head.bias.sub_(head.weight @ mean)
     return head.to(reader.device)
@@ -257,13 +248,13 @@ def upsampled_classes(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.int64
 
 
 def class_shares(mask: NDArray[np.uint8], grid: tuple[int, int], num_classes: int) -> Tensor:
-    """The share of every class in every patch: mask [H, W] -> [rows, columns, classes]; what is ignored has none."""
+    """The share of every class in every patch: mask [H, W] -> [rows, columns, classes]; ignored pixels have none."""
     one_hot = torch.from_numpy((mask[None] == np.arange(num_classes)[:, None, None]).astype(np.float32))
     return F.adaptive_avg_pool2d(one_hot[None], grid)[0].permute(1, 2, 0)
 
 
 def confusion(predicted: NDArray[Any], mask: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
-    """How many pixels of class i were taken for class j: [classes, classes]; ignored pixels are left out."""
+    """Pixels of class i that were predicted as class j: [classes, classes]; ignored pixels are left out."""
     known = mask != IGNORED
     largest = int(mask[known].max(initial=0))
     if largest >= num_classes:

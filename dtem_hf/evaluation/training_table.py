@@ -1,10 +1,10 @@
-"""What each way of training makes of one backbone: every row is trained and evaluated by the recipes themselves.
+"""One backbone trained in several ways: the recipes train and evaluate every row of a list, and a table shows them.
 
 python recipes/training_table.py --rows recipes/configs/training_table.yaml --model path/to/deit_tiny \\
     --train path/to/images --dev path/to/labelled/images --output_dir docs/training
 
-A row that is finished (its JSON is in output_dir, with the same options) is left alone, so the same command goes on
-where it stopped; --only takes names of rows, and several commands may share the work.
+A finished row (its JSON is in output_dir, with the same options) is not made again, so the same command goes on where
+it stopped. --only takes names of rows, so several commands can share the work.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class TrainingTableArguments:
 
 @dataclass
 class Row:
-    """One line of the YAML file. `program` is train or calibrate; a row with neither a program nor options is a method
-    as it is."""
+    """One row of the YAML file: trained, calibrated (`program`), or with `method` a method without training."""
 
     name: str
     title: str
@@ -58,7 +57,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, train and evaluate what is not there yet, and write the table of what is."""
+    """Parse the command line, train and evaluate the missing rows, and write the table of all finished ones."""
     arguments = parse_arguments(TrainingTableArguments, argv, __doc__ or "")
     table = _Table(arguments)
     for row in table.chosen():
@@ -77,14 +76,13 @@ class _Table:
             if not set(given) <= _KEYS or "name" not in given:
                 raise BadValue("rows", given, f"a name and some of {', '.join(sorted(_KEYS))}")
             row = Row(**given)
-            # Behind it, so that no row waits for itself.
             if row.start_from is not None and row.start_from not in self.rows:
                 raise BadValue(f"start_from of {row.name}", row.start_from, "a row above it")
             self.rows[row.name] = row
         self.output, self.work = Path(arguments.output_dir), Path(arguments.work_dir)
 
     def chosen(self) -> list[Row]:
-        """The rows that are asked for, behind those that they go on from."""
+        """The chosen rows, each after the row that it goes on from."""
         names = self.arguments.only or list(self.rows)
         for name in names:
             if name not in self.rows:
@@ -176,7 +174,7 @@ class _Table:
         return read_json(folder / "evaluation.json")
 
     def _adapter(self, name: str) -> Path:
-        """The adapter that a row has made, or, if it only made a plan, the one that it started from."""
+        """A row's adapter, or, where the row only made a plan, the adapter that it started from."""
         row = self.rows[name]
         if row.program == "calibrate" and row.start_from is not None:
             return self._adapter(row.start_from)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..configuration import DTEMConfig, EViTConfig, MatchingConfig, ToMeConfig
+from ..configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
@@ -24,102 +23,49 @@ from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
 
 
 UNMERGED = "none"
-_METHODS: dict[str, EvaluatedMethod] = {}
 
 
-class EvaluatedMethod(ABC):
-    """How a method becomes rows: what is attached to the model, and how much of it.
+@dataclass(frozen=True)
+class EvaluatedMethod:
+    """How a method becomes rows.
 
-    A subclass is registered under its `name`; a new method needs nothing else.
+    `config` is attached first; an adapter takes its place where `takes_adapter`. Amounts are keep rates where
+    `by_keep_rate`, else r. Without `removes_tokens`, a row costs what the unmerged model does.
     """
 
-    name: ClassVar[str]
-    takes_adapter: ClassVar[bool] = False
-
-    def __init_subclass__(cls) -> None:
-        if "name" in cls.__dict__:
-            _METHODS[cls.name] = cls()
-
-    @abstractmethod
-    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
-        """Attach the method to a plain model without merging anything yet; `options` are `attach`'s."""
-
-    def accepts(self, reduction: Any) -> bool:
-        """Whether the method understands an r; several methods are given the same list."""
-        return not isinstance(as_schedule(reduction), KeepRateSchedule)
+    config: MergeConfig
+    takes_adapter: bool = False
+    by_keep_rate: bool = False
+    removes_tokens: bool = True
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
-        """One amount for each row: every r that the method accepts, then every share of the multiply-adds."""
-        amounts = [r for r in reductions if self.accepts(r)]
-        return [*amounts, *(FlopsSchedule(share) for share in shares)]
-
-    def set_amount(self, model: Any, amount: Any) -> None:
-        """Make a model with the method attached merge so much. Raises ValueError where it does not fit."""
-        model.set_reduction(amount)
+        """One amount for each row: every r that the method understands, then every share of the multiply-adds."""
+        known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == self.by_keep_rate]
+        return [*known, *map(FlopsSchedule, shares)]
 
     def plan(self, model: Any) -> MergePlan:
-        """Tokens and multiply-adds of a model that is set."""
-        return model.merge_plan()
-
-
-class MatchingMethod(EvaluatedMethod):
-    """A method with r tokens per layer."""
-
-    config_class: ClassVar[type[MatchingConfig]]
-
-    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
-        attach(model, self.config_class(r=0) if adapter is None else adapter, **options)
-
-
-class ToMe(MatchingMethod):
-    """Merging by keys; there is nothing to learn."""
-
-    name = "tome"
-    config_class = ToMeConfig
-
-
-class DTEM(MatchingMethod):
-    """Merging by an adapter's embedding; without one it starts from keys and equals ToMe."""
-
-    name = "dtem"
-    config_class = DTEMConfig
-    takes_adapter = True
-
-
-class EViT(EvaluatedMethod):
-    """Pruning by CLS attention, which has a keep rate and no r."""
-
-    name = "evit"
-
-    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
-        attach(model, EViTConfig(), **options)
-
-    def accepts(self, reduction: Any) -> bool:
-        return isinstance(as_schedule(reduction), KeepRateSchedule)
-
-
-class Soft(EvaluatedMethod):
-    """Soft merging by keys, as training relaxes it: between ToMe and DTEM in the ablation.
-
-    No token is removed, so its multiply-adds are the unmerged model's (grouping is not counted).
-    """
-
-    name = "soft"
-
-    def attach(self, model: Any, adapter: MergeAdapter | None, **options: Any) -> None:
-        attach(model, DTEMConfig(r=0, relaxation="soft"), **options)
-
-    def plan(self, model: Any) -> MergePlan:
-        plan = model.merge_plan()
+        """Tokens and multiply-adds of a model that is set to a row."""
+        plan: MergePlan = model.merge_plan()
+        if self.removes_tokens:
+            return plan
         tokens = [plan.num_tokens] * len(plan.tokens)
         return replace(plan, tokens=tokens, multiply_adds=plan.unmerged_multiply_adds)
+
+
+# Without an adapter, dtem starts from keys and equals tome. Soft is tome as training relaxes it, for the ablation.
+METHODS = {
+    "tome": EvaluatedMethod(ToMeConfig(r=0)),
+    "dtem": EvaluatedMethod(DTEMConfig(r=0), takes_adapter=True),
+    "evit": EvaluatedMethod(EViTConfig(), by_keep_rate=True),
+    "soft": EvaluatedMethod(DTEMConfig(r=0, relaxation="soft"), removes_tokens=False),
+}
 
 
 @dataclass
 class Variant:
     """One row: a method and its r (None: unmerged), run on a model that may serve several rows.
 
-    `adapter` is the name of the adapter that the method was given, where there are several to tell apart.
+    `adapter` is the adapter's name, where there are several.
     """
 
     method: str
@@ -135,7 +81,7 @@ class Variant:
             with self.model.unmerged():
                 yield self.model
         else:
-            _METHODS[self.method].set_amount(self.model, self.r)
+            self.model.set_reduction(self.r)
             yield self.model
 
     def standalone(self) -> Any:
@@ -143,7 +89,7 @@ class Variant:
         model = share_weights(self.model)
         if self.method == UNMERGED:
             return detach(model)
-        _METHODS[self.method].set_amount(model, self.r)
+        model.set_reduction(self.r)
         return model
 
     @property
@@ -157,12 +103,9 @@ class Variant:
         return None if self.r is None else as_schedule(self.r).to_json()
 
     def facts(self) -> dict[str, Any]:
-        """Method, r and, where there are several, the adapter: the head of every result's row."""
-        return {
-            "method": self.method,
-            "r": self.shown_r,
-            **({} if self.adapter is None else {"adapter": self.adapter}),
-        }
+        """Method, r and, where there are several, the adapter: the start of a result's row."""
+        named = {} if self.adapter is None else {"adapter": self.adapter}
+        return {"method": self.method, "r": self.shown_r, **named}
 
     def costs(self) -> dict[str, Any]:
         """Multiply-adds of an image, their share of the unmerged model's, and the tokens that are left."""
@@ -171,8 +114,8 @@ class Variant:
 
 
 def method_names() -> list[str]:
-    """What a command line may ask for: the unmerged model, and every method that is registered."""
-    return [UNMERGED, *_METHODS]
+    """The methods that a command line may name: the unmerged model, and all of METHODS."""
+    return [UNMERGED, *METHODS]
 
 
 def make_variants(
@@ -186,7 +129,7 @@ def make_variants(
     """The unmerged model, then every method at every r and every share of multiply-adds.
 
     A method that takes an adapter has its rows once for each of `adapters`, by name. `model` is plain; all rows share
-    its weights. `options` are `attach`'s. Raises ValueError for an unknown method.
+    its weights. `options` are `attach`'s. Raises ValueError for an unknown method, or no amount of merging.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
@@ -198,18 +141,17 @@ def make_variants(
     for name in methods:
         if name == UNMERGED:
             continue
-        method = _METHODS[name]
-        given: list[tuple[str | None, MergeAdapter | None]] = [(None, None)]
+        method = METHODS[name]
+        given: dict[str | None, Any] = {None: method.config}
         if method.takes_adapter and adapters:
-            given = [(key if len(adapters) > 1 else None, adapter) for key, adapter in adapters.items()]
-        for adapter_name, adapter in given:
-            merged = share_weights(model)
-            method.attach(merged, adapter, **options)
+            given = {key if len(adapters) > 1 else None: adapter for key, adapter in adapters.items()}
+        for adapter_name, merge in given.items():
+            merged = attach(share_weights(model), merge, **options)
             amounts = method.amounts(reductions, shares)
             if not amounts:
                 raise BadValue("r", list(reductions), f"an amount that {name} understands, or a share in flops")
             for amount in amounts:
-                method.set_amount(merged, amount)
+                merged.set_reduction(amount)
                 rows.append(Variant(name, amount, merged, method.plan(merged), adapter_name))
     return rows
 

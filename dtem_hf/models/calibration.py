@@ -1,4 +1,4 @@
-"""A plan made for a model: how much each layer merges is searched for on unlabelled images, at equal multiply-adds.
+"""A search for how much each layer should merge, on unlabelled images, at equal multiply-adds.
 
 result = calibrate(model, images, flops=0.5)   # sets the plan; result.reductions, result.distance, …
 """
@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from ..configuration import EViTConfig, MergeConfig
 from ..errors import BadValue, UnsupportedModelError
 from ..families import find_encoder
-from ..schedule import ConstantSchedule, KeepRateSchedule, ListSchedule, Schedule, reductions_for
+from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
 from .attach import MergeMixin
 from .distances import feature_distance, kl_to, recorded_features
 from .encoder import Merging
 from .install import merging_of, set_merge_config
+from .vision import evaluating
 
 
 _SLOPES = (0.0, -0.3, 0.3, 0.6, 0.9)
@@ -61,31 +62,21 @@ def calibrate(
     if evaluations < 1:
         raise BadValue("evaluations", evaluations, "1 or more")
     merging = merging_of(model)
-    flops = merging.plan.ratio if flops is None else flops
-    before, training = merging.config, [module for module in model.modules() if module.training]
-    model.eval()
+    before, flops = merging.config, merging.plan.ratio if flops is None else flops
     try:
-        search = _Search(model, _batches(images, batch_size), evaluations)
-        even, best = search.run(_neighbourhood(merging, flops))
+        with evaluating(model):
+            search = _Search(model, _batches(images, batch_size), evaluations)
+            even, best, schedule = search.run(_plans(merging, flops))
     except BaseException:
         set_merge_config(model, before)
         raise
-    finally:
-        for module in training:
-            module.training = True
-    model.set_reduction(best.schedule)
+    model.set_reduction(schedule)
     plan = merging_of(model).plan
-    return Calibration(tuple(plan.reductions), plan.ratio, best.distance, even.distance, search.evaluations)
-
-
-@dataclass(frozen=True)
-class _Found:
-    schedule: Schedule
-    distance: float
+    return Calibration(tuple(plan.reductions), plan.ratio, best, even, search.evaluations)
 
 
 class _Search:
-    """Descent over the plans that a neighbourhood proposes, each measured once."""
+    """Descent over a space of plans, each measured once."""
 
     def __init__(self, model: Any, batches: Sequence[Tensor], most: int) -> None:
         self.model, self.batches, self.most = model, batches, most
@@ -96,57 +87,44 @@ class _Search:
         with torch.no_grad(), model.unmerged():
             self._references = [self._output(x) for x in batches]
 
-    def run(self, neighbourhood: _Neighbourhood) -> tuple[_Found, _Found]:
-        """The first plan and the best one."""
+    def run(self, plans: _Plans) -> tuple[float, float, Schedule]:
+        """The distances of the first plan and of the best, and the best plan. Raises ValueError for no first plan."""
+        point, *others = plans.starts
+        plans.schedule(point)
         with tqdm(total=self.most, desc="calibrate", unit="plan") as progress:
-            point, *others = neighbourhood.starts
-            first = best = self._measure(neighbourhood.schedule(point), progress)
+            first = best = self._distance(plans, point, progress)
             for other in others:
-                found = self._try(neighbourhood, other, progress)
-                if found.distance < best.distance:
-                    best, point = found, other
-            for scale in range(neighbourhood.scales):
-                best, point = self._descend(neighbourhood, scale, best, point, progress)
-        return first, best
+                if (distance := self._distance(plans, other, progress)) < best:
+                    best, point = distance, other
+            for scale in range(plans.scales):
+                moved = True
+                while moved and self.evaluations < self.most:
+                    moved = False
+                    for move in plans.moves(scale):
+                        neighbour = move(point)
+                        if (distance := self._distance(plans, neighbour, progress)) < best:
+                            best, point, moved = distance, neighbour, True
+        return first, best, plans.schedule(point)
 
-    def _descend(
-        self, neighbourhood: _Neighbourhood, scale: int, best: _Found, point: Any, progress: Any
-    ) -> tuple[_Found, Any]:
-        moved = True
-        while moved and self.evaluations < self.most:
-            moved = False
-            for move in neighbourhood.moves(scale):
-                candidate = move(point)
-                found = self._try(neighbourhood, candidate, progress)
-                if found.distance < best.distance:
-                    best, point, moved = found, candidate, True
-        return best, point
-
-    def _try(self, neighbourhood: _Neighbourhood, point: Any, progress: Any) -> _Found:
-        """Measure a neighbour; where there is none, or it has too many multiply-adds, it is never the best."""
+    @torch.no_grad()
+    def _distance(self, plans: _Plans, point: Any, progress: Any) -> float:
+        """Distance to the unmerged model under a plan; infinity without one, and after the last evaluation."""
         try:
-            schedule = None if point is None else neighbourhood.schedule(point)
-        except BadValue:
+            schedule = None if point is None else plans.schedule(point)
+        except BadValue:  # it has too many multiply-adds
             schedule = None
-        return _Found(ConstantSchedule(0), math.inf) if schedule is None else self._measure(schedule, progress)
-
-    def _measure(self, schedule: Schedule, progress: Any) -> _Found:
         key = repr(schedule)
+        if schedule is None or (key not in self._seen and self.evaluations == self.most):
+            return math.inf
         if key not in self._seen:
-            if self.evaluations == self.most:
-                return _Found(schedule, math.inf)
             self.model.set_reduction(schedule)
-            self._seen[key] = self._distance()
+            pairs = zip(self.batches, self._references, strict=True)
+            distances = [_distance(self._output(x), reference) for x, reference in pairs]
+            self._seen[key] = torch.cat(distances).double().mean().item()
             self.evaluations += 1
             progress.update()
             progress.set_postfix(best=f"{min(self._seen.values()):.4g}")
-        return _Found(schedule, self._seen[key])
-
-    @torch.no_grad()
-    def _distance(self) -> float:
-        pairs = zip(self.batches, self._references, strict=True)
-        distances = [_distance(self._output(x), reference) for x, reference in pairs]
-        return torch.cat(distances).double().mean().item()
+        return self._seen[key]
 
     def _output(self, x: Tensor) -> tuple[str, Tensor]:
         """Logits where the model has them, else the features of its encoder."""
@@ -164,8 +142,8 @@ def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor
 
 
 @dataclass(frozen=True)
-class _Neighbourhood:
-    """Plans of equal multiply-adds as points of a space: where to start, how to move, what plan a point stands for."""
+class _Plans:
+    """Plans of equal multiply-adds as points of a space: where to start, how to move, which plan a point is."""
 
     starts: Sequence[Any]
     scales: int
@@ -173,11 +151,11 @@ class _Neighbourhood:
     schedule: Callable[[Any], Schedule]
 
 
-def _neighbourhood(merging: Merging, flops: float) -> _Neighbourhood:
+def _plans(merging: Merging, flops: float) -> _Plans:
     return (_over_layers if isinstance(merging.config, EViTConfig) else _over_weights)(merging, flops)
 
 
-def _over_weights(merging: Merging, flops: float) -> _Neighbourhood:
+def _over_weights(merging: Merging, flops: float) -> _Plans:
     """A point is one weight per layer, to which its r is proportional; a move makes one layer's larger or smaller."""
     depth, num_tokens = len(merging.cost.layers), merging.plan.num_tokens
 
@@ -193,10 +171,10 @@ def _over_weights(merging: Merging, flops: float) -> _Neighbourhood:
                 yield partial(scaled, layer=layer, factor=factor)
 
     starts = [tuple(1 + slope * (1 - 2 * i / max(depth - 1, 1)) for i in range(depth)) for slope in _SLOPES]
-    return _Neighbourhood(starts, len(_FACTORS), moves, schedule)
+    return _Plans(starts, len(_FACTORS), moves, schedule)
 
 
-def _over_layers(merging: Merging, flops: float) -> _Neighbourhood:
+def _over_layers(merging: Merging, flops: float) -> _Plans:
     """EViT: a point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
     depth = len(merging.cost.layers)
     config: MergeConfig = merging.config
@@ -222,7 +200,7 @@ def _over_layers(merging: Merging, flops: float) -> _Neighbourhood:
         for layer in range(depth):
             yield partial(toggled, layer=layer)
 
-    return _Neighbourhood([start], 1, moves, schedule)
+    return _Plans([start], 1, moves, schedule)
 
 
 def _batches(images: Any, batch_size: int) -> list[Tensor]:

@@ -35,7 +35,7 @@ def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
 def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of each caption's tokens but the first: [B, V + T, classes], [B, T] -> [B].
 
-    The V logits of visual tokens, which GIT puts in front of those of the text, are left out.
+    The V logits of visual tokens, which GIT puts before those of the text, are left out.
     """
     predicted, wanted = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
     losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
@@ -49,7 +49,7 @@ def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
 
     `pooled` is the encoder's own pooled output, `cls` its first final token, `patches` the mean of its final patch
     tokens, weighted by their sizes. `auto` is the first of these that there is; it passes over a pooler like ViT's,
-    whose weights many checkpoints lack. Raises ValueError where an encoder has not what is asked for.
+    whose weights many checkpoints lack. Raises ValueError where an encoder lacks it.
     """
     family, encoder = find_encoder(model)
     prefix = family.geometry(encoder).num_prefix_tokens

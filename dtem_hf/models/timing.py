@@ -16,7 +16,7 @@ Run = Callable[[], Any]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -32,7 +32,7 @@ def time_interleaved(
 ) -> np.ndarray:
     """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are not timed.
 
-    `advance` is called behind every run, to show that it goes on.
+    `advance` is called after every run, for a progress bar.
     """
     for name, value, low in (("rounds", rounds, 1), ("warmup", warmup, 0)):
         if value < low:

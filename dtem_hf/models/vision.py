@@ -1,4 +1,4 @@
-"""The part of a model that sees images: what can be run on pixels alone, to look at or to measure."""
+"""The part of a model that reads images: it runs on pixels alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..families import find_encoder
 
 
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
-    """The largest part of a model that holds the encoder and needs nothing but pixels: of CLIP, its vision tower."""
+    """The largest part of a model that holds the encoder and needs only pixels: in CLIP, the vision tower."""
     for module in model.modules():
         takes_pixels = isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
         if takes_pixels and any(child is encoder for child in module.modules()):
@@ -23,7 +23,7 @@ def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
 
 
 def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
-    """Run the part of a model that sees images: [B, C, H, W], of any size, on any device and in any dtype."""
+    """Run the part of a model that reads images on pixels [B, C, H, W] of any size, device and dtype."""
     encoder: Any = find_encoder(model)[1]
     part: Any = image_part(model, encoder)
     parameter = next(encoder.parameters())
@@ -45,7 +45,7 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, i
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model is in eval mode; behind it every module is in the mode it was in."""
+    """Inside the block a model is in eval mode; afterwards every module is back in its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

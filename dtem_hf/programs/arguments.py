@@ -89,9 +89,9 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; what its user can mend is one line on stderr.
+    """Run a script; an error that its user can repair is one line on stderr.
 
-    The exit code is 2 for a bad value, 1 for what is missing or cannot be written (a full disk, say).
+    The exit code is 2 for a bad value, 1 for something missing or a file that cannot be written (a full disk).
     """
     try:
         main()

@@ -6,19 +6,26 @@ import os
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def known_processes() -> PartialState:
+    """This process among those that were launched together. Raises RuntimeError where Accelerate sees fewer."""
+    state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched and Accelerate sees {state.num_processes}: "
+            "without an accelerator, set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    return state
 
 
 def processes() -> Accelerator:
-    """This process among those that were launched. Raises RuntimeError where Accelerate sees only this one."""
-    accelerator = Accelerator()
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"{launched} processes were launched and Accelerate sees {accelerator.num_processes}: "
-            "without an accelerator, set ACCELERATE_USE_CPU=true and launch with torchrun"
-        )
-    return accelerator
+    """As `known_processes`, with Accelerate's functions."""
+    known_processes()
+    return Accelerator()
 
 
 def choose_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 _CELL_INCHES = 2.4
 _CELL_PIXELS = 480
 _MODES = {1: "L", 3: "RGB"}
-# A picture and what to write below it.
+# A picture and its caption.
 Panel = tuple[NDArray[np.float64], str]
 
 
@@ -105,8 +105,8 @@ def draw_merged_tokens(
     """Write one figure: a row per image (named by `titles`): what the model sees, then a column per merged model.
 
     `models` are named by their keys. The suffix of `path` is the format; the file is written whole or not at all.
-    Models run on one image at a time, in eval mode, and are left as they were. Raises ValueError where a model is not
-    merged, or where there is nothing to draw.
+    Models run on one image at a time, in eval mode, and keep their mode. Raises ValueError for a model that is not
+    merged, and where there is nothing to draw.
     """
     check_figure_format(path)
     if not images or not models:
@@ -130,7 +130,7 @@ def draw_merged_layers(
 ) -> None:
     """Write one figure of how tokens merge from layer to layer: a row per merged model, a column per layer.
 
-    `layers` are counted from 1; left out, four that are spread evenly, the last among them. For the rest it is as with
+    `layers` are counted from 1; left out, four that are spread evenly, the last among them. The rest is as in
     `draw_merged_tokens`. Raises ValueError for a layer that a model does not have.
     """
     check_figure_format(path)
@@ -181,7 +181,7 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
 
 
 def _draw(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
-    """What a model sees of an image, and its tokens behind each of some layers (None: the last)."""
+    """The pixels that a model sees of an image, and its tokens after each of some layers (None: the last)."""
     processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
     family, encoder = find_encoder(model)
     config: Any = encoder.config
@@ -201,7 +201,7 @@ def _draw(image: Image, model: Any, processor: Any, layers: Sequence[int] | None
 
 
 def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
-    """The token that each of an image's tokens is in behind every layer: [1, C, H, W] -> layers × [N]."""
+    """The token that each of an image's tokens is in after every layer: [1, C, H, W] -> layers × [N]."""
     with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
         run_on_pixels(model, pixel_values)
     return [source_map[0].cpu().numpy() for source_map in trace.source_maps]

@@ -111,7 +111,7 @@ def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], ti
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
-    """The places of those that no other one beats, by being no more costly and no worse, and better in one of them."""
+    """The places of the best trade-offs: no other one is at most as costly, at least as good, and better in one."""
     order = sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i]))
     front: list[int] = []
     for i in order:
@@ -240,7 +240,7 @@ def _figure(
 
 
 def _legend(axis: Any, **options: Any) -> None:
-    """A legend whose names are text: a dollar sign in one starts no formula."""
+    """A legend of plain text: a dollar sign in a name starts no formula."""
     for text in axis.legend(frameon=False, **options).get_texts():
         text.set_parse_math(False)
 

@@ -38,7 +38,7 @@ def shown(value: float | None, form: str, unit: str = "") -> str:
 
 
 def shown_r(r: Any) -> str:
-    """What a row's r is called in a table; nothing for the unmerged model."""
+    """A row's r in a table; empty for the unmerged model."""
     return "" if r is None else reduction_label(r)
 
 

@@ -1,4 +1,4 @@
-"""Learn a merge embedding for a frozen backbone; `main` is the program behind `recipes/train.py`."""
+"""Training of merge embeddings; `main` is the program behind `recipes/train.py`."""
 
 from __future__ import annotations
 

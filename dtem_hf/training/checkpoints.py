@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, found again, and thinned out."""
+"""Checkpoints of a run: written completely or not at all, found again, and old ones removed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..files import read_json, write_json
 
 
 STATE_NAME = "run_state.json"
-_LARGEST_STATE = 64 << 20  # positions in streams of many shards
+_LARGEST_STATE = 64 << 20  # bytes; positions in streams of many shards
 
 
 def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_dir: str) -> None:
-    """Hook for `Accelerator.save_state`: what is frozen is not written again with every checkpoint."""
-    # FSDP and DeepSpeed write models themselves, and hand over no weights.
+    """Hook for `Accelerator.save_state`: removes frozen parameters from what is written."""
+    # FSDP and DeepSpeed write models themselves, and pass no weights.
     for model, state in zip(models, weights, strict=False):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -29,20 +29,21 @@ def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_d
 def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint under a temporary name and rename it; then remove all but the newest `keep`.
 
-    Raises OSError that names the newest whole checkpoint where this one could not be written, which leaves no trace.
+    Raises OSError that names the newest complete checkpoint where this one cannot be written; its files are removed.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
     if accelerator.is_main_process:
-        _remove_partial(folder)
+        for left in folder.glob(".partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(partial / STATE_NAME, state)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when a disk is full
-        free = _free_megabytes(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
+        free = shutil.disk_usage(folder).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {step} could not be written to {folder} ({free:.0f} MB are free there): "
@@ -58,29 +59,20 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that were finished, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
     return sorted(path for path in found if (path / STATE_NAME).is_file())
 
 
 def last_good(folder: Path) -> str:
-    """The newest whole checkpoint, in words."""
+    """The newest complete checkpoint, in words."""
     kept = complete(folder)
     return f"last good checkpoint: {kept[-1].name if kept else 'none'}"
 
 
 def load(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
-    """Put optimiser, schedule, random numbers and learned weights back; returns what was saved beside them."""
+    """Restore optimiser, schedule, random states and learned weights; returns the state saved with them."""
     accelerator.load_state(str(checkpoint), strict=False)
-    # Checkpoints are written between steps, where a new cycle of accumulated batches begins.
+    # Checkpoints are written between steps: the next batch is the first of its step.
     accelerator.step = 0
     return read_json(checkpoint / STATE_NAME, _LARGEST_STATE)
-
-
-def _remove_partial(folder: Path) -> None:
-    for left in folder.glob(".partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _free_megabytes(folder: Path) -> float:
-    return shutil.disk_usage(folder).free / 1e6

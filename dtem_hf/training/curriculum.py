@@ -1,78 +1,90 @@
-"""What changes from step to step of a run: how much is merged, how sharply, and whether softly at all."""
+"""What changes from step to step: r, the temperatures, and whether the merge is soft."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
+from typing import Any, get_type_hints
 
 from ..configuration import DTEMConfig
 from ..errors import BadValue
 from ..models.install import set_merge_config
-from ..programs.arguments import option
+from ..programs.arguments import at_least, option, parse_reduction
 
 
-if TYPE_CHECKING:
-    from .arguments import TrainArguments
+def _merge_options() -> list[tuple[str, Any, Any]]:
+    """DTEMConfig's fields as command-line options; r is text there: a number, a list or a schedule."""
+    hints, options = get_type_hints(DTEMConfig), []
+    for f in fields(DTEMConfig):
+        assert f.default is not MISSING
+        kind, default = (str, str(f.default)) if f.name == "r" else (hints[f.name], f.default)
+        options.append((f.name, kind, field(default=default, metadata=dict(f.metadata))))
+    return options
+
+
+MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only=True)
 
 
 @dataclass(kw_only=True)
-class CurriculumArguments:
-    """The options of the curriculum; without any, every step is as the config says."""
+class CurriculumArguments(MergeArguments):
+    """The merge config to learn, and how it changes during a run; by default it does not."""
 
-    sample_r: list[int] = option(
-        "numbers of tokens of which each step draws its r, like 8 13 16 20", default_factory=list
-    )
+    steps: int = option("optimiser steps", default=400)
+    seed: int = option("seed of every random draw", default=0)
+    sample_r: list[int] = option("values from which each step draws its r, like 8 13 16 20", default_factory=list)
     last_score_temperature: float | None = option(
-        "score_temperature at the end, reached exponentially; left out, it stays", default=None
+        "score_temperature at the last step, approached exponentially; left out, it stays", default=None
     )
     last_assignment_temperature: float | None = option(
-        "assignment_temperature at the end, reached exponentially; left out, it stays", default=None
+        "assignment_temperature at the last step, approached exponentially; left out, it stays", default=None
     )
     straight_through_from: int | None = option(
-        "step from which tokens are really removed, with the gradients of soft merging; 0: from the start",
-        default=None,
+        "step from which tokens are removed, with the gradients of soft merging; 0: from the start", default=None
     )
 
-    def check_curriculum(self) -> None:
-        """Raise ValueError for options that make no sense."""
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps")
+        at_least(self, 0, "straight_through_from")
         if any(r < 0 for r in self.sample_r):
             raise BadValue("sample_r", self.sample_r, "numbers of tokens, 0 or more, like 8 13 16 20")
         for name in ("last_score_temperature", "last_assignment_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BadValue(name, value, "a number above 0")
-        if self.straight_through_from is not None and self.straight_through_from < 0:
-            raise BadValue("straight_through_from", self.straight_through_from, "a step, 0 or more")
+        self.merge_config()
+
+    def merge_config(self) -> DTEMConfig:
+        """The config of the embedding to learn. Raises ValueError for an option that makes no sense."""
+        values = {f.name: getattr(self, f.name) for f in fields(DTEMConfig)}
+        return DTEMConfig.from_dict({**values, "r": parse_reduction(str(values["r"]))})
 
 
 class Curriculum:
-    """The config of every step. What is drawn for a step depends on the seed and the step alone, in all processes."""
+    """The merge config of every step: it depends on options and step alone, so all processes draw the same r."""
 
-    def __init__(self, arguments: TrainArguments) -> None:
+    def __init__(self, arguments: CurriculumArguments) -> None:
         self.arguments = arguments
         self.config = arguments.merge_config()
 
     def at(self, step: int) -> DTEMConfig:
-        """The config that step `step` (from 0) trains with."""
+        """The config of training step `step` (from 0)."""
         a = self.arguments
         changes: dict[str, Any] = {}
         if a.sample_r:
-            draw = random.Random(a.seed * 1_000_003 + step)
-            changes["r"] = draw.choice(a.sample_r)
+            changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(a.sample_r)
         done = step / max(a.steps - 1, 1)
         for name in ("score_temperature", "assignment_temperature"):
-            last = getattr(a, f"last_{name}")
+            first, last = getattr(self.config, name), getattr(a, f"last_{name}")
             if last is not None:
-                changes[name] = getattr(self.config, name) * (last / getattr(self.config, name)) ** done
+                changes[name] = first * (last / first) ** done
         if a.straight_through_from is not None and step >= a.straight_through_from:
             changes["relaxation"] = "straight_through"
         return replace(self.config, **changes)
 
-    def enter(self, model: Any, step: int) -> None:
-        """Set a model up for a step."""
+    def set_for_step(self, model: Any, step: int) -> None:
+        """Give a model the config of a training step."""
         set_merge_config(model, self.at(step))
 
-    def leave(self, model: Any) -> None:
-        """Set a model up as it will be used."""
+    def set_for_use(self, model: Any) -> None:
+        """Give a model the config that its adapter is saved with."""
         set_merge_config(model, self.config)

@@ -1,30 +1,28 @@
-"""The batches of a run, on the device of a process, from the step on at which it is entered."""
+"""The training batches of a process, from any step on."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from ..errors import BadValue
-from .gaps import FilledGaps, Tolerant
+from .arguments import TrainArguments
 from .interruption import leave_signals_to_the_parent
 from .row_stream import RowStream
-from .stream import ImageStream
-
-
-if TYPE_CHECKING:
-    from .arguments import TrainArguments
-    from .tasks.base import TaskData
+from .tasks.base import TaskData
+from .unreadable_images import ErrorsAsItems, ReplaceErrors
 
 
 class Feed(ABC):
-    """Iterated over, it gives batches from `step` on, for each process its own; `state` is what a checkpoint keeps."""
+    """The batches of this process, and the position in the data that a checkpoint keeps."""
 
     def __init__(self, arguments: TrainArguments, accelerator: Accelerator, data: TaskData) -> None:
         self.arguments, self.accelerator, self.data = arguments, accelerator, data
@@ -32,19 +30,34 @@ class Feed(ABC):
 
     @abstractmethod
     def batches(self, step: int, state: Any) -> Iterator[dict[str, Tensor]]:
-        """Batches of the steps from `step` on; `state` is what `state_after` gave for it."""
+        """The batches from `step` to the last step; `state` is what `state_after(step)` returned."""
 
     @abstractmethod
     def names(self, batch: dict[str, Any]) -> list[str]:
-        """What the images of one of the last batches are called."""
+        """The names of the images in one of the last batches."""
 
     def state_after(self, step: int) -> Any:
-        """What a checkpoint behind `step` must keep, of all processes; to be called in all of them."""
+        """The state of all processes after `step`, for a checkpoint; every process must call it."""
         return None
+
+    def with_shares(
+        self, batches: Iterator[dict[str, Tensor]], num_terms: Callable[[dict[str, Tensor]], Tensor | None]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor | float]]:
+        """Batches, each with the factor of its loss that makes the mean loss of a step the mean over all its terms.
+
+        1 where all batches have as many terms. Otherwise all batches of a step are read before the first is used.
+        """
+        for first in batches:
+            if num_terms(first) is None:
+                yield first, 1.0
+                continue
+            group = [first, *islice(batches, self.per_step - 1)]
+            counts = torch.stack([num_terms(batch) for batch in group]).float()  # type: ignore[misc]
+            yield from zip(group, counts / self.accelerator.reduce(counts.mean(), reduction="mean"), strict=True)
 
 
 class IndexedFeed(Feed):
-    """Of a data set with a length: its position is the number of the step."""
+    """Batches of a data set that has a length: the number of the step is the position."""
 
     def batches(self, step: int, state: Any) -> Iterator[dict[str, Tensor]]:
         a, per_step = self.arguments, self.per_step * self.accelerator.num_processes
@@ -57,7 +70,7 @@ class IndexedFeed(Feed):
 
 
 class StreamedFeed(Feed):
-    """Of rows that are read as they arrive: every process has a position of its own."""
+    """Batches of rows that are read as they arrive: every process has its own position."""
 
     def batches(self, step: int, state: Any) -> Iterator[dict[str, Tensor]]:
         a, accelerator = self.arguments, self.accelerator
@@ -84,16 +97,43 @@ class StreamedFeed(Feed):
         return gather_object([self._stream.position_after((step - self._first) * self.per_step - 1)])
 
 
+class ImageStream(Sampler[list[tuple[int, int]]]):
+    """Batches `first` to `last` of an endless stream of permutations, as lists of (epoch, index).
+
+    Image g of the stream is image g mod n of permutation g // n: batch size and number of processes do not change it.
+    """
+
+    drop_last = True  # accelerate reads this before it deals the batches out to the processes
+
+    def __init__(self, num_images: int, batch_size: int, first: int, last: int, seed: int) -> None:
+        self.num_images, self.batch_size, self.first, self.last, self.seed = num_images, batch_size, first, last, seed
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        for batch in range(self.first, self.last):
+            items = []
+            for g in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                if g // self.num_images != epoch:
+                    epoch = g // self.num_images
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.num_images, generator=generator)
+                items.append((epoch, int(order[g % self.num_images])))
+            yield items
+
+
 def make_feed(arguments: TrainArguments, accelerator: Accelerator, data: TaskData) -> Feed:
     """The feed that fits the data."""
     return (IndexedFeed if data.rows is None else StreamedFeed)(arguments, accelerator, data)
 
 
 def loader(arguments: TrainArguments, data: TaskData, items: Any, **options: Any) -> DataLoader[Any]:
-    """A DataLoader over items of a task's data; unreadable images are handled as the arguments say."""
+    """A DataLoader over items of a task's data; `on_bad_image` says what it does with unreadable images."""
     collate = data.collate
     if arguments.on_bad_image == "skip":
-        items, collate = Tolerant(items), FilledGaps(collate)
+        items, collate = ErrorsAsItems(items), ReplaceErrors(collate)
     return DataLoader(
         items,
         collate_fn=collate,

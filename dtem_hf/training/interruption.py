@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM, SIGINT or a launcher that is gone ends a run behind a step, with a checkpoint."""
+"""SIGTERM, SIGINT or the end of the launcher stops a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds. A launcher hands on a signal that a terminal may have sent to every process already.
+# A terminal signals all processes, and a launcher passes the signal on: within so many seconds, it is the same one.
 _SAME = 2.0
 _LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
@@ -21,8 +21,8 @@ _LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 class Interruption:
     """Inside `with Interruption() as interruption:` a signal sets `interruption.reason` instead of ending the process.
 
-    A second SIGINT ends it at once. In a thread that is not the main one, signals are left alone. `reason` is also set
-    when the launcher this process was started by is gone, which would otherwise leave it running unseen.
+    A second SIGINT ends the process at once. Outside the main thread, signals keep their handlers. `reason` is also
+    set when the launcher that started this process has ended: without it the process would run on unnoticed.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Interruption:
 
     @property
     def reason(self) -> str | None:
-        """What asked for the end, in words; None if nothing did."""
+        """Why the run must stop, in words; None if it need not."""
         if self._signal is None and self._launcher is not None and os.getppid() != self._parent:
             return "the end of its launcher"
         return self._signal
@@ -55,36 +55,36 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal, self._since = signal.Signals(number).name, time.monotonic()
-            # print() may be what was interrupted.
+            # Not print(): the signal may have interrupted one.
             os.write(2, f"\n{self._signal}: finishing the step and writing a checkpoint\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since > _SAME:
             raise KeyboardInterrupt
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: whoever signals all processes of a job must not end the workers of a step.
+    """`worker_init_fn` of a DataLoader: a signal to all processes of a job does not end the workers during a step.
 
-    A worker still ends when its parent says so, or is gone.
+    A worker still ends when its parent terminates it, or has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
-def _end_when_the_parent_says_so() -> None:
+def _end_with_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def launcher() -> psutil.Process | None:
-    """The `accelerate launch` or `torchrun` that this process was started by; None if there is none."""
+    """The `accelerate launch` or `torchrun` process that started this one; None if there is none."""
     try:
         parent = psutil.Process().parent()
         words = [] if parent is None else parent.cmdline()
     except psutil.Error:
         return None
-    # Behind the script's name come its own arguments.
+    # The words after the script's name are the script's own arguments.
     names = [os.path.basename(word) for word in words[:3]]
     return parent if any(name.startswith(_LAUNCHERS) for name in names) else None

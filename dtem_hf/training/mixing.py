@@ -1,4 +1,4 @@
-"""Mixup and cutmix on a batch (METHOD.md section 5), by kornia: which image each is mixed with, and in what share."""
+"""Mixup and cutmix on a batch (METHOD.md section 5), by kornia."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..data.augmentation import drawn_from, kornia
 
 @dataclass
 class Mixed:
-    """pixel_values [B, C, H, W]; image i holds `share` [B] of image `partner[i]` [B], and the rest of itself."""
+    """pixel_values [B, C, H, W]; image i consists of image `partner[i]` to `share[i]`, and of itself for the rest."""
 
     pixel_values: Tensor
     partner: Tensor
@@ -22,10 +22,10 @@ class Mixed:
 
 
 def mix(pixel_values: Tensor, mixup: float, cutmix: float, key: Sequence[int]) -> Mixed:
-    """Mix a batch by one of mixup and cutmix, drawn half and half where both are above 0.
+    """Mix a batch by mixup or cutmix, either with probability 1/2 where both are above 0.
 
-    They are the parameters of the symmetric Beta distributions of the share, which is one for the batch (DeiT's
-    recipe). What is drawn depends on `key` alone.
+    The two are parameters of symmetric Beta distributions, from which one share is drawn for the whole batch (DeiT's
+    recipe). The draw depends on `key` alone.
     """
     order = torch.arange(len(pixel_values), device=pixel_values.device)
     if not mixup and not cutmix:
@@ -34,19 +34,19 @@ def mix(pixel_values: Tensor, mixup: float, cutmix: float, key: Sequence[int]) -
     options = {"data_keys": ["input", "class"], "same_on_batch": True}
     with drawn_from(key):
         if not cutmix or (mixup and torch.rand(()) < 0.5):
-            # kornia draws evenly between two bounds; what is wanted is a Beta.
+            # kornia draws uniformly between two bounds: both are set to a draw from the Beta distribution.
             share = torch.distributions.Beta(mixup, mixup).sample().expand(2)
             pixels, pairs = parts.RandomMixUpV2(lambda_val=share, **options)(pixel_values, order)
         else:
             blend = parts.RandomCutMixV2(beta=float(cutmix), use_correct_lambda=True, **options)
             pixels, pairs = blend(pixel_values, order)
             pairs = pairs[0].clone()
-            pairs[:, 2] = 1 - pairs[:, 2]  # here it says how much is left
+            pairs[:, 2] = 1 - pairs[:, 2]  # RandomCutMixV2 returns the share that is left
     return Mixed(pixels, pairs[:, 1].long(), pairs[:, 2].float())
 
 
 def soft_targets(labels: Tensor, mixed: Mixed, num_classes: int) -> Tensor:
-    """Labels [B] of what a batch was mixed of -> [B, num_classes], rows sum to 1."""
+    """Labels [B] of the images before mixing -> targets of the mixed images [B, num_classes], rows sum to 1."""
     own = F.one_hot(labels, num_classes).float()
     share = mixed.share.unsqueeze(-1)
     return (1 - share) * own + share * own[mixed.partner]

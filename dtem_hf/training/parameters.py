@@ -1,30 +1,27 @@
-"""What learns in a run, how fast, and what is random meanwhile: the embedding alone, or the backbone with it."""
+"""Which parameters learn and at what rate, and when dropout is on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..data.augmentation import drawn_from
 from ..families import find_encoder
 from ..models.install import merged_layers
-
-
-if TYPE_CHECKING:
-    from .arguments import TrainArguments
+from .arguments import TrainArguments
 
 
 def freeze_backbone(model: Any) -> None:
-    """Leave only the learned embedding to be trained, and relax the layers without waking the backbone's dropout."""
+    """Let the embedding alone learn, and merge softly; the backbone's dropout stays off."""
     choose_learned(model, train_backbone=False)
     relax(model, True)
 
 
 def choose_learned(model: Any, train_backbone: bool) -> None:
-    """Say which parameters get gradients: the embedding, and the backbone where it is trained end to end."""
+    """Set which parameters get gradients: the embedding, and with `train_backbone` the backbone."""
     model.requires_grad_(train_backbone)
     for parameter in model.merge_parameters():
         parameter.requires_grad_(True)
@@ -36,10 +33,7 @@ def learned_parameters(model: Any) -> Iterator[nn.Parameter]:
 
 
 def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
-    """Merge softly or hard; dropout and drop path are on only where a backbone is trained, and the merge is soft.
-
-    A frozen backbone is one fixed function.
-    """
+    """Merge softly or hard. Dropout and drop path are on only where the backbone learns and the merge is soft."""
     model.train(soft and train_backbone)
     for layer in merged_layers(model):
         layer.training = soft
@@ -47,10 +41,7 @@ def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
 
 @contextmanager
 def dropout_drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> Iterator[None]:
-    """Inside the block, what a backbone that learns drops depends on the seed and on the batch's first item alone.
-
-    A run that is resumed drops what it would have dropped.
-    """
+    """Inside the block, dropout depends on the seed and the batch's first item alone: a resumed run repeats it."""
     if not arguments.train_backbone:
         yield
         return
@@ -59,24 +50,24 @@ def dropout_drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> It
 
 
 def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser: the embedding with `lr`, exponents and norms with `aggregation_lr`, and the
-    backbone with `backbone_lr`, where they learn.
+    """Parameter groups of an optimiser: projections with `lr`, exponents and norms with `aggregation_lr`, and the
+    backbone, where it learns, with `backbone_lr`.
 
     With `layer_decay` d, the learning rate of layer i of L (from 1) is d^(L + 1 - i) of the backbone's, that of the
-    patch and position embeddings d^(L + 1), and what follows the layers learns at full rate (BEiT, arXiv 2106.08254).
-    Weight decay acts on the weights of linear maps and convolutions, and not on biases, norms and positions.
+    patch and position embeddings d^(L + 1), and that of all behind the layers 1 (BEiT, arXiv 2106.08254). Weights of
+    linear maps and convolutions decay; biases, norms and positions do not.
     """
     a = arguments
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     embedding = list(model.merge_parameters())
     aggregation = list(find_encoder(model)[1].merge_embedding.aggregation_parameters())
     others = {id(parameter) for parameter in aggregation}
-    comparing = [parameter for parameter in embedding if id(parameter) not in others]
-    result = [{"name": "embedding", "params": comparing, "lr": a.lr, "weight_decay": a.weight_decay}]
+    projections = [parameter for parameter in embedding if id(parameter) not in others]
+    result = [{"name": "embedding", "params": projections, "lr": a.lr, "weight_decay": a.weight_decay}]
     if aggregation:
         result.append({"name": "aggregation", "params": aggregation, "lr": a.aggregation_lr, "weight_decay": 0.0})
     if not a.train_backbone:
         return result
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     own = {id(parameter) for parameter in embedding}
     depths, deepest = _depths(model)
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
@@ -84,19 +75,18 @@ def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, An
         if id(parameter) in own:
             continue
         depth, decayed = depths.get(id(parameter), deepest), id(parameter) in matrices
-        if (depth, decayed) not in groups:
-            groups[depth, decayed] = {
-                "name": f"backbone {depth}{' decayed' if decayed else ''}",
-                "params": [],
-                "lr": a.backbone_lr * a.layer_decay ** (deepest - depth),
-                "weight_decay": a.backbone_weight_decay if decayed else 0.0,
-            }
-        groups[depth, decayed]["params"].append(parameter)
+        group = {
+            "name": f"backbone {depth}{' decayed' if decayed else ''}",
+            "params": [],
+            "lr": a.backbone_lr * a.layer_decay ** (deepest - depth),
+            "weight_decay": a.backbone_weight_decay if decayed else 0.0,
+        }
+        groups.setdefault((depth, decayed), group)["params"].append(parameter)
     return result + [groups[key] for key in sorted(groups)]
 
 
 def _depths(model: Any) -> tuple[dict[int, int], int]:
-    """Depth by the identity of a parameter: 0 for embeddings, i for layer i from 1; and the depth of all else."""
+    """Depth by id of a parameter (0 for embeddings, i for layer i from 1), and the depth of all others."""
     _, encoder = find_encoder(model)
     layers = merged_layers(model)
     depths = {id(p): 0 for name, p in encoder.named_parameters() if "embeddings" in name.split(".")}

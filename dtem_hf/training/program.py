@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..programs.arguments import parse_arguments
+from ..programs.lock import only_run_in
 from .arguments import TrainArguments
 from .interruption import Interruption
 from .run import Run
@@ -21,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(arguments: TrainArguments) -> dict[str, Any]:
-    """Train, and return what is written to `training.json`: best step, its validation figures, conditions.
+    """Train, and return the content of `training.json`: best step, its validation figures, conditions.
 
-    Raises SystemExit(0) where SIGTERM or SIGINT ended it, behind a checkpoint; the same arguments go on from there.
+    Raises SystemExit(0) after SIGTERM or SIGINT, with a checkpoint written; the same arguments then resume. Raises
+    ValueError where another run uses the output folder.
     """
-    with Interruption() as interruption:
+    with only_run_in(arguments.output_dir), Interruption() as interruption:
         return Run(arguments, interruption).train()

@@ -14,7 +14,7 @@ from .arguments import TrainArguments
 
 
 class Publication:
-    """The repository of a run. To be used in one process only; without `push_to_hub` it does nothing."""
+    """The repository of a run. Only the main process uses it; without `push_to_hub` it does nothing."""
 
     def __init__(self, arguments: TrainArguments, folder: Path, say: Callable[[str], Any]) -> None:
         self.arguments = arguments
@@ -23,7 +23,7 @@ class Publication:
         self.say = say
 
     def prepare(self) -> None:
-        """Make the repository, and the branch if there will be one: who may not publish hears of it before training.
+        """Make the repository, and the branch if one is needed: errors of access appear before training.
 
         Raises PermissionError, ConnectionError, or ValueError where a public repository is there instead.
         """
@@ -58,6 +58,5 @@ class Publication:
         self.say(f"published: {commit}")
 
     def _push(self, message: str, **options: Any) -> Any:
-        a = self.arguments
-        private = a.hub_private_repo or None
+        private = self.arguments.hub_private_repo or None
         return publish_folder(self.folder, self.repo_id, commit_message=message, private=private, **options)

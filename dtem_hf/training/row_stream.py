@@ -1,4 +1,4 @@
-"""Rows of a dataset that is read as it arrives: in a new order every epoch, resumed where a checkpoint left them."""
+"""Batches of a dataset that is read as it arrives: in a new order every epoch, from any position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..data.opening import row_name
 from ..errors import BadValue
 
 
-# Batches whose names are known: those of a step, and those that workers were handed ahead of it.
+# Batches whose image names are kept: those of a step, and those that workers have read ahead.
 _NAMES_KEPT = 256
 
 
 class _Block(NamedTuple):
-    """Rows that are shuffled together: `state` is the dataset's in front of them, `first` the first one's number."""
+    """Rows that are shuffled together, the dataset's state before them, and the number of the first."""
 
     epoch: int
     state: dict[str, Any]
@@ -31,11 +31,11 @@ class _Block(NamedTuple):
 
 
 class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
-    """Batches of (epoch, number, row) for one of `world_size` processes, without end or `num_batches` long.
+    """`num_batches` batches of (epoch, number, row) for one of `world_size` processes.
 
     Every epoch puts the shards of a process in another order and shuffles their rows in blocks of `buffer_size`; the
-    next block is read while one is used. Where shards cannot be dealt out evenly, each process reads all of them and
-    keeps every `world_size`-th row. What comes after batch b depends on `position_after(b)` and on nothing else.
+    next block is read while one is used. Where shards cannot be shared evenly, each process reads all of them and
+    keeps every `world_size`-th row. The batches after batch b depend on `position_after(b)` alone.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
         return self.num_batches
 
     def position_after(self, batch: int) -> dict[str, Any]:
-        """Where batch `batch` (from 0, counted from where this stream began) ended; asked for once, in order."""
+        """The position after batch `batch`, counted from 0 where this stream began; to be asked in order."""
         for earlier in [number for number in self._positions if number < batch]:
             del self._positions[earlier]
         return self._positions[batch]
 
     def name_of(self, number: int) -> str:
-        """What one of the last rows is called."""
+        """The name of one of the last rows."""
         return dict(self._names).get(number, str(number))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
         used = self._start["used"]
         batch: list[tuple[int, int, dict[str, Any]]] = []
         number = 0
-        for block in self._read_ahead():
+        for block in self._read_ahead() if self.num_batches else ():
             order = np.random.default_rng((self.seed, self.rank, block.first)).permutation(len(block.rows))
             for place in range(used, len(order)):
-                # Numbers of other processes lie between, so that no two of their images are augmented alike.
+                # Other processes use the numbers in between, so that no two images get the same augmentation.
                 identity = (block.first + place) * self.world_size + self.rank
                 row = block.rows[order[place]]
                 batch.append((block.epoch, identity, row))

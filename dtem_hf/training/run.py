@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -24,19 +30,20 @@ from ..hub.folder_card import refreshed_card
 from ..hub.layout import TRAINING_NAME
 from ..models.install import load_embedding
 from ..programs.conditions import command, data_name, hardware, versions
+from ..programs.identity import weights_digest
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
-from .exchange import exchange, raise_not_finite
 from .feed import loader, make_feed
-from .gaps import REASONS
 from .interruption import Interruption
 from .parameters import choose_learned, dropout_drawn_for, optimizer_groups, relax
 from .publication import Publication
 from .same_run import check_same_run
+from .step_outcome import gather_outcome, raise_not_finite
 from .tasks import make_task
 from .threads import use_threads
 from .trackers import LOGS_NAME, Metrics, wanted_trackers
+from .unreadable_images import UNREADABLE
 from .validation import Stopped, Validation
 
 
@@ -44,14 +51,17 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Run:
-    """Loads everything, and goes on from the newest checkpoint in the output folder when it trains."""
+    """Loads model and data; `train` resumes from the newest checkpoint in the output folder."""
 
     def __init__(self, arguments: TrainArguments, interruption: Interruption | None = None) -> None:
         self.arguments = a = replace(arguments)
         self.interruption = interruption or Interruption()
         self.output = Path(a.output_dir)
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=a.gradient_accumulation_steps,
+            # Steps are counted: batches are read ahead, so the end of the data says nothing about the step.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=a.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             mixed_precision=a.mixed_precision,
             log_with=wanted_trackers(a.report_to) or None,
             project_config=ProjectConfiguration(str(self.output), str(self.output / LOGS_NAME)),
@@ -61,20 +71,25 @@ class Run:
         if self.accelerator.is_main_process:
             self.publication.prepare()
         self.metrics = Metrics(self.accelerator, self.output)
-        self.task, self.curriculum = make_task(a), Curriculum(a)
+        self.task, self.curriculum = make_task(a.task, a), Curriculum(a)
         set_seed(a.seed)
         self.model = self.task.load_model()
+        plain = {name: value for name, value in self.model.state_dict().items() if "merge_embedding" not in name}
+        self.identity = {"model": weights_digest(plain)}
         if a.start_from:
-            load_embedding(self.model, MergeAdapter.from_reference(a.start_from))
+            adapter = MergeAdapter.from_reference(a.start_from)
+            load_embedding(self.model, adapter)
+            self.identity["start_from"] = weights_digest(adapter.tensors)
         if a.train_backbone:
             self.task.keep_teacher(self.model)
-            # What the adapter belongs to is no longer the backbone that training began with.
+            # The adapter is for the trained backbone, and not for the one that training began with.
             self.model.name_or_path = str(self.output / "model")
         choose_learned(self.model, a.train_backbone)
         relax(self.model, self.task.soft, a.train_backbone)
         if a.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.data = self.task.load_data(self.model)
+        self.identity |= self.data.identity
         self._count_steps()
         self.feed = make_feed(a, self.accelerator, self.data)
         held_out = loader(a, self.data, self.data.validation, batch_size=a.batch_size)
@@ -88,7 +103,7 @@ class Run:
 
     @property
     def images_per_step(self) -> int:
-        """Images that all processes together see between two steps of the optimiser."""
+        """Images of one optimiser step, over all processes."""
         a = self.arguments
         return a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -97,7 +112,7 @@ class Run:
         if a.epochs is None:
             return
         if self.data.num_images is None:
-            raise BadValue("epochs", a.epochs, "steps instead, as this stream does not tell how many images it has")
+            raise BadValue("epochs", a.epochs, "steps instead, as the number of images of this stream is not known")
         a.steps = max(1, round(a.epochs * self.data.num_images / self.images_per_step))
 
     def _prepare(self) -> None:
@@ -109,22 +124,22 @@ class Run:
             num_training_steps=a.steps,
             min_lr_rate=min(a.min_lr / a.lr, 1.0) if a.lr else 0.0,
         )
-        # A layer that merges nothing leaves its embedding unused, and a backbone may have a head that a task does not;
-        # a hard merge teaches nothing of what tokens are compared by, and the first layer has no sizes yet.
+        # Parameters without a gradient: the embedding of a layer that merges nothing, a head that the task does not
+        # use, the projections under a hard merge, and the first layer's exponents.
         unused = a.train_backbone or a.relaxation == "hard" or a.learn_exponents
         if unused or 0 in (*self.model.merge_plan().reductions, *a.sample_r):
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        if self.accelerator.state.deepspeed_plugin is not None:  # it wants to know, and sees no DataLoader
+        if self.accelerator.state.deepspeed_plugin is not None:  # DeepSpeed needs it, and gets no DataLoader
             self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = a.batch_size
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        # Not prepared: accelerate would step it once per process.
+        # Not prepared: accelerate would step the schedule once per process.
         self.accelerator.register_for_checkpointing(self.scheduler)
         self.accelerator.register_save_state_pre_hook(checkpoints.keep_only_learned)
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step; returns what is written to `training.json`.
+        """Train to the last step; returns the content of `training.json`.
 
-        Raises SystemExit(0) where the run was asked to end, behind a checkpoint.
+        Raises SystemExit(0), with a checkpoint written, where the run was interrupted.
         """
         self._enter_output()
         self._say_conditions()
@@ -144,7 +159,7 @@ class Run:
         return self._finish()
 
     def _steps(self) -> Iterator[None]:
-        """Take the steps that are left, each with what is due behind it. Raises Stopped where the run is to end."""
+        """Take the remaining steps, with the validations that are due. Raises Stopped after an interruption."""
         a = self.arguments
         if self._stopping():
             raise Stopped
@@ -156,15 +171,15 @@ class Run:
         began = time.perf_counter()
         losses: list[torch.Tensor] = []
         batches: list[dict[str, Any]] = []
-        for batch in self.feed.batches(self.step, self.position):
-            self.curriculum.enter(self.model, self.step)
-            loss, norm = self._backward(batch)
+        for batch, share in self.feed.with_shares(self.feed.batches(self.step, self.position), self.task.num_terms):
+            self.curriculum.set_for_step(self.model, self.step)
+            loss, norm = self._backward(batch, share)
             losses.append(loss)
             batches.append(batch)
             if not self.accelerator.sync_gradients:
                 continue
             self.step += 1
-            figures, stop = self._exchange(losses, norm, batches)
+            figures, stop = self._gather(losses, norm, batches)
             losses, batches = [], []
             took = time.perf_counter() - began
             self.seconds, began = self.seconds + took, began + took
@@ -182,15 +197,15 @@ class Run:
             yield
         progress.close()
 
-    def _backward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss, and the norm of the gradients before they are clipped (0 while batches are added up)."""
+    def _backward(self, batch: dict[str, Any], share: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's part of the loss, and the gradients' norm before clipping (0 before a step's last batch)."""
         norm = torch.zeros(())
         with self.accelerator.accumulate(self.wrapped):
             with self.accelerator.autocast(), dropout_drawn_for(batch, self.arguments):
-                loss = self.task.loss(self.wrapped, self.model, batch)
+                loss = share * self.task.loss(self.wrapped, self.model, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
-                # FSDP clips only what it is given whole; frozen parameters have no gradient.
+                # All parameters: FSDP clips no part of them. Frozen ones have no gradient.
                 norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.arguments.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -198,22 +213,22 @@ class Run:
                 self.scheduler.step()
         return loss.detach(), torch.as_tensor(0.0 if norm is None else norm).detach()
 
-    def _exchange(
+    def _gather(
         self, losses: list[torch.Tensor], norm: torch.Tensor, batches: list[dict[str, Any]]
     ) -> tuple[dict[str, float], bool]:
-        """Figures of the step over all processes, and whether one of them was asked to end."""
-        unreadable = [reason for batch in batches for reason in batch.get(REASONS, ())]
-        facts = exchange(self.accelerator, losses, norm, self.interruption.reason is not None, len(unreadable))
-        # Scaled float16 gradients overflow now and then; that step is left out, and the scale made smaller.
-        if not facts.losses_are_finite or (self.accelerator.scaler is None and not math.isfinite(facts.norm)):
+        """Figures of the step over all processes, and whether one of them was interrupted."""
+        unreadable = [reason for batch in batches for reason in batch.get(UNREADABLE, ())]
+        outcome = gather_outcome(self.accelerator, losses, norm, self.interruption.reason is not None, len(unreadable))
+        # Scaled float16 gradients may overflow; the scaler then skips the step and lowers the scale.
+        if not outcome.losses_are_finite or (self.accelerator.scaler is None and not math.isfinite(outcome.norm)):
             names = [self.feed.names(batch) for batch in batches]
-            raise_not_finite(self.accelerator, facts, self.step, names, self.output / "checkpoints")
-        if facts.unreadable:
+            raise_not_finite(self.accelerator, outcome, self.step, names, self.output / "checkpoints")
+        if outcome.unreadable:
             self._report_unreadable(unreadable)
-        figures = {"loss": facts.loss, "lr": self.scheduler.get_last_lr()[0]}
-        if math.isfinite(facts.norm):
-            figures["grad_norm"] = facts.norm
-        return figures, facts.stop
+        figures = {"loss": outcome.loss, "lr": self.scheduler.get_last_lr()[0]}
+        if math.isfinite(outcome.norm):
+            figures["grad_norm"] = outcome.norm
+        return figures, outcome.stop
 
     def _report_unreadable(self, reasons: list[str]) -> None:
         found = set(gather_object(reasons)) - set(self.unreadable)
@@ -222,14 +237,14 @@ class Run:
             self.accelerator.print(f"step {self.step}: left out: {reason} ({len(self.unreadable)} so far)")
 
     def _glance(self) -> dict[str, Any]:
-        self.curriculum.leave(self.model)
+        self.curriculum.set_for_use(self.model)
         figures = self.validation.glance(self.model, lambda soft: relax(self.model, soft))
         relax(self.model, self.task.soft, self.arguments.train_backbone)
         return figures
 
     def _validate(self) -> None:
         relax(self.model, False)
-        self.curriculum.leave(self.model)
+        self.curriculum.set_for_use(self.model)
         try:
             figures = self.validation(self.model)
         finally:
@@ -262,27 +277,29 @@ class Run:
             "unreadable": self.unreadable,
             "position": self.feed.state_after(self.step),
             "images_per_step": self.images_per_step,
+            "run_id": self.metrics.run_id,
             "arguments": asdict(self.arguments),
+            "identity": self.identity,
         }
         return checkpoints.save(
             self.accelerator, self.output / "checkpoints", self.step, state, self.arguments.keep_checkpoints
         )
 
     def _stopping(self) -> bool:
-        """Whether any process was asked to end; to be called in all of them."""
+        """Whether any process was interrupted; every process must call it."""
         flag = torch.tensor([self.interruption.reason is not None], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
 
     def _stop(self) -> None:
-        """Write a checkpoint, unless there is one of this step, and end the process with exit status 0."""
+        """Write a checkpoint, unless this step has one, and end the process with exit status 0."""
         newest = self.output / "checkpoints" / f"step-{self.step:08d}"
         if self.step and newest not in checkpoints.complete(newest.parent):
             self._checkpoint()
         reason = next((reason for reason in gather_object([self.interruption.reason]) if reason), "a signal")
         where = f"the checkpoint is {newest}" if self.step else "nothing was learned yet"
         self.accelerator.print(
-            f"stopped by {reason} behind step {self.step} of {self.arguments.steps}; {where}. "
-            "The same command goes on from there."
+            f"stopped by {reason} after step {self.step} of {self.arguments.steps}; {where}. "
+            "The same command resumes from there."
         )
         self.accelerator.end_training()
         raise SystemExit(0)
@@ -296,11 +313,12 @@ class Run:
         found = checkpoints.complete(folder)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
-            check_same_run(self.arguments, self.images_per_step, state)
+            check_same_run(self.arguments, self.images_per_step, self.identity, state)
             self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
             self.unreadable, self.position = state["unreadable"], state["position"]
             self.validation_due = state["validation_due"]
-            self.accelerator.print(f"going on from {found[-1]} (step {self.step} of {self.arguments.steps})")
+            self.metrics.run_id = state.get("run_id", self.metrics.run_id)
+            self.accelerator.print(f"resuming from {found[-1]} (step {self.step} of {self.arguments.steps})")
         self.metrics.start(asdict(self.arguments), self.step)
 
     def _say_conditions(self) -> None:

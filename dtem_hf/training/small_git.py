@@ -1,4 +1,4 @@
-"""A small GIT, trained from scratch on captioned images: something to evaluate captions with where no Hub is at hand.
+"""A small GIT, trained from scratch on captioned images: a captioning model for tests and examples without a Hub.
 
 python recipes/train_small_git.py --images path/to/flickr8k --captions captions.txt --output_dir runs/small-git
 """
@@ -27,7 +27,7 @@ from ..data.captioned_images import ImageFolder, hold_out
 from ..data.captions import read_annotations
 from ..errors import BadValue
 from ..files import write_json
-from ..programs.arguments import option, parse_arguments
+from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, hardware, versions
 
 
@@ -39,11 +39,11 @@ class SmallGitArguments:
     """Train a small GIT from scratch."""
 
     images: str = option("folder of images")
-    captions: str = option("file with the columns image and caption, as Flickr8k has it, or COCO's annotations")
-    validation_size: int = option("images that are left out, the same that training holds out", default=0)
+    captions: str = option("table with the columns image and caption, like Flickr8k's, or COCO's annotations")
+    validation_size: int = option("images to leave out: the ones that the training program holds out", default=0)
     output_dir: str = option("folder for the model, its processor and training.json", default="runs/small-git")
     steps: int = option("optimiser steps", default=800)
-    batch_size: int = option("images per step, with one of their captions each", default=32)
+    batch_size: int = option("images per step, with one caption each", default=32)
     lr: float = option("largest learning rate", default=1e-3)
     image_size: int = option("pixels in height and width", default=96)
     patch_size: int = option("pixels in height and width of a patch", default=12)
@@ -51,13 +51,11 @@ class SmallGitArguments:
     vision_layers: int = option("layers of the image encoder", default=4)
     text_layers: int = option("layers of the decoder", default=2)
     vocab_size: int = option("largest number of word pieces", default=2000)
-    max_tokens: int = option("longest caption in word pieces; what is longer is cut", default=24)
-    seed: int = option("of everything that is drawn", default=0)
+    max_tokens: int = option("longest caption in word pieces; longer ones are cut", default=24)
+    seed: int = option("seed of every random draw", default=0)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "vision_layers", "text_layers", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise BadValue(name, getattr(self, name), "1 or more")
+        at_least(self, 1, "steps", "batch_size", "vision_layers", "text_layers", "vocab_size")
         if self.image_size % self.patch_size:
             raise BadValue("patch_size", self.patch_size, f"a divisor of image_size {self.image_size}")
         if self.hidden_size % 4:
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
-    """Train and save model, tokenizer and image processor; returns what is written to `training.json`."""
+    """Train and save model, tokenizer and image processor; returns the content of `training.json`."""
     started = time.perf_counter()
     images, _ = hold_out(read_annotations(arguments.captions), arguments.validation_size)
     captions = [image.captions for image in images.values()]
@@ -82,7 +80,7 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     processor = CLIPImageProcessorPil(size=side, do_center_crop=False)
     torch.manual_seed(arguments.seed)
     model = GitForCausalLM(make_config(arguments, tokenizer)).train()
-    # A thousand small images are read once and stay in memory.
+    # The images are small, so all are read once and stay in memory.
     pictures = ImageFolder(images, Path(arguments.images), processor)
     places = tqdm(range(len(pictures)), desc="read", unit="image")
     pixels = torch.stack([pictures[i]["pixel_values"] for i in places])
@@ -94,10 +92,8 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     progress = tqdm(range(arguments.steps), desc="train a small GIT", unit="step")
     for _ in progress:
         chosen = torch.randint(len(captions), (arguments.batch_size,), generator=draw)
-        texts = []
-        for i in chosen.tolist():
-            own = captions[i]
-            texts.append(own[int(torch.randint(len(own), (), generator=draw))])
+        drawn = (captions[i] for i in chosen.tolist())
+        texts = [own[int(torch.randint(len(own), (), generator=draw))] for own in drawn]
         batch = tokenizer(texts, padding=True, truncation=True, max_length=arguments.max_tokens, return_tensors="pt")
         loss = caption_loss(model, pixels[chosen], batch)
         loss.backward()
@@ -127,7 +123,7 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
 
 
 def caption_loss(model: Any, pixels: Tensor, batch: Any) -> Tensor:
-    """Mean cross-entropy of the captions' tokens; padding [PAD] does not count."""
+    """Mean cross-entropy of the captions' tokens without padding."""
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return model(
         pixel_values=pixels, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
@@ -135,7 +131,7 @@ def caption_loss(model: Any, pixels: Tensor, batch: Any) -> Tensor:
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Word pieces learned from captions, in lower case, with BERT's special tokens."""
+    """A tokenizer of lower-case word pieces learned from captions, with BERT's special tokens."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -157,10 +153,10 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def make_config(arguments: SmallGitArguments, tokenizer: PreTrainedTokenizerFast) -> GitConfig:
-    """A GIT of the size that the arguments ask for."""
+    """The config of a GIT of the size in the arguments."""
     width = arguments.hidden_size
     sizes: dict[str, Any] = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 4 * width}
-    # So narrow a model starts from weights larger than GIT's own 0.02, or it never looks at the image.
+    # With GIT's own 0.02, a model this narrow does not learn to use the image.
     sizes["initializer_range"] = width**-0.5
     return GitConfig(
         vision_config={

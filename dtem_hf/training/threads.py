@@ -14,10 +14,10 @@ _BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def use_threads(wanted: int | None, device: torch.device) -> int:
-    """Set and return the threads of this process.
+    """Set and return the number of threads of this process.
 
-    What is `wanted` counts, then what the user set in the environment or told the launcher. Otherwise, on a CPU, the
-    processes of this machine share its cores: launchers would give each of them one thread.
+    It is `wanted`, or else what the user set in the environment or for the launcher. Without both, on a CPU, the
+    processes share the cores: launchers would give each process one thread.
     """
     if wanted is not None:
         torch.set_num_threads(wanted)
@@ -33,7 +33,7 @@ def cores() -> int:
 
 
 def _launcher_chose() -> bool:
-    """Whether the number of threads in the environment is a launcher's and not the user's."""
+    """Whether the launcher, and not the user, set the number of threads in the environment."""
     started_by = launcher()
     if started_by is None:
         return False

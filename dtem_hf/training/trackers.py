@@ -1,8 +1,10 @@
-"""What a run writes down while it goes: `metrics.jsonl`, and the trackers that Accelerate knows."""
+"""The figures of a run by step: in `metrics.jsonl`, and in the trackers that Accelerate supports."""
 
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ LOGS_NAME = "logs"
 
 
 def wanted_trackers(report_to: list[str]) -> list[str]:
-    """The trackers that `report_to` asks for. Raises ValueError for one that is unknown or not installed."""
+    """The trackers in `report_to`. Raises ValueError for one that is unknown or not installed."""
     names = [name for name in report_to if name != "none"]
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
@@ -27,33 +29,42 @@ def wanted_trackers(report_to: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def new_run_id(output: Path) -> str:
+    """A new id for trackers: the folder's name in letters that all of them accept, and a random part."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", output.absolute().name).strip("-.")[:48] or "run"
+    return f"{name}-{uuid.uuid4().hex[:8]}"
+
+
 class Metrics:
-    """Figures by step. What depends on time goes to trackers only: `metrics.jsonl` is the same in every repetition."""
+    """Figures by step. Timings go to trackers only, so that `metrics.jsonl` is the same in every repetition."""
 
     def __init__(self, accelerator: Accelerator, output: Path) -> None:
         self.accelerator, self.output = accelerator, output
         self.path = output / METRICS_NAME
+        self.run_id = new_run_id(output)
 
     def start(self, arguments: dict[str, Any], step: int) -> None:
-        """Forget what was written behind `step`, where the run goes on (0: everything), and open the trackers."""
+        """Delete the figures of steps after `step`, where the run resumes (0: all figures), and open the trackers.
+
+        A run that resumes has set `run_id` to its first one before.
+        """
         if self.accelerator.is_main_process:
-            self._forget_after(step)
+            self._delete_after(step)
         if not self.accelerator.log_with:
             return
-        name = self.output.name or "train"
         self.accelerator.init_trackers(
             "dtem-hf",
             config={key: _plain(value) for key, value in arguments.items()} if step == 0 else None,
             init_kwargs={
-                # Steps behind the checkpoint are drawn anew, over those of the run that was cut off.
+                # Steps after the checkpoint are logged again; they replace those of the run that was cut off.
                 "tensorboard": {"purge_step": step + 1} if step else {},
-                "trackio": {"name": name, "resume": "allow", "auto_log_gpu": False},
-                "wandb": {"name": name, "id": name, "resume": "allow", "dir": str(self.output)},
+                "trackio": {"name": self.run_id, "resume": "allow", "auto_log_gpu": False},
+                "wandb": {"name": self.run_id, "id": self.run_id, "resume": "allow", "dir": str(self.output)},
             },
         )
 
     def log(self, step: int, figures: dict[str, Any], timing: dict[str, float] | None = None) -> None:
-        """Write down figures of a step; nested ones get names like `validation/kl` in trackers."""
+        """Log the figures of a step; nested ones get names like `validation/kl` in trackers."""
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
@@ -61,7 +72,7 @@ class Metrics:
         if self.accelerator.log_with:
             self.accelerator.log({**flat(figures), **flat(timing or {})}, step=step)
 
-    def _forget_after(self, step: int) -> None:
+    def _delete_after(self, step: int) -> None:
         if step == 0:
             self.path.unlink(missing_ok=True)
         elif self.path.is_file():
@@ -86,7 +97,7 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that was being written when the run was killed
+        return float("inf")  # the line that was being written when the run was killed
 
 
 def _plain(value: Any) -> Any:

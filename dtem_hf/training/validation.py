@@ -1,4 +1,4 @@
-"""How well the hard model does on held-out data, while it is being trained; and an early sight of it on one batch."""
+"""Validation of the hard model on held-out data during training, and on one fixed batch in between."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .gaps import GAPS
 from .tasks import Task
+from .unreadable_images import IS_REPLACEMENT
 
 
 class Stopped(Exception):
-    """A validation was broken off because the run is to end."""
+    """The run is to stop: it was interrupted."""
 
 
 class Validation:
-    """Held-out data and what the unmerged model makes of it, which is computed once.
+    """Held-out data, and the unmerged model's outputs on it, which are computed once.
 
-    `stopping` is asked in front of every batch, in all processes, and breaks the validation off with Stopped.
+    All processes call `stopping` before every batch; if it is true, the validation raises Stopped.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class Validation:
         self.accelerator, self.task, self.stopping = accelerator, task, stopping
         self.loader = accelerator.prepare_data_loader(loader)
         self._references: list[Any] = []
-        self._glanced: Any = None
+        self._first: Any = None
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
-        """The task's figures, each a mean over the items that have it; left out where none has."""
+        """The task's figures, each a mean over the items that have it; a figure that no item has is left out."""
         columns: dict[str, list[Tensor]] = {}
         for number, batch in enumerate(self.loader):
             if self.stopping():
@@ -49,13 +49,13 @@ class Validation:
     def glance(self, model: Any, relax: Callable[[bool], None]) -> dict[str, Any]:
         """Figures of the soft and of the hard model on the first validation batch, their gap, and effective tokens.
 
-        `relax` puts the model into its soft or its hard form, with nothing random in it.
+        `relax` makes the model soft or hard, without dropout.
         """
-        if self._glanced is None:
+        if self._first is None:
             batch = next(iter(self.loader))
-            self.loader.end()  # or accelerate would take it for the one that is being iterated over
-            self._glanced = batch, self.task.reference(model, batch)
-        batch, reference = self._glanced
+            self.loader.end()  # accelerate would take this loader for the one that is being iterated over
+            self._first = batch, self.task.reference(model, batch)
+        batch, reference = self._first
         relax(False)
         hard = self._gathered(self._figures(model, batch, reference))
         relax(True)
@@ -68,11 +68,11 @@ class Validation:
 
     def _figures(self, model: Any, batch: dict[str, Tensor], reference: Any) -> dict[str, Tensor]:
         figures = self.task.figures(model, batch, reference)
-        gaps = batch.get(GAPS)
-        if gaps is None or not gaps.any():
+        replaced = batch.get(IS_REPLACEMENT)
+        if replaced is None or not replaced.any():
             return figures
-        # What stands in for an unreadable image counts once only.
-        return {name: value.float().masked_fill(gaps, torch.nan) for name, value in figures.items()}
+        # An item that replaces an unreadable image must not count twice.
+        return {name: value.float().masked_fill(replaced, torch.nan) for name, value in figures.items()}
 
     def _gathered(self, figures: dict[str, Tensor]) -> dict[str, float]:
         return self._summary({name: self.accelerator.gather(value) for name, value in figures.items()})
@@ -83,8 +83,8 @@ class Validation:
 
 
 def effective_tokens(sizes: Tensor) -> Tensor:
-    """How many tokens are still there, given their sizes [B, n] -> [B]: each counts min(size, 1).
+    """The number of tokens that are left, given their sizes [B, n] -> [B]: each counts min(size, 1).
 
-    Where merging is hard, that is their number; a token of which half was merged away counts as half.
+    After hard merging this is their number; a token that is half merged away counts one half.
     """
     return sizes.float().clamp(max=1.0).sum(-1)

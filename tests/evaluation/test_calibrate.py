@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
 from dtem_hf.evaluation.calibrate import CalibrateArguments, main
@@ -49,6 +50,16 @@ def test_a_method_without_an_adapter_gets_a_config(vit_folder, common, tmp_path)
     record = json.loads((tmp_path / "calibration.json").read_text())
     config = json.loads((tmp_path / "merge_config.json").read_text())
     assert config["method"] == "tome" and record["flops"] <= 0.8
+
+
+def test_labels_are_not_read(vit_folder, tmp_path):
+    """Folders of classes that the model does not have are images like any others."""
+    for name in ("oak", "train", "elm"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (len(name) * 40, 80, 20)).save(tmp_path / "images" / name / "a.png")
+    common = ["--model", str(vit_folder), "--data", str(tmp_path / "images"), "--evaluations", "2"]
+    main([*common, "--method", "tome", "--r", "2", "--output_dir", str(tmp_path / "found")])
+    assert json.loads((tmp_path / "found" / "calibration.json").read_text())["data"]["num_images"] == 3
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
         assert results(options["output_dir"], name) == texts
 
 
+def test_captions_of_other_images_are_not_gone_on_with(options, coco, tmp_path, monkeypatch):
+    for path in coco.iterdir():
+        shutil.copy(path, tmp_path)
+    options = {**options, "images": str(tmp_path)}
+
+    def stop(*rest, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(captions, "caption_batch", stop)
+        evaluate_captions(EvaluateCaptionsArguments(**options))
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "8.png")
+    with pytest.raises(BadValue, match=r"images=.*the unfinished run"):
+        evaluate_captions(EvaluateCaptionsArguments(**options))
+
+
 def test_program_writes_and_shows_the_table(options, monkeypatch, capsys):
     flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
     main([*flags, "--methods", "none", "tome", "--r", "2", "--limit", "4", "--num_beams", "1"])

@@ -64,6 +64,8 @@ def test_table_of_images_and_captions(tmp_path):
         (0, "b.jpg", ["A cat .", "A black cat"]),
         (1, "a.jpg", ["A dog, brown"]),
     ]
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as Excel writes it
+    assert read_annotations(path) == images
     with pytest.raises(BadValue, match=r"split='train': nothing, as captions\.txt is a table"):
         read_annotations(path, "train")
 
@@ -80,6 +82,7 @@ def test_only_karpathys_file_has_splits(write, tmp_path):
         ("file,text\na.png,x\n", "the columns image and caption"),
         ("image,caption\n", "at least one image with a caption"),
         ("image,caption\na.png,\n", "line 2.*an image and a caption"),
+        ("image,caption\na.png,A cat\nb.png,A dog, brown\n", r"line 3=\[' brown'\]: 2 fields.*quote commas"),
     ],
 )
 def test_tables_that_cannot_be_read_are_named(tmp_path, content, message):

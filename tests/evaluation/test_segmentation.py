@@ -117,8 +117,11 @@ def test_what_is_no_pair_of_image_and_mask_is_named(tmp_path):
     Image.new("L", (5, 5)).save(folder / "masks" / "1.png")
     with pytest.raises(BadValue, match=r"mask 1=\(5, 5\): one class per pixel, .*\(32, 32\)"):
         load_segmentation(str(folder), "train")[1]
+    Image.new("RGB", (5, 5)).save(folder / "images" / "2.JPG")
+    with pytest.raises(FileNotFoundError, match="a mask is missing for 2"):
+        load_segmentation(str(folder), "train")
     (folder / "images" / "0.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no image for masks/0\.png"):
+    with pytest.raises(FileNotFoundError, match="an image is missing for 0"):
         load_segmentation(str(folder), "train")
     with pytest.raises(BadValue, match="steps=0"):
         SegmentationArguments(model="m", train="a", test="b", steps=0)

@@ -181,5 +181,5 @@ def test_rates_that_make_no_sense_are_refused(options, change, message):
 
 
 def test_the_task_that_teaches_merges_alone_says_where_to_learn_it(options):
-    with pytest.raises(BadValue, match=r"learn_norms=True: False: fisher teaches which tokens to merge; .*start_from"):
+    with pytest.raises(BadValue, match=r"learn_norms=True: False with task fisher: .*distillation, with start_from"):
         train(TrainArguments(**{**options, "task": "fisher", "learn_norms": True}))

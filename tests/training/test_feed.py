@@ -43,7 +43,7 @@ def test_killed_run_on_a_stream_resumes_to_the_same_bits(
     for process in processes:
         process.kill()
         process.join()
-    assert "going on from" in finish_processes(cut, num_processes)[0]
+    assert "resuming from" in finish_processes(cut, num_processes)[0]
     assert outcome(cut["output_dir"]) == outcome(whole["output_dir"])
 
 

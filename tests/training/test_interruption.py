@@ -35,10 +35,10 @@ def test_signal_ends_a_run_with_a_checkpoint_and_nothing_is_lost(
     wait_for_step(cut["output_dir"], 3, [process])
     os.kill(process.pid, number)
     (printed,) = wait_for([process])
-    step = int(re.search(rf"stopped by {number.name} behind step (\d+) of 40; .*The same command", printed)[1])
+    step = int(re.search(rf"stopped by {number.name} after step (\d+) of 40; .*The same command", printed)[1])
     assert 3 <= step < 40
     assert [path.name for path in Path(cut["output_dir"], "checkpoints").iterdir()] == [f"step-{step:08d}"]
-    assert "going on from" in finish_processes(cut)[0]
+    assert "resuming from" in finish_processes(cut)[0]
     assert outcome(cut["output_dir"]) == outcome(whole["output_dir"])
 
 
@@ -49,7 +49,7 @@ def test_signal_to_one_of_two_processes_ends_both(two_folders, start_processes, 
     wait_for_step(cut["output_dir"], 3, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     printed = wait_for(processes)
-    assert "stopped by SIGTERM behind step" in printed[0]
+    assert "stopped by SIGTERM after step" in printed[0]
     finish_processes(cut, num_processes=2)
     assert outcome(cut["output_dir"]) == outcome(whole["output_dir"])
 
@@ -61,7 +61,7 @@ def test_signal_in_front_of_the_first_step_ends_a_run_that_has_learned_nothing(o
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGTERM)
     (printed,) = wait_for([process])
-    assert "nothing was learned yet" in printed or "behind step" in printed
+    assert "nothing was learned yet" in printed or "after step" in printed
 
 
 def test_second_interrupt_ends_at_once_and_handlers_are_put_back():
@@ -122,7 +122,7 @@ def test_signal_that_reaches_the_launcher_only(options, tmp_path, name):
         launcher.send_signal(signal.SIGTERM)
         launcher.wait(timeout=120)
         deadline = time.monotonic() + 120
-        while "The same command goes on from there" not in log.read_text():
+        while "The same command resumes from there" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
     finally:

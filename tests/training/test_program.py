@@ -154,7 +154,7 @@ def test_killed_run_resumes_to_the_same_bits(options, tmp_path):
         process.wait()
         assert list(cut.glob("checkpoints/step-*")), "killed before the first checkpoint"
     finished = subprocess.run(command(cut), env=env, check=True, capture_output=True, text=True)
-    assert "going on from" in finished.stdout
+    assert "resuming from" in finished.stdout
     (name, expected), (resumed_name, resumed) = learned(whole), learned(cut)
     assert name == resumed_name == "step-00000024"
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)

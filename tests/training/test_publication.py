@@ -78,7 +78,7 @@ def test_killed_in_a_push_it_goes_on_and_ends_in_the_same_bits(hub, client, publ
     process.wait()
     assert fault.times == 0 and "README.md" not in hub.files("me/run")
     out = client(TRAIN, published)
-    assert "going on from" in out and "published:" in out
+    assert "resuming from" in out and "published:" in out
     assert hub.files("me/run")[WEIGHTS_NAME] == (tmp_path / "whole" / "adapter" / WEIGHTS_NAME).read_bytes()
 
 

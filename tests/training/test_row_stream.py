@@ -83,3 +83,8 @@ def test_stream_without_rows_for_a_process_is_an_error(tmp_path):
     Dataset.from_dict({"image": [picture(1)], "label": [1]}).to_parquet(str(tmp_path / "train.parquet"))
     with pytest.raises(BadValue, match="images for each of 2 processes"):
         next(iter(RowStream(stream_images(str(tmp_path)), 1, 1, 0, rank=1, world_size=2)))
+
+
+def test_a_stream_of_no_batches_ends(rows):
+    """A finished run that is started again has none left."""
+    assert list(RowStream(rows, 4, 0, 7)) == []

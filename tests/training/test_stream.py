@@ -2,7 +2,7 @@
 
 import itertools
 
-from dtem_hf.training.stream import ImageStream
+from dtem_hf.training.feed import ImageStream
 
 
 def flat(batches):

@@ -46,7 +46,7 @@ def test_killed_run_of_two_processes_resumes_to_the_same_bits(options, start_pro
         process.kill()
         process.join()
     printed = finish_processes(cut, num_processes=2)
-    assert "going on from" in printed[0] and "2 × " in printed[0]
+    assert "resuming from" in printed[0] and "2 × " in printed[0]
     assert outcome(cut["output_dir"]) == outcome(whole["output_dir"])
 
 
@@ -57,7 +57,7 @@ def test_half_the_processes_with_twice_the_batches_go_on_with_a_run(options, fin
     shutil.rmtree(Path(options["output_dir"], "checkpoints", "step-00000006"))
     before = records(options["output_dir"], "loss")
     printed = finish_processes({**options, "gradient_accumulation_steps": 2})
-    assert "going on from" in printed[0] and "steps of 8 images: 1 × " in printed[0]
+    assert "resuming from" in printed[0] and "steps of 8 images: 1 × " in printed[0]
     assert records(options["output_dir"], "loss") == pytest.approx(before, abs=1e-5)
     with pytest.raises(BadValue, match=r"batch_size=4: .* processes is 4, and this run was started with 8"):
         train(TrainArguments(**options))

@@ -1,4 +1,4 @@
-"""What a merge embedding is taught by: one file per task; a file that is put here is found."""
+"""The tasks: each is a loss for the merge embedding. Every file in this folder is imported and adds its tasks."""
 
 import sys
 

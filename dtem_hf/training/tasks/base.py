@@ -1,4 +1,4 @@
-"""A task: the model and the data it needs, the loss of a softly merged model, and how well the hard one does."""
+"""A task: its model and data, the loss it trains with, and its validation figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import IterableDataset
@@ -16,10 +16,7 @@ from torch import Tensor
 from ...data.images import load_processor
 from ...errors import BadValue
 from ...models.install import detach
-
-
-if TYPE_CHECKING:
-    from ..arguments import TrainArguments
+from ..task_arguments import TaskArguments
 
 
 _TASKS: dict[str, type[Task]] = {}
@@ -27,16 +24,17 @@ _TASKS: dict[str, type[Task]] = {}
 
 @dataclass
 class TaskData:
-    """What a run learns from and is validated on.
+    """Training data, validation data, and the function that makes batches of their items.
 
-    The sets have a length and are indexed by i, or by (epoch, i) so that what is drawn for an item depends on nothing
-    else; their items hold `index`. `collate` makes a batch, a dict of tensors, of items. Where `rows` is a stream,
-    `train` has no length and is indexed by (epoch, number, row).
+    Both sets have a length and are indexed by i or (epoch, i): every random draw for an item depends on these alone.
+    Items hold `index`. Where `rows` is a stream, `train` has no length and is indexed by (epoch, number, row).
+    `identity` has a digest of all that was read, by option: a run resumes with the same data only.
     """
 
     train: Any
     validation: Any
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    identity: dict[str, str]
     rows: IterableDataset | None = None
     num_images: int | None = None
 
@@ -46,9 +44,9 @@ class TaskData:
 
 
 class Task(ABC):
-    """`name` is what the command line calls it; `ranked_by` the validation figure of which lower is better.
+    """`name` is the option's value; `ranked_by` is the validation figure that chooses the best step (lower is better).
 
-    `soft` says whether the model merges softly when `loss` runs it.
+    `soft` says whether the model merges softly in `loss`.
     """
 
     name: ClassVar[str]
@@ -59,7 +57,7 @@ class Task(ABC):
         if "name" in cls.__dict__:
             _TASKS[cls.name] = cls
 
-    def __init__(self, arguments: TrainArguments) -> None:
+    def __init__(self, arguments: TaskArguments) -> None:
         self.arguments = arguments
         self._teacher: Any = None
 
@@ -73,18 +71,22 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss over a batch. `model` is what to run (perhaps wrapped), `plain_model` the merged model in it."""
+        """Mean loss of a batch. `model` is run, and may be a wrapper around the merged model, `plain_model`."""
+
+    def num_terms(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The number of terms that `loss` is the mean of, such as words; None: it is the same for all batches."""
+        return None
 
     @abstractmethod
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Any:
-        """What the unmerged model makes of a validation batch, for `figures`; computed once for a run."""
+        """The unmerged model's output on a validation batch, for `figures`; computed once per run."""
 
     @abstractmethod
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Any) -> dict[str, Tensor]:
-        """Validation figures of the hard model, each [B] with one value per item; NaN where an item has none."""
+        """Validation figures of the hard model, one value per item [B]; NaN where an item has none."""
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
-        """The figures' means over all items, and what is computed from them."""
+        """The validation figures of a run, from the means of `figures` over all items."""
         return means
 
     def keep_teacher(self, model: Any) -> None:
@@ -92,30 +94,30 @@ class Task(ABC):
         self._teacher = detach(copy.deepcopy(model)).eval().requires_grad_(False)
 
     def teacher(self, plain_model: Any) -> Any:
-        """The model that `unmerged` runs: the copy where the backbone learns, or else the model itself."""
+        """The model that `unmerged` runs: the copy where the backbone learns, the model itself otherwise."""
         return plain_model if self._teacher is None else self._teacher.to(plain_model.device)
 
     @torch.no_grad()
     def unmerged(self, plain_model: Any, **inputs: Any) -> Any:
-        """What the model that training began with puts out without merging."""
+        """The unmerged output of the model as it was before training."""
         if self._teacher is not None:
             return self.teacher(plain_model)(**inputs)
         with plain_model.unmerged():
             return plain_model(**inputs)
 
     def save_model(self, model: Any, folder: Path) -> None:
-        """Write the whole merged model, with what it takes to feed it, into an empty folder."""
+        """Write the whole merged model and its image processor into an empty folder."""
         model.save_pretrained(folder)
         load_processor(self.arguments.model).save_pretrained(folder)
 
 
 def task_names() -> list[str]:
-    """The names a command line may give."""
+    """The names of all tasks."""
     return sorted(_TASKS)
 
 
-def make_task(arguments: TrainArguments) -> Task:
-    """The task that is asked for. Raises ValueError that lists those there are."""
-    if arguments.task not in _TASKS:
-        raise BadValue("task", arguments.task, f"one of {', '.join(task_names())}")
-    return _TASKS[arguments.task](arguments)
+def make_task(name: str, arguments: TaskArguments) -> Task:
+    """The task of a name. Raises ValueError that lists all tasks."""
+    if name not in _TASKS:
+        raise BadValue("task", name, f"one of {', '.join(task_names())}")
+    return _TASKS[name](arguments)

@@ -1,23 +1,27 @@
-"""Captioning models (GIT, BLIP): the language model's loss on captions that people wrote."""
+"""Task `captioning`: a captioning model (GIT, BLIP) learns from its own loss on captions written by people."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig
 
-from ...data.captioned_images import MODEL_INPUTS
 from ...errors import BadValue
 from ...models.auto import auto_class
-from ...models.distances import caption_losses, kl_to
-from .captions import CaptionTask
+from ...models.distances import kl_to
+from .caption_task import CaptionTask
+
+
+MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
 class Captioning(CaptionTask):
-    """The model's own loss; it needs `captions`, and the images they are about in the folder `data`.
+    """Needs the option `captions`, and their images in the folder `data`.
 
-    `distillation_weight` of the loss is the divergence of the words' probabilities from the unmerged model's.
+    A share `distillation_weight` of the loss is the divergence of word probabilities from the unmerged model's.
     """
 
     name: ClassVar[str] = "captioning"
@@ -39,6 +43,10 @@ class Captioning(CaptionTask):
         target = self.unmerged(plain_model, **inputs).logits
         return (1 - weight) * output.loss + weight * word_divergence(target, output.logits, batch["labels"])
 
+    def num_terms(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The number of words that the model predicts."""
+        return (batch["labels"][:, 1:] != -100).sum()
+
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         output = self.unmerged(plain_model, **{name: batch[name] for name in MODEL_INPUTS})
         return caption_losses(output.logits, batch["labels"])
@@ -49,7 +57,7 @@ class Captioning(CaptionTask):
         return {"loss": caption_losses(output.logits, batch["labels"]), "unmerged_loss": reference}
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds `ratio`, of the loss to the unmerged model's."""
+        """Adds `ratio`: the loss, divided by the unmerged model's."""
         return {**means, "ratio": means["loss"] / means["unmerged_loss"]}
 
 
@@ -58,3 +66,14 @@ def word_divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     predicts = labels[:, 1:] != -100
     length = labels.shape[1]
     return kl_to(target[:, -length:-1][predicts].float(), logits[:, -length:-1][predicts]).mean()
+
+
+def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each caption's tokens but the first: [B, V + T, classes], [B, T] -> [B].
+
+    The V logits of visual tokens, which GIT puts in front of those of the text, are left out.
+    """
+    predicted, wanted = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
+    losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
+    counted = (wanted != -100).sum(dim=1)
+    return torch.where(counted > 0, losses.sum(dim=1) / counted, torch.nan)

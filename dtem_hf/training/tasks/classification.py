@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels of the data, mixed as the images are (METHOD.md section 5)."""
+"""Task `classification`: cross-entropy with the labels of the data, mixed like the images (METHOD.md section 5)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from ...errors import BadValue
 from ..mixing import soft_targets
-from .images import ClassifierTask
+from .image_task import ClassifierTask
 
 
 class Classification(ClassifierTask):
-    """Every image needs a label. Trained end to end, a model may come without a head."""
+    """Every image needs a label. With `train_backbone`, the model may lack a head."""
 
     name: ClassVar[str] = "classification"
     ranked_by = "cross_entropy"
@@ -21,9 +21,8 @@ class Classification(ClassifierTask):
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         unlabelled = batch["index"][batch["labels"] < 0]
         if len(unlabelled):
-            raise BadValue(
-                "task", self.name, f"image {int(unlabelled[0])} has no label; label it, or use task distillation"
-            )
+            right = f"image {int(unlabelled[0])} has no label; label it, or use task distillation"
+            raise BadValue("task", self.name, right)
         mixed = self.mixed(batch)
         logits = model(pixel_values=mixed.pixel_values).logits.float()
         targets = soft_targets(batch["labels"], mixed, logits.shape[-1])

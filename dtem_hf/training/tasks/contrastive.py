@@ -1,10 +1,10 @@
-"""Image and text in one space (CLIP, SigLIP): merged images stay where the unmerged were among the captions."""
+"""Task `contrastive`: the image encoder of CLIP or SigLIP keeps its unmerged similarities to captions."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +16,43 @@ from ...errors import BadValue
 from ...models.attach import attach
 from ...models.distances import kl_to
 from ...models.install import detach
+from ...programs.identity import weights_digest
+from ..task_arguments import TaskArguments
 from .base import TaskData
-from .captions import CaptionTask
+from .caption_task import CaptionTask
 
 
-if TYPE_CHECKING:
-    from ..arguments import TrainArguments
+_KNOWN = ("clip", "siglip")
 
 
 class Contrastive(CaptionTask):
-    """The image encoder learns against captions, whose embeddings are computed once; text and projections are frozen.
+    """Only the image encoder learns. Text encoder and projections are frozen; each caption is embedded once.
 
-    The loss is `distillation_weight` of the divergence between unmerged and merged similarities of a batch's images
-    and captions, and the rest the model's own contrastive loss.
+    A share `distillation_weight` of the loss is the divergence of a batch's similarities between images and captions
+    from the unmerged ones; the rest is the model's own contrastive loss.
     """
 
     name: ClassVar[str] = "contrastive"
     ranked_by = "similarity_kl"
 
-    def __init__(self, arguments: TrainArguments) -> None:
+    def __init__(self, arguments: TaskArguments) -> None:
         super().__init__(arguments)
         given = arguments.distillation_weight
         self.weight = 1.0 if given is None else given
-        if not self.weight:  # then it is no aim to stay where the unmerged model is
+        if not self.weight:  # the loss does not ask for the unmerged similarities
             self.ranked_by = "contrastive"
 
     def load_model(self) -> Any:
-        """The vision part of a dual encoder; the rest of it stays with the task."""
+        """The vision part of a dual encoder; the task keeps the rest."""
         a = self.arguments
         config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
         if not {"text_config", "vision_config"} <= set(config.sub_configs) or config.model_type not in _KNOWN:
             raise BadValue("model", a.model, f"a dual encoder ({', '.join(_KNOWN)}), not {config.model_type}")
         self.whole = AutoModelForZeroShotImageClassification.from_pretrained(a.model, config=config)
         self.whole.requires_grad_(False).eval()
+        # SigLIP judges pairs of image and caption one by one, by a sigmoid with a bias.
+        self.siglip = hasattr(self.whole, "logit_bias")
+        self._embedded: dict[str, dict[int, Tensor]] = {"train": {}, "validation": {}}
         encoder = attach(self.whole.vision_model, a.merge_config())
         encoder.name_or_path = self.whole.name_or_path
         encoder.config._commit_hash = getattr(config, "_commit_hash", None)
@@ -56,50 +60,49 @@ class Contrastive(CaptionTask):
 
     def load_data(self, model: Any) -> TaskData:
         data = super().load_data(model)
-        self._text = {split: _Texts(self) for split in ("train", "validation")}
+        data.identity["model's text encoder"] = weights_digest(self.whole.text_model.state_dict())
         return data
 
     def make_collate(self, tokenizer: Any) -> CaptionCollate:
-        length = min(self.arguments.max_caption_tokens, self.whole.config.text_config.max_position_embeddings)
-        # SigLIP was trained on texts that are padded to one length, and reads the padding.
-        options = {"padding": "max_length"} if _is_siglip(self.whole) else {"padding": True}
-        if _is_siglip(self.whole):
-            length = self.whole.config.text_config.max_position_embeddings
-        return CaptionCollate(tokenizer, {"max_length": length, **options})
+        longest = self.whole.config.text_config.max_position_embeddings
+        if self.siglip:  # it was trained on texts that are padded to one length, and reads the padding
+            return CaptionCollate(tokenizer, {"max_length": longest, "padding": "max_length"})
+        length = min(self.arguments.max_caption_tokens, longest)
+        return CaptionCollate(tokenizer, {"max_length": length, "padding": True})
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        weight, texts = self.weight, self._text["train"](batch)
+        weight, texts = self.weight, self._texts("train", batch)
         similarities = self._similarities(model(pixel_values=batch["pixel_values"]).pooler_output, texts)
         loss = similarities.new_zeros(())
         if weight < 1:
-            loss = loss + (1 - weight) * contrastive_losses(similarities, _is_siglip(self.whole)).mean()
+            loss = loss + (1 - weight) * contrastive_losses(similarities, self.siglip).mean()
         if weight > 0:
             target = self._unmerged_similarities(plain_model, batch, texts)
-            loss = loss + weight * similarity_divergence(target, similarities, _is_siglip(self.whole)).mean()
+            loss = loss + weight * similarity_divergence(target, similarities, self.siglip).mean()
         return loss
 
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return self._unmerged_similarities(plain_model, batch, self._text["validation"](batch))
+        return self._unmerged_similarities(plain_model, batch, self._texts("validation", batch))
 
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
         """Divergence from the unmerged similarities, the contrastive loss, and retrieval within a batch (%).
 
-        `recall` says whether an image finds its own caption, `agreement` whether it finds the one that it found
-        unmerged.
+        `recall`: whether an image finds its own caption; `agreement`: whether it finds the caption that the unmerged
+        model finds.
         """
-        texts, siglip = self._text["validation"](batch), _is_siglip(self.whole)
+        texts = self._texts("validation", batch)
         similarities = self._similarities(model(pixel_values=batch["pixel_values"]).pooler_output, texts)
         found, own = similarities.argmax(-1), torch.arange(len(similarities), device=similarities.device)
         return {
-            "similarity_kl": similarity_divergence(reference, similarities, siglip),
-            "contrastive": contrastive_losses(similarities, siglip),
+            "similarity_kl": similarity_divergence(reference, similarities, self.siglip),
+            "contrastive": contrastive_losses(similarities, self.siglip),
             "recall": 100.0 * (found == own),
             "agreement": 100.0 * (found == reference.argmax(-1)),
         }
 
     def save_model(self, model: Any, folder: Path) -> None:
-        """The dual encoder, with what its vision part has learned."""
-        whole, encoder = self.whole, self.whole.vision_model
+        """Write the dual encoder with the merged, trained vision part."""
+        encoder = self.whole.vision_model
         self.whole.vision_model = nn.Identity()
         try:
             whole = copy.deepcopy(self.whole)
@@ -120,40 +123,21 @@ class Contrastive(CaptionTask):
         scale, bias = self.whole.logit_scale.exp(), getattr(self.whole, "logit_bias", 0.0)
         return F.normalize(images.float(), dim=-1) @ texts.T * scale + bias
 
-
-_KNOWN = ("clip", "siglip")
-
-
-def _is_siglip(model: Any) -> bool:
-    """Whether pairs of image and caption are judged one by one, by a sigmoid."""
-    return hasattr(model, "logit_bias")
-
-
-class _Texts:
-    """Normalised embeddings of captions, each computed when it is first met."""
-
-    def __init__(self, task: Contrastive) -> None:
-        self.task = task
-        self._known: dict[int, Tensor] = {}
-
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, P], float32, for the captions of a batch."""
-        ids, device = batch["caption_id"].tolist(), batch["pixel_values"].device
-        new = [place for place, i in enumerate(ids) if i not in self._known]
+    def _texts(self, split: str, batch: dict[str, Tensor]) -> Tensor:
+        """Normalised embeddings of a batch's captions, [B, P], float32; each caption is embedded once."""
+        known, ids, device = self._embedded[split], batch["caption_id"].tolist(), batch["pixel_values"].device
+        new = [place for place, i in enumerate(ids) if i not in known]
         if new:
-            whole = self.task.whole.to(device)
-            inputs = {"input_ids": batch["input_ids"][new]}
-            if not _is_siglip(whole):
-                inputs["attention_mask"] = batch["attention_mask"][new]
-            output = whole.get_text_features(**inputs)
+            names = ("input_ids",) if self.siglip else ("input_ids", "attention_mask")
+            output = self.whole.to(device).get_text_features(**{name: batch[name][new] for name in names})
             embeddings = F.normalize(getattr(output, "pooler_output", output).float(), dim=-1).cpu()
-            self._known.update({ids[place]: row for place, row in zip(new, embeddings, strict=True)})
-        return torch.stack([self._known[i] for i in ids]).to(device)
+            known.update({ids[place]: row for place, row in zip(new, embeddings, strict=True)})
+        return torch.stack([known[i] for i in ids]).to(device)
 
 
 def contrastive_losses(similarities: Tensor, siglip: bool) -> Tensor:
-    """The model's own loss by image: [images, captions] -> [images], of which the mean is CLIP's, or SigLIP's."""
+    """The model's own loss by image, [images, captions] -> [images]; the mean is CLIP's, or SigLIP's."""
     if siglip:
         signs = 2 * torch.eye(len(similarities), device=similarities.device) - 1
         return -F.logsigmoid(signs * similarities).sum(dim=-1)
@@ -163,10 +147,10 @@ def contrastive_losses(similarities: Tensor, siglip: bool) -> Tensor:
 
 
 def similarity_divergence(target: Tensor, similarities: Tensor, siglip: bool) -> Tensor:
-    """How far similarities are from unmerged ones, by image: [images, captions] twice -> [images], in nats.
+    """Divergence from the unmerged similarities by image: [images, captions] twice -> [images], in nats.
 
     CLIP's are distributions over captions and over images: the mean of both KL divergences. SigLIP's are independent
-    yes-or-no answers: the sum of theirs.
+    yes-or-no answers: the sum of their KL divergences.
     """
     if not siglip:
         return (kl_to(target, similarities) + kl_to(target.T, similarities.T)) / 2

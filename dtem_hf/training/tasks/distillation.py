@@ -1,4 +1,4 @@
-"""Label-free: a merged classifier should say what the same model says without merging."""
+"""Task `distillation`: without labels, a merged classifier learns the logits of the unmerged model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...models.distances import feature_distance, kl_to, recorded_features
-from .images import ClassifierTask
+from .image_task import ClassifierTask
 
 
 class Distillation(ClassifierTask):
-    """KL from the model's own unmerged logits, and a distance of final features if `feature_weight` says so."""
+    """KL divergence from the unmerged logits, plus `feature_weight` times a distance of final features."""
 
     name: ClassVar[str] = "distillation"
     ranked_by = "kl"

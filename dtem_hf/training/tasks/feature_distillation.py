@@ -1,4 +1,4 @@
-"""Label-free, for encoders without a head (CLIP's and SigLIP's, DINOv2, ViT …): features stay what they were."""
+"""Task `feature_distillation`: an encoder without a head (CLIP's, SigLIP's, DINOv2 …) keeps its unmerged features."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import AutoConfig
 
 from ...models.auto import AutoModel
 from ...models.distances import feature_distance, recorded_features
-from .images import ImageTask
+from .image_task import ImageTask
 
 
 class FeatureDistillation(ImageTask):
-    """Distance of the model's features, as the options `features` and `feature_loss` say, to its unmerged own."""
+    """The loss is the distance to the unmerged features; options `features` and `feature_loss` choose both."""
 
     name: ClassVar[str] = "feature_distillation"
     ranked_by = "distance"
 
     def load_model(self) -> Any:
-        """The encoder alone: of a model that reads text too, its vision part."""
+        """The encoder; of a model that also reads text, its vision part."""
         a = self.arguments
         config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
         vision = getattr(config, "vision_config", config)
@@ -38,10 +38,9 @@ class FeatureDistillation(ImageTask):
         return self._unmerged_features(plain_model, batch["pixel_values"])
 
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
-        """Distance and cosine to the unmerged features, and how often they find the same image.
+        """Distance and cosine to the unmerged features, and `retrieval` (%).
 
-        `retrieval` (%): whether the image of the batch whose unmerged features are nearest, itself aside, is the same
-        for merged and unmerged features.
+        `retrieval`: whether merged and unmerged features of an image have the same nearest other image of the batch.
         """
         with recorded_features(model, self.arguments.features) as recorded:
             model(pixel_values=batch["pixel_values"])
@@ -60,6 +59,6 @@ class FeatureDistillation(ImageTask):
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> Tensor:
-    """For query i, the place of the most similar of all others: [B, D] twice -> [B]."""
+    """For query i, the index of the most similar gallery entry other than i: [B, D] twice -> [B]."""
     scores = F.normalize(queries, dim=-1) @ F.normalize(gallery, dim=-1).T
     return scores.fill_diagonal_(-torch.inf).argmax(dim=-1)

@@ -128,7 +128,8 @@ def test_whole_model_is_saved_as_it_is(end_to_end_row, make_run, tmp_path):
     descend(run, batch_of(run), steps=1, lr=1e-2)
     relax(run.model, False)
     run.task.save_model(run.model, tmp_path / "saved")
-    task = make_task(TrainArguments(**{**end_to_end_row, "model": str(tmp_path / "saved")}))
+    arguments = TrainArguments(**{**end_to_end_row, "model": str(tmp_path / "saved")})
+    task = make_task(arguments.task, arguments)
     loaded = task.load_model().eval()
     for name, parameter in run.model.named_parameters():
         if "merge_embedding" not in name:
@@ -137,4 +138,4 @@ def test_whole_model_is_saved_as_it_is(end_to_end_row, make_run, tmp_path):
 
 def test_unknown_task_is_named():
     with pytest.raises(BadValue, match="task='guessing': one of caption_fisher, captioning"):
-        make_task(TrainArguments(model="m", data="d", task="guessing"))
+        make_task("guessing", TrainArguments(model="m", data="d"))

@@ -1,11 +1,12 @@
-"""What the tasks on images alone have in common: where the images come from; and the figures of classifiers."""
+"""The bases of the tasks on images: their data, and the figures of classifiers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,15 +14,18 @@ from ...data.classes import check_labels
 from ...data.images import (
     ProcessedImages,
     collate,
+    data_digest,
     first_rows,
     load_images,
     load_processor,
     num_images,
     stream_images,
 )
+from ...data.opening import files_digest
 from ...errors import BadValue
 from ...models.auto import AutoModelForImageClassification
 from ...models.distances import kl_to
+from ...programs.identity import digest
 from ..mixing import Mixed, mix
 from .base import Task, TaskData
 
@@ -30,25 +34,30 @@ class ImageTask(Task):
     """Base of tasks that learn from images, with labels or without."""
 
     def load_data(self, model: Any) -> TaskData:
-        a = self.arguments
-        options: dict[str, Any] = {
-            "processor": load_processor(a.model),
-            "num_labels": self.num_labels(model),
-            "seed": a.seed,
-        }
-        rows: IterableDataset | None = None
+        a, labels = self.arguments, self.num_labels(model)
+        images, rows = None, None
         if a.streaming:
-            images, held_out, rows = None, self._validation_images(), stream_images(a.data, a.split)
+            held_out, rows = self._validation_images(), stream_images(a.data, a.split)
         else:
             images = load_images(a.data, a.split)
-            check_labels(images, self.num_labels(model))
-            whole = a.validation_data is not None
-            images, held_out = (images, self._validation_images()) if whole else self._split(images)
-        check_labels(held_out, self.num_labels(model))
+            check_labels(images, labels)
+            if a.validation_data is None:
+                images, held_out = self._split(images)
+            else:
+                held_out = self._validation_images()
+        check_labels(held_out, labels)
+        processor = load_processor(a.model)
+        options: dict[str, Any] = {"processor": processor, "num_labels": labels, "seed": a.seed}
+        identity = {
+            "data": _folder_digest(Path(a.data)) if images is None else data_digest(images),
+            "validation_data": data_digest(held_out),
+            "model's processor": digest(processor.to_dict()),
+        }
         return TaskData(
             ProcessedImages(images, augmentation=a.augmentation, **options),
             ProcessedImages(held_out, **options),
             collate,
+            identity,
             rows,
             None if rows is None else num_images(rows, a.split),
         )
@@ -57,7 +66,7 @@ class ImageTask(Task):
         a = self.arguments
         if a.validation_size >= len(images):
             raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} images of the data")
-        # Drawn by a seed of its own, so that runs with other seeds are compared on the same images.
+        # A fixed seed: runs with other seeds are compared on the same images.
         parts = images.train_test_split(test_size=a.validation_size, seed=0)
         return parts["train"], parts["test"]
 
@@ -67,7 +76,7 @@ class ImageTask(Task):
             raise BadValue(
                 "validation_data",
                 None,
-                "images to validate on (perhaps the same, of another split): of a stream, none are held out",
+                "images to validate on (perhaps another split of the same data): no images of a stream are held out",
             )
         if a.streaming:
             rows = stream_images(a.validation_data, a.validation_split).shuffle(seed=0, buffer_size=a.shuffle_buffer)
@@ -76,11 +85,11 @@ class ImageTask(Task):
         return held_out.select(range(min(a.validation_size, len(held_out))))
 
     def num_labels(self, model: Any) -> int | None:
-        """How many classes there are; None where labels are not looked at."""
+        """The number of classes; None where labels are not used."""
         return None
 
     def mixed(self, batch: dict[str, Tensor]) -> Mixed:
-        """The batch under mixup and cutmix, as the options say. What is drawn depends on the batch's first item."""
+        """The batch under mixup and cutmix. The draw depends on the batch's first item."""
         a = self.arguments
         key = (a.seed, int(batch["epoch"][0]), int(batch["index"][0])) if a.mixup or a.cutmix else ()
         return mix(batch["pixel_values"], a.mixup, a.cutmix, key)
@@ -98,8 +107,8 @@ class ClassifierTask(ImageTask):
             raise BadValue(
                 "model",
                 a.model,
-                f"a trained classifier, and this one lacks {min(info['missing_keys'])}; an encoder without a head is "
-                "taught by --task feature_distillation",
+                f"a trained classifier, and this one lacks {min(info['missing_keys'])}; for an encoder without a "
+                "head, use --task feature_distillation",
             )
         return model
 
@@ -124,3 +133,9 @@ class ClassifierTask(ImageTask):
             "top1": (100.0 * (best == labels)).masked_fill(unlabelled, torch.nan),
             "cross_entropy": cross_entropy.masked_fill(unlabelled, torch.nan),
         }
+
+
+def _folder_digest(folder: Path) -> str:
+    """A short hash of the files that a stream may read; of a data set on the Hub, only its name is known."""
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    return files_digest(((path.relative_to(folder).as_posix(), path) for path in files), len(files))

@@ -1,0 +1,59 @@
+"""The options that tasks read: model, data and loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..data.augmentation import AUGMENTATIONS
+from ..errors import BadValue
+from ..models.distances import FEATURE_LOSSES, FEATURES
+from ..programs.arguments import at_least, option
+from .curriculum import CurriculumArguments
+from .fisher import FisherArguments
+
+
+@dataclass(kw_only=True)
+class TaskArguments(CurriculumArguments, FisherArguments):
+    """The model that learns, the images it learns from, and the loss."""
+
+    model: str = option("backbone: Hub id or local folder")
+    data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
+    split: str = option("split of a Hub dataset", default="train")
+    streaming: bool = option("read the data as it arrives, instead of storing it first", default=False)
+    shuffle_buffer: int = option("images of a stream that are shuffled together", default=1000)
+    validation_data: str | None = option("images to validate on; left out, part of the data is held out", default=None)
+    validation_split: str = option("split of a Hub dataset to validate on", default="validation")
+    validation_size: int = option("images held out, or taken from validation_data", default=256)
+    captions: str | None = option(
+        "captions of the images in folder data: COCO's annotations, Karpathy's JSON, or a table of image and caption",
+        default=None,
+    )
+    validation_captions: str | None = option("captions of the images to validate on", default=None)
+    train_backbone: bool = option("end to end: the backbone learns too, and the whole model is saved", default=False)
+    gradient_checkpointing: bool = option("recompute activations to save memory", default=False)
+    augmentation: str = option("augmentation of training images: " + ", ".join(AUGMENTATIONS), default="none")
+    mixup: float = option("mixup: parameter of the Beta distribution, 0.8 as published", default=0.0)
+    cutmix: float = option("cutmix: parameter of the Beta distribution, 1.0 as published", default=0.0)
+    label_smoothing: float = option("classification: share of the target that all classes get", default=0.0)
+    features: str = option("features that are distilled: " + ", ".join(FEATURES), default="auto")
+    feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
+    feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
+    distillation_weight: float | None = option(
+        "captioning, contrastive: share of the loss that is the divergence from the unmerged model; the rest is the "
+        "model's own loss; left out: 0 in captioning, 1 in contrastive",
+        default=None,
+    )
+    max_caption_tokens: int = option("captions are cut to this length", default=40)
+
+    def __post_init__(self) -> None:
+        CurriculumArguments.__post_init__(self)
+        FisherArguments.__post_init__(self)
+        at_least(self, 1, "validation_size", "shuffle_buffer")
+        at_least(self, 2, "max_caption_tokens")
+        at_least(self, 0, "mixup", "cutmix", "feature_weight")
+        for name in ("label_smoothing", "distillation_weight"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise BadValue(name, getattr(self, name), "a number from 0 to 1")
+        for name, names in (("features", FEATURES), ("feature_loss", FEATURE_LOSSES)):
+            if getattr(self, name) not in names:
+                raise BadValue(name, getattr(self, name), f"one of {', '.join(names)}")

@@ -1,0 +1,85 @@
+"""Tasks `fisher`, `feature_fisher`, `caption_fisher`: without labels, from how much each merge changes the output."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...configuration import LEARN_FIELDS
+from ...errors import BadValue
+from ...models.distances import recorded_features
+from ...models.install import merging_of, recorded_steps
+from ..fisher import fisher_loss, sampled_log_probability, sampled_projection, sampled_words
+from .captioning import MODEL_INPUTS, Captioning
+from .feature_distillation import FeatureDistillation
+from .image_task import ClassifierTask
+
+
+class _HardMerging:
+    """The tasks of this file merge hard. `output` is what a merge may change, and `sampler` draws from it."""
+
+    soft: ClassVar[bool] = False
+
+    def load_model(self: Any) -> Any:
+        a = self.arguments
+        reasons = {
+            "train_backbone": "the loss says nothing about the backbone; choose distillation",
+            "gradient_checkpointing": "the loss takes gradients of the tokens themselves",
+            **dict.fromkeys(LEARN_FIELDS, "it is learned by distillation, with start_from; this task chooses merges"),
+        }
+        for name, reason in reasons.items():
+            if getattr(a, name):
+                raise BadValue(name, True, f"False with task {self.name}: {reason}")
+        if a.straight_through_from is not None:
+            raise BadValue(
+                "straight_through_from", a.straight_through_from, f"nothing: {self.name} always merges hard"
+            )
+        return super().load_model()  # type: ignore[misc]
+
+    def loss(self: Any, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        a, merging = self.arguments, merging_of(plain_model)
+        with recorded_steps(plain_model) as steps:
+            output = self.output(model, plain_model, batch)
+        outputs = [self.sampler(output, batch, a.seed, sample) for sample in range(a.fisher_samples)]
+        return fisher_loss(steps, outputs, merging.cost.num_prefix_tokens, merging.config, a)  # type: ignore[arg-type]
+
+
+class Fisher(_HardMerging, ClassifierTask):
+    """The expected cost of the merges that the embedding chooses, by the Fisher information of the logits."""
+
+    name: ClassVar[str] = "fisher"
+    ranked_by = "kl"
+    sampler = staticmethod(sampled_log_probability)
+
+    def output(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Logits [B, classes]."""
+        return model(pixel_values=self.mixed(batch).pixel_values).logits
+
+
+class FeatureFisher(_HardMerging, FeatureDistillation):
+    """The same for encoders without a head, by the distance that features move."""
+
+    name: ClassVar[str] = "feature_fisher"
+    ranked_by = "distance"
+    sampler = staticmethod(sampled_projection)
+
+    def output(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Features [B, D]."""
+        with recorded_features(plain_model, self.arguments.features) as features:
+            model(pixel_values=self.mixed(batch).pixel_values)
+            return features()
+
+
+class CaptionFisher(_HardMerging, Captioning):
+    """The same for captioning models, by the Fisher information of every word of a caption."""
+
+    name: ClassVar[str] = "caption_fisher"
+    sampler = staticmethod(sampled_words)
+
+    def num_terms(self, batch: dict[str, Tensor]) -> None:
+        """Every image counts alike, however long its caption is."""
+
+    def output(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Logits [B, V + T, classes]."""
+        return model(**{name: batch[name] for name in MODEL_INPUTS}).logits
