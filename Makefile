@@ -27,7 +27,7 @@ help:  ## Show the targets
 quickstart: $(VENV)/.installed-quickstart  ## Train, merge, measure and save a small model, on a CPU
 	$(BIN)/python recipes/quickstart.py
 
-test: $(VENV)/.installed-test  ## Run all tests
+test: $(VENV)/.installed-test $(VENV)/.installed-quantised  ## Run all tests
 	$(BIN)/$(PYTEST)
 
 test-family: $(VENV)/.installed-test  ## Run what tests one family of models: make test-family F=vit
