@@ -26,7 +26,7 @@ from ..files import write_json
 from ..hub.folder_card import write_card
 from ..models.auto import AutoModelForImageClassification
 from ..models.distances import kl_to
-from ..programs.arguments import ImageArguments, option, parse_arguments
+from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
 from ..programs.output import output_folder
@@ -48,9 +48,7 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
     """Evaluate an image classifier under several methods and amounts of merging."""
 
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
-    label_column: str | None = option(
-        "column of labels; left out: label, labels or cls; none: no labels are read", default=None
-    )
+    label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
     write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
 

@@ -19,6 +19,7 @@ from .processes import choose_device
 
 
 T = TypeVar("T")
+LABEL_COLUMN_HELP = "column of labels; left out: label, labels or cls; none: no labels are read"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..data.augmentation import AUGMENTATIONS
 from ..errors import BadValue
 from ..models.distances import FEATURE_LOSSES, FEATURES
-from ..programs.arguments import at_least, option
+from ..programs.arguments import LABEL_COLUMN_HELP, at_least, option
 from .curriculum import CurriculumArguments
 from .fisher import FisherArguments
 
@@ -18,7 +18,8 @@ class TaskArguments(CurriculumArguments, FisherArguments):
 
     model: str = option("backbone: Hub id or local folder")
     data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
-    split: str = option("split of a Hub dataset", default="train")
+    split: str = option("split of a Hub dataset, or of a folder with train, val or test in it", default="train")
+    label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
     streaming: bool = option("read the data as it arrives, instead of storing it first", default=False)
     shuffle_buffer: int = option("images of a stream that are shuffled together", default=1000)
     validation_data: str | None = option("images to validate on; left out, part of the data is held out", default=None)

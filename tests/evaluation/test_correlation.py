@@ -44,9 +44,9 @@ def test_tau_of_every_layer_and_image_is_that_of_a_count(make_classifier, pixels
     expected = np.zeros((2, 3))
     for layer in range(2):
         metric = keys[layer].double().unflatten(-1, (4, 8)).mean(dim=2)
-        learned = nn.functional.linear(
-            inputs[layer].double(), embedding.layers[layer].weight.double(), embedding.layers[layer].bias.double()
-        )
+        projection = embedding.projections[layer].double()
+        learned = nn.functional.linear(inputs[layer].double(), projection.weight, projection.bias)
+        projection.float()
         for image in range(3):
             pairs = [(i, j) for i in range(2, 17, 2) for j in range(1, 17, 2)]
             by_keys = [cosine(metric[image, i], metric[image, j]) for i, j in pairs]

@@ -17,6 +17,7 @@ class Classification(ClassifierTask):
 
     name: ClassVar[str] = "classification"
     ranked_by = "cross_entropy"
+    needs_labels: ClassVar[bool] = True
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         unlabelled = batch["index"][batch["labels"] < 0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.classes import check_labels
+from ...data.classes import AS_NUMBERS, ClassMap, match_labels
 from ...data.images import (
     ProcessedImages,
     collate,
@@ -31,21 +31,27 @@ from .base import Task, TaskData
 
 
 class ImageTask(Task):
-    """Base of tasks that learn from images, with labels or without."""
+    """Base of tasks that learn from images, with labels or without.
+
+    Without `needs_labels`, labels that do not fit the model's classes are left out, which is said.
+    """
+
+    needs_labels: ClassVar[bool] = False
 
     def load_data(self, model: Any) -> TaskData:
         a, labels = self.arguments, self.num_labels(model)
         images, rows = None, None
         if a.streaming:
-            held_out, rows = self._validation_images(), stream_images(a.data, a.split)
+            held_out, rows = self._validation_images(), stream_images(a.data, a.split, a.label_column)
+            classes = self._classes(rows, model)
         else:
-            images = load_images(a.data, a.split)
-            check_labels(images, labels)
+            images = load_images(a.data, a.split, label_column=a.label_column)
+            classes = self._classes(images, model)
             if a.validation_data is None:
                 images, held_out = self._split(images)
             else:
                 held_out = self._validation_images()
-        check_labels(held_out, labels)
+        held_out_classes = self._classes(held_out, model)
         processor = load_processor(a.model)
         options: dict[str, Any] = {"processor": processor, "num_labels": labels, "seed": a.seed}
         identity = {
@@ -54,13 +60,16 @@ class ImageTask(Task):
             "model's processor": digest(processor.to_dict()),
         }
         return TaskData(
-            ProcessedImages(images, augmentation=a.augmentation, **options),
-            ProcessedImages(held_out, **options),
+            ProcessedImages(images, augmentation=a.augmentation, classes=classes, **options),
+            ProcessedImages(held_out, classes=held_out_classes, **options),
             collate,
             identity,
             rows,
             None if rows is None else num_images(rows, a.split),
         )
+
+    def _classes(self, images: Any, model: Any) -> ClassMap:
+        return AS_NUMBERS if self.num_labels(model) is None else match_labels(images, model.config, self.needs_labels)
 
     def _split(self, images: Dataset) -> tuple[Dataset, Dataset]:
         a = self.arguments
@@ -79,9 +88,10 @@ class ImageTask(Task):
                 "images to validate on (perhaps another split of the same data): no images of a stream are held out",
             )
         if a.streaming:
-            rows = stream_images(a.validation_data, a.validation_split).shuffle(seed=0, buffer_size=a.shuffle_buffer)
+            rows = stream_images(a.validation_data, a.validation_split, a.label_column)
+            rows = rows.shuffle(seed=0, buffer_size=a.shuffle_buffer)
             return first_rows(rows, a.validation_size, a.validation_data)
-        held_out = load_images(a.validation_data, a.validation_split).shuffle(seed=0)
+        held_out = load_images(a.validation_data, a.validation_split, label_column=a.label_column).shuffle(seed=0)
         return held_out.select(range(min(a.validation_size, len(held_out))))
 
     def num_labels(self, model: Any) -> int | None:
