@@ -38,11 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     if family not in CASES:
         raise pytest.UsageError(f"--family {family}: one of {', '.join(CASES)}")
-    own = {CASES[family], *CASES[family].models}
+    own = [id(each) for each in (CASES[family], *CASES[family].models)]  # not all parameters can be compared
 
     def belongs(item: pytest.Item) -> bool:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        found = any(getattr(value, "case", value) in own for value in values if value.__hash__)
+        found = any(id(getattr(value, "case", value)) in own for value in values)
         return found or item.path == ROOT / "tests" / "families" / f"{family}.py"
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,3 +28,18 @@ def test_every_module_of_a_package_is_imported_in_order(tmp_path: Path, monkeypa
     finally:
         for name in [name for name in sys.modules if name.startswith("family_of_tests")]:
             del sys.modules[name]
+
+
+def test_the_tests_of_one_family_are_found() -> None:
+    """Its own, and its rows of the files for all families; see `make test-family`."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/families", "--collect-only", "--family"]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([*command, "git"], cwd=root, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert {line.partition("::")[0].rpartition("/")[2] for line in found} >= {
+        "git.py",
+        *(f"test_{name}.py" for name in ("declarations", "ecosystem", "promises", "slow_reference", "unmerging")),
+    }
+    assert not [line for line in found if "beit" in line.lower() or "clip" in line.lower()]
+    wrong = subprocess.run([*command, "gut"], cwd=root, capture_output=True, text=True)
+    assert wrong.returncode != 0 and "--family gut: one of beit, " in wrong.stderr + wrong.stdout

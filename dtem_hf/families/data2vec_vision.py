@@ -53,18 +53,20 @@ class Data2VecVisionMerging(RelativeBiasMerging):
         interpolate_pos_encoding: bool = False,
         resolution: tuple[int, int] | None = None,
     ) -> tuple[Tensor, ...]:
+        parts = state.anatomy
         place = {"interpolate_pos_encoding": interpolate_pos_encoding, "resolution": resolution}
         grid = self.grid(resolution)
         self.place_tokens(hidden_states, grid, state)
         bias = self.bias_with_sizes(hidden_states, relative_position_bias, state, grid)
-        normed = self.layernorm_before(hidden_states)
-        attended, *weights = self.attention(normed, output_attentions, relative_position_bias=bias, **place)
+        normed = getattr(self, parts.norm1)(hidden_states)
+        attention = getattr(self, parts.attention)
+        attended, *weights = attention(normed, output_attentions, relative_position_bias=bias, **place)
         hidden_states = self.drop_path(_scaled(attended, self.lambda_1)) + hidden_states
-        own = self.attention.attention
+        own = attention.attention
         if own.has_relative_position_bias and not state.method.pairwise:  # which looks at attention's scores
             bias = add_biases(own.relative_position_bias(grid, interpolate_pos_encoding), bias)
         hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
-        grown = self.output(self.intermediate(self.layernorm_after(hidden_states)))
+        grown = getattr(self, parts.mlp)(self.intermediate(getattr(self, parts.norm2)(hidden_states)))
         return (self.drop_path(_scaled(grown, self.lambda_2)) + hidden_states, *weights)
 
     def grid(self: Any, resolution: Any) -> tuple[int, int]:

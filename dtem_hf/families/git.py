@@ -31,13 +31,12 @@ class CountsVisualTokens(LiveReader):
 
 def cached_visual_tokens(inputs: Mapping[str, Any]) -> int:
     """Visual tokens in a decoder's cache, whose mask covers the text alone; 0 where there is no cache."""
+    given = {name: value for name, value in inputs.items() if value is not None}
     # Called `cache` from transformers 5.24 on, and `past_key_values` before.
-    cache = next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
-    text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    mask = inputs.get("attention_mask")
-    if inputs.get("pixel_values") is not None or cache is None or mask is None or text is None:
+    cache, text = given.get("cache", given.get("past_key_values")), given.get("input_ids", given.get("inputs_embeds"))
+    if "pixel_values" in given or cache is None or text is None or "attention_mask" not in given:
         return 0
-    return max(cache.get_seq_length() + text.shape[1] - mask.shape[-1], 0)
+    return max(cache.get_seq_length() + text.shape[1] - given["attention_mask"].shape[-1], 0)
 
 
 class TrueImagePatchTokens:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 
 from ..files import read_json, write_json
@@ -15,11 +17,14 @@ from ..files import read_json, write_json
 
 STATE_NAME = "run_state.json"
 _LARGEST_STATE = 64 << 20  # bytes; positions in streams of many shards
+# torch raises RuntimeError where a file cannot be written.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_dir: str) -> None:
     """Hook for `Accelerator.save_state`: removes frozen parameters from what is written."""
-    # FSDP and DeepSpeed write models themselves, and pass no weights.
+    # FSDP and DeepSpeed write models themselves, and pass no weights to this hook.
     for model, state in zip(models, weights, strict=False):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -38,11 +43,12 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any
             shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial))
+        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if deepspeed else {}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(partial / STATE_NAME, state)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
+    except WRITE_ERRORS as error:
         free = shutil.disk_usage(folder).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -70,9 +76,17 @@ def last_good(folder: Path) -> str:
     return f"last good checkpoint: {kept[-1].name if kept else 'none'}"
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full; safetensors and torch say so in their message only."""
+    named = any(os.strerror(number) in str(error) for number in _DISK_IS_FULL)
+    return getattr(error, "errno", None) in _DISK_IS_FULL or (named and not isinstance(error, OSError))
+
+
 def load(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
     """Restore optimiser, schedule, random states and learned weights; returns the state saved with them."""
-    accelerator.load_state(str(checkpoint), strict=False)
+    # Frozen weights are not in a checkpoint, but for FSDP's, which holds all.
+    options = {DistributedType.FSDP: {}, DistributedType.DEEPSPEED: {"load_module_strict": False}}
+    accelerator.load_state(str(checkpoint), **options.get(accelerator.distributed_type, {"strict": False}))
     # Checkpoints are written between steps: the next batch is the first of its step.
     accelerator.step = 0
     return read_json(checkpoint / STATE_NAME, _LARGEST_STATE)

@@ -20,16 +20,14 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
-from ..files import replacing_folder, write_json
 from ..hub.adapter import MergeAdapter
-from ..hub.folder_card import refreshed_card
-from ..hub.layout import TRAINING_NAME
 from ..models.install import load_embedding
-from ..programs.conditions import command, data_name, hardware, versions
+from ..programs.conditions import hardware
 from ..programs.identity import weights_digest
 from . import checkpoints
 from .arguments import TrainArguments
@@ -38,6 +36,7 @@ from .feed import loader, make_feed
 from .interruption import Interruption
 from .parameters import choose_learned, dropout_drawn_for, optimizer_groups, relax
 from .publication import Publication
+from .results import Results
 from .same_run import check_same_run
 from .step_outcome import gather_outcome, raise_not_finite
 from .tasks import make_task
@@ -47,16 +46,13 @@ from .unreadable_images import UNREADABLE
 from .validation import Stopped, Validation
 
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 class Run:
     """Loads model and data; `train` resumes from the newest checkpoint in the output folder."""
 
     def __init__(self, arguments: TrainArguments, interruption: Interruption | None = None) -> None:
         self.arguments = a = replace(arguments)
         self.interruption = interruption or Interruption()
-        self.output = Path(a.output_dir)
+        self.output, self.checkpoints = Path(a.output_dir), Path(a.output_dir, "checkpoints")
         self.accelerator = Accelerator(
             # Steps are counted: batches are read ahead, so the end of the data says nothing about the step.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -72,6 +68,7 @@ class Run:
             self.publication.prepare()
         self.metrics = Metrics(self.accelerator, self.output)
         self.task, self.curriculum = make_task(a.task, a), Curriculum(a)
+        self.results = Results(a, self.accelerator, self.task)
         set_seed(a.seed)
         self.model = self.task.load_model()
         plain = {name: value for name, value in self.model.state_dict().items() if "merge_embedding" not in name}
@@ -83,7 +80,7 @@ class Run:
         if a.train_backbone:
             self.task.keep_teacher(self.model)
             # The adapter is for the trained backbone, and not for the one that training began with.
-            self.model.name_or_path = str(self.output / "model")
+            self.model.name_or_path = str(self.results.model)
         choose_learned(self.model, a.train_backbone)
         relax(self.model, self.task.soft, a.train_backbone)
         if a.gradient_checkpointing:
@@ -129,8 +126,11 @@ class Run:
         unused = a.train_backbone or a.relaxation == "hard" or a.learn_exponents
         if unused or 0 in (*self.model.merge_plan().reductions, *a.sample_r):
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        if self.accelerator.state.deepspeed_plugin is not None:  # DeepSpeed needs it, and gets no DataLoader
-            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = a.batch_size
+        if self.accelerator.state.deepspeed_plugin is not None:
+            # DeepSpeed clips gradients itself, and gets no DataLoader to read the batch size from.
+            sizes = {"train_micro_batch_size_per_gpu": a.batch_size, "gradient_clipping": a.max_grad_norm}
+            self.accelerator.state.deepspeed_plugin.deepspeed_config |= sizes
+        self.results.prepare(self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         # Not prepared: accelerate would step the schedule once per process.
         self.accelerator.register_for_checkpointing(self.scheduler)
@@ -149,14 +149,18 @@ class Run:
                     self._checkpoint()
                 if self.accelerator.is_main_process:
                     self.publication.push_so_far(self.step, self.best["step"])
+            record = self._finish()
         except Stopped:
             self._stop()
-        except OSError as error:
-            if error.errno not in _DISK_IS_FULL:
+        except checkpoints.WRITE_ERRORS as error:
+            if not checkpoints.disk_is_full(error):
                 raise
-            kept = checkpoints.last_good(self.output / "checkpoints")
-            raise OSError(error.errno, f"{error.strerror} under {self.output}; {kept}") from error
-        return self._finish()
+            kept = checkpoints.last_good(self.checkpoints)
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left under {self.output}; {kept}. Make room and give the same command again",
+            ) from error
+        return record
 
     def _steps(self) -> Iterator[None]:
         """Take the remaining steps, with the validations that are due. Raises Stopped after an interruption."""
@@ -211,6 +215,8 @@ class Run:
             self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self.scheduler.step()
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         return loss.detach(), torch.as_tensor(0.0 if norm is None else norm).detach()
 
     def _gather(
@@ -222,7 +228,7 @@ class Run:
         # Scaled float16 gradients may overflow; the scaler then skips the step and lowers the scale.
         if not outcome.losses_are_finite or (self.accelerator.scaler is None and not math.isfinite(outcome.norm)):
             names = [self.feed.names(batch) for batch in batches]
-            raise_not_finite(self.accelerator, outcome, self.step, names, self.output / "checkpoints")
+            raise_not_finite(self.accelerator, outcome, self.step, names, self.checkpoints)
         if outcome.unreadable:
             self._report_unreadable(unreadable)
         figures = {"loss": outcome.loss, "lr": self.scheduler.get_last_lr()[0]}
@@ -256,34 +262,24 @@ class Run:
         self.accelerator.print(f"step {self.step}: hard model on {len(self.data.validation)} items: {shown}")
         if not self.best or figures[self.task.ranked_by] < self.best["validation"][self.task.ranked_by]:
             self.best = {"step": self.step, "validation": figures}
-            self._save_adapter()
+            self.results.save(self.wrapped, self.model, self._record())
         self.validation_due = False
 
-    def _save_adapter(self) -> None:
-        if self.accelerator.is_main_process:
-            if self.arguments.train_backbone:
-                with replacing_folder(self.output / "model") as folder:
-                    self.task.save_model(self.model, folder)
-            with refreshed_card(self.output / "adapter") as folder:
-                self.model.save_merge_adapter(folder, base_model=self.arguments.base_model)
-                write_json(folder / TRAINING_NAME, self._summary())
+    def _state(self) -> dict[str, Any]:
+        """What changes from step to step beside weights and optimiser."""
+        names = ("step", "seconds", "best", "validation_due", "unreadable")
+        return {name: getattr(self, name) for name in names}
 
-    def _checkpoint(self) -> Path:
+    def _checkpoint(self) -> None:
         state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "validation_due": self.validation_due,
-            "unreadable": self.unreadable,
+            **self._state(),
             "position": self.feed.state_after(self.step),
             "images_per_step": self.images_per_step,
             "run_id": self.metrics.run_id,
             "arguments": asdict(self.arguments),
             "identity": self.identity,
         }
-        return checkpoints.save(
-            self.accelerator, self.output / "checkpoints", self.step, state, self.arguments.keep_checkpoints
-        )
+        checkpoints.save(self.accelerator, self.checkpoints, self.step, state, self.arguments.keep_checkpoints)
 
     def _stopping(self) -> bool:
         """Whether any process was interrupted; every process must call it."""
@@ -292,8 +288,8 @@ class Run:
 
     def _stop(self) -> None:
         """Write a checkpoint, unless this step has one, and end the process with exit status 0."""
-        newest = self.output / "checkpoints" / f"step-{self.step:08d}"
-        if self.step and newest not in checkpoints.complete(newest.parent):
+        newest = self.checkpoints / f"step-{self.step:08d}"
+        if self.step and newest not in checkpoints.complete(self.checkpoints):
             self._checkpoint()
         reason = next((reason for reason in gather_object([self.interruption.reason]) if reason), "a signal")
         where = f"the checkpoint is {newest}" if self.step else "nothing was learned yet"
@@ -305,18 +301,17 @@ class Run:
         raise SystemExit(0)
 
     def _enter_output(self) -> None:
-        folder = self.output / "checkpoints"
+        self.results.remove_leftovers()
         if self.arguments.resume == "never":
             if self.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-        found = checkpoints.complete(folder)
+        found = checkpoints.complete(self.checkpoints)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
             check_same_run(self.arguments, self.images_per_step, self.identity, state)
-            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-            self.unreadable, self.position = state["unreadable"], state["position"]
-            self.validation_due = state["validation_due"]
+            for name in (*self._state(), "position"):
+                setattr(self, name, state[name])
             self.metrics.run_id = state.get("run_id", self.metrics.run_id)
             self.accelerator.print(f"resuming from {found[-1]} (step {self.step} of {self.arguments.steps})")
         self.metrics.start(asdict(self.arguments), self.step)
@@ -329,37 +324,19 @@ class Run:
             f"{accelerator.num_processes} × {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
         )
 
-    def _summary(self) -> dict[str, Any]:
-        a = self.arguments
-        return {
-            "command": command(),
-            "arguments": asdict(a),
-            "data": {"name": data_name(a.data), "num_images": self.data.num_images},
-            "steps": self.step,
-            "images_seen": self.step * self.images_per_step,
-            "unreadable_images": len(self.unreadable),
-            "seconds": round(self.seconds, 1),
-            "best_step": self.best["step"],
-            "best_validation": self.best["validation"],
-            "seed": a.seed,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "versions": versions(),
-            "hardware": f"{self.accelerator.num_processes} × {hardware(self.accelerator.device)}",
-        }
+    def _record(self) -> dict[str, Any]:
+        return self.results.record(self.data.num_images, self.images_per_step, self._state())
 
     def _finish(self) -> dict[str, Any]:
-        summary = self._summary()
-        if self.accelerator.is_main_process:
-            with refreshed_card(self.output / "adapter") as folder:
-                write_json(folder / TRAINING_NAME, summary)
+        record, skipped = self._record(), len(self.unreadable)
+        self.results.write_record(record)
         self.accelerator.print(
             f"best step {self.best['step']}: {self.task.ranked_by} "
-            f"{self.best['validation'][self.task.ranked_by]:.4f}; "
-            f"adapter in {self.output / 'adapter'}"
-            + (f", the whole model in {self.output / 'model'}" if self.arguments.train_backbone else "")
-            + (f"; {len(self.unreadable)} unreadable images were left out" if self.unreadable else "")
+            f"{self.best['validation'][self.task.ranked_by]:.4f}; adapter in {self.results.adapter}"
+            + (f", the whole model in {self.results.model}" if self.arguments.train_backbone else "")
+            + (f"; {skipped} unreadable images were left out" if skipped else "")
         )
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.publication.push(self.best["step"])
-        return summary
+        return record

@@ -148,7 +148,7 @@ def test_attention_counts_a_token_as_often_as_patches_it_stands_for(method: Any,
     seen: list[tuple[Tensor, Tensor]] = []
     for layer in model.encoder.layers:
         layer.self_attn.register_forward_hook(
-            lambda _, args, kwargs, output: seen.append((args[0], output[0])), with_kwargs=True
+            lambda _, args, kwargs, output: seen.append(((*args, *kwargs.values())[0], output[0])), with_kwargs=True
         )
     with torch.no_grad(), model.trace_merging() as trace:
         recorded = model(images(), output_attentions=True).attentions

@@ -140,8 +140,7 @@ def anatomies(case: FamilyCase, family: Family) -> Iterator[Mutation]:
     """Each name exchanged for another one of the layer, each part of a branch left out."""
     parts = family.anatomy
     others = {"attention": parts.mlp, "heads": "training", "query": parts.key, "key": parts.query}
-    if "merged_forward" not in vars(family.layer_merging) or family.layer_merging is LAYER:
-        others |= {"norm1": parts.norm2, "norm2": parts.norm1, "mlp": parts.norm2}
+    others |= {"norm1": parts.norm2, "norm2": parts.norm1, "mlp": parts.norm2}
     if parts.query == parts.key:
         del others["query"], others["key"]
     elif not case.rows[0].has_cls:  # no method ranks tokens by a query

@@ -1,0 +1,94 @@
+"""The results of a run: the best adapter, the trained model, and the record of training."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+
+from ..configuration import CONFIG_NAME
+from ..files import replacing_folder, write_json
+from ..hub.folder_card import refreshed_card
+from ..hub.layout import CARD_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ..programs.conditions import command, data_name, hardware, versions
+from .arguments import TrainArguments
+from .tasks import Task
+from .trackers import METRICS_NAME
+
+
+class Results:
+    """The folders `adapter` and, where the backbone learns, `model` of a run. All processes call every method."""
+
+    def __init__(self, arguments: TrainArguments, accelerator: Accelerator, task: Task) -> None:
+        self.arguments, self.accelerator, self.task = arguments, accelerator, task
+        self.adapter, self.model = Path(arguments.output_dir, "adapter"), Path(arguments.output_dir, "model")
+        self._copy: Any = None
+
+    def prepare(self, model: Any) -> None:
+        """Copy a model that `Accelerator.prepare` is about to shard: the copy receives what is to be saved."""
+        if self.accelerator.distributed_type == DistributedType.FSDP or self._is_zero_3():
+            self._copy = copy.deepcopy(model) if self.accelerator.is_main_process else model
+
+    def save(self, wrapped: Any, model: Any, record: dict[str, Any]) -> None:
+        """Write the learned weights of a prepared model; `model` is the merged model in it."""
+        if self._copy is not None:
+            weights = self.accelerator.get_state_dict(wrapped)
+            if self.accelerator.is_main_process:
+                self._copy.load_state_dict(weights)
+            model = self._copy
+        if not self.accelerator.is_main_process:
+            return
+        if self.arguments.train_backbone:
+            with replacing_folder(self.model) as folder:
+                self.task.save_model(model, folder)
+        with refreshed_card(self.adapter) as folder:
+            model.save_merge_adapter(folder, base_model=self.arguments.base_model)
+            write_json(folder / TRAINING_NAME, record)
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write `training.json` and the card."""
+        if self.accelerator.is_main_process:
+            with refreshed_card(self.adapter) as folder:
+                write_json(folder / TRAINING_NAME, record)
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of a run that was killed while it wrote."""
+        if not self.accelerator.is_main_process:
+            return
+        ours = {
+            self.adapter: (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, TRAINING_NAME),
+            self.adapter.parent: (self.model.name, METRICS_NAME),
+        }
+        for folder, names in ours.items():
+            pattern = rf"\.({'|'.join(map(re.escape, names))})\.\w{{8}}"
+            for path in folder.glob(".*"):
+                if re.fullmatch(pattern, path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def record(self, num_images: int | None, images_per_step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """The content of `training.json`; `state` is what a checkpoint keeps."""
+        a, accelerator, best = self.arguments, self.accelerator, state["best"]
+        return {
+            "command": command(),
+            "arguments": asdict(a),
+            "data": {"name": data_name(a.data), "num_images": num_images},
+            "steps": state["step"],
+            "images_seen": state["step"] * images_per_step,
+            "unreadable_images": len(state["unreadable"]),
+            "seconds": round(state["seconds"], 1),
+            "best_step": best["step"],
+            "best_validation": best["validation"],
+            "seed": a.seed,
+            "mixed_precision": accelerator.mixed_precision,
+            "versions": versions(),
+            "hardware": f"{accelerator.num_processes} × {hardware(accelerator.device)}",
+        }
+
+    def _is_zero_3(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
