@@ -11,7 +11,7 @@ import torch
 from ..hub.adapter import MergeAdapter
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_reduction
 from ..programs.conditions import conditions, describe_model
-from ..programs.identity import weights_digest
+from ..programs.identity import digest, weights_digest
 from .variants import Variant, make_variants, method_names
 
 
@@ -69,13 +69,14 @@ class ResumableArguments(RowArguments):
         one_of(self, "dtype", DTYPES)
 
     def run_facts(
-        self, model: Any, variants: Sequence[Variant], adapters: dict[str, MergeAdapter], **data: Any
+        self, model: Any, variants: Sequence[Variant], adapters: dict[str, MergeAdapter], processor: Any, **data: Any
     ) -> dict[str, Any]:
         """What the results of a run depend on, as JSON; `data` describes what is read."""
         weights = {name: weights_digest(adapter.tensors) for name, adapter in adapters.items()}
         return {
             "rows": [[variant.method, variant.shown_r, variant.adapter] for variant in variants],
             "weights": {"model": weights_digest(model.state_dict()), **weights},
+            "processor": digest(processor.to_dict()),
             **data,
             "batch_size": self.batch_size,
             "dtype": self.dtype,

@@ -122,14 +122,9 @@ def evaluate_captions(
     annotated = dict(list(read_annotations(a.annotations, a.split).items())[: a.limit])
     images = ImageFolder(annotated, Path(a.images), load_processor(a.model))
     tokenizer, settings = AutoTokenizer.from_pretrained(a.model), a.generation()
+    words = digest(tokenizer.get_vocab())
     run = a.run_facts(
-        model,
-        variants,
-        adapters,
-        images=images.digest(),
-        settings=settings,
-        processor=digest(images.processor.to_dict()),
-        tokenizer=digest(tokenizer.get_vocab()),
+        model, variants, adapters, images.processor, images=images.digest(), settings=settings, tokenizer=words
     )
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)

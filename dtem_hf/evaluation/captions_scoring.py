@@ -68,16 +68,13 @@ def score_captions(
         raise BadValue("predictions", unknown[0], f"images that have captions; {len(unknown)} have none")
     if not predictions:
         raise BadValue("predictions", 0, "at least one caption")
-    scores = CaptionScores()
-    tokenised: tuple[Captions, Captions] | None = None
+    scores, tokenised = CaptionScores(), list[Captions]()
+    if len(lacking) < len(METRICS):
+        given = ({i: references[i] for i in predictions}, {i: [text] for i, text in predictions.items()})
+        tokenised = [tokenise(captions) for captions in given]
     for scorer in _scorers(spice_jars):
         reason, values = lacking.get(scorer.metrics[0]), None
         if reason is None:
-            if tokenised is None:
-                tokenised = (
-                    tokenise({image_id: references[image_id] for image_id in predictions}),
-                    tokenise({image_id: [caption] for image_id, caption in predictions.items()}),
-                )
             try:
                 values = scorer.score(*tokenised)
             # A Java program that dies leaves a broken pipe, or an empty line instead of a number.
@@ -89,7 +86,7 @@ def score_captions(
             scores.values[metric] = None if values is None else float(values[i])
             if reason is not None:
                 scores.reasons[metric] = reason
-    return CaptionScores({metric: scores.values[metric] for metric in METRICS}, scores.reasons)
+    return scores
 
 
 def unavailable(spice_jars: str | None = None) -> dict[str, str]:

@@ -91,13 +91,8 @@ def evaluate(
     classes = match_labels(images, model.config)
     processed = ProcessedImages(images, processor, num_labels=model.config.num_labels, classes=classes)
     metrics = load_metrics()
-    run = a.run_facts(
-        model,
-        variants,
-        adapters,
-        data=[a.data, a.split, len(images), data_digest(images), digest(classes.ids)],
-        processor=digest(processor.to_dict()),
-    )
+    read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
+    run = a.run_facts(model, variants, adapters, processor, data=read)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(

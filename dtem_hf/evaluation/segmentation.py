@@ -9,7 +9,7 @@ A folder holds `images/NAME.jpg` (or .png) and `masks/NAME.png`, whose pixels ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from ..programs.conditions import data_name
 from ..programs.output import output_folder
 from ..report.tables import about, print_rows, shown_r
 from .arguments import RowArguments
+from .parts import batches_of
 from .variants import Variant
 
 
@@ -141,13 +142,12 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
     num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
     head = train_head(variants[0], train, reader, num_classes, arguments)
     matrices = [np.zeros((num_classes, num_classes), dtype=np.int64) for _ in variants]
-    for start in tqdm(range(0, len(test), arguments.batch_size), desc="measure", unit="batch"):
-        images, masks = zip(
-            *(test[i] for i in range(start, min(start + arguments.batch_size, len(test)))), strict=True
-        )
+    for pixels, masks in _batches(test, reader, arguments.batch_size, "measure"):
         for variant, matrix in zip(variants, matrices, strict=True):
-            for logits, mask in zip(predict(variant, head, reader.pixels(images), reader), masks, strict=True):
-                matrix += confusion(upsampled_classes(logits, mask.shape), mask, num_classes)
+            with torch.inference_mode():  # [B, rows, columns, D] -> [B, classes, rows, columns]
+                logits = head(patch_features(variant, pixels, reader)).permute(0, 3, 1, 2)
+            for scores, mask in zip(logits, masks, strict=True):
+                matrix += confusion(upsampled_classes(scores, mask.shape), mask, num_classes)
     rows = [
         {
             **variant.facts(),
@@ -198,20 +198,21 @@ def patch_features(variant: Variant, pixels: Tensor, reader: PatchReader) -> Ten
     return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # prefix tokens come first
 
 
+def _batches(images: SegmentationImages, reader: PatchReader, size: int, title: str) -> Iterator[tuple[Tensor, Any]]:
+    """Pixels [B, C, H, W] and masks."""
+    for numbers in tqdm(batches_of(len(images), size), desc=title, unit="batch"):
+        pictures, masks = zip(*(images[i] for i in numbers), strict=True)
+        yield reader.pixels(pictures), masks
+
+
 def train_head(
-    variant: Variant,
-    images: SegmentationImages,
-    reader: PatchReader,
-    num_classes: int,
-    arguments: SegmentationArguments,
+    variant: Variant, images: SegmentationImages, reader: PatchReader, num_classes: int, arguments: Any
 ) -> nn.Linear:
     """A linear map from patch tokens to classes, taught with the share of each class in a patch as target."""
     features, targets = [], []
-    for start in tqdm(range(0, len(images), arguments.batch_size), desc="read", unit="batch"):
-        part = [images[i] for i in range(start, min(start + arguments.batch_size, len(images)))]
-        pixels = reader.pixels([image for image, _ in part])
+    for pixels, masks in _batches(images, reader, arguments.batch_size, "read"):
         features.append(patch_features(variant, pixels, reader).flatten(0, 2).cpu())
-        targets += [class_shares(mask, reader.grid(pixels), num_classes).flatten(0, 1) for _, mask in part]
+        targets += [class_shares(mask, reader.grid(pixels), num_classes).flatten(0, 1) for mask in masks]
     x, y = torch.cat(features).clone(), torch.cat(targets)
     known = y.sum(-1) > 0
     x, y = x[known], y[known]
@@ -234,12 +235,6 @@ def train_head(
         head.weight.mul_(scale)
         head.bias.sub_(head.weight @ mean)
     return head.to(reader.device)
-
-
-@torch.inference_mode()
-def predict(variant: Variant, head: nn.Linear, pixels: Tensor, reader: PatchReader) -> Tensor:
-    """Class scores of every patch: [B, C, H, W] -> [B, classes, rows, columns]."""
-    return head(patch_features(variant, pixels, reader)).permute(0, 3, 1, 2)
 
 
 def upsampled_classes(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from ..report.tables import as_markdown
 
 
 _RECIPES = Path(__file__).parents[2] / "recipes"
-_KEYS = {"name", "title", "options", "start_from", "program", "method"}
 
 
 @dataclass(kw_only=True)
@@ -73,8 +72,9 @@ class _Table:
         self.common: dict[str, Any] = values["common"]
         self.rows: dict[str, Row] = {}
         for given in values["rows"]:
-            if not set(given) <= _KEYS or "name" not in given:
-                raise BadValue("rows", given, f"a name and some of {', '.join(sorted(_KEYS))}")
+            keys = sorted(f.name for f in fields(Row))
+            if not set(given) <= set(keys) or "name" not in given:
+                raise BadValue("rows", given, f"a name and some of {', '.join(keys)}")
             row = Row(**given)
             if row.start_from is not None and row.start_from not in self.rows:
                 raise BadValue(f"start_from of {row.name}", row.start_from, "a row above it")
@@ -147,31 +147,20 @@ class _Table:
         return self.output / "table.md"
 
     def _train(self, row: Row) -> dict[str, Any]:
-        folder = self.work / row.name
-        options = {**self.common, **row.options}
-        if row.start_from is not None:
-            options["start_from"] = self._adapter(row.start_from)
-        _run(
-            "train.py", {"model": self.arguments.model, "data": self.arguments.train, **options, "output_dir": folder}
-        )
-        return read_json(folder / "adapter" / "training.json")
+        start = {} if row.start_from is None else {"start_from": self._adapter(row.start_from)}
+        options = {**self.common, **row.options, **start}
+        return self._run("train", self.arguments.train, options, self.work / row.name, "adapter/training.json")
 
     def _calibrate(self, row: Row, r: int) -> dict[str, Any]:
-        folder = self.work / row.name / str(r)
-        source: dict[str, Any] = {"method": row.method}
-        if row.start_from is not None:
-            source = {"adapter": self._adapter(row.start_from)}
-        model, data = self.arguments.model, self.arguments.train
-        _run("calibrate.py", {"model": model, "data": data, **source, "r": r, **row.options, "output_dir": folder})
-        return read_json(folder / "calibration.json")
+        start = {"method": row.method} if row.start_from is None else {"adapter": self._adapter(row.start_from)}
+        options = {**start, "r": r, **row.options}
+        return self._run("calibrate", self.arguments.train, options, self.work / row.name / str(r), "calibration.json")
 
     def _evaluate(self, row: Row, reductions: list[str]) -> dict[str, Any]:
-        folder = self.work / row.name / "evaluation"
         adapter = {} if row.method is not None else {"adapter": self._adapter(row.name)}
         method = row.method or MergeConfig.from_pretrained(adapter["adapter"]).method
         asked = {"methods": ["none", method], **adapter, "r": reductions, "num_workers": 0}
-        _run("evaluate.py", {"model": self.arguments.model, "data": self.arguments.dev, **asked, "output_dir": folder})
-        return read_json(folder / "evaluation.json")
+        return self._run("evaluate", self.arguments.dev, asked, self.work / row.name / "evaluation", "evaluation.json")
 
     def _adapter(self, name: str) -> Path:
         """A row's adapter, or, where the row only made a plan, the adapter that it started from."""
@@ -180,16 +169,15 @@ class _Table:
             return self._adapter(row.start_from)
         return self.work / name / "adapter"
 
+    def _run(self, recipe: str, data: str, options: dict[str, Any], folder: Path, result: str) -> dict[str, Any]:
+        """Run a recipe as a user would, and read its result. Raises CalledProcessError where it fails."""
+        words = []
+        for name, value in {"model": self.arguments.model, "data": data, **options, "output_dir": folder}.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        subprocess.run([sys.executable, str(_RECIPES / f"{recipe}.py"), *words], check=True)
+        return read_json(folder / result)
+
 
 def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The merged rows of a record, one for each r."""
     return [row for evaluation in record["evaluations"] for row in evaluation["rows"][1:]]
-
-
-def _run(recipe: str, options: dict[str, Any]) -> None:
-    """Run a recipe as a user would; raises CalledProcessError where it fails."""
-    words = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(str(one) for one in values)]
-    subprocess.run([sys.executable, str(_RECIPES / recipe), *words], check=True)
