@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from .version import __version__ as __version__
 
 
 # Where each public name lives. Names are loaded when they are first used, so that `import dtem_hf` costs nothing.
@@ -108,7 +108,6 @@ __all__ = [
     "MergeTrace",
     "ToMeConfig",
     "UnsupportedModelError",
-    "__version__",
     "attach",
     "calibrate",
     "detach",

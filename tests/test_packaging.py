@@ -50,4 +50,4 @@ def test_data_files_lie_in_the_package():
     package = Path(dtem_hf.__file__).parent
 
     assert (package / "py.typed").is_file()
-    assert (package / "card_template.md").is_file()
+    assert (package / "hub" / "card_template.md").is_file()

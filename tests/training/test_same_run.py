@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dtem_hf import BadValue
+from dtem_hf import BadValue, MergeAdapter
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 
@@ -96,9 +96,9 @@ def test_nor_with_other_captions(caption_options, started, folder, request):
 def test_nor_from_another_adapter(options, started, tmp_path):
     train(TrainArguments(**{**options, "output_dir": str(tmp_path / "first"), "init": "random"}))
     run = started({**options, "start_from": str(tmp_path / "first" / "adapter")})
-    path = tmp_path / "first" / "adapter" / "merge_adapter.safetensors"
-    tensors = {name: value + 0.1 for name, value in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    adapter = MergeAdapter.from_pretrained(tmp_path / "first" / "adapter")
+    adapter.tensors = {name: value + 0.1 for name, value in adapter.tensors.items()}
+    adapter.save_pretrained(tmp_path / "first" / "adapter")
     with pytest.raises(BadValue, match=r"start_from=.*its content has changed since"):
         train(TrainArguments(**run))
 
