@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
@@ -36,6 +38,8 @@ def _train(options, rank, num_processes, port, log):
     if num_processes > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes))
+    # tqdm's lock is shared with the parent: killed while it holds it, this process would stop every later bar there.
+    tqdm.set_lock(threading.RLock())
     # What earlier tests of this process did with accelerate must not be known here.
     AcceleratorState._reset_state(True)
     with open(log, "w", buffering=1) as file:
