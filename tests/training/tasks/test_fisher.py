@@ -42,7 +42,6 @@ def test_loss_by_hand(options, make_run):
         g = torch.zeros_like(x) if g is None else g
         sizes = torch.ones(x.shape[:2]) if step.sizes is None else step.sizes
         edges = [(i, j) for i in range(2, n, 2) for j in range(1, n, 2)]
-        cost, weights = [], []
         for image in range(len(x)):
             damage, exponents = [], []
             for i, j in edges:
@@ -56,11 +55,10 @@ def test_loss_by_hand(options, make_run):
             ]
             top = max(cosines)
             raw = [math.exp((c - top) / 0.01) for c in cosines]
-            weights += [w / sum(raw) for w in raw]
             mean = sum(damage) / len(damage) + 1e-20
-            cost += [(d / mean + 1e-3) * e for d, e in zip(damage, exponents, strict=True)]
-        expected = sum(w * c for w, c in zip(weights, cost, strict=True)) / len(x)
-        losses.append(expected / (sum(cost) / len(cost)))
+            cost = [(d / mean + 1e-3) * e for d, e in zip(damage, exponents, strict=True)]
+            expected = sum(w / sum(raw) * c for w, c in zip(raw, cost, strict=True))
+            losses.append(expected / (sum(cost) / len(cost)))
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-3)
 
 
