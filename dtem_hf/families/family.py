@@ -15,7 +15,7 @@ from ..errors import BadValue, UnsupportedModelError
 from ..schedule import EncoderCost, LayerCost, MetricCost
 from .anatomy import Anatomy, convolution_cost, linear_cost
 from .layer import LayerMerging
-from .readers import READERS
+from .readers import READERS, RETURN_ALL
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Family:
     def reader(self, model_class: type) -> str | type:
         """How models of a class read the tokens."""
         return next(self.models[cls] for cls in model_class.__mro__ if cls in self.models)
+
+    def reads_all(self, model: nn.Module) -> bool:
+        """Whether the encoder returns all tokens, in place, to a model."""
+        return self.reader(type(model)) in RETURN_ALL
 
     def reads_grid(self, model: nn.Module) -> bool:
         """Whether a model needs all tokens back in place."""

@@ -89,6 +89,9 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "grid": (GridReader,),
 }
 
+# The readers that get all tokens back in place.
+RETURN_ALL = ("grid", "masked_mean")
+
 
 def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     """The output of a merged encoder as its reader needs it; `unmerge`: with all tokens back in place.

@@ -138,7 +138,8 @@ class MergeMixin(Renamed):
         family, encoder = find_encoder(self)  # type: ignore[arg-type]
         merging = encoder.merging
         plan = merging.plan if image_size is None else merging.plan_for(family.num_tokens(encoder, image_size))
-        returned = plan.num_tokens if merging.unmerge else plan.tokens[-1]
+        all_tokens = merging.unmerge or family.reads_all(self)  # type: ignore[arg-type]
+        returned = plan.num_tokens if all_tokens else plan.tokens[-1]
         return replace(plan, output_tokens=returned * family.frames_of(self))
 
     @contextmanager

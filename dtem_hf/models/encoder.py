@@ -16,7 +16,7 @@ from ..configuration import MergeConfig
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, check_attention_implementation
-from ..families.readers import ScopedForward, returned, with_last
+from ..families.readers import RETURN_ALL, ScopedForward, returned, with_last
 from ..methods import Method
 from ..schedule import EncoderCost, MergePlan
 from ..scope import Scope, current_scope, open_scope
@@ -90,7 +90,7 @@ class EncoderMerging(Renamed, ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
         wanted = Scope() if outer is None or outer.closed else outer
-        unmerge = self.merging.unmerge or wanted.reader in ("grid", "masked_mean")
+        unmerge = self.merging.unmerge or wanted.reader in RETURN_ALL
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
         state = self._new_token_state(inputs, unmerge, masked)
         with open_scope(Scope(state=state, closed=True)):

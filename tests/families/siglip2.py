@@ -74,3 +74,15 @@ def test_an_image_size_is_refused() -> None:
     model = attach(CASE.make(Siglip2VisionModel), ToMeConfig(r=9))
     with pytest.raises(BadValue, match=r"image_size=32: none: the processor's max_num_patches sets the number"):
         model.merge_plan(image_size=32)
+
+
+@torch.no_grad()
+def test_a_classifier_gets_as_many_tokens_as_planned() -> None:
+    """All of them, as it averages by the mask of the patches as they came; its encoder alone returns merged ones."""
+    for row in CASE.rows:
+        model, seen = attach(row.make(), ToMeConfig(r=9)), []
+        encoder = model.vision_model if hasattr(model, "vision_model") else model
+        encoder.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output[0].shape[1]))
+        model(**row.inputs(2))
+        assert seen == [model.merge_plan().output_tokens]
+        assert seen == [64 if row.model is Siglip2ForImageClassification else 64 - 4 * 9]

@@ -143,7 +143,7 @@ every_backbone = pytest.mark.parametrize("case, backbone", BACKBONES, ids=[str(c
 def test_feature_maps_lie_on_their_grid(
     case: FamilyCase, backbone: Any, size: tuple[int, int], method: str, tmp_path: Path
 ) -> None:
-    """Without anybody asking, as a backbone is for nothing else; loaded by its Auto class."""
+    """Unasked, as dense heads need all tokens; the backbone is loaded by its Auto class."""
     plain, prefix = case.make(backbone, **STAGES), case.rows[0].anatomy.prefix
     norm = getattr(plain, "layernorm", None) or getattr(plain, "norm", None) or torch.nn.Identity()
     plain.save_pretrained(tmp_path)

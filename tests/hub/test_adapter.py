@@ -357,7 +357,8 @@ def test_a_config_of_a_newer_minor_version_is_read_with_warnings(folder: Path, m
 def test_a_sound_folder_is_read_without_a_warning(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        MergeAdapter.from_pretrained(folder)
+        adapter = MergeAdapter.from_pretrained(folder)
+    assert adapter.tensors
 
 
 def test_tensors_for_a_method_that_learns_nothing_are_refused(
