@@ -103,14 +103,14 @@ class DTEM(MatchingMethod[DTEMConfig]):
         return merged
 
     def _merge_straight_through(self, x: Tensor, metric: Tensor, r: int, state: TokenState) -> Tensor:
-        index, before = state.layer, state.sizes(state.layer)
+        index, before, prefix = state.layer, state.sizes(state.layer), state.num_prefix_tokens
         matching, flow = ops.straight_through_matching(
-            metric, r, state.num_prefix_tokens, empty=state.padding(index), **self._relaxation
+            metric, r, prefix, empty=state.padding(index), **self._relaxation
         )
-        merged, sizes = ops.merge_along_flow(x, before, matching, flow)
+        merged, sizes = ops.merge_along_flow(x, before, matching, flow, prefix)
         assert state.embedding is not None
         merged = state.embedding.lengthen(
-            index, merged, lambda: ops.merge_along_flow(norms_of(x), before, matching, flow)[0]
+            index, merged, lambda: ops.merge_along_flow(norms_of(x), before, matching, flow, prefix)[0]
         )
         record_matched(state, merged, sizes, matching, x.shape[1])
         return merged

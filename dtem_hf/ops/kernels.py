@@ -52,11 +52,11 @@ def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor
 
 
 def merge_tokens(
-    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+    x: Tensor, sizes: Tensor | None, leaving: Tensor, joined: Tensor, staying: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`ops.merge_tokens` in one launch: every output token is written once, features and size together."""
     run = _merge_tokens_op if torch.compiler.is_compiling() else _merge_tokens
-    return run(x, sizes, merged, target, kept, num_prefix_tokens)
+    return run(x, sizes, leaving, joined, staying)
 
 
 def _best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
@@ -67,12 +67,12 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tenso
 
 
 def _merge_tokens(
-    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+    x: Tensor, sizes: Tensor | None, leaving: Tensor, joined: Tensor, staying: Tensor
 ) -> tuple[Tensor, Tensor]:
     from . import triton_kernels
 
     with _on(x):
-        return triton_kernels.merge_tokens(x, sizes, merged, target, kept, num_prefix_tokens)
+        return triton_kernels.merge_tokens(x, sizes, leaving, joined, staying)
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
@@ -92,8 +92,6 @@ def _(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @_merge_tokens_op.register_fake
-def _(
-    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
-) -> tuple[Tensor, Tensor]:
-    shape = x.shape[0], x.shape[1] - merged.shape[1]
+def _(x: Tensor, sizes: Tensor | None, leaving: Tensor, joined: Tensor, staying: Tensor) -> tuple[Tensor, Tensor]:
+    shape = staying.shape
     return x.new_empty(*shape, x.shape[2]), x.new_empty(shape, dtype=torch.float32)

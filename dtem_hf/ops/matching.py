@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
-from .splitting import split_counts, split_even_odd
+from .splitting import split_even_odd
 
 
 class Matching(NamedTuple):
-    """Which tokens merge into which, as indices into the non-prefix halves A and B.
+    """Which tokens leave, which they join, and which stay.
 
-    Shapes: `merged` [B, r] (rows of A that leave), `target` [B, r] (the row of B each of them joins), `kept`
-    [B, a - r] (rows of A that stay, ascending); int64. `num_prefix_tokens` is the P that the halves were cut with.
+    `leaving` [B, r]: positions of the tokens of A that leave, best score first. `joined` [B, r]: where in the output
+    their partners are. `staying` [B, N - r]: positions of the output's tokens in the input, in the order prefix,
+    unmerged A, B. int64.
     """
 
-    merged: Tensor
-    target: Tensor
-    kept: Tensor
-    num_prefix_tokens: int
+    leaving: Tensor
+    joined: Tensor
+    staying: Tensor
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -83,12 +83,13 @@ def bipartite_soft_matching(
             f"r={r} does not fit {metric.shape[1]} tokens of which {num_prefix_tokens} are prefix: "
             f"0 to {largest} would."
         )
+    positions = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
+    prefix, (a, b) = positions[:, :num_prefix_tokens], split_even_odd(positions, num_prefix_tokens)
     if r == 0:  # also where there is nothing to compare with
-        batch, (even, _) = metric.shape[0], split_counts(metric.shape[1], num_prefix_tokens)
-        none = torch.empty(batch, 0, dtype=torch.int64, device=metric.device)
-        all_a = torch.arange(even, device=metric.device).expand(batch, -1)
-        return Matching(none, none, all_a, num_prefix_tokens)
+        return Matching(positions[:, :0], positions[:, :0], torch.cat([prefix, a, b], dim=1))
     best, partner = _best_partner(metric, num_prefix_tokens, empty)
     order = descending_order(best)
-    merged = order[:, :r]
-    return Matching(merged, partner.gather(1, merged), order[:, r:].sort(dim=-1).values, num_prefix_tokens)
+    leaves = order[:, :r]
+    kept = a.gather(1, order[:, r:].sort(dim=-1).values)
+    joined = partner.gather(1, leaves) + (num_prefix_tokens + kept.shape[1])
+    return Matching(a.gather(1, leaves), joined, torch.cat([prefix, kept, b], dim=1))

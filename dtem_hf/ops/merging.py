@@ -6,13 +6,20 @@ from torch import Tensor
 from . import kernels
 from .forms import exports_one_hot
 from .matching import Matching
-from .splitting import split_counts, split_even_odd
 
 
 _SMALLEST_TOTAL = 1e-12
 
 
-def _add_at(base: Tensor, index: Tensor, rows: Tensor, flat_index: Tensor) -> Tensor:
+def _rows(positions: Tensor, num_tokens: int) -> Tensor:
+    """Positions [B, k] as rows of all images below each other, [B · k], where each has `num_tokens`."""
+    if positions.shape[0] > 1 or torch.compiler.is_compiling():  # a compiled graph may be for any batch
+        first = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
+        positions = positions + first.unsqueeze(1)
+    return positions.flatten()
+
+
+def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """Add each row to the base row at its index: [B, n, D], [B, r], [B, r, D] -> [B, n, D]. May overwrite `base`."""
     exporting = torch.compiler.is_exporting()
     if base.is_cuda or (exporting and exports_one_hot()):
@@ -21,9 +28,10 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor, flat_index: Tensor) -> Te
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
         with torch.autocast(base.device.type, enabled=False):
             return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]
-    if exporting:
+    if exporting or base.shape[2] == 1:
         return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
-    return base.flatten(0, 1).index_add_(0, flat_index, rows.flatten(0, 1)).view_as(base)
+    # Along rows of all images below each other: along tokens, the index would be read anew for every feature.
+    return base.flatten(0, 1).index_add_(0, _rows(index, base.shape[1]), rows.flatten(0, 1)).view_as(base)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
@@ -35,51 +43,26 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     """
     if x.device.type in kernels.devices and kernels.can_merge(x, sizes):
         return kernels.merge_tokens(x, sizes, *matching)
-    prefix, (batch, num_tokens, width) = matching.num_prefix_tokens, x.shape
-    (r, kept), device = (matching.merged.shape[1], matching.kept.shape[1]), x.device
-    first_a, first_b, left = prefix + prefix % 2, prefix + 1 - prefix % 2, num_tokens - r
+    leaving, joined, staying = matching
     if sizes is None:
-        sizes = torch.ones(batch, num_tokens, dtype=torch.float32, device=device)
-    # Rows of all images below each other: a gather along tokens would read its index anew for every feature.
-    rows = torch.arange(batch * num_tokens, device=device).view(batch, num_tokens)
-    first = rows[:, first_a : first_a + 1]
-    staying = torch.cat([rows[:, :prefix], torch.add(first, matching.kept, alpha=2), rows[:, first_b::2]], dim=1)
-    leaving = torch.add(first, matching.merged, alpha=2).flatten()
-    joined = matching.target + (prefix + kept)  # places in the output, where B follows the prefix and unmerged A
-    joined_rows = (joined + torch.arange(0, batch * left, left, device=device).unsqueeze(1)).flatten()
-
-    flat, flat_sizes = x.flatten(0, 1), sizes.flatten()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    merged = flat.index_select(0, staying.flatten()).to(dtype)
-    new_sizes = flat_sizes.index_select(0, staying.flatten()).view(batch, left, 1)
-    leaving_size = flat_sizes.index_select(0, leaving).view(batch, r, 1)
-    new_sizes = _add_at(new_sizes, joined, leaving_size, joined_rows)
+        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    leaving_sizes = sizes.gather(1, leaving).unsqueeze(-1)
+    new_sizes = _add_at(sizes.gather(1, staying).unsqueeze(-1), joined, leaving_sizes).squeeze(-1)
     # A mean as a step of its target, so that only targets change: x + Σ mᵢ (xᵢ - x) / m'. After a soft merge, tokens
     # can be empty.
-    total = new_sizes.view(-1, 1).index_select(0, joined_rows).clamp(min=_SMALLEST_TOTAL)
-    steps = (flat.index_select(0, leaving).to(dtype) - merged.index_select(0, joined_rows)) * (
-        leaving_size.view(-1, 1) / total
-    )
-    merged = _add_at(merged.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)
-    return merged.to(x.dtype), new_sizes.squeeze(-1)
+    shares = leaving_sizes / new_sizes.gather(1, joined).clamp(min=_SMALLEST_TOTAL).unsqueeze(-1)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    merged = take_tokens(x, staying).to(dtype)
+    steps = (take_tokens(x, leaving).to(dtype) - take_tokens(merged, joined)) * shares
+    return _add_at(merged, joined, steps).to(x.dtype), new_sizes
 
 
 def source_map(matching: Matching, num_tokens: int) -> Tensor:
     """The output position every input token ended in: int64 [B, N], values in [0, N - r)."""
-    prefix = matching.num_prefix_tokens
-    batch, kept = matching.kept.shape
-    even, odd = split_counts(num_tokens, prefix)
-    device = matching.kept.device
-    first_b = prefix + kept
-    from_a = torch.empty(batch, even, dtype=torch.int64, device=device)
-    from_a.scatter_(1, matching.kept, torch.arange(prefix, first_b, device=device).expand(batch, -1))
-    from_a.scatter_(1, matching.merged, first_b + matching.target)
-    source = torch.empty(batch, num_tokens, dtype=torch.int64, device=device)
-    source[:, :prefix] = torch.arange(prefix, device=device)
-    view_a, view_b = split_even_odd(source, prefix)
-    view_a.copy_(from_a)
-    view_b.copy_(torch.arange(first_b, first_b + odd, device=device).expand(batch, -1))
-    return source
+    leaving, joined, staying = matching
+    outputs = torch.arange(staying.shape[1], device=staying.device).expand_as(staying)
+    source = torch.empty(staying.shape[0], num_tokens, dtype=torch.int64, device=staying.device)
+    return source.scatter_(1, staying, outputs).scatter_(1, leaving, joined)
 
 
 def compose_source_maps(earlier: Tensor, later: Tensor) -> Tensor:
@@ -87,8 +70,12 @@ def compose_source_maps(earlier: Tensor, later: Tensor) -> Tensor:
     return later.gather(1, earlier)
 
 
+def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """The tokens at given positions: [B, n, D], positions [B, k] -> [B, k, D]."""
+    rows = x.flatten(0, 1).index_select(0, _rows(positions, x.shape[1]))
+    return rows.view(*positions.shape, x.shape[2])
+
+
 def unmerge_tokens(x: Tensor, source: Tensor) -> Tensor:
     """Give every input token the output token it was merged into: [B, n, D], source [B, N] -> [B, N, D]."""
-    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=source.device)
-    rows = (source + first.unsqueeze(1)).flatten()
-    return x.flatten(0, 1).index_select(0, rows).view(*source.shape, -1)
+    return take_tokens(x, source)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
+from .merging import take_tokens
 from .splitting import split_even_odd
 
 
@@ -154,29 +155,31 @@ def straight_through_matching(
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
     with torch.autocast(metric.device.type, enabled=False):
         soft = soft_grouping(scores, r, top_k, score_temperature, assignment_temperature)
-    partner = torch.zeros(scores.shape[:2], dtype=torch.int64, device=metric.device)
-    partner = partner.scatter(1, matching.merged, matching.target)
-    leaves = torch.zeros_like(soft[..., 0]).scatter(1, matching.merged, 1.0)
-    hard = torch.zeros_like(soft).scatter(2, partner.unsqueeze(-1), leaves.unsqueeze(-1))
+    first_b = matching.staying.shape[1] - scores.shape[2]
+    edges = (matching.leaving - num_prefix_tokens) // 2 * scores.shape[2] + matching.joined - first_b
+    hard = torch.zeros_like(soft).flatten(1).scatter(1, edges, 1.0).view_as(soft)
     return matching, hard + (soft - soft.detach())
 
 
-def merge_along_flow(x: Tensor, sizes: Tensor | None, matching: Matching, flow: Tensor) -> tuple[Tensor, Tensor]:
+def merge_along_flow(
+    x: Tensor, sizes: Tensor | None, matching: Matching, flow: Tensor, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
     """Merge as `merge_tokens` does, with gradients to the flow [B, a, b] that the matching is.
 
     x [B, N, D], sizes [B, N] or None -> [B, N - r, D], [B, N - r]. A token that stays could have left, and one that
     left could have joined others: that is what the flow's gradient says. float32 inside, `x` keeps its dtype.
     """
-    prefix = matching.num_prefix_tokens
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    a, b = split_even_odd(x, prefix)
-    size_a, size_b = split_even_odd(sizes, prefix)
+    a, b = split_even_odd(x, num_prefix_tokens)
+    size_a, size_b = split_even_odd(sizes, num_prefix_tokens)
     with torch.autocast(x.device.type, enabled=False):
         flow_size = flow.transpose(1, 2) * size_a.unsqueeze(1)  # [B, b, a]
         new_size_b = size_b + flow_size.sum(dim=-1)
         total = torch.baddbmm(b.float() * size_b.unsqueeze(-1), flow_size, a.float())
         mean = (total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)).to(x.dtype)
-        kept_size = (size_a * (1 - flow.sum(dim=-1))).gather(1, matching.kept)
-    kept = a.gather(1, matching.kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-    return torch.cat([x[:, :prefix], kept, mean], dim=1), torch.cat([sizes[:, :prefix], kept_size, new_size_b], dim=1)
+        left_of_a = size_a * (1 - flow.sum(dim=-1))
+    unmerged = matching.staying[:, : matching.staying.shape[1] - b.shape[1]]  # prefix and unmerged A
+    rows = (unmerged[:, num_prefix_tokens:] - num_prefix_tokens) // 2
+    sizes = torch.cat([sizes[:, :num_prefix_tokens], left_of_a.gather(1, rows), new_size_b], dim=1)
+    return torch.cat([take_tokens(x, unmerged), mean], dim=1), sizes

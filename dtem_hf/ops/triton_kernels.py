@@ -75,52 +75,42 @@ def _best_partner_kernel(
 def _merge_kernel(
     x,
     sizes,
-    merged,
-    target,
-    kept,
+    leaving,
+    joined,
+    staying,
     out,
     out_sizes,
     num_tokens,
     width,
-    num_merged,
-    num_kept,
-    num_prefix,
+    num_leaving,
     smallest_total,
     HAS_SIZES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One output token: the one it is made from, and, if it is one of B, those that join it, best score first."""
+    """One output token: the one it is made from, and those that join it, best score first."""
     row = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    first_a = num_prefix + num_prefix % 2
-    first_b = num_prefix + 1 - num_prefix % 2
-    column = row - num_prefix - num_kept  # below 0 for prefix tokens and unmerged A
+    output = image * (num_tokens - num_leaving) + row
     features = tl.arange(0, BLOCK_D)
     inside = features < width
     tokens = x + image * num_tokens * width
-    own = row
-    if column >= 0:
-        own = first_b + 2 * column
-    elif row >= num_prefix:
-        own = first_a + 2 * tl.load(kept + image * num_kept + row - num_prefix).to(tl.int32)
+    own = tl.load(staying + output).to(tl.int32)
     value = tl.load(tokens + own * width + features, mask=inside, other=0.0)
     size = 1.0
     if HAS_SIZES:
         size = tl.load(sizes + image * num_tokens + own)
     total = size
     result = value.to(tl.float32) * size
-    if column >= 0:
-        for i in range(0, num_merged):
-            if tl.load(target + image * num_merged + i) == column:
-                joining = first_a + 2 * tl.load(merged + image * num_merged + i).to(tl.int32)
-                joining_size = 1.0
-                if HAS_SIZES:
-                    joining_size = tl.load(sizes + image * num_tokens + joining)
-                joiner = tl.load(tokens + joining * width + features, mask=inside, other=0.0)
-                result += joiner.to(tl.float32) * joining_size
-                total += joining_size
+    for i in range(0, num_leaving):
+        if tl.load(joined + image * num_leaving + i) == row:
+            joining = tl.load(leaving + image * num_leaving + i).to(tl.int32)
+            joining_size = 1.0
+            if HAS_SIZES:
+                joining_size = tl.load(sizes + image * num_tokens + joining)
+            joiner = tl.load(tokens + joining * width + features, mask=inside, other=0.0)
+            result += joiner.to(tl.float32) * joining_size
+            total += joining_size
     mean = (result / tl.maximum(total, smallest_total)).to(value.dtype)
-    output = image * (num_tokens - num_merged) + row
     tl.store(out + output * width + features, tl.where(total == size, value, mean), mask=inside)
     tl.store(out_sizes + output, total)
 
@@ -157,27 +147,25 @@ def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor
 
 
 def merge_tokens(
-    x: Tensor, sizes: Tensor | None, merged: Tensor, target: Tensor, kept: Tensor, num_prefix_tokens: int
+    x: Tensor, sizes: Tensor | None, leaving: Tensor, joined: Tensor, staying: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`ops.merge_tokens` in one launch: every output token is written once, features and size together."""
     x = x.contiguous()
     batch, num_tokens, width = x.shape
-    num_merged, num_kept = merged.shape[1], kept.shape[1]
-    out = x.new_empty(batch, num_tokens - num_merged, width)
-    out_sizes = x.new_empty(batch, num_tokens - num_merged, dtype=torch.float32)
-    _merge_kernel[(num_tokens - num_merged, batch)](
+    num_staying = staying.shape[1]
+    out = x.new_empty(batch, num_staying, width)
+    out_sizes = x.new_empty(batch, num_staying, dtype=torch.float32)
+    _merge_kernel[(num_staying, batch)](
         x,
         x if sizes is None else sizes.contiguous(),
-        merged.contiguous(),
-        target.contiguous(),
-        kept.contiguous(),
+        leaving.contiguous(),
+        joined.contiguous(),
+        staying.contiguous(),
         out,
         out_sizes,
         num_tokens,
         width,
-        num_merged,
-        num_kept,
-        num_prefix_tokens,
+        leaving.shape[1],
         _SMALLEST_TOTAL,
         HAS_SIZES=sizes is not None,
         BLOCK_D=triton.next_power_of_2(width),

@@ -29,10 +29,8 @@ def plain_best_partner(metric: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
 
 def plain_merge(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
     """By the plain path, which the CPU takes."""
-    indices = (index.cpu() for index in matching[:3])
-    merged, new_sizes = merge_tokens(
-        x.cpu(), None if sizes is None else sizes.cpu(), Matching(*indices, matching.num_prefix_tokens)
-    )
+    on_cpu = Matching(*(index.cpu() for index in matching))
+    merged, new_sizes = merge_tokens(x.cpu(), None if sizes is None else sizes.cpu(), on_cpu)
     return merged.to(x.device), new_sizes.to(x.device)
 
 
@@ -87,18 +85,10 @@ def test_merge(prefix, tokens, sized, dtype):
     assert torch.equal(found_sizes, expected_sizes) and found.dtype == dtype
     tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
-    own = kept_positions(matching, tokens)
+    own = matching.staying
     alone = expected_sizes == (1 if sizes is None else sizes.gather(1, own))
     assert 0 < alone.sum() < alone.numel()
     assert torch.equal(found[alone], x.gather(1, own.unsqueeze(-1).expand_as(found))[alone])
-
-
-def kept_positions(matching, tokens: int) -> Tensor:
-    """The input position that every output token is made from."""
-    prefix = matching.num_prefix_tokens
-    positions = torch.arange(tokens, device=DEVICE).expand(matching.kept.shape[0], -1)
-    a, b = split_even_odd(positions.unsqueeze(-1), prefix)
-    return torch.cat([positions[:, :prefix], a.squeeze(-1).gather(1, matching.kept), b.squeeze(-1)], dim=1)
 
 
 def test_merge_of_tokens_of_no_size():

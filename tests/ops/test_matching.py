@@ -12,12 +12,8 @@ from tests.support import slow_reference as slow
 
 def pairs_of(matching: ops.Matching, image: int) -> list[tuple[int, int]]:
     """A matching as (position that leaves, position that it joins) over the whole sequence."""
-    prefix = matching.num_prefix_tokens
-    first_even, first_odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-    return [
-        (first_even + 2 * int(a), first_odd + 2 * int(b))
-        for a, b in zip(matching.merged[image], matching.target[image], strict=True)
-    ]
+    partners = matching.staying[image][matching.joined[image]]
+    return list(zip(matching.leaving[image].tolist(), partners.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
@@ -32,15 +28,15 @@ def test_pairs_equal_the_slow_reference_for_every_r(prefix: int, num_tokens: int
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("num_tokens", [16, 17])
-def test_merged_and_kept_are_a_partition_of_a(prefix: int, num_tokens: int) -> None:
+def test_tokens_leave_a_or_stay_in_order(prefix: int, num_tokens: int) -> None:
     metric = torch.randn(2, num_tokens, 6)
-    even = len([i for i in range(prefix, num_tokens) if i % 2 == 0])
+    even, odd = ([i for i in range(prefix, num_tokens) if i % 2 == parity] for parity in (0, 1))
     for r in range((num_tokens - prefix) // 2 + 1):
         matching = ops.bipartite_soft_matching(metric, r, prefix)
-        assert matching.merged.shape == matching.target.shape == (2, r)
-        for merged, kept in zip(matching.merged.tolist(), matching.kept.tolist(), strict=True):
-            assert kept == sorted(kept)
-            assert sorted(merged + kept) == list(range(even))
+        assert matching.leaving.shape == matching.joined.shape == (2, r)
+        for leaving, staying in zip(matching.leaving.tolist(), matching.staying.tolist(), strict=True):
+            assert set(leaving) <= set(even)
+            assert staying == [*range(prefix), *(i for i in even if i not in leaving), *odd]
 
 
 @pytest.mark.parametrize(
@@ -49,9 +45,9 @@ def test_merged_and_kept_are_a_partition_of_a(prefix: int, num_tokens: int) -> N
 def test_r_zero_fits_any_number_of_tokens(prefix: int, free: int) -> None:
     """Also where one half, or both, are empty."""
     matching = ops.bipartite_soft_matching(torch.randn(2, prefix + free, 4), 0, prefix)
-    even = len([i for i in range(prefix, prefix + free) if i % 2 == 0])
-    assert matching.merged.shape == (2, 0)
-    assert matching.kept.tolist() == [list(range(even))] * 2
+    assert matching.leaving.shape == matching.joined.shape == (2, 0)
+    free_tokens = sorted(range(prefix, prefix + free), key=lambda i: i % 2)
+    assert matching.staying.tolist() == [[*range(prefix), *free_tokens]] * 2
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
@@ -90,8 +86,7 @@ def test_ties_go_to_the_lower_position(prefix: int, num_tokens: int) -> None:
 def test_all_tokens_equal_merges_the_first_r_into_the_first(dtype: torch.dtype) -> None:
     metric = torch.randn(64, dtype=dtype).expand(2, 197, 64)
     matching = ops.bipartite_soft_matching(metric, 20, 1)
-    assert matching.merged.tolist() == [list(range(20))] * 2
-    assert matching.target.tolist() == [[0] * 20] * 2
+    assert [pairs_of(matching, image) for image in (0, 1)] == [[(2 * i, 1) for i in range(1, 21)]] * 2
 
 
 @pytest.mark.parametrize("num_tokens, width", [(197, 64), (65, 8), (50, 24)])

@@ -161,7 +161,7 @@ def test_cuda_equals_the_scatter_of_the_cpu_and_is_repeatable() -> None:
     x, sizes, metric = torch.randn(4, 197, 192), integers(4, 197), torch.randn(4, 197, 64)
     matching = ops.bipartite_soft_matching(metric, 40, 1)
     expected, expected_sizes = ops.merge_tokens(x, sizes, matching)
-    on_cuda = ops.Matching(*(index.cuda() for index in matching[:3]), 1)
+    on_cuda = ops.Matching(*(index.cuda() for index in matching))
     merged, new_sizes = ops.merge_tokens(x.cuda(), sizes.cuda(), on_cuda)
     again, _ = ops.merge_tokens(x.cuda(), sizes.cuda(), on_cuda)
     assert torch.equal(new_sizes.cpu(), expected_sizes)

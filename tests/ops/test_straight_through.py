@@ -22,7 +22,7 @@ def test_forward_is_the_hard_merge(prefix, count, sized):
     matching, flow = straight_through_matching(metric, 4, prefix)
     for ours, theirs in zip(matching, bipartite_soft_matching(metric.detach(), 4, prefix), strict=True):
         assert ours == theirs if isinstance(ours, int) else torch.equal(ours, theirs)
-    merged, new_sizes = merge_along_flow(x, sizes, matching, flow)
+    merged, new_sizes = merge_along_flow(x, sizes, matching, flow, prefix)
     expected, expected_sizes = merge_tokens(x, sizes, matching)
     torch.testing.assert_close(merged, expected)
     torch.testing.assert_close(new_sizes, expected_sizes)
@@ -41,9 +41,9 @@ def test_backward_is_that_of_the_soft_grouping():
     def loss(f):  # of a flow [4, 4], written out token by token: A = 2, 4, 6, 8, B = 1, 3, 5, 7
         rows = [x[0, 0]]
         masses = [sizes[0, 0]]
-        for i in matching.kept[0].tolist():
-            rows.append(x[0, 2 + 2 * i])
-            masses.append(sizes[0, 2 + 2 * i] * (1 - f[i].sum()))
+        for position in matching.staying[0, 1:3].tolist():  # unmerged A
+            rows.append(x[0, position])
+            masses.append(sizes[0, position] * (1 - f[(position - 2) // 2].sum()))
         for j in range(4):
             mass, total = sizes[0, 1 + 2 * j], sizes[0, 1 + 2 * j] * x[0, 1 + 2 * j]
             for i in range(4):
@@ -54,8 +54,8 @@ def test_backward_is_that_of_the_soft_grouping():
         return (torch.stack(rows) * readout).sum() + (torch.stack(masses) * weight).sum()
 
     hard = torch.zeros(4, 4)
-    for i, j in zip(matching.merged[0].tolist(), matching.target[0].tolist(), strict=True):
-        hard[i, j] = 1
+    for leaving, joined in zip(matching.leaving[0].tolist(), matching.joined[0].tolist(), strict=True):
+        hard[(leaving - 2) // 2, joined - 3] = 1
     hard.requires_grad_()
     (of_flow,) = torch.autograd.grad(loss(hard), hard)
     z = torch.nn.functional.normalize(metric, dim=-1)
