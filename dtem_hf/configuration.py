@@ -40,7 +40,11 @@ class MergeConfig(ABC):
     proportional_attention: bool = _help(
         "let a token that stands for m patches count m times in attention", default=True
     )
-    unmerge: bool = _help("give all tokens back in place, for models that read them as a grid", default=False)
+    unmerge: bool | None = _help(
+        "give all tokens back in place (true), or hand on the merged ones (false); left out, what reads them decides",
+        default=None,
+    )
+    part: str | None = _help("the dotted name of the encoder to merge, in a model that holds several", default=None)
 
     def __init_subclass__(cls) -> None:
         if "method" in cls.__dict__:
@@ -51,7 +55,11 @@ class MergeConfig(ABC):
 
     def check(self) -> None:
         """Raise ValueError for the first field whose value makes no sense."""
-        self._check_flags("proportional_attention", "unmerge")
+        self._check_flags("proportional_attention")
+        if self.unmerge is not None:
+            self._check_flags("unmerge")
+        if not isinstance(self.part, (str, type(None))) or self.part == "":
+            raise BadValue("part", self.part, "the dotted name of a module, or none")
 
     def _check_flags(self, *names: str) -> None:
         for name in names:

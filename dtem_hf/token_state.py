@@ -105,6 +105,12 @@ class TokenState:
         """Sizes of the tokens that the encoder returns: [B, n] float32, or None where nothing was merged."""
         return None if self._first_merge is None else self._sizes[-1]
 
+    @property
+    def live_sizes(self) -> Tensor | None:
+        """Of the tokens that the encoder returns, the sizes of those that still take part."""
+        sizes = self.final_sizes
+        return None if sizes is None else sizes[:, : self.num_active]
+
     def source(self, layer: int) -> Tensor:
         """Where the original tokens are behind a layer (-1: the last), if source maps are kept: int64 [B, N]."""
         return self._sources[layer]

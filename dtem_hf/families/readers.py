@@ -89,6 +89,8 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "grid": (GridReader,),
 }
 
+# The entry of an encoder's output that holds the tokens' sizes, for a decoder that attends to them later.
+TOKEN_SIZES = "token_sizes"
 # The readers that get all tokens back in place.
 RETURN_ALL = ("grid", "masked_mean")
 

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..configuration import MergeConfig
 from ..errors import BadValue
-from ..families import check_attention_implementation, find_encoder, find_family
+from ..families import SUPPORTED, check_attention_implementation, find_encoder, find_family, find_place
+from ..families.containers import container_of
 from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
 from ..schedule import FlopsSchedule, MergePlan
@@ -55,14 +56,12 @@ class MergeMixin(Renamed):
         # A plain model has no place for an embedding in the checkpoint.
         ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
         self._keys_to_ignore_on_load_unexpected = {*ignored, EMBEDDING_KEYS}
-        recorded, _ = resolve_merge(getattr(config, "merge", None))
+        recorded, _ = resolve_merge(_take_record(self))
         same_method = isinstance(merge_config, MergeConfig) and merge_config.method == getattr(recorded, "method", "")
         if recorded is not None and (merge_config is UNSET or same_method):
-            install(self, prepare(self, recorded), ())  # type: ignore[arg-type]
+            attach(self, recorded)  # type: ignore[arg-type]
         else:
             restore_class(self)  # type: ignore[arg-type]
-            if recorded is not None:
-                del config.merge
 
     @classmethod
     def from_pretrained(
@@ -135,12 +134,12 @@ class MergeMixin(Renamed):
 
     def merge_plan(self, image_size: int | tuple[int, int] | None = None) -> MergePlan:
         """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), not run."""
-        family, encoder = find_encoder(self)  # type: ignore[arg-type]
-        merging = encoder.merging
-        plan = merging.plan if image_size is None else merging.plan_for(family.num_tokens(encoder, image_size))
-        all_tokens = merging.unmerge or family.reads_all(self)  # type: ignore[arg-type]
+        place = find_place(self)  # type: ignore[arg-type]
+        family, merging = place.family, place.encoder.merging
+        plan = merging.plan if image_size is None else merging.plan_for(family.num_tokens(place.encoder, image_size))
+        all_tokens = merging.unmerge or family.reads_all(place.holder)
         returned = plan.num_tokens if all_tokens else plan.tokens[-1]
-        return replace(plan, output_tokens=returned * family.frames_of(self))
+        return replace(plan, output_tokens=returned * family.frames_of(place.holder))
 
     @contextmanager
     def trace_merging(self) -> Iterator[MergeTrace]:
@@ -180,23 +179,27 @@ class MergeMixin(Renamed):
         return self.to_merge_adapter(base_model).push_to_hub(repo_id, **kwargs)
 
 
-def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = None) -> Any:
+def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = None, part: str | None = None) -> Any:
     """Merge tokens in a model that is in memory, and return it (the same object, under a class of the same name).
 
     `merge` is what `from_pretrained(merge=...)` takes; None detaches. `unmerge` overrides the config's field of that
-    name: True returns all tokens, in place. What was attached before is replaced. Of PEFT's `PeftModel` the model
-    inside is merged. Raises UnsupportedModelError for a family or an attention backend that cannot be merged (and
-    lists those that can), and ValueError where the merge does not fit; the model is unchanged then.
+    name: True returns all tokens, in place. In a model that holds several encoders, `part` is the dotted name of the
+    one to merge. What was attached before is replaced. Of PEFT's `PeftModel` the model inside is merged. Raises
+    UnsupportedModelError for a family or an attention backend that cannot be merged (and lists those that can), and
+    ValueError where the merge does not fit; the model is unchanged then.
     """
     config, adapter = resolve_merge(merge)
     if config is None:
         return detach(model)
     if unmerge is not None:
         config = replace(config, unmerge=unmerge)
+    if part is not None:
+        config = replace(config, part=part)
     inner = inside_peft(model)
     prepared = prepare(inner, config, adapter)
-    if is_installed(prepared.encoder):
+    if is_installed(prepared.place.encoder):
         detach(inner)
+        detach(prepared.place.holder)  # a part that was merged by itself
     install(inner, prepared, _mixins(type(inner)))
     return model
 
@@ -207,7 +210,21 @@ def merged_class(model_class: type) -> type:
     return derived_class(stock, *_mixins(stock))
 
 
+def _take_record(model: Any) -> Any:
+    """Take the recorded merge out of a model's config, or out of that of a part which was merged by itself."""
+    record = None
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig) and hasattr(config, "merge"):
+            if record is None and config.merge is not None:
+                record = {**config.merge, "part": name} if name else config.merge
+            del config.merge
+    return record
+
+
 def _mixins(model_class: type) -> tuple[type, ...]:
+    if not issubclass(model_class, SUPPORTED):  # a container
+        return (MergeMixin, *container_of(model_class).mixins)
     family = find_family(model_class)
     encoder_mixins = (EncoderMerging,) if issubclass(model_class, tuple(family.encoders)) else ()
     return (MergeMixin, *encoder_mixins, *family.model_mixins(model_class))

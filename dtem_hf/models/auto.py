@@ -10,11 +10,12 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 
 from ..errors import AdapterError
-from ..families import FAMILIES, check_attention_implementation, unsupported
+from ..families import SUPPORTED, check_attention_implementation, unsupported
+from ..families.containers import CONTAINERS
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
 from .derived import stock_class
@@ -55,9 +56,7 @@ class MergingAutoClass:
             options = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             with _adapters_named(cls.__name__, pretrained_model_name_or_path, **options):
                 config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
-        if (merge is UNSET and getattr(config, "merge", None) is None) or (
-            merge is None and not hasattr(config, "merge")
-        ):
+        if merge in (UNSET, None) and not _is_recorded(config, merge is UNSET):
             return stock(pretrained_model_name_or_path, *model_args, **kwargs)
         if merge is not None:
             check_attention_implementation(kwargs.get("attn_implementation"))
@@ -78,48 +77,56 @@ class MergingAutoClass:
         mapping = cls._model_mapping  # type: ignore[attr-defined]
         if type(config) in mapping:
             model_class: type = _get_model_class(config, mapping)
-            if issubclass(model_class, _SUPPORTED):
+            if issubclass(model_class, SUPPORTED) or _holds_encoder(config):
                 return model_class
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}")
 
 
-_SUPPORTED = tuple(cls for family in FAMILIES for cls in family.models)
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configs inside a config."""
+    return [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
 
 
-class AutoBackbone(MergingAutoClass, transformers.AutoBackbone):
-    """`transformers.AutoBackbone` with `merge=`."""
+def _is_recorded(config: PretrainedConfig, with_value: bool) -> bool:
+    """Whether a config records a merge, of the model or of a part; `with_value`: one that is not None."""
+    here = getattr(config, "merge", None) is not None if with_value else hasattr(config, "merge")
+    return here or any(_is_recorded(part, with_value) for part in _parts(config))
 
 
-class AutoModel(MergingAutoClass, transformers.AutoModel):
-    """`transformers.AutoModel` with `merge=`."""
+def _holds_encoder(config: PretrainedConfig) -> bool:
+    """Whether a config has one of a model that can be merged in it, at any depth."""
+    return any(isinstance(part, _CONFIGS) or _holds_encoder(part) for part in _parts(config))
 
 
-class AutoModelForCausalLM(MergingAutoClass, transformers.AutoModelForCausalLM):
-    """`transformers.AutoModelForCausalLM` with `merge=`."""
+_CONFIGS = tuple({cls.config_class for cls in SUPPORTED})  # type: ignore[attr-defined]
 
 
-class AutoModelForImageClassification(MergingAutoClass, transformers.AutoModelForImageClassification):
-    """`transformers.AutoModelForImageClassification` with `merge=`."""
+def _merging(name: str) -> Any:
+    """An Auto class of transformers with `merge=`, under its name."""
+    content = {"__module__": __name__, "__doc__": f"`transformers.{name}` with `merge=`."}
+    return type(name, (MergingAutoClass, getattr(transformers, name)), content)
 
 
-class AutoModelForPreTraining(MergingAutoClass, transformers.AutoModelForPreTraining):
-    """`transformers.AutoModelForPreTraining` with `merge=`."""
-
-
-class AutoModelForSemanticSegmentation(MergingAutoClass, transformers.AutoModelForSemanticSegmentation):
-    """`transformers.AutoModelForSemanticSegmentation` with `merge=`."""
-
-
-class AutoModelForVisualQuestionAnswering(MergingAutoClass, transformers.AutoModelForVisualQuestionAnswering):
-    """`transformers.AutoModelForVisualQuestionAnswering` with `merge=`."""
-
-
-class AutoModelForImageTextToText(MergingAutoClass, transformers.AutoModelForImageTextToText):
-    """`transformers.AutoModelForImageTextToText` with `merge=`."""
-
-
-class AutoModelForZeroShotImageClassification(MergingAutoClass, transformers.AutoModelForZeroShotImageClassification):
-    """`transformers.AutoModelForZeroShotImageClassification` with `merge=`."""
+AutoBackbone = _merging("AutoBackbone")
+AutoModel = _merging("AutoModel")
+AutoModelForAudioClassification = _merging("AutoModelForAudioClassification")
+AutoModelForCausalLM = _merging("AutoModelForCausalLM")
+AutoModelForDepthEstimation = _merging("AutoModelForDepthEstimation")
+AutoModelForImageClassification = _merging("AutoModelForImageClassification")
+AutoModelForImageSegmentation = _merging("AutoModelForImageSegmentation")
+AutoModelForImageTextToText = _merging("AutoModelForImageTextToText")
+AutoModelForInstanceSegmentation = _merging("AutoModelForInstanceSegmentation")
+AutoModelForKeypointDetection = _merging("AutoModelForKeypointDetection")
+AutoModelForMaskedImageModeling = _merging("AutoModelForMaskedImageModeling")
+AutoModelForMultimodalLM = _merging("AutoModelForMultimodalLM")
+AutoModelForObjectDetection = _merging("AutoModelForObjectDetection")
+AutoModelForPreTraining = _merging("AutoModelForPreTraining")
+AutoModelForSemanticSegmentation = _merging("AutoModelForSemanticSegmentation")
+AutoModelForUniversalSegmentation = _merging("AutoModelForUniversalSegmentation")
+AutoModelForVideoClassification = _merging("AutoModelForVideoClassification")
+AutoModelForVisualQuestionAnswering = _merging("AutoModelForVisualQuestionAnswering")
+AutoModelForZeroShotImageClassification = _merging("AutoModelForZeroShotImageClassification")
+AutoModelForZeroShotObjectDetection = _merging("AutoModelForZeroShotObjectDetection")
 
 
 @contextmanager
@@ -148,8 +155,19 @@ _BY_PREFERENCE = (
     AutoModelForZeroShotImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSemanticSegmentation,
+    AutoModelForDepthEstimation,
+    AutoModelForVideoClassification,
+    AutoModelForAudioClassification,
+    AutoModelForZeroShotObjectDetection,
+    AutoModelForObjectDetection,
+    AutoModelForKeypointDetection,
+    AutoModelForUniversalSegmentation,
+    AutoModelForInstanceSegmentation,
+    AutoModelForImageSegmentation,
     AutoModelForVisualQuestionAnswering,
+    AutoModelForMultimodalLM,
     AutoModelForCausalLM,
+    AutoModelForMaskedImageModeling,
     AutoBackbone,
     AutoModelForPreTraining,
     AutoModel,
@@ -157,10 +175,9 @@ _BY_PREFERENCE = (
 
 
 def _mapped_classes(auto: Any, config_class: Any) -> tuple[Any, ...]:
-    """The model classes that an Auto class has for a config, if any of them can be merged."""
+    """The model classes that an Auto class has for a config."""
     classes = auto._model_mapping.get(config_class, ())
-    classes = classes if isinstance(classes, (list, tuple)) else (classes,)
-    return tuple(classes) if any(issubclass(cls, _SUPPORTED) for cls in classes) else ()
+    return tuple(classes) if isinstance(classes, (list, tuple)) else (classes,)
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -172,7 +189,7 @@ def auto_class(config: PretrainedConfig) -> Any:
         (auto, cls.__name__)
         for auto in _BY_PREFERENCE
         for cls in _mapped_classes(auto, type(config))
-        if issubclass(cls, _SUPPORTED)
+        if issubclass(cls, SUPPORTED) or _holds_encoder(config)
     ]
     if not offered:
         raise unsupported(f"A model of type {config.model_type!r}")
@@ -200,10 +217,12 @@ def _register(variant: Callable[[type], type]) -> None:
     """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
     for auto in _BY_PREFERENCE:
         stock = getattr(transformers, auto.__name__)
-        for config_class in {cls.config_class for cls in _SUPPORTED}:  # type: ignore[attr-defined]
+        containers = {CONFIG_MAPPING[model_type] for model_type in CONTAINERS}
+        for config_class in {*_CONFIGS, *containers}:
             classes = _mapped_classes(stock, config_class)
-            if classes:
-                chosen = tuple(variant(cls) if issubclass(cls, _SUPPORTED) else cls for cls in classes)
+            if any(issubclass(cls, SUPPORTED) for cls in classes) or (classes and config_class in containers):
+                merges = SUPPORTED if config_class not in containers else PreTrainedModel
+                chosen = tuple(variant(cls) if issubclass(cls, merges) else cls for cls in classes)
                 stock.register(_key(config_class), chosen[0] if len(chosen) == 1 else chosen, exist_ok=True)
 
 

@@ -16,7 +16,7 @@ from ..configuration import MergeConfig
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, check_attention_implementation
-from ..families.readers import RETURN_ALL, ScopedForward, returned, with_last
+from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, returned, with_last
 from ..methods import Method
 from ..schedule import EncoderCost, MergePlan
 from ..scope import Scope, current_scope, open_scope
@@ -53,7 +53,8 @@ def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
 class Merging:
     """How an encoder is merged: config, method, costs, and the plan for images of `num_tokens`, the model's own size.
 
-    Another amount of merging changes config and plan; geometry and costs stay.
+    `reader` is the word for what reads the encoder's tokens, where no model of its family around it says. Another
+    amount of merging changes config and plan; geometry and costs stay.
     """
 
     config: MergeConfig
@@ -62,7 +63,8 @@ class Merging:
     method: Method[Any]
     cost: EncoderCost
     num_tokens: int
-    reads_grid: bool
+    reads_all: bool
+    reader: str
     plan: MergePlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Merging:
     @property
     def unmerge(self) -> bool:
         """Whether the encoder returns all tokens, in place."""
-        return self.config.unmerge or self.reads_grid
+        return self.reads_all or bool(self.config.unmerge)
 
     def plan_for(self, num_tokens: int) -> MergePlan:
         """Raises ValueError where the config's r does not fit the encoder."""
@@ -89,7 +91,7 @@ class EncoderMerging(Renamed, ScopedForward):
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
-        wanted = Scope() if outer is None or outer.closed else outer
+        wanted = Scope(reader=self.merging.reader) if outer is None or outer.closed else outer
         unmerge = self.merging.unmerge or wanted.reader in RETURN_ALL
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
         state = self._new_token_state(inputs, unmerge, masked)
@@ -99,6 +101,9 @@ class EncoderMerging(Renamed, ScopedForward):
             state.finished = True
             if state.changed:
                 output = returned(output, state, wanted.reader, unmerge)
+                wanted.sizes = None if unmerge else state.live_sizes
+                if self.merging.reader == "live" and wanted.sizes is not None and isinstance(output, dict):
+                    output[TOKEN_SIZES] = wanted.sizes
             output = self._reaching_all(output, state)
         wanted.state = state
         wanted.num_tokens += output[0].shape[1]

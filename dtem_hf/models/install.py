@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ..configuration import MergeConfig
 from ..embedding import DecoupledEmbedding
 from ..errors import BadValue
-from ..families import check_attention_implementation, find_encoder, input_like
+from ..families import Place, check_attention_implementation, find_encoder, find_place, input_like
+from ..families.containers import container_of
 from ..families.layer import forget_keys, remember_keys
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
@@ -49,7 +50,7 @@ def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, Me
 class Prepared:
     """All that attaching adds to a model, made and checked before the model is touched."""
 
-    encoder: Any
+    place: Place
     merging: Merging
     embedding: DecoupledEmbedding | None
 
@@ -60,40 +61,59 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     Raises UnsupportedModelError and ValueError where it does not fit. On the meta device, where `from_pretrained`
     builds a model before it loads it, the embedding stays without values.
     """
-    family, encoder = find_encoder(model)
+    place = find_place(model, config.part)
+    family, holder, encoder = place.family, place.holder, place.encoder
+    config = replace(config, part=place.part or None)  # so that it is found again when the model is loaded
     check_attention_implementation(encoder.config._attn_implementation)
-    family.check(model, encoder)
+    family.check(holder, encoder)
     geometry = family.geometry(encoder)
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
-    cost = replace(family.encoder_cost(model, encoder, method.metric_cost()), pairwise=method.pairwise)
-    merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
+    cost = replace(family.encoder_cost(holder, encoder, method.metric_cost()), pairwise=method.pairwise)
+    reader = _outer_reader(model, place, config)
+    reads_all = reader == "grid" or family.reads_grid(holder)
+    merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader)
     shape, like = method.embedding_shape(), input_like(encoder)
     embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
     if adapter is not None:
         adapter.check_fits(backbone_facts(model))
         adapter.load_into(embedding)
     if embedding is None:
-        return Prepared(encoder, merging, None)
+        return Prepared(place, merging, None)
     if adapter is None and not like.is_meta:
         keys = [] if config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
         method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
     embedding.train(encoder.training)
-    return Prepared(encoder, merging, embedding)
+    return Prepared(place, merging, embedding)
+
+
+def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
+    """The word for how a container reads the tokens of its part; "tokens" where the model is of the family."""
+    reader = container_of(type(model)).reader if place.part else "tokens"
+    if config.unmerge is False and reader == "grid":
+        return "live"
+    return reader
 
 
 def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
     """Put what was prepared into a plain model. `model_mixins` go in front of the model's class, if not there yet."""
-    encoder, merging = prepared.encoder, prepared.merging
+    place, merging = prepared.place, prepared.merging
+    encoder = place.encoder
     if not is_merged(model):
         derive_class(model, *model_mixins)
+    if place.part:
+        holder_mixins = place.family.model_mixins(type(place.holder))
+        if holder_mixins:
+            derive_class(place.holder, *holder_mixins, Renamed)
+        for name, mixin in container_of(type(model)).parts.items():
+            derive_class(model.get_submodule(name), mixin, Renamed)
     if not isinstance(encoder, EncoderMerging):
         derive_class(encoder, EncoderMerging)
     for index, layer in enumerate(merging.family.layers(encoder)):
         derive_class(layer, merging.family.layer_merging, Renamed)
         layer.merge_index = index  # type: ignore[assignment]
         merging.family.anatomy.key_module(layer).register_forward_hook(remember_keys)
-    for module, mixin in merging.family.parts(model, encoder):
+    for module, mixin in merging.family.parts(place.holder, encoder):
         derive_class(module, mixin, Renamed)
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
@@ -146,14 +166,16 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
 
     Raises ValueError for another method, and where the embedding would have another shape; nothing is changed then.
     """
-    encoder = find_encoder(model)[1]
-    merging: Merging = encoder.merging
+    place = find_place(model)
+    config, merging = replace(config, part=place.part or None), place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
     _check_shape(config, merging)
-    changed = replace(merging, config=config)
+    reader = _outer_reader(model, place, config)
+    reads_all = reader == "grid" or merging.family.reads_grid(place.holder)
+    changed = replace(merging, config=config, reader=reader, reads_all=reads_all)
     merging.method.config = config
-    _set_merging(model, encoder, changed)
+    _set_merging(model, place.encoder, changed)
 
 
 def _check_shape(config: MergeConfig, merging: Merging) -> None:

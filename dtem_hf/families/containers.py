@@ -1,0 +1,69 @@
+"""Models around an encoder, and how they read its tokens: all of them, in place, unless it is said here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from .. import ops
+from ..scope import Scope, current_scope, open_scope
+from .readers import TOKEN_SIZES, ScopedForward
+
+
+class CrossAttendingModel(ScopedForward):
+    """A model whose decoder attends to merged tokens; in generation, it gets them with their sizes."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        given = inputs.get("encoder_outputs")
+        sizes = given.get(TOKEN_SIZES) if isinstance(given, ModelOutput) else None
+        with open_scope(Scope(reader="live", sizes=sizes)):
+            return stock()
+
+
+class WeighedCrossAttention:
+    """A decoder that attends to merged tokens: each counts as many times as it stands for patches."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        scope = current_scope()
+        sizes = None if scope is None else scope.sizes
+        text = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if sizes is not None and encoder_hidden_states is not None and text is not None:
+            bias = ops.size_bias(sizes.to(encoder_hidden_states.device), encoder_hidden_states.dtype)
+            # A row for every token of the text: decoders take such a mask as it is.
+            kwargs["encoder_attention_mask"] = bias.expand(-1, -1, text.shape[1], -1)
+        return super().forward(  # type: ignore[misc]
+            input_ids, *args, encoder_hidden_states=encoder_hidden_states, **kwargs
+        )
+
+
+@dataclass(frozen=True)
+class Container:
+    """How models of a type read the tokens of the encoder inside.
+
+    `reader` is a word of `readers.READERS`. `mixins` are for the model itself, `parts` for its parts, by dotted name.
+    """
+
+    reader: str = "grid"
+    mixins: tuple[type, ...] = ()
+    parts: Mapping[str, type] = field(default_factory=dict)
+
+
+GRID = Container()
+# By model type: those that are tested. Any other reads all tokens, too.
+CONTAINERS: Mapping[str, Container] = {
+    **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "zoedepth"), GRID),
+    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma", "vipllava"), GRID),
+    "vision-encoder-decoder": Container("live", (CrossAttendingModel,), {"decoder": WeighedCrossAttention}),
+    "vision-text-dual-encoder": Container("tokens"),
+}
+
+
+def container_of(model_class: Any) -> Container:
+    """How models of a class read the tokens of an encoder inside."""
+    return CONTAINERS.get(model_class.config_class.model_type, GRID)

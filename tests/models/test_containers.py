@@ -1,0 +1,344 @@
+"""Models around an encoder: what they return, where they are merged, and how they come back from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dtem_hf
+from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from dtem_hf.families import find_place
+from dtem_hf.models.auto import auto_class
+
+
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 4,
+}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 60}
+LLAMA = {**TEXT, "model_type": "llama", "num_key_value_heads": 2}
+GEMMA = {**TEXT, "num_key_value_heads": 1, "head_dim": 16}
+IMAGE = 5  # the placeholder's token id
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def prompt(num_image_tokens: int, count: int = 2) -> dict[str, Tensor]:
+    ids = torch.tensor([[7, *[IMAGE] * num_image_tokens, 8, 9]] * count)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images(count)}
+
+
+def trocr() -> tuple[Any, dict[str, Tensor]]:
+    decoder = tf.TrOCRConfig(
+        d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=48, vocab_size=60
+    )
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**VIT), decoder)
+    ids = torch.tensor([[2, 9, 11, 12]] * 2)
+    return tf.VisionEncoderDecoderModel(config), {"pixel_values": images(), "decoder_input_ids": ids}
+
+
+def dual_encoder() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.VisionTextDualEncoderConfig.from_vision_text_configs(tf.ViTConfig(**VIT), tf.BertConfig(**TEXT))
+    ids = torch.tensor([[1, 2, 3]] * 2)
+    return tf.VisionTextDualEncoderModel(config), {"pixel_values": images(), "input_ids": ids}
+
+
+def dinov2_backbone() -> Any:
+    return tf.Dinov2Config(
+        **{**VIT, "image_size": 64, "patch_size": 8, "mlp_ratio": 2},
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+
+
+def depth_anything() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.DepthAnythingConfig(
+        backbone_config=dinov2_backbone(),
+        patch_size=8,
+        reassemble_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
+    return tf.DepthAnythingForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def dpt() -> tuple[Any, dict[str, Tensor]]:
+    backbone = dinov2_backbone()
+    config = tf.DPTConfig(
+        backbone_config=backbone,
+        hidden_size=32,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        patch_size=8,
+        image_size=64,
+        backbone_out_indices=[1, 2, 3, 4],
+        readout_type="ignore",
+    )
+    return tf.DPTForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def upernet() -> tuple[Any, dict[str, Tensor]]:
+    backbone = tf.BeitConfig(**{**VIT, "image_size": 64, "patch_size": 8}, out_indices=[1, 2, 3, 4], add_fpn=False)
+    config = tf.UperNetConfig(
+        backbone_config=backbone,
+        hidden_size=16,
+        pool_scales=[1, 2],
+        use_auxiliary_head=False,
+        num_labels=5,
+        auxiliary_in_channels=32,
+    )
+    return tf.UperNetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def llava(model_class: Any = tf.LlavaForConditionalGeneration, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
+    config = model_class.config_class(
+        vision_config={"model_type": "clip_vision_model", **VIT},
+        text_config=LLAMA,
+        image_token_index=IMAGE,
+        **changes,
+    )
+    return model_class(config), prompt(64)
+
+
+def vipllava() -> tuple[Any, dict[str, Tensor]]:
+    return llava(tf.VipLlavaForConditionalGeneration, vision_feature_layers=[-2, -3])
+
+
+def paligemma() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **VIT, "projection_dim": 32, "vision_use_head": False},
+        text_config={"model_type": "gemma", **GEMMA},
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return tf.PaliGemmaForConditionalGeneration(config), prompt(64)
+
+
+def gemma3() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **VIT, "vision_use_head": False},
+        text_config=GEMMA,
+        image_token_index=IMAGE,
+        mm_tokens_per_image=16,
+    )
+    return tf.Gemma3ForConditionalGeneration(config), prompt(16)
+
+
+CONTAINERS = [trocr, dual_encoder, depth_anything, dpt, upernet, llava, vipllava, paligemma, gemma3]
+parametrized = pytest.mark.parametrize("build", CONTAINERS, ids=lambda build: build.__name__)
+Build = Callable[[], tuple[Any, dict[str, Tensor]]]
+
+
+def built(build: Build) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model, inputs = build()
+    with torch.no_grad():  # so that tokens differ in what they are merged by
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and any(part in name for part in ("vision", "encoder", "backbone", "projector")):
+                parameter.normal_(std=0.2)
+    return model.eval(), inputs
+
+
+@torch.no_grad()
+def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    output = model(**inputs)
+    names = ("logits", "predicted_depth", "logits_per_image")
+    return next(output[name] for name in names if name in output)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two models have the same weights and merges: convolutions may run in another order after loading."""
+    return torch.allclose(one, other, atol=1e-7, rtol=1e-6)
+
+
+@parametrized
+def test_nothing_merged_is_the_plain_model_bit_for_bit_and_detach_restores_it(build: Build) -> None:
+    model, inputs = built(build)
+    plain, classes = read(model, inputs), [type(module) for module in model.modules()]
+    names, config = list(model.state_dict()), model.config.to_dict()
+    assert torch.equal(read(attach(model, DTEMConfig(r=0)), inputs), plain)
+    model.set_reduction(3)
+    assert not torch.equal(read(model, inputs), plain)
+    with model.unmerged():
+        assert torch.equal(read(model, inputs), plain)
+    assert torch.equal(read(detach(model), inputs), plain)
+    assert [type(module) for module in model.modules()] == classes
+    assert list(model.state_dict()) == names and model.config.to_dict() == config
+
+
+@parametrized
+def test_untrained_dtem_is_tome(build: Build) -> None:
+    model, inputs = built(build)
+    tome = read(attach(model, ToMeConfig(r=4)), inputs)
+    torch.testing.assert_close(read(attach(model, DTEMConfig(r=4)), inputs), tome, atol=1e-5, rtol=1e-5)
+
+
+@parametrized
+def test_eager_attention_is_sdpa_and_an_image_does_not_depend_on_its_batch(build: Build) -> None:
+    model, inputs = built(build)
+    attach(model, ToMeConfig(r=4))
+    both = read(model, inputs)
+    if build is not paligemma:  # the plain model's own logits differ between the two by 0.04
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(read(model, inputs), both, atol=1e-4, rtol=1e-4)
+    if build is not dual_encoder:
+        single = read(model, {name: tensor[:1] for name, tensor in inputs.items()})
+        torch.testing.assert_close(single, both[:1], atol=1e-4, rtol=1e-4)
+
+
+@parametrized
+def test_saved_and_loaded_it_is_merged_with_what_was_learned(build: Build, tmp_path: Path) -> None:
+    model, inputs = built(build)
+    plain = read(model, inputs)
+    attach(model, DTEMConfig(r=3))
+    for parameter in model.merge_parameters():
+        nn.init.normal_(parameter)
+    merged = read(model, inputs)
+    model.save_pretrained(tmp_path / "model")
+    model.save_merge_adapter(tmp_path / "adapter")
+    auto = auto_class(model.config)
+    again = auto.from_pretrained(tmp_path / "model").eval()
+    assert same(read(again, inputs), merged) and again.merge_config == model.merge_config
+    assert same(read(auto.from_pretrained(tmp_path / "model", merge=None).eval(), inputs), plain)
+    detach(model).save_pretrained(tmp_path / "plain")
+    adapted = auto.from_pretrained(tmp_path / "plain", merge=tmp_path / "adapter").eval()
+    assert same(read(adapted, inputs), merged)
+    stock = type(model).from_pretrained(tmp_path / "model").eval()
+    assert same(read(stock, inputs), plain)
+
+
+@parametrized
+def test_the_plan_is_what_the_encoder_does(build: Build) -> None:
+    model, inputs = built(build)
+    attach(model, ToMeConfig(r=5))
+    model.set_attn_implementation("eager")
+    place = find_place(model)
+    pixels = inputs["pixel_values"][:1]
+    counter = FlopCounterMode(display=False)
+    with model.trace_merging() as trace, torch.no_grad(), counter:
+        place.holder(pixels)
+    plan = model.merge_plan(image_size=tuple(pixels.shape[2:]))
+    assert [sizes.shape[1] for sizes in trace.sizes] == list(plan.tokens)
+    assert counter.get_total_flops() // 2 == plan.multiply_adds
+
+
+@parametrized
+def test_bfloat16_is_finite(build: Build) -> None:
+    model, inputs = built(build)
+    attach(model.bfloat16(), ToMeConfig(r=4))
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    assert read(model, inputs).isfinite().all()
+
+
+def test_a_part_merged_by_itself_comes_back_merged(tmp_path: Path) -> None:
+    model, inputs = built(trocr)
+    attach(model.encoder, DTEMConfig(r=3))
+    for parameter in model.encoder.merge_parameters():
+        nn.init.normal_(parameter)
+    sources = traced_sources(model.encoder, inputs)
+    model.save_pretrained(tmp_path)
+    again = dtem_hf.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert again.merge_config.part == "encoder" and again.merge_config.r == DTEMConfig(r=3).r
+    assert torch.equal(traced_sources(again, inputs), sources)
+
+
+@torch.no_grad()
+def traced_sources(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with model.trace_merging() as trace:
+        find_place(model).holder(inputs["pixel_values"])
+    return trace.source_maps[-1]
+
+
+def two_towers() -> Any:
+    class Pair(tf.PreTrainedModel):
+        config_class = tf.ViTConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.left, self.right = tf.ViTModel(config), tf.ViTModel(config)
+            self.post_init()
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return torch.cat([self.left(pixel_values).pooler_output, self.right(pixel_values).pooler_output], dim=1)
+
+    torch.manual_seed(0)
+    return Pair(tf.ViTConfig(**VIT)).eval()
+
+
+def test_of_several_encoders_one_is_chosen_by_name() -> None:
+    model = two_towers()
+    with pytest.raises(ValueError, match=r"part=None.*'left' \(ViTModel\), 'right' \(ViTModel\)"):
+        attach(model, ToMeConfig(r=3))
+    with pytest.raises(ValueError, match=r"part='middle'.*'left'.*'right'"):
+        attach(model, ToMeConfig(r=3), part="middle")
+    left, right = model(images()).chunk(2, dim=1)
+    attach(model, ToMeConfig(r=3), part="right")
+    merged_left, merged_right = model(images()).chunk(2, dim=1)
+    assert torch.equal(merged_left, left) and not torch.equal(merged_right, right)
+    assert model.config.merge["part"] == "right" and model.merge_config.part == "right"
+
+
+def test_a_model_without_a_vision_transformer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged; supported are"):
+        attach(tf.BertModel(tf.BertConfig(**TEXT)), ToMeConfig(r=3))
+
+
+@torch.no_grad()
+def test_a_decoder_attends_to_a_merged_token_as_often_as_it_stands_for_patches() -> None:
+    """Attention to m equal tokens is attention to one of them with log m added to its score."""
+    model, inputs = built(trocr)
+    everywhere = read(attach(model, ToMeConfig(r=6), unmerge=True), inputs)
+    merged = read(attach(model, ToMeConfig(r=6)), inputs)
+    torch.testing.assert_close(merged, everywhere, atol=2e-6, rtol=1e-5)
+    unweighed = model.decoder(
+        input_ids=inputs["decoder_input_ids"],
+        encoder_hidden_states=model.encoder(inputs["pixel_values"]).last_hidden_state,
+    ).logits
+    assert (unweighed - everywhere).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("decoder", [None, tf.BertConfig, tf.GPT2Config], ids=["trocr", "bert", "gpt2"])
+def test_generation_with_beams_equals_that_with_all_tokens_in_place(decoder: Any) -> None:
+    model, inputs = built(trocr)
+    if decoder is not None:
+        text = TEXT if decoder is tf.BertConfig else {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 60}
+        config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**VIT), decoder(**text))
+        model = tf.VisionEncoderDecoderModel(config).eval()
+    options = {"num_beams": 3, "max_new_tokens": 6, "decoder_start_token_id": 2, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": 59}
+    found = []
+    for unmerge in (True, None):
+        attach(model, ToMeConfig(r=6), unmerge=unmerge)
+        found.append(model.generate(inputs["pixel_values"], **options))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(found[1].logits), atol=1e-5, rtol=1e-5)
+
+
+def test_soft_training_hands_a_decoder_only_the_tokens_that_still_take_part() -> None:
+    model, inputs = built(trocr)
+    attach(model.train(), DTEMConfig(r=6))
+    seen: list[Tensor] = []
+    attention = model.decoder.model.decoder.layers[0].encoder_attn
+    attention.k_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    loss = model(**inputs, labels=inputs["decoder_input_ids"]).loss
+    assert seen[0].shape[1] == 65 - 4 * 6
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.merge_parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert sum(gradient.abs().sum() for gradient in gradients) > 0
