@@ -40,6 +40,7 @@ _HOMES = {
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
     "models.attach": ("attach",),
     "models.install": ("detach",),
+    "models.processor": ("AutoProcessor",),
     "schedule": (
         "ConstantSchedule",
         "FlopsSchedule",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     )
     from .models.calibration import Calibration, calibrate
     from .models.install import detach
+    from .models.processor import AutoProcessor
     from .schedule import (
         ConstantSchedule,
         FlopsSchedule,
@@ -126,6 +128,7 @@ __all__ = [
     "AutoModelForVisualQuestionAnswering",
     "AutoModelForZeroShotImageClassification",
     "AutoModelForZeroShotObjectDetection",
+    "AutoProcessor",
     "BadValue",
     "Calibration",
     "ConstantSchedule",

@@ -134,6 +134,10 @@ class TokenState:
         """How many of the tokens behind the last layer that has run still take part; they are the first."""
         return self._active[-1]
 
+    def num_active_after(self, layers: int) -> int:
+        """How many tokens still take part behind a number of layers."""
+        return self._active[min(layers, len(self._active) - 1)]
+
     @property
     def num_layers(self) -> int:
         """How many layers have run."""

@@ -82,14 +82,16 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         "relaxation": "auto",
         "learn_exponents": False,
         "learn_norms": False,
-        "unmerge": False,
+        "unmerge": None,
+        "part": None,
     }
     assert ToMeConfig().to_dict() == {
         "method": "tome",
         "version": "1.0",
         "r": 16,
         "proportional_attention": True,
-        "unmerge": False,
+        "unmerge": None,
+        "part": None,
     }
     assert EViTConfig().to_dict() == {
         "method": "evit",
@@ -97,7 +99,8 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         "keep_rate": 0.7,
         "layers": None,
         "proportional_attention": False,
-        "unmerge": False,
+        "unmerge": None,
+        "part": None,
     }
 
 
@@ -212,7 +215,8 @@ BAD_EVIT = [
     ("layers", 3, "a list of at most"),
     ("layers", [1, 1], "each layer once"),
     ("proportional_attention", None, "bool"),
-    ("unmerge", None, "bool"),
+    ("part", "", "dotted name"),
+    ("part", 3, "dotted name"),
 ]
 
 

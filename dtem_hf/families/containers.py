@@ -42,23 +42,43 @@ class WeighedCrossAttention:
         )
 
 
+class PlaceholderCheck:
+    """A model that puts image features in the place of placeholders: a wrong number is said with what mends it."""
+
+    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().get_placeholder_mask(*args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. The vision tower hands on merged tokens (unmerge=False): make prompts with "
+                "dtem_hf.AutoProcessor.from_pretrained(..., merge=model), which writes a placeholder for each."
+            ) from error
+
+
 @dataclass(frozen=True)
 class Container:
     """How models of a type read the tokens of the encoder inside.
 
-    `reader` is a word of `readers.READERS`. `mixins` are for the model itself, `parts` for its parts, by dotted name.
+    `reader` is a word of `readers.READERS`. `mixins` are for the model itself, `parts` for its parts, by name; a part
+    that a model lacks is passed over. `counts_placeholders`: its language model can be handed merged tokens
+    (`unmerge=False`), if the prompt has as many placeholders.
     """
 
     reader: str = "grid"
     mixins: tuple[type, ...] = ()
     parts: Mapping[str, type] = field(default_factory=dict)
+    counts_placeholders: bool = False
 
 
 GRID = Container()
 # By model type: those that are tested. Any other reads all tokens, too.
 CONTAINERS: Mapping[str, Container] = {
     **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "zoedepth"), GRID),
-    **dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision", "paligemma", "vipllava"), GRID),
+    **dict.fromkeys(("gemma3", "llava_next", "llava_onevision", "vipllava"), GRID),
+    **dict.fromkeys(
+        ("llava", "paligemma"),
+        Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True),
+    ),
     "vision-encoder-decoder": Container("live", (CrossAttendingModel,), {"decoder": WeighedCrossAttention}),
     "vision-text-dual-encoder": Container("tokens"),
 }

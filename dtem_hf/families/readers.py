@@ -109,6 +109,11 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     if reader in ("mean", "masked_mean"):
         last = weigh_tokens(last, state, unmerge)
     output = with_last(output, last)
+    if reader == "live" and isinstance(output, dict) and output.get("hidden_states") is not None:
+        states = output["hidden_states"]
+        output["hidden_states"] = tuple(
+            x if x is None else x[:, : state.num_active_after(i)] for i, x in enumerate(states)
+        )
     if unmerge and isinstance(output, tuple):
         return (last, *(_unmerge_recorded(part, state) for part in output[1:]))
     if unmerge and output.get("hidden_states") is not None:

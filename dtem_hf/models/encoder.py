@@ -114,7 +114,12 @@ class EncoderMerging(Renamed, ScopedForward):
         if not (self.training and torch.is_grad_enabled() and state.embedding is not None):
             return output
         zero = state.embedding.zero()
-        return output if zero is None else with_last(output, output[0] + zero.to(output[0]))
+        if zero is None:
+            return output
+        if isinstance(output, dict) and output.get("hidden_states") is not None:  # some models read these alone
+            states = output["hidden_states"]
+            output["hidden_states"] = tuple(x if x is None else x + zero.to(x) for x in states)
+        return with_last(output, output[0] + zero.to(output[0]))
 
     def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:
         merging = self.merging

@@ -63,7 +63,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     """
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
-    config = replace(config, part=place.part or None)  # so that it is found again when the model is loaded
+    config = _with_part(config, place)
     check_attention_implementation(encoder.config._attn_implementation)
     family.check(holder, encoder)
     geometry = family.geometry(encoder)
@@ -87,12 +87,24 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     return Prepared(place, merging, embedding)
 
 
+def _with_part(config: MergeConfig, place: Place) -> MergeConfig:
+    """The config with the name of the part, so that it is found again when the model is loaded."""
+    return config if config.part == (place.part or None) else replace(config, part=place.part or None)
+
+
 def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
     """The word for how a container reads the tokens of its part; "tokens" where the model is of the family."""
-    reader = container_of(type(model)).reader if place.part else "tokens"
-    if config.unmerge is False and reader == "grid":
-        return "live"
-    return reader
+    if not place.part:
+        return "tokens"
+    container = container_of(type(model))
+    if config.unmerge is not False or container.reader != "grid":
+        return container.reader
+    if not container.counts_placeholders:
+        raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
+    layers = getattr(model.config, "vision_feature_layer", -1)
+    if not isinstance(layers, int):
+        raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads several layers, {layers}")
+    return "live"
 
 
 def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
@@ -106,7 +118,8 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
         if holder_mixins:
             derive_class(place.holder, *holder_mixins, Renamed)
         for name, mixin in container_of(type(model)).parts.items():
-            derive_class(model.get_submodule(name), mixin, Renamed)
+            if name in dict(model.named_children()):
+                derive_class(model.get_submodule(name), mixin, Renamed)
     if not isinstance(encoder, EncoderMerging):
         derive_class(encoder, EncoderMerging)
     for index, layer in enumerate(merging.family.layers(encoder)):
@@ -167,7 +180,7 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     Raises ValueError for another method, and where the embedding would have another shape; nothing is changed then.
     """
     place = find_place(model)
-    config, merging = replace(config, part=place.part or None), place.encoder.merging
+    config, merging = _with_part(config, place), place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
     _check_shape(config, merging)

@@ -1,0 +1,64 @@
+"""transformers' AutoProcessor with `merge=`: prompts with as many image placeholders as a merged model needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from ..errors import BadValue
+from ..families import find_place
+from ..families.containers import container_of
+from .install import is_merged
+
+
+class AutoProcessor:
+    """`transformers.AutoProcessor` with `merge=`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, merge: Any = None, **kwargs: Any) -> Any:
+        """transformers' own, plus `merge`: the merged vision-language model that prompts are for; None: a plain one.
+
+        The processor asks the model at every call: `set_reduction` needs no new one. Raises ValueError for a model
+        that counts no placeholders, or is not merged.
+        """
+        processor = transformers.AutoProcessor.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if merge is None:
+            return processor
+        if not (is_merged(merge) and container_of(type(merge)).counts_placeholders):
+            raise BadValue("merge", type(merge).__name__, "a merged vision-language model such as LLaVA or PaliGemma")
+        stock = type(processor)
+        # On the class: what lies on a processor itself is saved with it.
+        processor.__class__ = type(stock.__name__, (MergedPlaceholders, stock), {"merged_model": merge})
+        return processor
+
+
+class MergedPlaceholders:
+    """Mixed into a processor: an image becomes as many placeholders as `merged_model` hands on tokens for it."""
+
+    merged_model: Any
+    image_token: str
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one image, as the processor itself writes them for a plain model, but fewer."""
+        text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
+        return self.image_token * count_read(self.merged_model, text.count(self.image_token))
+
+    def _get_num_multimodal_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        data = super()._get_num_multimodal_tokens(*args, **kwargs)  # type: ignore[misc]
+        if data.num_image_tokens is not None:
+            counts = [count_read(self.merged_model, count) for count in data.num_image_tokens]
+            data = type(data)(num_image_tokens=counts, num_image_patches=data.num_image_patches)
+        return data
+
+
+def count_read(model: Any, num_plain: int) -> int:
+    """How many tokens of an image a merged model hands its language model, where a plain one hands `num_plain`."""
+    encoder = find_place(model).encoder
+    merging, config = encoder.merging, model.config
+    if merging.unmerge:
+        return num_plain
+    dropped = 1 if getattr(config, "vision_feature_select_strategy", None) == "default" else 0  # the CLS token
+    num_tokens = num_plain + dropped
+    tokens = (num_tokens, *merging.plan_for(num_tokens).tokens)  # as the recorded hidden states: the input first
+    return tokens[getattr(config, "vision_feature_layer", -1)] - dropped
