@@ -55,7 +55,8 @@ class TokenState:
 
     `method` reduces the tokens and `anatomy` names the parts of a layer; `resolve` maps a number of tokens to one r
     per layer. `sizes` [B, N] are given where the tokens come with padding, which has size 0. With `keep_sources`,
-    every layer's source map is kept; `steps` is filled, if it is given.
+    every layer's source map is kept; `steps` is filled, if it is given. Layers from `layers_read` on pass their tokens
+    on as they are.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class TokenState:
         sizes: Tensor | None = None,
         keep_sources: bool = False,
         steps: list[MergeStep] | None = None,
+        layers_read: int | None = None,
     ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.method = method
         self.anatomy = anatomy
         self.embedding = embedding
         self.steps = steps
+        self.layers_read = layers_read
         # The layer that is running, and the key projection that ran in it with what it returned.
         self.layer = 0
         self.projected: tuple[nn.Module, Tensor] | None = None

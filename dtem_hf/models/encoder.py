@@ -54,7 +54,8 @@ class Merging:
     """How an encoder is merged: config, method, costs, and the plan for images of `num_tokens`, the model's own size.
 
     `reader` is the word for what reads the encoder's tokens, where no model of its family around it says. Another
-    amount of merging changes config and plan; geometry and costs stay.
+    amount of merging changes config and plan; geometry and costs stay. Layers from `layers_read` on are not run, as
+    nothing reads them.
     """
 
     config: MergeConfig
@@ -65,6 +66,7 @@ class Merging:
     num_tokens: int
     reads_all: bool
     reader: str
+    layers_read: int
     plan: MergePlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +79,9 @@ class Merging:
 
     def plan_for(self, num_tokens: int) -> MergePlan:
         """Raises ValueError where the config's r does not fit the encoder."""
-        return self.cost.plan(num_tokens, self.config.schedule.resolve(self.cost, num_tokens))
+        reductions = self.config.schedule.resolve(self.cost, num_tokens)
+        unread = [0] * (self.geometry.num_layers - self.layers_read)
+        return self.cost.plan(num_tokens, [*reductions[: self.layers_read], *unread])
 
     def reductions(self, num_tokens: int) -> Sequence[int]:
         """One r per layer for an image of `num_tokens` tokens."""
@@ -143,6 +147,7 @@ class EncoderMerging(Renamed, ScopedForward):
             masked=masked,
             sizes=merging.family.padding_sizes(self, inputs),  # type: ignore[arg-type]
             keep_sources=keep_sources,
+            layers_read=merging.layers_read,
             steps=options.steps,
         )
 

@@ -24,7 +24,8 @@ from ..families.containers import container_of
 from ..families.layer import forget_keys, remember_keys
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
-from ..methods import make_method
+from ..methods import Method, make_method
+from ..schedule import LayerCost, MetricCost
 from ..token_state import MergeStep
 from .derived import Renamed, derive_class, restore_class
 from .encoder import EncoderMerging, Merging, embedding_of, pass_options
@@ -69,10 +70,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     geometry = family.geometry(encoder)
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
-    cost = replace(family.encoder_cost(holder, encoder, method.metric_cost()), pairwise=method.pairwise)
-    reader = _outer_reader(model, place, config)
-    reads_all = reader == "grid" or family.reads_grid(holder)
-    merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader)
+    merging = _merging(model, place, config, method)
     shape, like = method.embedding_shape(), input_like(encoder)
     embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
     if adapter is not None:
@@ -90,6 +88,20 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
 def _with_part(config: MergeConfig, place: Place) -> MergeConfig:
     """The config with the name of the part, so that it is found again when the model is loaded."""
     return config if config.part == (place.part or None) else replace(config, part=place.part or None)
+
+
+def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
+    """How a model is merged by a config. Raises ValueError where its schedule does not fit."""
+    family, encoder, geometry = place.family, place.encoder, method.geometry
+    cost = replace(family.encoder_cost(place.holder, encoder, method.metric_cost()), pairwise=method.pairwise)
+    reader = _outer_reader(model, place, config)
+    layers_read = geometry.num_layers
+    if reader == "live" and container_of(type(model)).counts_placeholders:
+        layers_read = range(geometry.num_layers + 1)[getattr(model.config, "vision_feature_layer", -1)]
+        unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - layers_read)
+        cost = replace(cost, layers=(*cost.layers[:layers_read], *unread))
+    reads_all = reader == "grid" or family.reads_grid(place.holder)
+    return Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader, layers_read)
 
 
 def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
@@ -184,9 +196,10 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
     _check_shape(config, merging)
-    reader = _outer_reader(model, place, config)
-    reads_all = reader == "grid" or merging.family.reads_grid(place.holder)
-    changed = replace(merging, config=config, reader=reader, reads_all=reads_all)
+    if config.unmerge == merging.config.unmerge:
+        changed = replace(merging, config=config)
+    else:
+        changed = _merging(model, place, config, merging.method)
     merging.method.config = config
     _set_merging(model, place.encoder, changed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tokenizers
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
 from dtem_hf import DTEMConfig, ToMeConfig, attach
@@ -150,6 +152,8 @@ def test_the_loss_is_that_of_the_text_alone(pair: tuple[Any, Any]) -> None:
 
 def test_features_that_are_computed_before_are_read_as_pixels_are(pair: tuple[Any, Any]) -> None:
     model, processor = pair
+    if "mm_encoder_outputs" not in signature(type(model.model).forward).parameters:
+        pytest.skip(f"transformers {tf.__version__} takes no mm_encoder_outputs")
     inputs = ask(processor, pictures(1), ["<image> what is this"])
     pixels = inputs.pop("pixel_values")
     with torch.no_grad():
@@ -194,3 +198,26 @@ def test_a_saved_processor_is_a_plain_one(pair: tuple[Any, Any], tmp_path: Path)
     pair[1].save_pretrained(tmp_path / "again")
     again = tf.AutoProcessor.from_pretrained(tmp_path / "again")
     assert (ask(again, pictures(1), ["<image> this"])["input_ids"] == WORDS.index("<image>")).sum() == 64
+
+
+@torch.no_grad()
+def test_layers_behind_the_one_that_is_read_do_not_run(pair: tuple[Any, Any]) -> None:
+    model, processor = pair
+    encoder = find_place(model).encoder
+    ran: list[int] = []
+    for i, layer in enumerate(encoder.encoder.layers):
+        layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+    inputs = ask(processor, pictures(1), ["<image> what is this"])
+    counter = FlopCounterMode(display=False)
+    model.set_attn_implementation("eager")
+    with counter:
+        model.get_image_features(inputs["pixel_values"], return_dict=True)
+    is_llava = isinstance(model, tf.LlavaForConditionalGeneration)
+    assert ran == list(range(3 if is_llava else 4))
+    projected = model.model.multi_modal_projector
+    on_tokens = sum(m.in_features * m.out_features for m in projected.modules() if isinstance(m, torch.nn.Linear))
+    plan = model.merge_plan()
+    assert counter.get_total_flops() // 2 == plan.multiply_adds + on_tokens * handed_on(model, 5)
+    # Back in all-tokens mode, all layers count and run again.
+    attach(model, ToMeConfig(r=5))
+    assert (model.merge_plan().multiply_adds > plan.multiply_adds) is is_llava
