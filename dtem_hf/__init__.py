@@ -25,7 +25,16 @@ _HOMES = {
         "unregister",
     ),
     "models.calibration": ("Calibration", "calibrate"),
-    "configuration": ("DTEMConfig", "EViTConfig", "MergeConfig", "ToMeConfig"),
+    "configuration": (
+        "DTEMConfig",
+        "ETPSConfig",
+        "EViTConfig",
+        "MergeConfig",
+        "PiToMeConfig",
+        "ToFuConfig",
+        "ToMeConfig",
+    ),
+    "costs": ("MergePlan",),
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
     "models.attach": ("attach",),
     "models.install": ("detach",),
@@ -35,14 +44,22 @@ _HOMES = {
         "InflectedSchedule",
         "KeepRateSchedule",
         "LinearSchedule",
-        "MergePlan",
     ),
     "token_state": ("MergeTrace",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
+    from .configuration import (
+        DTEMConfig,
+        ETPSConfig,
+        EViTConfig,
+        MergeConfig,
+        PiToMeConfig,
+        ToFuConfig,
+        ToMeConfig,
+    )
+    from .costs import MergePlan
     from .errors import AdapterError, BadValue, UnsupportedModelError
     from .hub.adapter import MergeAdapter
     from .models.attach import attach
@@ -67,7 +84,6 @@ if TYPE_CHECKING:
         InflectedSchedule,
         KeepRateSchedule,
         LinearSchedule,
-        MergePlan,
     )
     from .token_state import MergeTrace
 
@@ -97,6 +113,7 @@ __all__ = [
     "Calibration",
     "ConstantSchedule",
     "DTEMConfig",
+    "ETPSConfig",
     "EViTConfig",
     "FlopsSchedule",
     "InflectedSchedule",
@@ -106,6 +123,8 @@ __all__ = [
     "MergeConfig",
     "MergePlan",
     "MergeTrace",
+    "PiToMeConfig",
+    "ToFuConfig",
     "ToMeConfig",
     "UnsupportedModelError",
     "attach",

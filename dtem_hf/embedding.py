@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from . import ops
 from .errors import BadValue
 
 
@@ -39,13 +40,6 @@ class KeyProjection:
 
 
 _SMALLEST_NORM = 1e-12
-
-
-def norms_of(x: Tensor) -> Tensor:
-    """Lengths of tokens in float32: [B, n, D] -> [B, n, 1]."""
-    # Summed in float32 at least; a float64 model is not narrowed before the sum.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).float()
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ class DecoupledEmbedding(nn.Module):
         """
         if not self.norms:
             return x
-        lost = norms().clamp(min=_SMALLEST_NORM) / norms_of(x).clamp(min=_SMALLEST_NORM)
+        lost = norms().clamp(min=_SMALLEST_NORM) / ops.norms_of(x).clamp(min=_SMALLEST_NORM)
         return (x * lost.pow(self.norms[layer]().to(x.device, torch.float32))).to(x.dtype)
 
     def zero(self) -> Tensor | None:

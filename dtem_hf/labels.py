@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from .configuration import MergeConfig
 from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
 # In the order in which tables list them.
-METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "soft": "ToMe, merged softly", "evit": "EViT", "dtem": "DTEM"}
+METHOD_NAMES = {"none": "unmerged", "soft": "ToMe, merged softly"} | {
+    name: config.title for name, config in MergeConfig._methods.items()
+}
 
 
 def method_name(method: str) -> str:

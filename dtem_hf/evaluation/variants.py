@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
+from ..configuration import DTEMConfig, KeepRateConfig, MergeConfig, ToMeConfig
+from ..costs import MergePlan
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.timing import synchronize
-from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
+from ..schedule import FlopsSchedule, KeepRateSchedule, as_schedule
 
 
 UNMERGED = "none"
@@ -29,18 +30,18 @@ UNMERGED = "none"
 class EvaluatedMethod:
     """How a method becomes rows.
 
-    `config` is attached first; an adapter takes its place where `takes_adapter`. Amounts are keep rates where
-    `by_keep_rate`, else r. Without `removes_tokens`, a row costs what the unmerged model does.
+    `config` is attached first; an adapter takes its place where `takes_adapter`. Without `removes_tokens`, a row costs
+    what the unmerged model does.
     """
 
     config: MergeConfig
     takes_adapter: bool = False
-    by_keep_rate: bool = False
     removes_tokens: bool = True
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
         """One amount for each row: every r that the method understands, then every share of the multiply-adds."""
-        known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == self.by_keep_rate]
+        by_keep_rate = isinstance(self.config, KeepRateConfig)
+        known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == by_keep_rate]
         return [*known, *map(FlopsSchedule, shares)]
 
     def plan(self, model: Any) -> MergePlan:
@@ -54,11 +55,9 @@ class EvaluatedMethod:
 
 # Without an adapter, dtem starts from keys and equals tome. Soft is tome as training relaxes it, for the ablation.
 METHODS = {
-    "tome": EvaluatedMethod(ToMeConfig(r=0)),
-    "dtem": EvaluatedMethod(DTEMConfig(r=0), takes_adapter=True),
-    "evit": EvaluatedMethod(EViTConfig(), by_keep_rate=True),
-    "soft": EvaluatedMethod(DTEMConfig(r=0, relaxation="soft"), removes_tokens=False),
+    name: EvaluatedMethod(config(), takes_adapter=config.learns) for name, config in MergeConfig._methods.items()
 }
+METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), removes_tokens=False)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import kernels
 from .forms import exports_one_hot
+from .hosts import Hosts
 from .matching import Matching
 from .splitting import split_counts, split_even_odd
 
@@ -35,7 +36,7 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     """
     if x.device.type in kernels.devices and kernels.can_merge(x, sizes):
         return kernels.merge_tokens(x, sizes, *matching)
-    prefix, (batch, num_tokens, width) = matching.num_prefix_tokens, x.shape
+    prefix, (batch, num_tokens, _) = matching.num_prefix_tokens, x.shape
     (r, kept), device = (matching.merged.shape[1], matching.kept.shape[1]), x.device
     first_a, first_b, left = prefix + prefix % 2, prefix + 1 - prefix % 2, num_tokens - r
     if sizes is None:
@@ -48,20 +49,45 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     joined = matching.target + (prefix + kept)  # places in the output, where B follows the prefix and unmerged A
     joined_rows = (joined + torch.arange(0, batch * left, left, device=device).unsqueeze(1)).flatten()
 
-    flat, flat_sizes = x.flatten(0, 1), sizes.flatten()
+    return _merge_at(x, sizes, staying, leaving, joined, joined_rows)
+
+
+def _merge_at(
+    x: Tensor, weights: Tensor, staying: Tensor, leaving: Tensor, joined: Tensor, joined_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted means [B, n, D] of staying tokens and those that join them, and the sums of their weights [B, n].
+
+    `staying` [B, n] and `leaving` [B · r] are rows of all images below each other; `joined` [B, r] are the places in
+    the output that the leaving ones join, `joined_rows` [B · r] the same as rows of all outputs below each other.
+    """
+    (batch, left), r = staying.shape, joined.shape[1]
+    flat, flat_weights = x.flatten(0, 1), weights.flatten()
     dtype = torch.promote_types(x.dtype, torch.float32)
     merged = flat.index_select(0, staying.flatten()).to(dtype)
-    new_sizes = flat_sizes.index_select(0, staying.flatten()).view(batch, left, 1)
-    leaving_size = flat_sizes.index_select(0, leaving).view(batch, r, 1)
-    new_sizes = _add_at(new_sizes, joined, leaving_size, joined_rows)
+    new_weights = flat_weights.index_select(0, staying.flatten()).view(batch, left, 1)
+    leaving_weight = flat_weights.index_select(0, leaving).view(batch, r, 1)
+    new_weights = _add_at(new_weights, joined, leaving_weight, joined_rows)
     # A mean as a step of its target, so that only targets change: x + Σ mᵢ (xᵢ - x) / m'. After a soft merge, tokens
     # can be empty.
-    total = new_sizes.view(-1, 1).index_select(0, joined_rows).clamp(min=_SMALLEST_TOTAL)
+    total = new_weights.view(-1, 1).index_select(0, joined_rows).clamp(min=_SMALLEST_TOTAL)
     steps = (flat.index_select(0, leaving).to(dtype) - merged.index_select(0, joined_rows)) * (
-        leaving_size.view(-1, 1) / total
+        leaving_weight.view(-1, 1) / total
     )
-    merged = _add_at(merged.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)
-    return merged.to(x.dtype), new_sizes.squeeze(-1)
+    merged = _add_at(merged.view(batch, left, -1), joined, steps.view(batch, r, -1), joined_rows)
+    return merged.to(x.dtype), new_weights.squeeze(-1)
+
+
+def merge_into(x: Tensor, weights: Tensor, hosts: Hosts) -> tuple[Tensor, Tensor]:
+    """Merge tokens into their hosts: weighted means of x [B, N, D], sums of the weights [B, N].
+
+    Returns x [B, N - r, D] in its own dtype and weights [B, N - r], in the order that the staying tokens had. Tokens
+    that no other token joined are copied, bit for bit.
+    """
+    (batch, num_tokens, _), left = x.shape, hosts.staying.shape[1]
+    first = torch.arange(batch, device=x.device).unsqueeze(1)
+    joined = hosts.source.gather(1, hosts.leaving)
+    staying, leaving = hosts.staying + first * num_tokens, (hosts.leaving + first * num_tokens).flatten()
+    return _merge_at(x, weights, staying, leaving, joined, (joined + first * left).flatten())
 
 
 def source_map(matching: Matching, num_tokens: int) -> Tensor:

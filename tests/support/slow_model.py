@@ -62,8 +62,12 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the layers of a method do; one entry per layer of `r` (tokens fewer) or of `keep_rates` (None: all)."""
+    """What the layers of a method do; one entry per layer of `r` (tokens fewer), `keep_rates` (None: all) or `steps`.
 
+    A step gets tokens, sizes, metric, attention of the CLS token and the number of prefix tokens; None: all stay.
+    """
+
+    steps: list[Callable[[Tensor, Tensor, Tensor, Tensor, int], slow.Joined] | None] = field(default_factory=list)
     r: list[int] = field(default_factory=list)
     keep_rates: list[float | None] = field(default_factory=list)
     soft: bool = False
@@ -97,7 +101,7 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
         places = torch.cat([patches.new_zeros(anatomy.prefix, 2), patches])
     start = Tokens(x, sizes, places, [[i] for i in range(len(x))], len(x))
     trail = [start]
-    for index in range(len(reduction.r or reduction.keep_rates)):
+    for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
         trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
     return anatomy.head(weights, trail[-1].x, trail[-1].sizes), trail[1:]
 
@@ -162,6 +166,11 @@ def reduce(
             return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
         x, sizes, source = slow.fuse(x, tokens.sizes, attended, num_kept, prefix)
         return follow(x, sizes, source, tokens, start)
+    if reduction.steps:
+        step = reduction.steps[index]
+        if step is None:
+            return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
+        return follow(*step(x, tokens.sizes, metric, attended, prefix), tokens, start)
     r = reduction.r[index]
     if r == 0:
         return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)

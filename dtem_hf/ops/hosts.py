@@ -1,0 +1,78 @@
+"""Tokens that leave and those that they join, as PiToMe and TPS choose them (METHOD.md section 9)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .matching import cosine_scores, descending_order, put_empty_first
+
+
+class Hosts(NamedTuple):
+    """Which tokens leave, which stay, and where every token ends.
+
+    Shapes: `leaving` [B, r] and `staying` [B, N - r] are positions of input tokens, the latter ascending; `source`
+    [B, N] is the output position that every input token ends in; int64.
+    """
+
+    leaving: Tensor
+    staying: Tensor
+    source: Tensor
+
+
+def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Hosts:
+    """The leaving positions [B, r] and the positions [B, r] of the staying tokens that each joins, of N tokens."""
+    stays = torch.ones(leaving.shape[0], num_tokens, dtype=torch.int64, device=leaving.device)
+    stays = stays.scatter(1, leaving, 0)
+    staying = descending_order(stays)[:, : num_tokens - leaving.shape[1]]
+    place = stays.cumsum(dim=1) - 1
+    return Hosts(leaving, staying, place.scatter(1, leaving, place.gather(1, host)))
+
+
+def energies(similarity: Tensor, margin: float) -> Tensor:
+    """PiToMe's energy: the mean over j of ELU(cos(i, j) - margin), [B, n, n] -> [B, n].
+
+    It is high for tokens that many others resemble.
+    """
+    return torch.nn.functional.elu(similarity - margin).mean(dim=-1)
+
+
+def match_by_energy(
+    metric: Tensor, r: int, margin: float, num_prefix_tokens: int = 1, empty: Tensor | None = None
+) -> Hosts:
+    """PiToMe: the 2r tokens of highest energy go alternately to A and B, and every A joins its most similar B.
+
+    `metric` [B, N, d]; r ≤ (N - P) // 2; equal energies go to the lower position. `empty` [B, N] marks padding, which
+    has no part in energies and is merged before all else.
+    """
+    free, batch = metric[:, num_prefix_tokens:], metric.shape[0]
+    similarity = cosine_scores(free, free)  # [B, n, n]
+    if empty is None:
+        energy = energies(similarity, margin)
+    else:
+        empty = empty[:, num_prefix_tokens:]
+        # ELU(0) = 0, so that a similarity of `margin` adds nothing; the means rank as the sums over real tokens do.
+        energy = energies(similarity.masked_fill(empty.unsqueeze(1), margin), margin)
+        energy = energy.masked_fill(empty, torch.inf)
+    order = descending_order(energy)
+    a, b = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2]
+    rows = similarity.gather(1, a.unsqueeze(-1).expand(batch, r, free.shape[1]))
+    scores = rows.gather(2, b.unsqueeze(1).expand(batch, r, r))
+    if empty is not None:
+        scores = put_empty_first(scores, empty.gather(1, a), empty.gather(1, b))
+    host = b.gather(1, scores.max(dim=-1).indices)  # the first of equal maxima
+    return with_hosts(a + num_prefix_tokens, host + num_prefix_tokens, metric.shape[1])
+
+
+def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor) -> tuple[Hosts, Tensor]:
+    """TPS: every pruned token joins the kept one of highest cosine; x [B, N, D], positions [B, k] and [B, r].
+
+    Also returns the weights of the mean [B, N] float32: e to the power of that cosine, and e for kept tokens.
+    """
+
+    def rows(positions: Tensor) -> Tensor:
+        return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    cosine, best = cosine_scores(rows(pruned), rows(kept)).max(dim=-1)  # the first of equal maxima
+    weights = torch.full(x.shape[:2], torch.e, dtype=cosine.dtype, device=x.device)
+    return with_hosts(pruned, kept.gather(1, best), x.shape[1]), weights.scatter(1, pruned, cosine.exp())
