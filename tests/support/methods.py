@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from dtem_hf import (
     DTEMConfig,
@@ -19,14 +18,13 @@ from dtem_hf import (
 )
 from tests.support import slow_reference as slow
 from tests.support.family_case import Row
-from tests.support.slow_model import Reduction
+from tests.support.slow_model import Reduction, Step
 
 
 # Softly merged tokens are sorted by size: at these temperatures no two sizes are equal but for rounding.
 MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0, "top_k": 8}
 LEARN = {"learn_exponents": True, "learn_norms": True}
 R = [8, 5, 4]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, int], slow.Joined]
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,17 @@ class MethodCase:
 
 
 def by_energy(r: int, margin: float) -> Step:
-    return lambda x, sizes, metric, attended, prefix: slow.merge_by_energy(x, sizes, metric, prefix, r, margin)
+    return lambda x, sizes, metric, attended, prefix, _: slow.merge_by_energy(x, sizes, metric, prefix, r, margin)
 
 
-def squeezed(num_kept: int) -> Step:
-    return lambda x, sizes, metric, attended, prefix: slow.squeeze(x, sizes, attended, prefix, num_kept)
+def squeezed(rate: float, stage: int) -> Step:
+    return lambda x, sizes, metric, attended, prefix, patches: slow.squeeze(
+        x, sizes, attended, prefix, math.floor(rate**stage * patches + 1e-9)
+    )
 
 
 def fused(r: int, prune: bool) -> Step:
-    return lambda x, sizes, metric, attended, prefix: slow.fuse_pairs(x, sizes, metric, prefix, r, prune)
+    return lambda x, sizes, metric, attended, prefix, _: slow.fuse_pairs(x, sizes, metric, prefix, r, prune)
 
 
 def at(layers: dict[int, Any], depth: int) -> list[Any]:
@@ -112,14 +112,16 @@ METHODS = {
         ETPSConfig(0.6),
         ETPSConfig(1.0),
         {
-            # 25 of 36 patches, then 17; 21 and 12.
-            "etps": (ETPSConfig(0.7, [0, 1]), Reduction([squeezed(25), squeezed(17), None], proportional=False)),
+            "etps": (
+                ETPSConfig(0.7, [0, 1]),
+                Reduction([squeezed(0.7, 1), squeezed(0.7, 2), None], proportional=False),
+            ),
             "etps-counted": (
                 ETPSConfig(0.6, [0, 2], proportional_attention=True),
-                Reduction([squeezed(21), None, squeezed(12)]),
+                Reduction([squeezed(0.6, 1), None, squeezed(0.6, 2)]),
             ),
         },
-        (ETPSConfig(0.7), Reduction(at({3: squeezed(137), 6: squeezed(96), 9: squeezed(67)}, 12), proportional=False)),
+        (ETPSConfig(0.7), Reduction(at({3 * s: squeezed(0.7, s) for s in (1, 2, 3)}, 12), proportional=False)),
         needs_cls=True,
     ),
     "pitome": MethodCase(

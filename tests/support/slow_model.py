@@ -20,6 +20,7 @@ from tests.support import slow_reference as slow
 Weights = Mapping[str, Tensor]
 Inputs = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], slow.Joined]
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -64,10 +65,11 @@ class Anatomy:
 class Reduction:
     """What the layers of a method do; one entry per layer of `r` (tokens fewer), `keep_rates` (None: all) or `steps`.
 
-    A step gets tokens, sizes, metric, attention of the CLS token and the number of prefix tokens; None: all stay.
+    A step gets tokens, sizes, metric, attention of the CLS token, the number of prefix tokens and that of the patches
+    that entered the first layer; None: all stay.
     """
 
-    steps: list[Callable[[Tensor, Tensor, Tensor, Tensor, int], slow.Joined] | None] = field(default_factory=list)
+    steps: list[Step | None] = field(default_factory=list)
     r: list[int] = field(default_factory=list)
     keep_rates: list[float | None] = field(default_factory=list)
     soft: bool = False
@@ -170,7 +172,7 @@ def reduce(
         step = reduction.steps[index]
         if step is None:
             return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
-        return follow(*step(x, tokens.sizes, metric, attended, prefix), tokens, start)
+        return follow(*step(x, tokens.sizes, metric, attended, prefix, len(start.x) - prefix), tokens, start)
     r = reduction.r[index]
     if r == 0:
         return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)

@@ -149,9 +149,9 @@ def join(x: Tensor, sizes: Tensor, weights: Tensor, pairs: list[tuple[int, int |
     return torch.stack(rows), torch.stack([sum(sizes[k] for k in group) for group in groups]), source
 
 
-def energy(metric: Tensor, i: int, others: list[int], margin: float) -> float:
+def energy(cosines: Tensor, margin: float) -> float:
     """Section 9, PiToMe: the mean of ELU(cosine - margin) of a token and all tokens, itself among them."""
-    above = [cosine(metric[i], metric[j]).item() - margin for j in others]
+    above = [value - margin for value in cosines.tolist()]
     return sum(value if value > 0 else math.exp(value) - 1 for value in above) / len(above)
 
 
@@ -159,12 +159,13 @@ def merge_by_energy(x: Tensor, sizes: Tensor, metric: Tensor, prefix: int, r: in
     """Section 9, PiToMe, for one image. Tokens of size 0 are padding, which counts as of the highest energy."""
     free = range(prefix, len(x))
     real = [i for i in free if sizes[i] > 0]
-    energies = {i: energy(metric, i, real, margin) if i in real else math.inf for i in free}
+    directions = torch.stack([row / row.norm() for row in metric])
+    energies = {i: energy(directions[real] @ directions[i], margin) if i in real else math.inf for i in free}
     ranked = sorted(free, key=lambda i: (-energies[i], i))[: 2 * r]
     a, b = ranked[0::2], ranked[1::2]
     pairs: list[tuple[int, int | None]] = []
     for i in a:
-        found = [(cosine(metric[i], metric[j]).item(), -place, j) for place, j in enumerate(b) if j in real]
+        found = [((directions[i] @ directions[j]).item(), -place, j) for place, j in enumerate(b) if j in real]
         pairs.append((i, max(found)[2] if i in real else None))
     return join(x, sizes, sizes, pairs)
 
