@@ -9,10 +9,11 @@ from .configuration import MergeConfig
 from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
-# In the order in which tables list them.
-METHOD_NAMES = {"none": "unmerged", "soft": "ToMe, merged softly"} | {
-    name: config.title for name, config in MergeConfig._methods.items()
+# In the order in which tables list them: methods that learn come last.
+_TITLES = {
+    name: config.title for name, config in sorted(MergeConfig._methods.items(), key=lambda item: item[1].learns)
 }
+METHOD_NAMES = {"none": "unmerged", "tome": _TITLES["tome"], "soft": "ToMe, merged softly", **_TITLES}
 
 
 def method_name(method: str) -> str:

@@ -56,6 +56,14 @@ def test_wide_table_has_a_line_per_method_and_a_column_per_amount():
     ]
 
 
+def test_intervals_stand_beside_changes_where_they_are_known():
+    lines = [{**line, "change_interval": [-3.25, 0.5], "kl_interval": [0.4, 0.625]} for line in ROWS]
+    assert cells(wide_table(lines))[2][2] == "78.25 (−1.75; −3.2 to +0.5)"
+    head, _, *body = cells(long_table(lines))
+    assert dict(zip(head, body[1], strict=True))["KL, 95 %"] == "0.4000 to 0.6250"
+    assert "KL, 95 %" not in long_table(ROWS)
+
+
 def test_long_table_has_every_row_with_its_cost():
     head, _, *lines = cells(long_table(ROWS))
     assert len(lines) == len(ROWS)
