@@ -27,6 +27,7 @@ _HOMES = {
     "models.calibration": ("Calibration", "calibrate"),
     "configuration": (
         "DTEMConfig",
+        "DTPSConfig",
         "ETPSConfig",
         "EViTConfig",
         "MergeConfig",
@@ -52,6 +53,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from .configuration import (
         DTEMConfig,
+        DTPSConfig,
         ETPSConfig,
         EViTConfig,
         MergeConfig,
@@ -113,6 +115,7 @@ __all__ = [
     "Calibration",
     "ConstantSchedule",
     "DTEMConfig",
+    "DTPSConfig",
     "ETPSConfig",
     "EViTConfig",
     "FlopsSchedule",

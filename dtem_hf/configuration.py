@@ -16,7 +16,7 @@ from typing_extensions import Self
 from .costs import EncoderCost
 from .errors import MOST_LAYERS, WIDEST, BadValue, check_number, check_whole
 from .files import read_json, write_json
-from .schedule import FlopsSchedule, KeepRateSchedule, Schedule, SqueezeSchedule, as_schedule
+from .schedule import FlopsSchedule, KeepRateSchedule, Schedule, SqueezeBetweenSchedule, SqueezeSchedule, as_schedule
 from .version import __version__
 
 
@@ -294,6 +294,16 @@ class ETPSConfig(KeepRateConfig):
     method: ClassVar[str] = "etps"
     title: ClassVar[str] = "eTPS"
     _schedule: ClassVar[type[KeepRateSchedule]] = SqueezeSchedule
+
+
+@dataclass
+class DTPSConfig(KeepRateConfig):
+    """dTPS: as eTPS, by scores that a small network learns, in front of layers (CVPR 2023, arXiv 2304.10716)."""
+
+    method: ClassVar[str] = "dtps"
+    title: ClassVar[str] = "dTPS"
+    learns: ClassVar[bool] = True
+    _schedule: ClassVar[type[KeepRateSchedule]] = SqueezeBetweenSchedule
 
 
 def check_version(version: Any) -> None:

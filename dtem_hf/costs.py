@@ -43,9 +43,13 @@ class LayerCost:
     after: int
     metric: MetricCost
 
-    def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
-        """Multiply-adds of the layer for one image of `num_tokens` tokens, of which it merges r away."""
-        total = num_tokens * self.before + num_tokens**2 * self.per_pair + (num_tokens - r) * self.after
+    def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int, between: bool = False) -> int:
+        """Multiply-adds of the layer for one image of `num_tokens` tokens, of which it merges r away.
+
+        `between`: behind the MLP, in front of the next layer.
+        """
+        grown = num_tokens if between else num_tokens - r
+        total = num_tokens * self.before + num_tokens**2 * self.per_pair + grown * self.after
         return total + (self.metric.multiply_adds(num_tokens, r, num_prefix_tokens) if r else 0)
 
 
@@ -54,7 +58,7 @@ class EncoderCost:
     """Multiply-adds of a model, in its encoder's layers and around them.
 
     `stem` per patch, `head` per image, `tail` per output token. `pairwise`: a layer can merge at most half of its free
-    tokens, as each of them needs a partner that stays.
+    tokens, as each of them needs a partner that stays. `between`: tokens are merged between layers, not inside.
     """
 
     layers: tuple[LayerCost, ...]
@@ -63,6 +67,7 @@ class EncoderCost:
     num_prefix_tokens: int
     tail: int = 0
     pairwise: bool = True
+    between: bool = False
 
     def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
         """The plan of one r per layer for `num_tokens` tokens; an r is lowered where too few tokens are left."""
@@ -70,7 +75,7 @@ class EncoderCost:
             reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
         tokens, costs, n = [], [], num_tokens
         for layer, r in zip(self.layers, reductions, strict=True):
-            costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens))
+            costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens, self.between))
             n -= r
             tokens.append(n)
         around = self.stem * (num_tokens - self.num_prefix_tokens) + self.head

@@ -47,7 +47,8 @@ class EmbeddingShape:
     """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and two options.
 
     `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back.
+    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that
+    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0).
     """
 
     num_layers: int
@@ -55,11 +56,19 @@ class EmbeddingShape:
     embed_dim: int
     exponent_heads: int = 0
     norms: bool = False
+    predictors: int = 0
 
     def tensors(self) -> dict[str, list[int]]:
         """Shapes by the names that tensors have in an adapter."""
         shapes = {}
-        for i in range(self.num_layers):
+        for i in range(self.predictors):
+            shapes[f"predictors.{i}.norm.weight"] = shapes[f"predictors.{i}.norm.bias"] = [self.hidden_size]
+            for name, (inner, outer) in predictor_widths(self.hidden_size).items():
+                shapes[f"predictors.{i}.{name}.weight"], shapes[f"predictors.{i}.{name}.bias"] = (
+                    [outer, inner],
+                    [outer],
+                )
+        for i in range(self.num_layers if self.embed_dim else 0):
             shapes[f"layers.{i}.weight"] = [self.embed_dim, self.hidden_size]
             shapes[f"layers.{i}.bias"] = [self.embed_dim]
             if self.exponent_heads:
@@ -85,6 +94,36 @@ class Projection(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+def predictor_widths(width: int) -> dict[str, tuple[int, int]]:
+    """Widths in and out of the linear maps of a `Predictor`, by name (METHOD.md section 9)."""
+    half, quarter = width // 2, width // 4
+    return {"embed": (width, width), "fc1": (width, half), "fc2": (half, quarter), "fc3": (quarter, 2)}
+
+
+class Predictor(nn.Module):
+    """dTPS's network: from tokens and their weighted mean, whether to keep or to prune each."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, device=device)
+        widths = predictor_widths(width).values()
+        self.embed, self.fc1, self.fc2, self.fc3 = (Projection(*pair, device) for pair in widths)
+
+    def forward(self, x: Tensor, counted: Tensor) -> Tensor:
+        """Logarithms of the probabilities to keep and to prune: x [B, n, D], `counted` [B, n] -> [B, n, 2].
+
+        In float32 at least. Tokens that are `counted` 0 are not in the mean.
+        """
+        u = F.gelu(self.embed(self.norm(x.to(self.norm.weight.dtype))))
+        local, shared = u.split([u.shape[-1] - u.shape[-1] // 2, u.shape[-1] // 2], dim=-1)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        weights = counted.unsqueeze(-1).to(wide)
+        total = weights.sum(dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)
+        mean = ((shared.to(wide) * weights).sum(dim=1, keepdim=True) / total).to(u.dtype)
+        u = torch.cat([local, mean.expand_as(shared)], dim=-1)
+        return F.log_softmax(self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(u))))).to(wide), dim=-1)
+
+
 class LearnedVector(nn.Module):
     """A learned vector [n]; read by calling the module, so that offloading and sharding bring it in."""
 
@@ -102,7 +141,7 @@ _MODULE_PREFIXES = {"layers": "projections", "exponents": "exponents", "norms": 
 
 
 class DecoupledEmbedding(nn.Module):
-    """The learned parameters of all layers of an encoder: `projections`, and `exponents` and `norms` where learned.
+    """The learned parameters of all layers of an encoder: `projections`, and `exponents`, `norms` and `predictors`.
 
     Made without values (nothing is drawn): a method or an adapter fills it.
     """
@@ -111,7 +150,10 @@ class DecoupledEmbedding(nn.Module):
         super().__init__()
         self.shape = shape
         depth = range(shape.num_layers)
-        self.projections = nn.ModuleList(Projection(shape.hidden_size, shape.embed_dim, device) for _ in depth)
+        self.projections = nn.ModuleList(
+            Projection(shape.hidden_size, shape.embed_dim, device) for _ in depth if shape.embed_dim
+        )
+        self.predictors = nn.ModuleList(Predictor(shape.hidden_size, device) for _ in range(shape.predictors))
         self.exponents = nn.ModuleList(
             LearnedVector(shape.exponent_heads, device) for _ in depth if shape.exponent_heads
         )
@@ -183,6 +225,8 @@ class DecoupledEmbedding(nn.Module):
 
 def _module_name(adapter_name: str) -> str:
     kind, rest = adapter_name.split(".", 1)
+    if kind == "predictors":
+        return adapter_name
     return f"{_MODULE_PREFIXES[kind]}.{rest}" if kind == "layers" else f"{_MODULE_PREFIXES[kind]}.{rest}.value"
 
 
@@ -225,7 +269,10 @@ def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjec
 @torch.no_grad()
 def initialize_randomly(embedding: DecoupledEmbedding, std: float) -> None:
     """Normal weights of the given standard deviation, biases of zero."""
-    for layer in embedding.projections:
-        nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for layer in embedding.modules():
+        if isinstance(layer, Projection):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
     embedding.reset_aggregation()

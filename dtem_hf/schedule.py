@@ -173,9 +173,7 @@ class KeepRateSchedule(Schedule):
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         depth = len(cost.layers)
-        layers = {depth // 4, depth // 2, 3 * depth // 4} if self.layers is None else set(self.layers)
-        if layers and max(layers) >= depth:
-            raise BadValue("layers", sorted(layers), f"layers from 0 to {depth - 1}, as the model has {depth}")
+        layers = self.chosen(depth)
         first = patches = num_tokens - cost.num_prefix_tokens
         reductions, stage = [], 0
         for layer in range(depth):
@@ -184,6 +182,13 @@ class KeepRateSchedule(Schedule):
             reductions.append(patches - left)
             patches = left
         return reductions
+
+    def chosen(self, depth: int) -> list[int]:
+        """The layers that reduce, in order. Raises ValueError where an encoder of that depth lacks one."""
+        layers = {depth // 4, depth // 2, 3 * depth // 4} if self.layers is None else set(self.layers)
+        if layers and max(layers) >= depth:
+            raise BadValue("layers", sorted(layers), f"layers from 0 to {depth - 1}, as the model has {depth}")
+        return sorted(layers)
 
     def left(self, patches: int, first: int, stage: int) -> int:
         """Patch tokens behind a layer that `patches` enter; `first` entered the first layer, `stage` counts from 1."""
@@ -212,6 +217,24 @@ class SqueezeSchedule(KeepRateSchedule):
 
     def left(self, patches: int, first: int, stage: int) -> int:
         return max(math.floor(self.keep_rate**stage * first + 1e-9), 1)
+
+
+@dataclass(frozen=True)
+class SqueezeBetweenSchedule(SqueezeSchedule):
+    """The same in front of these layers: what layer i loses counts as lost by layer i - 1. No layer is the first."""
+
+    kind: ClassVar[str] = "squeeze_between"
+
+    def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
+        return [*super().resolve(cost, num_tokens)[1:], 0]
+
+    def chosen(self, depth: int) -> list[int]:
+        layers = super().chosen(depth)
+        if self.layers is None:
+            return sorted({max(layer, 1) for layer in layers} - {depth})
+        if 0 in layers:
+            raise BadValue("layers", layers, "layers from 1 on, as tokens are squeezed in front of a layer")
+        return layers
 
 
 def _checked_list(field: str, values: Any, most: int) -> tuple[int, ...]:

@@ -37,11 +37,13 @@ class Method(ABC, Generic[C]):
 
     A subclass names its `config_class`. `pairwise`: each token that leaves a layer is one of a pair, so that
     at most half of the tokens can leave. `merges_halves`: those are the tokens at even and at odd positions.
+    `between`: `reduce` runs behind a layer's MLP, in front of the next layer, not between attention and MLP.
     """
 
     config_class: ClassVar[type[MergeConfig]]
     pairwise: ClassVar[bool] = True
     merges_halves: ClassVar[bool] = False
+    between: ClassVar[bool] = False
 
     def __init__(self, config: C, geometry: Geometry) -> None:
         self.config = config

@@ -66,7 +66,8 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     geometry = family.geometry(encoder)
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
-    cost = replace(family.encoder_cost(model, encoder, method.metric_cost()), pairwise=method.pairwise)
+    cost = family.encoder_cost(model, encoder, method.metric_cost())
+    cost = replace(cost, pairwise=method.pairwise, between=method.between)
     merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
     shape, like = method.embedding_shape(), input_like(encoder)
     embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
@@ -76,7 +77,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     if embedding is None:
         return Prepared(encoder, merging, None)
     if adapter is None and not like.is_meta:
-        keys = [] if config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
+        keys = [] if getattr(config, "init", "random") == "random" else family.key_projections(encoder, like)
         method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
     embedding.train(encoder.training)
     return Prepared(encoder, merging, embedding)
@@ -162,6 +163,8 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
         return
     if wanted.embed_dim != own.embed_dim:
         raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
+    if wanted.predictors != own.predictors:
+        raise BadValue("layers", config.schedule, f"{own.predictors} layers, as many as have learned scores")
     name = "learn_norms" if wanted.norms != own.norms else "learn_exponents"
     raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
 

@@ -64,15 +64,20 @@ def match_by_energy(
     return with_hosts(a + num_prefix_tokens, host + num_prefix_tokens, metric.shape[1])
 
 
-def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor) -> tuple[Hosts, Tensor]:
+def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None = None) -> tuple[Hosts, Tensor]:
     """TPS: every pruned token joins the kept one of highest cosine; x [B, N, D], positions [B, k] and [B, r].
 
-    Also returns the weights of the mean [B, N] float32: e to the power of that cosine, and e for kept tokens.
+    Also returns the weights of the mean [B, N] float32: e to the power of that cosine, e for kept tokens, and 0 for
+    pruned padding, which `empty` [B, N] marks.
     """
 
     def rows(positions: Tensor) -> Tensor:
         return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
-    cosine, best = cosine_scores(rows(pruned), rows(kept)).max(dim=-1)  # the first of equal maxima
+    scores = cosine_scores(rows(pruned), rows(kept))
+    if empty is not None:
+        scores = put_empty_first(scores, empty.gather(1, pruned), empty.gather(1, kept))
+    cosine, best = scores.max(dim=-1)  # the first of equal maxima
+    counted = cosine.exp() if empty is None else cosine.exp().masked_fill(empty.gather(1, pruned), 0.0)
     weights = torch.full(x.shape[:2], torch.e, dtype=cosine.dtype, device=x.device)
-    return with_hosts(pruned, kept.gather(1, best), x.shape[1]), weights.scatter(1, pruned, cosine.exp())
+    return with_hosts(pruned, kept.gather(1, best), x.shape[1]), weights.scatter(1, pruned, counted)

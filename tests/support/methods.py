@@ -9,6 +9,7 @@ from typing import Any
 
 from dtem_hf import (
     DTEMConfig,
+    DTPSConfig,
     ETPSConfig,
     EViTConfig,
     MergeConfig,
@@ -123,6 +124,24 @@ METHODS = {
         },
         (ETPSConfig(0.7), Reduction(at({3 * s: squeezed(0.7, s) for s in (1, 2, 3)}, 12), proportional=False)),
         needs_cls=True,
+    ),
+    "dtps": MethodCase(
+        DTPSConfig(0.6),
+        DTPSConfig(1.0),
+        {
+            "dtps": (
+                DTPSConfig(0.7, [1, 2]),
+                Reduction([squeezed(0.7, 1), squeezed(0.7, 2), None], proportional=False, between=True),
+            ),
+            "dtps-counted": (
+                DTPSConfig(0.6, [2], proportional_attention=True),
+                Reduction([None, squeezed(0.6, 1), None], between=True),
+            ),
+        },
+        (
+            DTPSConfig(0.7),
+            Reduction(at({3 * s - 1: squeezed(0.7, s) for s in (1, 2, 3)}, 12), proportional=False, between=True),
+        ),
     ),
     "pitome": MethodCase(
         PiToMeConfig(r=9),

@@ -171,15 +171,20 @@ def merge_by_energy(x: Tensor, sizes: Tensor, metric: Tensor, prefix: int, r: in
 
 
 def squeeze(x: Tensor, sizes: Tensor, attended: Tensor, prefix: int, num_kept: int) -> Joined:
-    """Section 9, eTPS, for one image: keep the patches attended to most [N], each other one joins its host."""
-    ranked = sorted(range(prefix, len(x)), key=lambda i: -attended[i].item())
+    """Section 9, TPS, for one image: keep the patches of highest score [N], each other one joins its host.
+
+    Tokens of size 0 are padding, which is pruned first, and joins and hosts nobody.
+    """
+    ranked = sorted(range(prefix, len(x)), key=lambda i: -attended[i].item() if sizes[i] > 0 else math.inf)
     kept, pruned = sorted(ranked[:num_kept]), sorted(ranked[num_kept:])
-    weights, pairs = [torch.tensor(math.e)] * len(x), []
+    weights, pairs = [torch.tensor(math.e, dtype=x.dtype)] * len(x), list[tuple[int, int | None]]()
+    hosts = [j for j in kept if sizes[j] > 0]
     for i in pruned:
-        cosines = [cosine(x[i], x[j]) for j in kept]
-        host = max(range(len(kept)), key=lambda place: cosines[place].item())
-        weights[i] = cosines[host].exp()
-        pairs.append((i, kept[host]))
+        cosines = [cosine(x[i], x[j]) for j in hosts] if sizes[i] > 0 else []
+        best = max(range(len(cosines)), key=lambda place: cosines[place].item(), default=None)
+        if best is not None:
+            weights[i] = cosines[best].exp()
+        pairs.append((i, None if best is None else hosts[best]))
     return join(x, sizes, torch.stack([weight.to(x.dtype) for weight in weights]), pairs)
 
 
