@@ -267,11 +267,14 @@ def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjec
 
 
 @torch.no_grad()
-def initialize_randomly(embedding: DecoupledEmbedding, std: float) -> None:
-    """Normal weights of the given standard deviation, biases of zero."""
+def initialize_randomly(embedding: DecoupledEmbedding, std: float, seed: int | None = None) -> None:
+    """Normal weights of the given standard deviation, biases of zero; with a seed, always the same."""
+    draw = None
+    if seed is not None:
+        draw = torch.Generator(next(embedding.parameters()).device).manual_seed(seed)
     for layer in embedding.modules():
         if isinstance(layer, Projection):
-            nn.init.normal_(layer.weight, std=std)
+            nn.init.normal_(layer.weight, std=std, generator=draw)
             nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.LayerNorm):
             layer.reset_parameters()

@@ -19,7 +19,10 @@ from .matching import record_hosts
 
 
 class DTPS(Method[DTPSConfig]):
-    """Pruning and squeezing in front of layers, each of which has a predictor of its own."""
+    """Pruning and squeezing in front of layers, each of which has a predictor of its own.
+
+    The same in training: the choice of tokens is hard, and no gradient reaches a predictor.
+    """
 
     config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
     pairwise: ClassVar[bool] = False
@@ -34,7 +37,8 @@ class DTPS(Method[DTPSConfig]):
         return self.config.schedule.chosen(self.geometry.num_layers)
 
     def initialize(self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float) -> None:
-        initialize_randomly(embedding, std)
+        if self._layers:
+            initialize_randomly(embedding, std, seed=0)  # two models that are attached alike give the same outputs
 
     def metric_cost(self) -> MetricCost:
         width, prefix = self.geometry.hidden_size, self.geometry.num_prefix_tokens

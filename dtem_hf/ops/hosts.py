@@ -22,10 +22,10 @@ class Hosts(NamedTuple):
 
 def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Hosts:
     """The leaving positions [B, r] and the positions [B, r] of the staying tokens that each joins, of N tokens."""
-    stays = torch.ones(leaving.shape[0], num_tokens, dtype=torch.int64, device=leaving.device)
-    stays = stays.scatter(1, leaving, 0)
-    staying = descending_order(stays)[:, : num_tokens - leaving.shape[1]]
-    place = stays.cumsum(dim=1) - 1
+    positions = torch.arange(num_tokens, device=leaving.device).expand(leaving.shape[0], -1)
+    marked = positions.scatter(1, leaving, num_tokens)
+    staying = marked.sort(dim=-1).values[:, : num_tokens - leaving.shape[1]]
+    place = (marked < num_tokens).cumsum(dim=1) - 1
     return Hosts(leaving, staying, place.scatter(1, leaving, place.gather(1, host)))
 
 
@@ -42,10 +42,14 @@ def match_by_energy(
 ) -> Hosts:
     """PiToMe: the 2r tokens of highest energy go alternately to A and B, and every A joins its most similar B.
 
-    `metric` [B, N, d]; r ≤ (N - P) // 2; equal energies go to the lower position. `empty` [B, N] marks padding, which
-    has no part in energies and is merged before all else.
+    `metric` [B, N, d]; equal energies go to the lower position. `empty` [B, N] marks padding, which has no part in
+    energies and is merged before all else. Raises ValueError unless 1 ≤ r ≤ (N - P) // 2.
     """
     free, batch = metric[:, num_prefix_tokens:], metric.shape[0]
+    if not 1 <= r <= free.shape[1] // 2:
+        raise ValueError(
+            f"r={r} does not fit {free.shape[1]} tokens beside the prefix: 1 to {free.shape[1] // 2} would."
+        )
     similarity = cosine_scores(free, free)  # [B, n, n]
     if empty is None:
         energy = energies(similarity, margin)

@@ -60,7 +60,7 @@ def _merge_at(
     `staying` [B, n] and `leaving` [B · r] are rows of all images below each other; `joined` [B, r] are the places in
     the output that the leaving ones join, `joined_rows` [B · r] the same as rows of all outputs below each other.
     """
-    (batch, left), r = staying.shape, joined.shape[1]
+    (batch, left), r, width = staying.shape, joined.shape[1], x.shape[-1]
     flat, flat_weights = x.flatten(0, 1), weights.flatten()
     dtype = torch.promote_types(x.dtype, torch.float32)
     merged = flat.index_select(0, staying.flatten()).to(dtype)
@@ -73,7 +73,7 @@ def _merge_at(
     steps = (flat.index_select(0, leaving).to(dtype) - merged.index_select(0, joined_rows)) * (
         leaving_weight.view(-1, 1) / total
     )
-    merged = _add_at(merged.view(batch, left, -1), joined, steps.view(batch, r, -1), joined_rows)
+    merged = _add_at(merged.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)
     return merged.to(x.dtype), new_weights.squeeze(-1)
 
 
