@@ -35,12 +35,14 @@ def _help(text: str, **kwargs: Any) -> Any:
 class MergeConfig(ABC):
     """The fields of all methods. `method` names the method; `MergeConfig.from_dict` gives back the right subclass.
 
-    `title` is the method's name in tables and plots. `learns`: whether the method has learned tensors.
+    `title` is the method's name in tables and plots. `learns`: whether the method has learned tensors;
+    `needs_adapter`: whether it is of no use with untrained ones.
     """
 
     method: ClassVar[str]
     title: ClassVar[str]
     learns: ClassVar[bool] = False
+    needs_adapter: ClassVar[bool] = False
     _methods: ClassVar[dict[str, type[MergeConfig]]] = {}
 
     proportional_attention: bool = _help(
@@ -303,6 +305,7 @@ class DTPSConfig(KeepRateConfig):
     method: ClassVar[str] = "dtps"
     title: ClassVar[str] = "dTPS"
     learns: ClassVar[bool] = True
+    needs_adapter: ClassVar[bool] = True
     _schedule: ClassVar[type[KeepRateSchedule]] = SqueezeBetweenSchedule
 
 

@@ -23,7 +23,7 @@ from ..report.tables import as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP
 from .classification import EvaluateArguments, evaluate
-from .variants import UNMERGED, method_names
+from .variants import METHODS, UNMERGED
 
 
 # The rows of the ablation; each adds one part to the row above.
@@ -41,13 +41,15 @@ class CompareArguments(EvaluateArguments):
 
     methods: list[str] = option(
         METHODS_HELP,
-        default_factory=lambda: [name for name in method_names() if name != "soft"],
+        default_factory=lambda: [UNMERGED, *(name for name, method in METHODS.items() if method.by_default)],
     )
     r: list[str] = option("tokens merged per layer, one row each", default_factory=list)
     flops: list[float] = option(
         "shares of the multiply-adds to reach, one row each", default_factory=lambda: [0.8, 0.65, 0.5, 0.4]
     )
-    adapters: list[str] = option("trained adapters for dtem, its rows once for each", default_factory=list)
+    adapters: list[str] = option(
+        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
+    )
     ablation: bool = option("compare ToMe, soft merging by keys, and DTEM instead", default=False)
     output_dir: str = option("folder for comparison.json, .md, .csv and pareto.png", default="runs/compare")
 

@@ -4,8 +4,9 @@ import csv
 import json
 
 import pytest
+import torch
 
-from dtem_hf import AutoModelForImageClassification, DTEMConfig
+from dtem_hf import AutoModelForImageClassification, DTEMConfig, DTPSConfig, attach
 from dtem_hf.evaluation import variants
 from dtem_hf.evaluation.comparison import (
     ABLATION,
@@ -130,4 +131,24 @@ def test_ablation_runs_its_three_methods_and_soft_merging_saves_nothing(vit_fold
 def test_a_method_that_is_registered_is_compared_without_another_word(monkeypatch):
     monkeypatch.setitem(variants.METHODS, "halves", variants.METHODS["tome"])
     methods = CompareArguments(model="m", data="d").methods
-    assert "tome" in methods and "halves" in methods and "soft" not in methods
+    assert "tome" in methods and "halves" in methods and "soft" not in methods and "dtps" not in methods
+
+
+def test_an_adapter_is_attached_for_its_own_method_alone(make_classifier):
+    model, adapters = make_classifier(), {}
+    for config in (DTEMConfig(r=2, init="random"), DTPSConfig(0.7)):
+        adapters[config.method] = attach(make_classifier(), config).to_merge_adapter()
+    rows = variants.make_variants(model, ["tome", "dtem", "soft", "dtps"], [], [0.7], adapters)
+    assert [(row.method, row.model.merge_config.method) for row in rows[1:]] == [
+        ("tome", "tome"),
+        ("dtem", "dtem"),
+        ("soft", "dtem"),
+        ("dtps", "dtps"),
+    ]
+    for row in (rows[2], rows[4]):
+        ours, theirs = row.model.to_merge_adapter().tensors, adapters[row.method].tensors
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    soft = rows[3].model.to_merge_adapter().tensors
+    assert not torch.equal(soft["layers.0.weight"], adapters["dtem"].tensors["layers.0.weight"])
+    with pytest.raises(ValueError, match=r"methods=\['dtps'\]: a method that needs no training, or an adapter of it"):
+        variants.make_variants(model, ["dtps"], [], [0.7], {"dtem": adapters["dtem"]})
