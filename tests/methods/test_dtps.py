@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTPSConfig, KeepRateSchedule, MergeAdapter, attach
+from dtem_hf.evaluation.correlation import similarity_correlations
 
 
 Make = Callable[..., Any]
@@ -45,6 +46,8 @@ def test_its_adapter_and_its_checkpoint_hold_the_predictors(
     wanted = {f"predictors.{stage}.{name}": shape for stage in range(2) for name, shape in shapes.items()}
     assert {name: list(tensor.shape) for name, tensor in adapter.tensors.items()} == wanted
     assert torch.equal(attach(make_classifier(), tmp_path / "adapter")(pixels).logits, expected)
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "model.set_reduction(flops=0.6)" in card and "learned scores by which dTPS chooses tokens" in card
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     assert loaded.merge_config == model.merge_config
@@ -58,6 +61,11 @@ def test_tokens_leave_in_front_of_a_layer(make_classifier: Make, pixels: Tensor)
     output = model(pixels, output_attentions=True)
     assert [weights.shape[-1] for weights in output.attentions] == [65, 39, 39, 24]
     assert model.merge_plan().tokens == [39, 39, 24, 24]
+
+
+def test_its_predictors_are_no_embedding_that_ranks_pairs(make_classifier: Make, pixels: Tensor) -> None:
+    with pytest.raises(BadValue, match="a model with a learned embedding: attach DTEM"):
+        similarity_correlations(attach(make_classifier(), DTPSConfig()), pixels)
 
 
 def test_it_starts_the_same_every_time_and_draws_nothing(make_classifier: Make) -> None:
