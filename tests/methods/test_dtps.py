@@ -69,12 +69,10 @@ def test_its_predictors_are_no_embedding_that_ranks_pairs(make_classifier: Make,
 
 
 def test_it_starts_the_same_every_time_and_draws_nothing(make_classifier: Make) -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
     plain = make_classifier()
-    after = torch.get_rng_state()
+    before = torch.get_rng_state()
     one = attach(plain, DTPSConfig()).to_merge_adapter().tensors
-    assert torch.equal(torch.get_rng_state(), after) or torch.equal(before, after)
+    assert torch.equal(torch.get_rng_state(), before)
     other = attach(make_classifier(), DTPSConfig()).to_merge_adapter().tensors
     assert all(torch.equal(one[name], other[name]) for name in one)
 
