@@ -36,7 +36,17 @@ _HOMES = {
         "unregister",
     ),
     "models.calibration": ("Calibration", "calibrate"),
-    "configuration": ("DTEMConfig", "EViTConfig", "MergeConfig", "ToMeConfig"),
+    "configuration": (
+        "DTEMConfig",
+        "DTPSConfig",
+        "ETPSConfig",
+        "EViTConfig",
+        "MergeConfig",
+        "PiToMeConfig",
+        "ToFuConfig",
+        "ToMeConfig",
+    ),
+    "costs": ("MergePlan",),
     "errors": ("AdapterError", "BadValue", "UnsupportedModelError"),
     "models.attach": ("attach",),
     "models.install": ("detach",),
@@ -47,14 +57,23 @@ _HOMES = {
         "InflectedSchedule",
         "KeepRateSchedule",
         "LinearSchedule",
-        "MergePlan",
     ),
     "token_state": ("MergeTrace",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
+    from .configuration import (
+        DTEMConfig,
+        DTPSConfig,
+        ETPSConfig,
+        EViTConfig,
+        MergeConfig,
+        PiToMeConfig,
+        ToFuConfig,
+        ToMeConfig,
+    )
+    from .costs import MergePlan
     from .errors import AdapterError, BadValue, UnsupportedModelError
     from .hub.adapter import MergeAdapter
     from .models.attach import attach
@@ -91,7 +110,6 @@ if TYPE_CHECKING:
         InflectedSchedule,
         KeepRateSchedule,
         LinearSchedule,
-        MergePlan,
     )
     from .token_state import MergeTrace
 
@@ -133,6 +151,8 @@ __all__ = [
     "Calibration",
     "ConstantSchedule",
     "DTEMConfig",
+    "DTPSConfig",
+    "ETPSConfig",
     "EViTConfig",
     "FlopsSchedule",
     "InflectedSchedule",
@@ -142,6 +162,8 @@ __all__ = [
     "MergeConfig",
     "MergePlan",
     "MergeTrace",
+    "PiToMeConfig",
+    "ToFuConfig",
     "ToMeConfig",
     "UnsupportedModelError",
     "attach",

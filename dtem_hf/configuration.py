@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from .errors import WIDEST, BadValue, check_number, check_whole
+from .costs import EncoderCost
+from .errors import MOST_LAYERS, WIDEST, BadValue, check_number, check_whole
 from .files import read_json, write_json
-from .schedule import EncoderCost, FlopsSchedule, KeepRateSchedule, Schedule, as_schedule
+from .schedule import FlopsSchedule, KeepRateSchedule, Schedule, SqueezeBetweenSchedule, SqueezeSchedule, as_schedule
 from .version import __version__
 
 
@@ -32,9 +33,16 @@ def _help(text: str, **kwargs: Any) -> Any:
 
 @dataclass(kw_only=True)
 class MergeConfig(ABC):
-    """The fields of all methods. `method` names the method; `MergeConfig.from_dict` gives back the right subclass."""
+    """The fields of all methods. `method` names the method; `MergeConfig.from_dict` gives back the right subclass.
+
+    `title` is the method's name in tables and plots. `learns`: whether the method has learned tensors;
+    `needs_adapter`: whether it is of no use with untrained ones.
+    """
 
     method: ClassVar[str]
+    title: ClassVar[str]
+    learns: ClassVar[bool] = False
+    needs_adapter: ClassVar[bool] = False
     _methods: ClassVar[dict[str, type[MergeConfig]]] = {}
 
     proportional_attention: bool = _help(
@@ -160,6 +168,7 @@ class ToMeConfig(MatchingConfig):
     """ToMe: merge by the similarity of attention keys; nothing to learn (ICLR 2023, arXiv 2210.09461)."""
 
     method: ClassVar[str] = "tome"
+    title: ClassVar[str] = "ToMe"
 
 
 # Fields of DTEMConfig that add to what is learned.
@@ -172,6 +181,8 @@ class DTEMConfig(MatchingConfig):
     """DTEM: merge by the similarity of a learned, decoupled embedding (NeurIPS 2024, arXiv 2412.10569)."""
 
     method: ClassVar[str] = "dtem"
+    title: ClassVar[str] = "DTEM"
+    learns: ClassVar[bool] = True
 
     embed_dim: int | None = _help(
         "width of the embedding; None: the width of a head, doubled where the model is 1024 wide or more", default=None
@@ -214,10 +225,39 @@ class DTEMConfig(MatchingConfig):
 
 
 @dataclass
-class EViTConfig(MergeConfig):
-    """EViT: keep the patches that the CLS token attends to most, fuse the others (ICLR 2022, arXiv 2202.07800)."""
+class PiToMeConfig(MatchingConfig):
+    """PiToMe: merge where many tokens are alike, protect those that stand out (NeurIPS 2024, arXiv 2405.16148)."""
 
-    method: ClassVar[str] = "evit"
+    method: ClassVar[str] = "pitome"
+    title: ClassVar[str] = "PiToMe"
+
+    margin: float = _help("cosine above which two tokens count as alike, in the first layer", default=0.9)
+    last_margin: float = _help("the same in the last layer; it changes linearly between the two", default=0.1)
+
+    def check(self) -> None:
+        super().check()
+        for name in ("margin", "last_margin"):
+            check_number(name, getattr(self, name), -1, 1)
+
+
+@dataclass
+class ToFuConfig(MatchingConfig):
+    """ToFu: prune in early layers, in late ones merge by means of full length (WACV 2024, arXiv 2312.01026)."""
+
+    method: ClassVar[str] = "tofu"
+    title: ClassVar[str] = "ToFu"
+
+    prune_layers: int | None = _help("how many of the first layers prune; None: half of them", default=None)
+
+    def check(self) -> None:
+        super().check()
+        if self.prune_layers is not None:
+            check_whole("prune_layers", self.prune_layers, 0, MOST_LAYERS)
+
+
+@dataclass
+class KeepRateConfig(MergeConfig):
+    """The fields of the methods that keep a share of the patch tokens in some layers."""
 
     keep_rate: float = _help("share of the patch tokens that a reducing layer keeps", default=0.7)
     layers: list[int] | None = _help(
@@ -226,6 +266,7 @@ class EViTConfig(MergeConfig):
     proportional_attention: bool = _help(
         "let a token that stands for m patches count m times in attention", default=False, kw_only=True
     )
+    _schedule: ClassVar[type[KeepRateSchedule]] = KeepRateSchedule
 
     def check(self) -> None:
         super().check()
@@ -234,17 +275,46 @@ class EViTConfig(MergeConfig):
 
     @property
     def schedule(self) -> KeepRateSchedule:
-        return KeepRateSchedule(self.keep_rate, self.layers)  # type: ignore[arg-type]
+        return self._schedule(self.keep_rate, self.layers)  # type: ignore[arg-type]
 
     def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
         schedule = as_schedule(r) if isinstance(r, (dict, Schedule)) else r
         if isinstance(schedule, FlopsSchedule) and not schedule.slope:
             schedule = self.schedule.for_flops(cost, num_tokens, schedule.flops)
         if not isinstance(schedule, KeepRateSchedule):
-            raise BadValue("r", r, "a KeepRateSchedule, or a share of the multiply-adds in flops: EViT has no r")
+            expected = f"a KeepRateSchedule, or a share of the multiply-adds in flops: {self.title} has no r"
+            raise BadValue("r", r, expected)
         return replace(
             self, keep_rate=schedule.keep_rate, layers=None if schedule.layers is None else list(schedule.layers)
         )
+
+
+@dataclass
+class EViTConfig(KeepRateConfig):
+    """EViT: keep the patches that the CLS token attends to most, fuse the others (ICLR 2022, arXiv 2202.07800)."""
+
+    method: ClassVar[str] = "evit"
+    title: ClassVar[str] = "EViT"
+
+
+@dataclass
+class ETPSConfig(KeepRateConfig):
+    """eTPS: as EViT, but each other patch joins the kept one that it resembles most (CVPR 2023, arXiv 2304.10716)."""
+
+    method: ClassVar[str] = "etps"
+    title: ClassVar[str] = "eTPS"
+    _schedule: ClassVar[type[KeepRateSchedule]] = SqueezeSchedule
+
+
+@dataclass
+class DTPSConfig(KeepRateConfig):
+    """dTPS: as eTPS, by scores that a small network learns, in front of layers (CVPR 2023, arXiv 2304.10716)."""
+
+    method: ClassVar[str] = "dtps"
+    title: ClassVar[str] = "dTPS"
+    learns: ClassVar[bool] = True
+    needs_adapter: ClassVar[bool] = True
+    _schedule: ClassVar[type[KeepRateSchedule]] = SqueezeBetweenSchedule
 
 
 def check_version(version: Any) -> None:

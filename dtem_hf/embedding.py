@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from . import ops
 from .errors import BadValue
 
 
@@ -41,19 +42,13 @@ class KeyProjection:
 _SMALLEST_NORM = 1e-12
 
 
-def norms_of(x: Tensor) -> Tensor:
-    """Lengths of tokens in float32: [B, n, D] -> [B, n, 1]."""
-    # Summed in float32 at least; a float64 model is not narrowed before the sum.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).float()
-
-
 @dataclass(frozen=True)
 class EmbeddingShape:
     """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and two options.
 
     `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back.
+    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that
+    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0).
     """
 
     num_layers: int
@@ -61,11 +56,19 @@ class EmbeddingShape:
     embed_dim: int
     exponent_heads: int = 0
     norms: bool = False
+    predictors: int = 0
 
     def tensors(self) -> dict[str, list[int]]:
         """Shapes by the names that tensors have in an adapter."""
         shapes = {}
-        for i in range(self.num_layers):
+        for i in range(self.predictors):
+            shapes[f"predictors.{i}.norm.weight"] = shapes[f"predictors.{i}.norm.bias"] = [self.hidden_size]
+            for name, (inner, outer) in predictor_widths(self.hidden_size).items():
+                shapes[f"predictors.{i}.{name}.weight"], shapes[f"predictors.{i}.{name}.bias"] = (
+                    [outer, inner],
+                    [outer],
+                )
+        for i in range(self.num_layers if self.embed_dim else 0):
             shapes[f"layers.{i}.weight"] = [self.embed_dim, self.hidden_size]
             shapes[f"layers.{i}.bias"] = [self.embed_dim]
             if self.exponent_heads:
@@ -91,6 +94,36 @@ class Projection(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+def predictor_widths(width: int) -> dict[str, tuple[int, int]]:
+    """Widths in and out of the linear maps of a `Predictor`, by name (METHOD.md section 9)."""
+    half, quarter = width // 2, width // 4
+    return {"embed": (width, width), "fc1": (width, half), "fc2": (half, quarter), "fc3": (quarter, 2)}
+
+
+class Predictor(nn.Module):
+    """dTPS's network: from tokens and their weighted mean, whether to keep or to prune each."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, device=device)
+        widths = predictor_widths(width).values()
+        self.embed, self.fc1, self.fc2, self.fc3 = (Projection(*pair, device) for pair in widths)
+
+    def forward(self, x: Tensor, counted: Tensor) -> Tensor:
+        """Logarithms of the probabilities to keep and to prune: x [B, n, D], `counted` [B, n] -> [B, n, 2].
+
+        In float32 at least. Tokens that are `counted` 0 are not in the mean.
+        """
+        u = F.gelu(self.embed(self.norm(x.to(self.norm.weight.dtype))))
+        local, shared = u.split([u.shape[-1] - u.shape[-1] // 2, u.shape[-1] // 2], dim=-1)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        weights = counted.unsqueeze(-1).to(wide)
+        total = weights.sum(dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)
+        mean = ((shared.to(wide) * weights).sum(dim=1, keepdim=True) / total).to(u.dtype)
+        u = torch.cat([local, mean.expand_as(shared)], dim=-1)
+        return F.log_softmax(self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(u))))).to(wide), dim=-1)
+
+
 class LearnedVector(nn.Module):
     """A learned vector [n]; read by calling the module, so that offloading and sharding bring it in."""
 
@@ -108,7 +141,7 @@ _MODULE_PREFIXES = {"layers": "projections", "exponents": "exponents", "norms": 
 
 
 class DecoupledEmbedding(nn.Module):
-    """The learned parameters of all layers of an encoder: `projections`, and `exponents` and `norms` where learned.
+    """The learned parameters of all layers of an encoder: `projections`, and `exponents`, `norms` and `predictors`.
 
     Made without values (nothing is drawn): a method or an adapter fills it.
     """
@@ -117,7 +150,10 @@ class DecoupledEmbedding(nn.Module):
         super().__init__()
         self.shape = shape
         depth = range(shape.num_layers)
-        self.projections = nn.ModuleList(Projection(shape.hidden_size, shape.embed_dim, device) for _ in depth)
+        self.projections = nn.ModuleList(
+            Projection(shape.hidden_size, shape.embed_dim, device) for _ in depth if shape.embed_dim
+        )
+        self.predictors = nn.ModuleList(Predictor(shape.hidden_size, device) for _ in range(shape.predictors))
         self.exponents = nn.ModuleList(
             LearnedVector(shape.exponent_heads, device) for _ in depth if shape.exponent_heads
         )
@@ -139,7 +175,7 @@ class DecoupledEmbedding(nn.Module):
         """
         if not self.norms:
             return x
-        lost = norms().clamp(min=_SMALLEST_NORM) / norms_of(x).clamp(min=_SMALLEST_NORM)
+        lost = norms().clamp(min=_SMALLEST_NORM) / ops.norms_of(x).clamp(min=_SMALLEST_NORM)
         return (x * lost.pow(self.norms[layer]().to(x.device, torch.float32))).to(x.dtype)
 
     def zero(self) -> Tensor | None:
@@ -189,6 +225,8 @@ class DecoupledEmbedding(nn.Module):
 
 def _module_name(adapter_name: str) -> str:
     kind, rest = adapter_name.split(".", 1)
+    if kind == "predictors":
+        return adapter_name
     return f"{_MODULE_PREFIXES[kind]}.{rest}" if kind == "layers" else f"{_MODULE_PREFIXES[kind]}.{rest}.value"
 
 
@@ -229,9 +267,15 @@ def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjec
 
 
 @torch.no_grad()
-def initialize_randomly(embedding: DecoupledEmbedding, std: float) -> None:
-    """Normal weights of the given standard deviation, biases of zero."""
-    for layer in embedding.projections:
-        nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+def initialize_randomly(embedding: DecoupledEmbedding, std: float, seed: int | None = None) -> None:
+    """Normal weights of the given standard deviation, biases of zero; with a seed, always the same."""
+    draw = None
+    if seed is not None:
+        draw = torch.Generator(next(embedding.parameters()).device).manual_seed(seed)
+    for layer in embedding.modules():
+        if isinstance(layer, Projection):
+            nn.init.normal_(layer.weight, std=std, generator=draw)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
     embedding.reset_aggregation()

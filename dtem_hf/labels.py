@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from .configuration import MergeConfig
 from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
-# In the order in which tables list them.
-METHOD_NAMES = {"none": "unmerged", "tome": "ToMe", "soft": "ToMe, merged softly", "evit": "EViT", "dtem": "DTEM"}
+# In the order in which tables list them: methods that learn come last.
+_TITLES = {
+    name: config.title for name, config in sorted(MergeConfig._methods.items(), key=lambda item: item[1].learns)
+}
+METHOD_NAMES = {"none": "unmerged", "tome": _TITLES["tome"], "soft": "ToMe, merged softly", **_TITLES}
 
 
 def method_name(method: str) -> str:

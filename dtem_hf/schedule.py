@@ -1,131 +1,18 @@
-"""How many tokens each layer merges away: schedules, the costs of an encoder, and the plan that follows from both.
-
-A schedule becomes one r per layer. A layer with too few tokens left for its r merges as many as it can.
-"""
+"""How many tokens each layer merges away: schedules, each of which becomes one r per layer."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from typing_extensions import Self
+
+from .costs import EncoderCost
 from .errors import MOST_LAYERS, MOST_TOKENS, BadValue, check_number, check_whole
-
-
-class MetricCost(NamedTuple):
-    """Multiply-adds of a layer's metric: per token, per image, and the width of the features that are compared."""
-
-    per_token: int
-    per_image: int = 0
-    width: int = 0
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """Multiply-adds of one encoder layer, as numbers that do not depend on the number of tokens.
-
-    `before` and `after`: per token, before and after the merge (projections; MLP). `per_pair`: per query-key pair
-    (scores and values). `metric` counts only where tokens are merged.
-    """
-
-    before: int
-    per_pair: int
-    after: int
-    metric: MetricCost
-
-    def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
-        """Multiply-adds of the layer for one image of `num_tokens` tokens, of which it merges r away."""
-        total = num_tokens * self.before + num_tokens**2 * self.per_pair + (num_tokens - r) * self.after
-        if r:
-            free = num_tokens - num_prefix_tokens
-            total += num_tokens * self.metric.per_token + self.metric.per_image
-            total += (free // 2) * (free - free // 2) * self.metric.width
-        return total
-
-
-@dataclass(frozen=True)
-class EncoderCost:
-    """Multiply-adds of a model, in its encoder's layers and around them.
-
-    `stem` per patch, `head` per image, `tail` per output token. `pairwise`: a layer can merge at most half of its free
-    tokens, as each of them needs a partner that stays.
-    """
-
-    layers: tuple[LayerCost, ...]
-    stem: int
-    head: int
-    num_prefix_tokens: int
-    tail: int = 0
-    pairwise: bool = True
-
-    def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
-        """The plan of one r per layer for `num_tokens` tokens; an r is lowered where too few tokens are left."""
-        if self.pairwise:
-            reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
-        tokens, costs, n = [], [], num_tokens
-        for layer, r in zip(self.layers, reductions, strict=True):
-            costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens))
-            n -= r
-            tokens.append(n)
-        around = self.stem * (num_tokens - self.num_prefix_tokens) + self.head
-        plain = sum(layer.multiply_adds(num_tokens, 0, self.num_prefix_tokens) for layer in self.layers)
-        return MergePlan(
-            num_tokens=num_tokens,
-            reductions=list(reductions),
-            tokens=tokens,
-            layer_multiply_adds=costs,
-            multiply_adds=around + self.tail * n + sum(costs),
-            unmerged_multiply_adds=around + self.tail * num_tokens + plain,
-            output_tokens=n,
-        )
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """The tokens and multiply-adds of one image, computed without running the model.
-
-    `num_tokens` (with the prefix) enter the first layer; layer i merges `reductions[i]` away and leaves `tokens[i]`.
-    `multiply_adds` are the whole model's; of a captioner or a dual encoder, the image encoder's. `output_tokens` count
-    all frames of an input together.
-    """
-
-    num_tokens: int
-    reductions: list[int]
-    tokens: list[int]
-    layer_multiply_adds: list[int]
-    multiply_adds: int
-    unmerged_multiply_adds: int
-    output_tokens: int
-
-    @property
-    def ratio(self) -> float:
-        """Multiply-adds as a share of the unmerged model's."""
-        return self.multiply_adds / self.unmerged_multiply_adds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, `ratio` included."""
-        return {**asdict(self), "ratio": self.ratio}
-
-    def __str__(self) -> str:
-        layers = zip(self.reductions, self.tokens, self.layer_multiply_adds, strict=True)
-        rows = [f"{i:>5} {r:>4} {n:>7} {cost / 1e6:>16.1f}" for i, (r, n, cost) in enumerate(layers)]
-        total = (
-            f"{self.num_tokens} -> {self.tokens[-1]} tokens; {self.multiply_adds / 1e9:.3f} G multiply-adds per "
-            f"image, {self.ratio:.3f} of the unmerged {self.unmerged_multiply_adds / 1e9:.3f} G"
-        )
-        return "\n".join([f"{'layer':>5} {'r':>4} {'tokens':>7} {'M multiply-adds':>16}", *rows, total])
-
-
-def clamp_reductions(reductions: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
-    """Lower each r to half of the non-prefix tokens that reach its layer."""
-    clamped = []
-    for r in reductions:
-        clamped.append(min(r, max(num_tokens - num_prefix_tokens, 0) // 2))
-        num_tokens -= clamped[-1]
-    return clamped
 
 
 def _spread(weights: Sequence[float], total: int) -> list[int]:
@@ -286,27 +173,68 @@ class KeepRateSchedule(Schedule):
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
         depth = len(cost.layers)
+        layers = self.chosen(depth)
+        first = patches = num_tokens - cost.num_prefix_tokens
+        reductions, stage = [], 0
+        for layer in range(depth):
+            stage += layer in layers
+            left = min(self.left(patches, first, stage), patches) if layer in layers else patches
+            reductions.append(patches - left)
+            patches = left
+        return reductions
+
+    def chosen(self, depth: int) -> list[int]:
+        """The layers that reduce, in order. Raises ValueError where an encoder of that depth lacks one."""
         layers = {depth // 4, depth // 2, 3 * depth // 4} if self.layers is None else set(self.layers)
         if layers and max(layers) >= depth:
             raise BadValue("layers", sorted(layers), f"layers from 0 to {depth - 1}, as the model has {depth}")
-        reductions = []
-        for layer in range(depth):
-            patches = num_tokens - cost.num_prefix_tokens
-            kept = math.ceil(self.keep_rate * patches - 1e-9) if layer in layers else patches
-            # The fused token is one more that stays.
-            reductions.append(max(patches - kept - 1, 0))
-            num_tokens -= reductions[-1]
-        return reductions
+        return sorted(layers)
 
-    def for_flops(self, cost: EncoderCost, num_tokens: int, flops: float) -> KeepRateSchedule:
+    def left(self, patches: int, first: int, stage: int) -> int:
+        """Patch tokens behind a layer that `patches` enter; `first` entered the first layer, `stage` counts from 1."""
+        return math.ceil(self.keep_rate * patches - 1e-9) + 1  # the fused token is one more that stays
+
+    def for_flops(self, cost: EncoderCost, num_tokens: int, flops: float) -> Self:
         """The highest keep rate, in thousandths, that brings the model to a share of its multiply-adds."""
         check_number("flops", flops, 0, 1, above=True)
         # One by one: the first fused token of a layer costs more than it saves, which bisection would miss.
         for thousandths in range(1000, 0, -1):
-            schedule = KeepRateSchedule(thousandths / 1000, self.layers)
+            schedule = replace(self, keep_rate=thousandths / 1000)
             if cost.plan(num_tokens, schedule.resolve(cost, num_tokens)).ratio <= flops:
                 return schedule
         raise BadValue("flops", flops, "more, or reduce in more or earlier layers: no keep rate is low enough")
+
+
+@dataclass(frozen=True)
+class SqueezeSchedule(KeepRateSchedule):
+    """TPS's schedule: behind the s-th of some layers, ⌊ρˢ N⌋ of the N patches are left, at least one.
+
+    `keep_rate` is ρ. `layers` count from 0; None: those at one, two and three quarters of the depth. Source: TPS,
+    arXiv 2304.10716.
+    """
+
+    kind: ClassVar[str] = "squeeze"
+
+    def left(self, patches: int, first: int, stage: int) -> int:
+        return max(math.floor(self.keep_rate**stage * first + 1e-9), 1)
+
+
+@dataclass(frozen=True)
+class SqueezeBetweenSchedule(SqueezeSchedule):
+    """The same in front of these layers: what layer i loses counts as lost by layer i - 1. No layer is the first."""
+
+    kind: ClassVar[str] = "squeeze_between"
+
+    def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
+        return [*super().resolve(cost, num_tokens)[1:], 0]
+
+    def chosen(self, depth: int) -> list[int]:
+        layers = super().chosen(depth)
+        if self.layers is None:
+            return sorted({max(layer, 1) for layer in layers} - {depth})
+        if 0 in layers:
+            raise BadValue("layers", layers, "layers from 1 on, as tokens are squeezed in front of a layer")
+        return layers
 
 
 def _checked_list(field: str, values: Any, most: int) -> tuple[int, ...]:

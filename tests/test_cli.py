@@ -224,7 +224,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (("--method", "nothing"), ("method", "'nothing'", "dtem, evit, tome")),
+            (("--method", "nothing"), ("method", "'nothing'", "dtem, dtps, etps, evit, pitome, tofu, tome")),
             (("--r", "-1"), ("r=-1", "from 0")),
             (("--r", "many"), ("r='many'",)),
             (("--r", "[3]"), ("1 layers", "the model has 2")),

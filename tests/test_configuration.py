@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, attach
+from dtem_hf import (
+    DTEMConfig,
+    DTPSConfig,
+    ETPSConfig,
+    EViTConfig,
+    MergeConfig,
+    PiToMeConfig,
+    ToFuConfig,
+    ToMeConfig,
+    attach,
+)
 from dtem_hf.configuration import CONFIG_NAME, FORMAT_VERSION
 from dtem_hf.errors import BadValue
 from dtem_hf.schedule import ConstantSchedule, FlopsSchedule, InflectedSchedule, LinearSchedule, ListSchedule
@@ -47,6 +57,10 @@ CONFIGS = [
     EViTConfig(),
     EViTConfig(0.5, (2, 0)),
     EViTConfig(keep_rate=1, layers=[], proportional_attention=True, unmerge=True),
+    ETPSConfig(0.5, (2, 0)),
+    DTPSConfig(0.5, [1]),
+    PiToMeConfig(8, margin=0.5, last_margin=-0.1),
+    ToFuConfig(flops=0.5, prune_layers=0),
 ]
 
 
@@ -117,7 +131,7 @@ def test_reading_changes_neither_the_dict_nor_shares_its_list() -> None:
     assert json.dumps(values) == before
 
 
-@pytest.mark.parametrize("config_class", [ToMeConfig, DTEMConfig, EViTConfig])
+@pytest.mark.parametrize("config_class", MergeConfig._methods.values())
 def test_every_field_has_help_and_a_default(config_class: type[MergeConfig]) -> None:
     """The command line and the docs are made from them."""
     for field in fields(config_class):
@@ -157,7 +171,7 @@ def test_what_is_no_version_is_refused(version: Any) -> None:
 
 @pytest.mark.parametrize("method", ["tomee", "", None, 3, ["tome"]])
 def test_an_unknown_method_lists_the_known_ones(method: Any) -> None:
-    with pytest.raises(BadValue, match=r"method=.*dtem, evit, tome"):
+    with pytest.raises(BadValue, match=r"method=.*dtem, dtps, etps, evit, pitome, tofu, tome"):
         MergeConfig.from_dict({"method": method})
 
 
@@ -222,7 +236,14 @@ BAD_EVIT = [
 
 @pytest.mark.parametrize(
     "config_class, field, value, expected",
-    [*((DTEMConfig, *case) for case in BAD), *((EViTConfig, *case) for case in BAD_EVIT)],
+    [
+        *((DTEMConfig, *case) for case in BAD),
+        *((EViTConfig, *case) for case in BAD_EVIT),
+        (PiToMeConfig, "margin", 1.5, "from -1 to 1"),
+        (PiToMeConfig, "last_margin", None, "from -1 to 1"),
+        (ToFuConfig, "prune_layers", -1, "from 0"),
+        (ToFuConfig, "prune_layers", 2.0, "a whole number"),
+    ],
     ids=lambda x: x.__name__ if isinstance(x, type) else str(x)[:20],
 )
 def test_bad_values_name_the_field_the_value_and_what_fits(

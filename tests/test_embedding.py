@@ -15,9 +15,9 @@ from dtem_hf.embedding import (
     initialize_from_keys,
     initialize_randomly,
     mean_key_projection,
-    norms_of,
 )
 from dtem_hf.errors import BadValue
+from dtem_hf.ops import norms_of
 
 
 def projection(heads: int, head_dim: int, width: int, bias: bool = True) -> KeyProjection:

@@ -13,20 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, attach
+from dtem_hf.costs import EncoderCost, LayerCost, MetricCost, clamp_reductions
 from dtem_hf.errors import BadValue
 from dtem_hf.schedule import (
     ConstantSchedule,
-    EncoderCost,
     FlopsSchedule,
     InflectedSchedule,
     KeepRateSchedule,
-    LayerCost,
     LinearSchedule,
     ListSchedule,
-    MetricCost,
     Schedule,
     as_schedule,
-    clamp_reductions,
 )
 
 

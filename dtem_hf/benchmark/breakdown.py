@@ -13,15 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..costs import MergePlan
 from ..families import find_encoder
 from ..models.install import merging_of
 from ..models.timing import synchronize
-from ..schedule import MergePlan
 
 
 # The functions of `ops` that make up a part.
 _PARTS = {
-    "matching and merging": ("bipartite_soft_matching", "merge_tokens", "split_by_score", "fuse_tokens"),
+    "matching and merging": (
+        "bipartite_soft_matching",
+        "fuse_tokens",
+        "match_by_energy",
+        "merge_tokens",
+        "prune_tokens",
+        "restore_lengths",
+        "split_by_score",
+        "squeeze_hosts",
+    ),
     "attention bias": ("size_bias",),
 }
 PARTS = ("metric", *_PARTS)
@@ -129,11 +138,11 @@ class MergingAlone(nn.Module):
 
 
 def merging_alone(model: Any, plan: MergePlan, batch_size: int, compile_mode: str) -> Callable[[], Any] | None:
-    """A call of the compiled matching and merging of a model; None for one that does not match pairs of tokens."""
+    """A call of the compiled matching and merging of a model; None for one that does not merge as ToMe does."""
     if not hasattr(model, "merge_config") or not any(plan.reductions):
         return None
     merging = merging_of(model)
-    if not merging.method.pairwise:
+    if not merging.method.merges_halves:
         return None
     like: Tensor = next(find_encoder(model)[1].parameters())
     entering = [plan.num_tokens, *plan.tokens[:-1]]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..costs import MergePlan
 from ..errors import BadValue
 from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
 from ..models.copies import share_weights
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
-from ..schedule import MergePlan, as_schedule
+from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
 from .efficiency import break_even, count_multiply_adds, count_parameters, peak_memory, speeds
 from .runtimes import make_run, peer_run

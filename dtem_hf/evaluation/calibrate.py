@@ -42,7 +42,10 @@ class CalibrateArguments(ImageArguments):
     num_images: int = option("images that plans are compared on, drawn by seed", default=256)
     seed: int = option("of the images that are drawn", default=0)
     adapter: str | None = option("trained adapter: Hub id or local folder", default=None)
-    method: str | None = option("method without an adapter: tome, evit, or dtem from keys", default=None)
+    method: str | None = option(
+        f"method without an adapter: {', '.join(sorted(MergeConfig._methods))}; what learns, from where it starts",
+        default=None,
+    )
     r: str | None = option("the plan has the multiply-adds of this r; left out, of the adapter's own", default=None)
     flops: float | None = option("or this share of the unmerged model's multiply-adds", default=None)
     evaluations: int = option("most plans that are measured", default=60)

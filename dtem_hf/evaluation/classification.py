@@ -34,7 +34,7 @@ from ..programs.processes import processes
 from ..report.plots import plot_accuracy
 from ..report.tables import print_table
 from .arguments import ResumableArguments
-from .metrics import Metrics, load_metrics
+from .metrics import Metrics, bootstrap_interval, load_metrics
 from .parts import Columns, Parts, batches_of
 from .variants import Variant, median_speed, run_in_turn
 
@@ -149,7 +149,10 @@ def measure_batch(
 
 
 def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Metrics) -> list[dict[str, Any]]:
-    """One dict per row, from the columns of all batches: figures in percent, KL in nats, images per second."""
+    """One dict per row, from the columns of all batches: figures in percent, KL in nats, images per second.
+
+    `change_interval` is that of the change of top-1 (without labels, of agreement) from the unmerged model.
+    """
     labels = np.concatenate([part["labels"] for part in parts])
     reference = np.concatenate([part["ranked"][0, :, 0] for part in parts])
     accuracy, calibration = metrics
@@ -163,9 +166,13 @@ def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Me
         if known.any():
             widths = sorted({1, ranked.shape[1]})
             hits = accuracy.compute(predictions=ranked[known], references=labels[known], k=widths)
-            right = (ranked[known, 0] == labels[known]).astype(np.int32)
-            error = calibration.compute(predictions=confidence[known], references=right, num_bins=_BINS)
+            found = (ranked[known, 0] == labels[known]).astype(np.int32)
+            error = calibration.compute(predictions=confidence[known], references=found, num_bins=_BINS)
             figures = {"top1": hits["top1"], f"top{_RANKED}": hits[f"top{widths[-1]}"], **error}
+        right = ranked[:, 0] == labels
+        # What a row gains or loses on each image, in percent: against labels, or else against the unmerged model.
+        changes = 100.0 * (right - (reference == labels).astype(float))[known]
+        changes = changes if known.any() else 100.0 * ((ranked[:, 0] == reference) - 1.0)
         figures["agreement"] = accuracy.compute(predictions=ranked[:, :1], references=reference, k=1)["top1"]
         speed, speedup = median_speed(
             [part["seconds_per_image"][i] for part in parts], rows[0]["images_per_second"] if rows else None
@@ -175,6 +182,8 @@ def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Me
                 **variant.facts(),
                 **{name: None if value is None else 100 * value for name, value in figures.items()},
                 "kl": math.fsum(kl) / len(kl),
+                "change_interval": bootstrap_interval(changes),
+                "kl_interval": bootstrap_interval(kl),
                 "images_per_second": speed,
                 "speedup": speedup,
                 **variant.costs(),

@@ -23,7 +23,7 @@ from ..report.tables import as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP
 from .classification import EvaluateArguments, evaluate
-from .variants import UNMERGED, method_names
+from .variants import METHODS, UNMERGED
 
 
 # The rows of the ablation; each adds one part to the row above.
@@ -41,13 +41,15 @@ class CompareArguments(EvaluateArguments):
 
     methods: list[str] = option(
         METHODS_HELP,
-        default_factory=lambda: [name for name in method_names() if name != "soft"],
+        default_factory=lambda: [UNMERGED, *(name for name, method in METHODS.items() if method.by_default)],
     )
     r: list[str] = option("tokens merged per layer, one row each", default_factory=list)
     flops: list[float] = option(
         "shares of the multiply-adds to reach, one row each", default_factory=lambda: [0.8, 0.65, 0.5, 0.4]
     )
-    adapters: list[str] = option("trained adapters for dtem, its rows once for each", default_factory=list)
+    adapters: list[str] = option(
+        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
+    )
     ablation: bool = option("compare ToMe, soft merging by keys, and DTEM instead", default=False)
     output_dir: str = option("folder for comparison.json, .md, .csv and pareto.png", default="runs/compare")
 
@@ -110,7 +112,12 @@ def wide_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [["Method", "unmerged", *amounts]]
     for name in dict.fromkeys(series_name(row) for row in rows[1:]):
         mine = {amount_name(row["r"]): row for row in rows[1:] if series_name(row) == name}
-        cells = [_with_change(mine[amount][measure], plain[measure]) if amount in mine else "–" for amount in amounts]
+        cells = [
+            _with_change(mine[amount][measure], plain[measure], mine[amount].get("change_interval"))
+            if amount in mine
+            else "–"
+            for amount in amounts
+        ]
         lines.append([name, f"{plain[measure]:.2f}", *cells])
     return as_markdown(lines[0], lines[1:])
 
@@ -119,7 +126,9 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per row with cost, speed and accuracy (the layout of the paper's Table 4), as Markdown."""
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
     cost = ["Multiply-adds", "Share", "Images/s", "Speed-up", "Ideal"]
+    with_intervals = "kl_interval" in rows[-1]
     lines = [["Method", "Reduction", *cost, "Top-1", "Top-5", "ECE", "Agreement", "KL"]]
+    lines[0] += ["KL, 95 %"] if with_intervals else []
     for row in rows:
         lines.append(
             [
@@ -132,6 +141,7 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{1 / row['ratio']:.2f}×",
                 *(shown(row[name], ".2f") for name in ("top1", "top5", "calibration_error", "agreement")),
                 f"{row['kl']:.4f}",
+                *(["{:.4f} to {:.4f}".format(*row["kl_interval"])] if with_intervals else []),
             ]
         )
     return as_markdown(lines[0], lines[1:])
@@ -175,9 +185,15 @@ def amount_name(r: Any) -> str:
 
 def _measure_text(rows: Sequence[dict[str, Any]]) -> str:
     if measure_of(rows) == "top1":
-        return "Top-1 accuracy in percent; in brackets, the change from the unmerged model."
-    return "No labels: agreement with the unmerged model in percent."
+        text = "Top-1 accuracy in percent; in brackets, the change from the unmerged model"
+    else:
+        text = "No labels: agreement with the unmerged model in percent"
+    if "change_interval" in rows[-1]:
+        text += "; behind the semicolon, the 95 % interval of the change, by a paired bootstrap over the images"
+    return f"{text}."
 
 
-def _with_change(value: float, before: float) -> str:
-    return f"{value:.2f} ({value - before:+.2f})".replace("-", "−")
+def _with_change(value: float, before: float, interval: Sequence[float] | None = None) -> str:
+    """A value, what it changed by, and the interval of that change, where it is known."""
+    bounds = "" if interval is None else f"; {interval[0]:+.1f} to {interval[1]:+.1f}"
+    return f"{value:.2f} ({value - before:+.2f}{bounds})".replace("-", "−")

@@ -17,6 +17,7 @@ from ..errors import BadValue
 from ..families import find_encoder
 from ..models.attach import MergeMixin
 from ..models.copies import share_weights
+from ..models.encoder import embedding_of
 from ..models.vision import evaluating, run_on_pixels
 from ..ops import cosine_scores, split_even_odd
 
@@ -30,7 +31,7 @@ def similarity_correlations(model: Any, pixel_values: Tensor, r: Any = 0) -> NDA
     where it has no learned embedding.
     """
     encoder = find_encoder(model)[1]
-    if not isinstance(model, MergeMixin) or getattr(encoder, "merge_embedding", None) is None:
+    if not isinstance(model, MergeMixin) or not getattr(embedding_of(encoder), "projections", None):
         raise BadValue("model", type(model).__name__, "a model with a learned embedding: attach DTEM or an adapter")
     model = share_weights(model)
     model.set_reduction(r)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from numpy.typing import NDArray
 
 
 # A recipe's folder comes first in its search path, and has an `evaluate.py` of its own.
@@ -73,6 +74,16 @@ class CalibrationError(_LocalMetric):
         place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, num_bins - 1)
         hits, sure = (np.bincount(place, weights=values, minlength=num_bins) for values in (right, confidence))
         return {"calibration_error": float(np.abs(hits - sure).sum() / len(confidence))}
+
+
+def bootstrap_interval(values: NDArray[Any], resamples: int = 2000, seed: int = 0) -> list[float]:
+    """The 95 % interval of a mean over images, by the percentile bootstrap: values [n] -> [low, high].
+
+    Where the values are differences between two models on the same image, the bootstrap is a paired one.
+    """
+    draw, count = np.random.default_rng(seed), len(values)
+    means = [values[draw.integers(count, size=count)].mean() for _ in range(resamples)]
+    return np.percentile(means, (2.5, 97.5)).tolist()
 
 
 class Metrics(NamedTuple):

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..configuration import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig
+from ..configuration import DTEMConfig, KeepRateConfig, MergeConfig, ToMeConfig
+from ..costs import MergePlan
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.timing import synchronize
-from ..schedule import FlopsSchedule, KeepRateSchedule, MergePlan, as_schedule
+from ..schedule import FlopsSchedule, KeepRateSchedule, as_schedule
 
 
 UNMERGED = "none"
@@ -29,18 +30,30 @@ UNMERGED = "none"
 class EvaluatedMethod:
     """How a method becomes rows.
 
-    `config` is attached first; an adapter takes its place where `takes_adapter`. Amounts are keep rates where
-    `by_keep_rate`, else r. Without `removes_tokens`, a row costs what the unmerged model does.
+    `config` is attached first; where it learns, an adapter of its method takes its place, unless `from_keys`. Without
+    `removes_tokens`, a row costs what the unmerged model does.
     """
 
     config: MergeConfig
-    takes_adapter: bool = False
-    by_keep_rate: bool = False
+    from_keys: bool = False
     removes_tokens: bool = True
+
+    @property
+    def by_default(self) -> bool:
+        """Whether a comparison runs the method without being asked to."""
+        return self.removes_tokens and not self.config.needs_adapter
+
+    def sources(self, adapters: dict[str, MergeAdapter]) -> dict[str | None, Any]:
+        """What is attached, by the adapter's name where there are several. Raises ValueError where none is there."""
+        own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.from_keys}
+        if not own and self.config.needs_adapter:
+            raise BadValue("methods", [self.config.method], "a method that needs no training, or an adapter of it")
+        return {name if len(own) > 1 else None: a for name, a in own.items()} or {None: self.config}
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
         """One amount for each row: every r that the method understands, then every share of the multiply-adds."""
-        known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == self.by_keep_rate]
+        by_keep_rate = isinstance(self.config, KeepRateConfig)
+        known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == by_keep_rate]
         return [*known, *map(FlopsSchedule, shares)]
 
     def plan(self, model: Any) -> MergePlan:
@@ -53,12 +66,8 @@ class EvaluatedMethod:
 
 
 # Without an adapter, dtem starts from keys and equals tome. Soft is tome as training relaxes it, for the ablation.
-METHODS = {
-    "tome": EvaluatedMethod(ToMeConfig(r=0)),
-    "dtem": EvaluatedMethod(DTEMConfig(r=0), takes_adapter=True),
-    "evit": EvaluatedMethod(EViTConfig(), by_keep_rate=True),
-    "soft": EvaluatedMethod(DTEMConfig(r=0, relaxation="soft"), removes_tokens=False),
-}
+METHODS = {name: EvaluatedMethod(config()) for name, config in MergeConfig._methods.items()}
+METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), from_keys=True, removes_tokens=False)
 
 
 @dataclass
@@ -128,8 +137,9 @@ def make_variants(
 ) -> list[Variant]:
     """The unmerged model, then every method at every r and every share of multiply-adds.
 
-    A method that takes an adapter has its rows once for each of `adapters`, by name. `model` is plain; all rows share
-    its weights. `options` are `attach`'s. Raises ValueError for an unknown method, or no amount of merging.
+    A method that learns has its rows once for each of `adapters` that is of this method, by name. `model` is plain;
+    all rows share its weights. `options` are `attach`'s. Raises ValueError for an unknown method, for no amount of
+    merging, and for a method that needs an adapter and has none.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
@@ -142,10 +152,7 @@ def make_variants(
         if name == UNMERGED:
             continue
         method = METHODS[name]
-        given: dict[str | None, Any] = {None: method.config}
-        if method.takes_adapter and adapters:
-            given = {key if len(adapters) > 1 else None: adapter for key, adapter in adapters.items()}
-        for adapter_name, merge in given.items():
+        for adapter_name, merge in method.sources(adapters or {}).items():
             merged = attach(share_weights(model), merge, **options)
             amounts = method.amounts(reductions, shares)
             if not amounts:

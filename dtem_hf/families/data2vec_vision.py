@@ -65,9 +65,13 @@ class Data2VecVisionMerging(RelativeBiasMerging):
         own = attention.attention
         if own.has_relative_position_bias and not state.method.pairwise:  # which looks at attention's scores
             bias = add_biases(own.relative_position_bias(grid, interpolate_pos_encoding), bias)
-        hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
+        if not state.method.between:
+            hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         grown = getattr(self, parts.mlp)(self.intermediate(getattr(self, parts.norm2)(hidden_states)))
-        return (self.drop_path(_scaled(grown, self.lambda_2)) + hidden_states, *weights)
+        hidden_states = self.drop_path(_scaled(grown, self.lambda_2)) + hidden_states
+        if state.method.between:
+            hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
+        return (hidden_states, *weights)
 
     def grid(self: Any, resolution: Any) -> tuple[int, int]:
         patch_size = self.attention.attention.config.patch_size

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..costs import EncoderCost, LayerCost, MetricCost
 from ..embedding import Geometry, KeyProjection
 from ..errors import BadValue, UnsupportedModelError
-from ..schedule import EncoderCost, LayerCost, MetricCost
 from .anatomy import Anatomy, convolution_cost, linear_cost
 from .layer import LayerMerging
 from .readers import READERS, RETURN_ALL

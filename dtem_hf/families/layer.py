@@ -44,7 +44,7 @@ class LayerMerging:
     def merged_forward(
         self: Any, hidden_states: Tensor, state: TokenState, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The layer with a merge between attention and MLP: [B, n, D] -> [B, n', D]."""
+        """The layer with a merge between attention and MLP, or behind both: [B, n, D] -> [B, n', D]."""
         parts = state.anatomy
         bias = self.attention_inputs(hidden_states, attention_mask, state, kwargs)
         normed = getattr(self, parts.norm1)(hidden_states)
@@ -52,9 +52,13 @@ class LayerMerging:
         if isinstance(attended, tuple):
             attended = attended[0]
         hidden_states = self.branch(attended, parts.branch1) + hidden_states
-        hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
+        if not state.method.between:
+            hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         grown = getattr(self, parts.mlp)(getattr(self, parts.norm2)(hidden_states))
-        return self.branch(grown, parts.branch2) + hidden_states
+        hidden_states = self.branch(grown, parts.branch2) + hidden_states
+        if state.method.between:
+            hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
+        return hidden_states
 
     def branch(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """Apply a branch's modules and multiply by its parameters, in order: [B, n, D] -> [B, n, D]."""

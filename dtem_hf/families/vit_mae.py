@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
 
-from ..schedule import EncoderCost, MetricCost
+from ..costs import EncoderCost, MetricCost
 from .family import Family
 from .vit import VIT_LAYER
 

@@ -50,8 +50,8 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
 
     @property
     def embed_dim(self) -> int:
-        """Width d' of the embedding."""
-        return self.tensors["layers.0.weight"].shape[0]
+        """Width d' of the embedding; 0 where scores are learned in its place."""
+        return self.tensors["layers.0.weight"].shape[0] if "layers.0.weight" in self.tensors else 0
 
     def check_fits(self, backbone: BackboneFacts) -> None:
         """Raise AdapterError where type, depth or width of the backbone differ from those it was trained for.

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration import MergeConfig
+from ..configuration import KeepRateConfig, MergeConfig
 from ..errors import BadValue, check_whole
 from ..labels import METHOD_NAMES, method_name, multiply_adds_unit, reduction_label
 from .facts import BackboneFacts
@@ -62,6 +62,7 @@ def card_of(
         _metadata(config.method, backbone.model_type, base_model, task, results, data_name_of(training, "training")),
         template_path=str(_TEMPLATE),
         method=method_name(config.method),
+        by_share=isinstance(config, KeepRateConfig),
         backbone=name or f"a {as_code(backbone.model_type)} backbone",
         facts={
             "Backbone": name or "not recorded",

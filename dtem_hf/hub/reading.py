@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
-from ..configuration import CONFIG_NAME, MergeConfig, check_version
+from ..configuration import CONFIG_NAME, DTPSConfig, MergeConfig, check_version
 from ..embedding import EmbeddingShape
 from ..errors import WIDEST, AdapterError, BadValue
 from ..files import LARGEST_JSON, read_bytes, read_json
@@ -115,13 +115,15 @@ def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str
     except SafetensorError as error:
         raise AdapterError(f"{where} is not a readable safetensors file: {clean(error)[:200]}.") from error
     config, backbone = adapter.config, adapter.backbone
+    predictors = len(config.schedule.chosen(backbone.num_layers)) if isinstance(config, DTPSConfig) else 0
     shape = EmbeddingShape(
         backbone.num_layers,
         backbone.hidden_size,
         # The config may leave the width to the model, and does not say how many heads there are.
-        getattr(config, "embed_dim", None) or _length(found.get("layers.0.bias"), WIDEST),
+        0 if predictors else getattr(config, "embed_dim", None) or _length(found.get("layers.0.bias"), WIDEST),
         _length(found.get("exponents.0"), backbone.hidden_size) if getattr(config, "learn_exponents", False) else 0,
         getattr(config, "learn_norms", False),
+        predictors,
     )
     expected = shape.tensors()
     if odd := found.keys() ^ expected.keys():

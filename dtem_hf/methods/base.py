@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from torch import Tensor
 
 from ..configuration import MergeConfig
+from ..costs import MetricCost
 from ..embedding import DecoupledEmbedding, EmbeddingShape, Geometry, KeyProjection
-from ..schedule import MetricCost
 from ..token_state import TokenState
 
 
@@ -35,12 +35,15 @@ _METHODS: dict[str, type[Method[Any]]] = {}
 class Method(ABC, Generic[C]):
     """One method, set up for one encoder. Holds no tensors and nothing about a pass.
 
-    A subclass names its `config_class`. `pairwise`: each token that leaves a layer joins one that stays, so that at
-    most half of the tokens can leave.
+    A subclass names its `config_class`. `pairwise`: each token that leaves a layer is one of a pair, so that
+    at most half of the tokens can leave. `merges_halves`: those are the tokens at even and at odd positions.
+    `between`: `reduce` runs behind a layer's MLP, in front of the next layer, not between attention and MLP.
     """
 
     config_class: ClassVar[type[MergeConfig]]
     pairwise: ClassVar[bool] = True
+    merges_halves: ClassVar[bool] = False
+    between: ClassVar[bool] = False
 
     def __init__(self, config: C, geometry: Geometry) -> None:
         self.config = config

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..configuration import DTEMConfig
+from ..costs import MetricCost
 from ..embedding import (
     DecoupledEmbedding,
     EmbeddingShape,
@@ -17,9 +18,7 @@ from ..embedding import (
     default_embed_dim,
     initialize_from_keys,
     initialize_randomly,
-    norms_of,
 )
-from ..schedule import MetricCost
 from ..token_state import TokenState
 from .base import MergedLayer
 from .matching import MatchingMethod, record_matched
@@ -91,7 +90,7 @@ class DTEM(MatchingMethod[DTEMConfig]):
         merged, sizes = ops.move_mass(x, before, assignment, active, prefix)
         assert state.embedding is not None
         merged = state.embedding.lengthen(
-            index, merged, lambda: ops.move_mass(norms_of(x), before, assignment, active, prefix)[0]
+            index, merged, lambda: ops.move_mass(ops.norms_of(x), before, assignment, active, prefix)[0]
         )
         order = ops.size_order(sizes, active, prefix)
         merged, sizes = ops.permute_tokens(merged, order), ops.permute_tokens(sizes, order)
@@ -110,7 +109,7 @@ class DTEM(MatchingMethod[DTEMConfig]):
         merged, sizes = ops.merge_along_flow(x, before, matching, flow, prefix)
         assert state.embedding is not None
         merged = state.embedding.lengthen(
-            index, merged, lambda: ops.merge_along_flow(norms_of(x), before, matching, flow, prefix)[0]
+            index, merged, lambda: ops.merge_along_flow(ops.norms_of(x), before, matching, flow, prefix)[0]
         )
         record_matched(state, merged, sizes, matching, x.shape[1])
         return merged

@@ -1,15 +1,16 @@
-"""What ToMe and DTEM share: merge r tokens per layer by bipartite soft matching on some metric."""
+"""What methods share that merge r pairs of tokens per layer by some metric, or by attention keys."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..configuration import MatchingConfig
-from ..embedding import norms_of
+from ..costs import MetricCost
 from ..token_state import MergeStep, TokenState
 from .base import MergedLayer, Method
 
@@ -19,6 +20,8 @@ M = TypeVar("M", bound=MatchingConfig)
 
 class MatchingMethod(Method[M]):
     """Hard bipartite soft matching; a subclass says by which metric."""
+
+    merges_halves: ClassVar[bool] = True
 
     @abstractmethod
     def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
@@ -45,10 +48,21 @@ class MatchingMethod(Method[M]):
         merged, sizes = ops.merge_tokens(x, before, matching)
         if state.embedding is not None:
             merged = state.embedding.lengthen(
-                index, merged, lambda: ops.merge_tokens(norms_of(x), before, matching)[0]
+                index, merged, lambda: ops.merge_tokens(ops.norms_of(x), before, matching)[0]
             )
         record_matched(state, merged, sizes, matching, x.shape[1])
         return merged
+
+
+class KeyMatchingMethod(MatchingMethod[M]):
+    """Tokens are compared by their attention keys, averaged over heads. Nothing to learn; hard in training as well."""
+
+    def metric_cost(self) -> MetricCost:
+        return MetricCost(0, width=self.geometry.head_dim)  # attention has computed the keys
+
+    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
+        # The sum points where the mean does.
+        return layer.keys(normed, state).detach().sum(dim=-2, dtype=torch.float32)
 
 
 def record_matched(state: TokenState, x: Tensor, sizes: Tensor, matching: ops.Matching, num_tokens: int) -> None:

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from ..configuration import ToMeConfig
-from ..schedule import MetricCost
-from ..token_state import TokenState
-from .base import MergedLayer
-from .matching import MatchingMethod
+from .matching import KeyMatchingMethod
 
 
-class ToMe(MatchingMethod[ToMeConfig]):
-    """Nothing to learn; hard in training as well."""
+class ToMe(KeyMatchingMethod[ToMeConfig]):
+    """Bipartite soft matching by keys, merged by the size-weighted mean."""
 
     config_class: ClassVar[type[ToMeConfig]] = ToMeConfig
-
-    def metric_cost(self) -> MetricCost:
-        return MetricCost(0, width=self.geometry.head_dim)  # attention has computed the keys
-
-    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
-        # The sum points where the mean does.
-        return layer.keys(normed, state).detach().sum(dim=-2, dtype=torch.float32)

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..configuration import MergeConfig
+from ..costs import MergePlan
 from ..errors import BadValue
 from ..families import SUPPORTED, check_attention_implementation, find_encoder, find_family, find_place
 from ..families.containers import container_of
 from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
-from ..schedule import FlopsSchedule, MergePlan
+from ..schedule import FlopsSchedule
 from ..token_state import MergeTrace
 from .derived import Renamed, derived_class, restore_class, stock_class
 from .encoder import EncoderMerging, embedding_of, pass_options

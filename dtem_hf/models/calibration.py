@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..configuration import EViTConfig, MergeConfig
+from ..configuration import KeepRateConfig
 from ..errors import BadValue, UnsupportedModelError
 from ..families import find_encoder
 from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
@@ -152,7 +152,7 @@ class _Plans:
 
 
 def _plans(merging: Merging, flops: float) -> _Plans:
-    return (_over_layers if isinstance(merging.config, EViTConfig) else _over_weights)(merging, flops)
+    return (_over_layers if isinstance(merging.config, KeepRateConfig) else _over_weights)(merging, flops)
 
 
 def _over_weights(merging: Merging, flops: float) -> _Plans:
@@ -175,15 +175,15 @@ def _over_weights(merging: Merging, flops: float) -> _Plans:
 
 
 def _over_layers(merging: Merging, flops: float) -> _Plans:
-    """EViT: a point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
+    """A point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
     depth = len(merging.cost.layers)
-    config: MergeConfig = merging.config
-    start = config.schedule.layers  # type: ignore[attr-defined]
+    own: KeepRateSchedule = merging.config.schedule  # type: ignore[assignment]
+    start = own.layers
     if start is None:
         start = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
     def schedule(layers: tuple[int, ...]) -> Schedule:
-        return KeepRateSchedule(1.0, layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
+        return replace(own, layers=layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
 
     def toggled(layers: tuple[int, ...], layer: int) -> tuple[int, ...] | None:
         return tuple(sorted(set(layers) ^ {layer})) or None

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ..configuration import MergeConfig
+from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, check_attention_implementation
 from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, returned, with_last
 from ..methods import Method
-from ..schedule import EncoderCost, MergePlan
 from ..scope import Scope, current_scope, open_scope
 from ..token_state import MergeStep, MergeTrace, TokenState
 from .derived import Renamed

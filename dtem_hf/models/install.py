@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import MergeConfig
+from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding
 from ..errors import BadValue
 from ..families import Place, check_attention_implementation, find_encoder, find_place, input_like
@@ -25,7 +26,6 @@ from ..families.layer import forget_keys, remember_keys
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
-from ..schedule import LayerCost, MetricCost
 from ..token_state import MergeStep
 from .derived import Renamed, derive_class, restore_class
 from .encoder import EncoderMerging, Merging, embedding_of, pass_options
@@ -79,7 +79,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     if embedding is None:
         return Prepared(place, merging, None)
     if adapter is None and not like.is_meta:
-        keys = [] if config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
+        keys = [] if getattr(config, "init", "random") == "random" else family.key_projections(encoder, like)
         method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
     embedding.train(encoder.training)
     return Prepared(place, merging, embedding)
@@ -93,7 +93,8 @@ def _with_part(config: MergeConfig, place: Place) -> MergeConfig:
 def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
     """How a model is merged by a config. Raises ValueError where its schedule does not fit."""
     family, encoder, geometry = place.family, place.encoder, method.geometry
-    cost = replace(family.encoder_cost(place.holder, encoder, method.metric_cost()), pairwise=method.pairwise)
+    cost = family.encoder_cost(place.holder, encoder, method.metric_cost())
+    cost = replace(cost, pairwise=method.pairwise, between=method.between)
     reader = _outer_reader(model, place, config)
     layers_read = geometry.num_layers
     if reader == "live" and container_of(type(model)).counts_placeholders:
@@ -210,6 +211,8 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
         return
     if wanted.embed_dim != own.embed_dim:
         raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
+    if wanted.predictors != own.predictors:
+        raise BadValue("layers", config.schedule, f"{own.predictors} layers, as many as have learned scores")
     name = "learn_norms" if wanted.norms != own.norms else "learn_exponents"
     raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
 

@@ -4,6 +4,8 @@ from .attention import SMALLEST_SIZE, extend_keys, size_bias
 from .damage import first_order_change
 from .forms import MERGE_FORMS, exports_one_hot, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
+from .hosts import energies, match_by_energy, squeeze_hosts, with_hosts
+from .lengths import norms_of, prune_tokens, restore_lengths
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
 from .relaxation import (
@@ -26,17 +28,22 @@ __all__ = [
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
+    "energies",
     "exports_one_hot",
     "extend_keys",
     "first_order_change",
     "fuse_tokens",
     "fused_source_map",
+    "match_by_energy",
     "merge_along_flow",
     "merge_form",
     "merge_tokens",
     "move_mass",
+    "norms_of",
     "permute_tokens",
+    "prune_tokens",
     "put_empty_first",
+    "restore_lengths",
     "size_bias",
     "size_order",
     "soft_assignment",
@@ -46,6 +53,8 @@ __all__ = [
     "split_by_score",
     "split_counts",
     "split_even_odd",
+    "squeeze_hosts",
     "straight_through_matching",
     "unmerge_tokens",
+    "with_hosts",
 ]

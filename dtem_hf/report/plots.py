@@ -18,7 +18,7 @@ from ..labels import method_name, multiply_adds_unit, reduction_label
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.
 _STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
-_SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+_SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#7F5F3F", "<"), ("#999999", "X"))
 _UNMERGED = "none"
 _MEASURES = {"top1": "Top-1 accuracy (%)", "agreement": "Agreement with the unmerged model (%)"}
 

@@ -4,8 +4,9 @@ import csv
 import json
 
 import pytest
+import torch
 
-from dtem_hf import AutoModelForImageClassification, DTEMConfig
+from dtem_hf import AutoModelForImageClassification, DTEMConfig, DTPSConfig, attach
 from dtem_hf.evaluation import variants
 from dtem_hf.evaluation.comparison import (
     ABLATION,
@@ -54,6 +55,14 @@ def test_wide_table_has_a_line_per_method_and_a_column_per_amount():
         ["DTEM (a\\|b)", "80.00", "79.50 (−0.50)", "78.00 (−2.00)"],
         ["DTEM (other)", "80.00", "–", "70.00 (−10.00)"],
     ]
+
+
+def test_intervals_stand_beside_changes_where_they_are_known():
+    lines = [{**line, "change_interval": [-3.25, 0.5], "kl_interval": [0.4, 0.625]} for line in ROWS]
+    assert cells(wide_table(lines))[2][2] == "78.25 (−1.75; −3.2 to +0.5)"
+    head, _, *body = cells(long_table(lines))
+    assert dict(zip(head, body[1], strict=True))["KL, 95 %"] == "0.4000 to 0.6250"
+    assert "KL, 95 %" not in long_table(ROWS)
 
 
 def test_long_table_has_every_row_with_its_cost():
@@ -122,4 +131,24 @@ def test_ablation_runs_its_three_methods_and_soft_merging_saves_nothing(vit_fold
 def test_a_method_that_is_registered_is_compared_without_another_word(monkeypatch):
     monkeypatch.setitem(variants.METHODS, "halves", variants.METHODS["tome"])
     methods = CompareArguments(model="m", data="d").methods
-    assert "tome" in methods and "halves" in methods and "soft" not in methods
+    assert "tome" in methods and "halves" in methods and "soft" not in methods and "dtps" not in methods
+
+
+def test_an_adapter_is_attached_for_its_own_method_alone(make_classifier):
+    model, adapters = make_classifier(), {}
+    for config in (DTEMConfig(r=2, init="random"), DTPSConfig(0.7)):
+        adapters[config.method] = attach(make_classifier(), config).to_merge_adapter()
+    rows = variants.make_variants(model, ["tome", "dtem", "soft", "dtps"], [], [0.7], adapters)
+    assert [(row.method, row.model.merge_config.method) for row in rows[1:]] == [
+        ("tome", "tome"),
+        ("dtem", "dtem"),
+        ("soft", "dtem"),
+        ("dtps", "dtps"),
+    ]
+    for row in (rows[2], rows[4]):
+        ours, theirs = row.model.to_merge_adapter().tensors, adapters[row.method].tensors
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    soft = rows[3].model.to_merge_adapter().tensors
+    assert not torch.equal(soft["layers.0.weight"], adapters["dtem"].tensors["layers.0.weight"])
+    with pytest.raises(ValueError, match=r"methods=\['dtps'\]: a method that needs no training, or an adapter of it"):
+        variants.make_variants(model, ["dtps"], [], [0.7], {"dtem": adapters["dtem"]})

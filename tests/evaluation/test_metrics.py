@@ -1,9 +1,11 @@
 """The shipped metrics against loops over the examples."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
-from dtem_hf.evaluation.metrics import CalibrationError, TopKAccuracy
+from dtem_hf.evaluation.metrics import CalibrationError, TopKAccuracy, bootstrap_interval
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,20 @@ def test_calibration_error_at_the_edges(calibration):
     assert ends["calibration_error"] == pytest.approx(0.15)
     with pytest.raises(ValueError, match="between 0 and 1"):
         calibration.compute(predictions=np.array([1.5]), references=np.array([1]))
+
+
+@pytest.mark.parametrize("values", [[0.3, -1.2, 2.5, 0.9, 4.1], [0.0, 0.0, 0.0, 100.0, -100.0], [1.0] * 5], ids=str)
+def test_bootstrap_interval_is_that_of_all_resamples(values):
+    """Of five values there are 5⁵ equally likely resamples: the bounds leave 2.5 % of their means outside, each."""
+    means = np.sort([sum(drawn) / 5 for drawn in product(values, repeat=5)])
+    low, high = bootstrap_interval(np.array(values), resamples=20_000)
+    assert means[int(0.02 * 5**5)] <= low <= means[int(0.03 * 5**5)]
+    assert means[int(0.97 * 5**5)] <= high <= means[int(0.98 * 5**5)]
+
+
+def test_bootstrap_interval_narrows_as_the_root_of_the_number_of_images():
+    values = np.random.default_rng(1).normal(size=6400)
+    widths = [np.ptp(bootstrap_interval(values[:count])) for count in (400, 6400)]
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.15)
+    assert widths[1] == pytest.approx(2 * 1.96 / 80, rel=0.1)
+    assert bootstrap_interval(values) == bootstrap_interval(values)

@@ -19,7 +19,19 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2ImageProcessorPil, ViTImageProcessorPil
 
 import dtem_hf
-from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, attach, detach, register, unregister
+from dtem_hf import (
+    DTEMConfig,
+    DTPSConfig,
+    ETPSConfig,
+    EViTConfig,
+    PiToMeConfig,
+    ToFuConfig,
+    ToMeConfig,
+    attach,
+    detach,
+    register,
+    unregister,
+)
 from tests.support.ecosystem import (
     DOCUMENT,
     MOST_USED,
@@ -284,9 +296,9 @@ def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @by_exported
-def test_one_graph_of_torch_compile(case: FamilyCase, model_class: Any) -> None:
+def test_one_graph_of_torch_compile(case: FamilyCase, model_class: Any, config: Any = MERGE) -> None:
     torch._dynamo.reset()
-    model = make_merged(case, model_class)
+    model = make_merged(case, model_class, config)
     try:
         ours = first_output(torch.compile(model, fullgraph=True, backend="aot_eager"), case.small_inputs(3))
     except torch._dynamo.exc.TorchDynamoException:
@@ -356,7 +368,22 @@ def test_onnx_runtime_with_a_dynamic_batch(case: FamilyCase, model_class: Any, t
         assert_onnx_runs(case, *exported(case.family, model_class), path)
 
 
-@pytest.mark.parametrize("config", [DTEMConfig(r=6), EViTConfig(layers=[0, 1])], ids=["dtem", "evit"])
+OTHER_METHODS = [
+    DTEMConfig(r=6),
+    EViTConfig(layers=[0, 1]),
+    ETPSConfig(layers=[0, 1]),
+    DTPSConfig(layers=[1]),
+    PiToMeConfig(r=6),
+    ToFuConfig(r=6),
+]
+
+
+@pytest.mark.parametrize("config", OTHER_METHODS, ids=lambda config: config.method)
+def test_other_methods_are_one_graph_of_torch_compile(config: Any) -> None:
+    test_one_graph_of_torch_compile(CASES["vit"], CASES["vit"].encoder, config)
+
+
+@pytest.mark.parametrize("config", OTHER_METHODS, ids=lambda config: config.method)
 def test_other_methods_are_exported(config: Any, tmp_path: Path) -> None:
     """That of the table is ToMe, as its keys are each family's own."""
     pytest.importorskip("onnxscript")

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
-from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from tests.support import methods
 from tests.support.ecosystem import autos_of
 from tests.support.families import CASES, ROWS
 from tests.support.family_case import FamilyCase, Row
 from tests.support.passes import MILD, gradients, merged, run, same_bits
 
 
-METHODS: dict[str, MergeConfig] = {"tome": ToMeConfig(r=9), "dtem": DTEMConfig(r=9), "evit": EViTConfig(0.6)}
-NOTHING: dict[str, MergeConfig] = {"tome": ToMeConfig(r=0), "dtem": DTEMConfig(r=0), "evit": EViTConfig(1.0)}
+METHODS = {name: case.config for name, case in methods.METHODS.items()}
 UNEVEN = [11, 0, 14, 3]
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
@@ -35,8 +35,8 @@ every_row_and_method = pytest.mark.parametrize(
     [
         pytest.param(row, method, id=f"{row}-{method}")
         for row in ROWS
-        for method in METHODS
-        if row.has_cls or method != "evit"
+        for method, case in methods.METHODS.items()
+        if case.fits(row)
     ],
 )
 
@@ -51,7 +51,7 @@ def test_where_nothing_is_reduced_all_is_the_plain_model_bit_for_bit(row: Row, m
     """Outputs and gradients, with every kind of dropout."""
     dropout = dict.fromkeys(DROPOUTS, 0.3)
     plain = row.make(**dropout).train(training)
-    model = attach(row.make(**dropout), NOTHING[method]).train(training)
+    model = attach(row.make(**dropout), methods.METHODS[method].nothing).train(training)
     with torch.no_grad():
         assert same_bits(run(row, model), run(row, plain))
     found = gradients(row, model)
@@ -306,11 +306,12 @@ def test_batches_and_threads_change_no_prediction(row: Row) -> None:
         assert ours.flatten(1).argmax(-1).tolist() == theirs.flatten(1).argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("method", [name for name, case in methods.METHODS.items() if case.needs_cls])
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.has_cls], ids=str)
-def test_evit_is_refused_without_a_cls_token(row: Row) -> None:
+def test_what_needs_a_cls_token_is_refused_without_one(row: Row, method: str) -> None:
     model = row.make()
     modules = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"method='evit'.*Model has none; use 'tome' or 'dtem'"):
-        attach(model, EViTConfig())
+    with pytest.raises(UnsupportedModelError, match=rf"method='{method}'.*Model has none; use 'tome' or 'dtem'"):
+        attach(model, METHODS[method])
     assert snapshot(model) == modules
     assert not hasattr(model.config, "merge")

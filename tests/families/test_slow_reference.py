@@ -13,46 +13,23 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
-from dtem_hf import AutoModelForImageClassification, DTEMConfig, EViTConfig, ToMeConfig, attach
-from tests.support import slow_model
+from dtem_hf import AutoModelForImageClassification, attach
+from tests.support import methods, slow_model
 from tests.support.families import ROWS
 from tests.support.family_case import Row
 from tests.support.slow_anatomies import first_token_logits, vit_like
-from tests.support.slow_model import Reduction, Tokens
+from tests.support.slow_model import Tokens
 
 
-R = [8, 5, 4]
-# Softly merged tokens are sorted by size: at these temperatures no two sizes are equal but for rounding.
-MILD = {"score_temperature": 0.5, "assignment_temperature": 1.0, "top_k": 8}
-LEARN = {"learn_exponents": True, "learn_norms": True}
 # Each method as the package takes it, and as the reference does.
-METHODS = {
-    "tome": (ToMeConfig(r=R), Reduction(r=R)),
-    "tome-uncounted": (ToMeConfig(r=R, proportional_attention=False), Reduction(r=R, proportional=False)),
-    "dtem": (DTEMConfig(r=[8, 0, 7]), Reduction(r=[8, 0, 7])),
-    "evit": (EViTConfig(0.7, [0, 1]), Reduction(keep_rates=[0.7, 0.7, None], proportional=False)),
-    "evit-counted": (
-        EViTConfig(0.6, [0, 2], proportional_attention=True),
-        Reduction(keep_rates=[0.6, None, 0.6]),
-    ),
-    # Soft in `.eval()`: nothing else is drawn.
-    "soft": (
-        DTEMConfig(r=[6, 0, 5], relaxation="soft", **MILD),
-        Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
-    ),
-    # Powers of sizes in attention, and lengths of means, as they are learned.
-    "aggregated": (DTEMConfig(r=R, **LEARN), Reduction(r=R)),
-    "soft-aggregated": (
-        DTEMConfig(r=[6, 0, 5], relaxation="soft", **MILD, **LEARN),
-        Reduction(r=[6, 0, 5], soft=True, relaxation={"t1": 0.5, "t2": 1.0, "top_k": 8}),
-    ),
-}
+METHODS = {name: pair for case in methods.METHODS.values() for name, pair in case.slow.items()}
 CASES = [
     pytest.param(row, method, attention, id=f"{row}-{method}-{attention}")
     for row in ROWS
-    for method in METHODS
+    for case in methods.METHODS.values()
+    for method in case.slow
     for attention in row.case.attentions
-    if row.has_cls or "evit" not in method
+    if case.fits(row)
 ]
 
 
@@ -172,18 +149,11 @@ def test_gradients_equal_those_of_the_slow_reference(row: Row, method: str) -> N
     assert compared >= 2
 
 
-@pytest.mark.parametrize("method", ["tome", "dtem", "evit"])
+@pytest.mark.parametrize("method", methods.METHODS)
 @torch.no_grad()
 def test_a_real_model_equals_the_slow_reference(method: str, shared: Path, deit_tiny_folder: Path) -> None:
     """The published DeiT-tiny, twelve layers of 197 tokens, on two photographs."""
-    config, reduction = {
-        "tome": (ToMeConfig(r=13), Reduction(r=[13] * 12)),
-        "dtem": (DTEMConfig(r=13, init="random"), Reduction(r=[13] * 12)),
-        "evit": (
-            EViTConfig(0.7),
-            Reduction(keep_rates=[0.7 if i in (3, 6, 9) else None for i in range(12)], proportional=False),
-        ),
-    }[method]
+    config, reduction = methods.METHODS[method].real
     model = AutoModelForImageClassification.from_pretrained(deit_tiny_folder, merge=config).double()
     files = sorted((shared / "assets" / "images" / "dev").glob("*.jpg"))[:2]
     processor = ViTImageProcessorPil.from_pretrained(deit_tiny_folder)

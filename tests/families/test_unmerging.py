@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import dtem_hf
 from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from tests.support import methods
 from tests.support.families import CASES, ROWS
 from tests.support.family_case import FamilyCase, Row
 from tests.support.unmerging import METHODS, put_back, run_recording, traced
@@ -24,7 +25,7 @@ Make = Callable[..., Any]
 
 def fits(row: Row, method: str) -> bool:
     """Whether a method needs no CLS token, or there is one."""
-    return row.has_cls or method != "evit"
+    return method not in methods.METHODS or methods.METHODS[method].fits(row)
 
 
 def with_methods(rows: list[Row]) -> pytest.MarkDecorator:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtem_hf.ops import Matching, bipartite_soft_matching, kernels, merge_tokens
+from dtem_hf.ops import Matching, bipartite_soft_matching, kernels, merge_tokens, prune_tokens
 from dtem_hf.ops.matching import cosine_scores, split_even_odd
 
 
@@ -137,3 +137,14 @@ def test_kernels_can_be_switched_off_and_come_back_after_an_error() -> None:
         assert not kernels.devices
         raise KeyError
     assert kernels.devices == ("cuda",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pruning_through_kernels_is_bit_identical(through_kernels: None, dtype: torch.dtype) -> None:
+    """ToFu's, which merges with weights of 0 and sizes of width 1."""
+    x, sizes = torch.randn(2, 17, 12, device=DEVICE).to(dtype), torch.randint(1, 9, (2, 17), device=DEVICE).float()
+    matching = bipartite_soft_matching(torch.randn(2, 17, 8, device=DEVICE), 5, 1)
+    ours = prune_tokens(x, sizes, matching)
+    with kernels.disabled():
+        theirs = prune_tokens(x, sizes, matching)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

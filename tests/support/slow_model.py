@@ -20,6 +20,7 @@ from tests.support import slow_reference as slow
 Weights = Mapping[str, Tensor]
 Inputs = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], slow.Joined]
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -62,10 +63,17 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the layers of a method do; one entry per layer of `r` (tokens fewer) or of `keep_rates` (None: all)."""
+    """What the layers of a method do; one entry per layer of `r` (tokens fewer), `keep_rates` (None: all) or `steps`.
 
+    A step gets tokens, sizes, metric, attention of the CLS token, the number of prefix tokens and that of the patches
+    that entered the first layer; None: all stay. `between`: the step is behind the layer's MLP, and gets the scores of
+    its predictor in the place of that attention.
+    """
+
+    steps: list[Step | None] = field(default_factory=list)
     r: list[int] = field(default_factory=list)
     keep_rates: list[float | None] = field(default_factory=list)
+    between: bool = False
     soft: bool = False
     proportional: bool = True
     relaxation: Mapping[str, Any] = field(default_factory=dict)
@@ -97,7 +105,7 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
         places = torch.cat([patches.new_zeros(anatomy.prefix, 2), patches])
     start = Tokens(x, sizes, places, [[i] for i in range(len(x))], len(x))
     trail = [start]
-    for index in range(len(reduction.r or reduction.keep_rates)):
+    for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
         trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
     return anatomy.head(weights, trail[-1].x, trail[-1].sizes), trail[1:]
 
@@ -135,13 +143,35 @@ def run_layer(
     share = learned_of(weights, f"merge_embedding.norms.{index}")
     # The lengths of tokens are merged beside them, as one more feature.
     carried = x if share is None else torch.cat([x, x.norm(dim=1, keepdim=True)], dim=1)
-    merged = reduce(carried, tokens, start, index, metric, shares[:, 0].mean(dim=0), anatomy.prefix, reduction)
+    attended, merged = shares[:, 0].mean(dim=0), replace(tokens, x=x)
+    if not reduction.between:
+        merged = reduce(carried, tokens, start, index, metric, attended, anatomy.prefix, reduction)
     if share is not None:
         merged = replace(merged, x=slow.lengthen(merged.x[:, :-1], merged.x[:, -1], share))
 
     h = layer_norm(weights, root + anatomy.norms[1], merged.x, anatomy.eps)
     grown = linear(weights, root + anatomy.mlp[1], anatomy.activation(linear(weights, root + anatomy.mlp[0], h)))
-    return Tokens(merged.x + mlp_scale * grown, merged.sizes, merged.places, merged.members, merged.active)
+    merged = replace(merged, x=merged.x + mlp_scale * grown)
+    if not reduction.between or reduction.steps[index] is None:
+        return merged
+    stage = sum(step is not None for step in reduction.steps[:index])
+    scores = predict(weights, f"merge_embedding.predictors.{stage}.", merged.x, merged.sizes, anatomy.prefix)
+    return reduce(merged.x, merged, start, index, metric, scores, anatomy.prefix, reduction)
+
+
+def predict(weights: Weights, name: str, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
+    """Section 9, dTPS: the log-probability that a predictor keeps each token [N]; it sees patches alone."""
+    learned = {key[key.index(name) + len(name) :]: value for key, value in weights.items() if name in key}
+    real = [i for i in range(prefix, len(x)) if sizes[i] > 0]
+    u = [gelu(linear(learned, "embed", layer_norm(learned, "norm", token, 1e-5))) for token in x]
+    half = x.shape[1] // 2
+    shared = sum(u[i][half:] for i in real) / len(real)
+    scores = []
+    for token in u:
+        hidden = gelu(linear(learned, "fc1", torch.cat([token[:half], shared])))
+        keep, drop = linear(learned, "fc3", gelu(linear(learned, "fc2", hidden)))
+        scores.append(keep - (keep.exp() + drop.exp()).log())
+    return torch.stack(scores)
 
 
 def reduce(
@@ -162,6 +192,11 @@ def reduce(
             return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
         x, sizes, source = slow.fuse(x, tokens.sizes, attended, num_kept, prefix)
         return follow(x, sizes, source, tokens, start)
+    if reduction.steps:
+        step = reduction.steps[index]
+        if step is None:
+            return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
+        return follow(*step(x, tokens.sizes, metric, attended, prefix, len(start.x) - prefix), tokens, start)
     r = reduction.r[index]
     if r == 0:
         return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)

@@ -5,11 +5,15 @@ Nothing here calls the package. A matching is a list of pairs (position that lea
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 FLOAT32_EPSILON = 2.0**-23
+# Tokens [n, D], their sizes [n], and the source map.
+Joined = tuple[Tensor, Tensor, list[int]]
 
 
 def cosine(u: Tensor, v: Tensor) -> Tensor:
@@ -133,6 +137,67 @@ def fuse(x: Tensor, sizes: Tensor, attended: Tensor, num_kept: int, prefix: int)
     new_sizes = [*(sizes[i] for i in staying), sum(sizes[i] for i in fused)]
     source = [staying.index(i) if i in staying else len(staying) for i in range(len(x))]
     return torch.stack(rows), torch.stack(new_sizes), source
+
+
+def join(x: Tensor, sizes: Tensor, weights: Tensor, pairs: list[tuple[int, int | None]]) -> Joined:
+    """For one image: weighted means of the tokens that stay, in their order, and of those that joined them."""
+    staying = [i for i in range(len(x)) if i not in dict(pairs)]
+    groups = [[i, *(a for a, b in pairs if b == i)] for i in staying]
+    rows = [sum(weights[k] * x[k] for k in group) / sum(weights[k] for k in group) for group in groups]
+    rows = [x[group[0]] if len(group) == 1 else row for group, row in zip(groups, rows, strict=True)]
+    source = [next((place for place, group in enumerate(groups) if i in group), -1) for i in range(len(x))]
+    return torch.stack(rows), torch.stack([sum(sizes[k] for k in group) for group in groups]), source
+
+
+def energy(cosines: Tensor, margin: float) -> float:
+    """Section 9, PiToMe: the mean of ELU(cosine - margin) of a token and all tokens, itself among them."""
+    above = [value - margin for value in cosines.tolist()]
+    return sum(value if value > 0 else math.exp(value) - 1 for value in above) / len(above)
+
+
+def merge_by_energy(x: Tensor, sizes: Tensor, metric: Tensor, prefix: int, r: int, margin: float) -> Joined:
+    """Section 9, PiToMe, for one image. Tokens of size 0 are padding, which counts as of the highest energy."""
+    free = range(prefix, len(x))
+    real = [i for i in free if sizes[i] > 0]
+    directions = torch.stack([row / row.norm() for row in metric])
+    energies = {i: energy(directions[real] @ directions[i], margin) if i in real else math.inf for i in free}
+    ranked = sorted(free, key=lambda i: (-energies[i], i))[: 2 * r]
+    a, b = ranked[0::2], ranked[1::2]
+    pairs: list[tuple[int, int | None]] = []
+    for i in a:
+        found = [((directions[i] @ directions[j]).item(), -place, j) for place, j in enumerate(b) if j in real]
+        pairs.append((i, max(found)[2] if i in real else None))
+    return join(x, sizes, sizes, pairs)
+
+
+def squeeze(x: Tensor, sizes: Tensor, attended: Tensor, prefix: int, num_kept: int) -> Joined:
+    """Section 9, TPS, for one image: keep the patches of highest score [N], each other one joins its host.
+
+    Tokens of size 0 are padding, which is pruned first, and joins and hosts nobody.
+    """
+    ranked = sorted(range(prefix, len(x)), key=lambda i: -attended[i].item() if sizes[i] > 0 else math.inf)
+    kept, pruned = sorted(ranked[:num_kept]), sorted(ranked[num_kept:])
+    weights, pairs = [torch.tensor(math.e, dtype=x.dtype)] * len(x), list[tuple[int, int | None]]()
+    hosts = [j for j in kept if sizes[j] > 0]
+    for i in pruned:
+        cosines = [cosine(x[i], x[j]) for j in hosts] if sizes[i] > 0 else []
+        best = max(range(len(cosines)), key=lambda place: cosines[place].item(), default=None)
+        if best is not None:
+            weights[i] = cosines[best].exp()
+        pairs.append((i, None if best is None else hosts[best]))
+    return join(x, sizes, torch.stack([weight.to(x.dtype) for weight in weights]), pairs)
+
+
+def fuse_pairs(x: Tensor, sizes: Tensor, metric: Tensor, prefix: int, r: int, prune: bool) -> Joined:
+    """Section 9, ToFu, for one image: ToMe's pairs, pruned or merged at the length of the longest."""
+    pairs = hard_matching(metric, r, prefix, sizes)
+    merged, new_sizes, source, _ = hard_merge(x, sizes, pairs, prefix)
+    rows = []
+    for place, row in enumerate(merged):
+        members = [i for i in range(len(x)) if source[i] == place]
+        host = next(i for i in members if i not in dict(pairs))
+        rows.append(x[host] if prune or len(members) == 1 else row / row.norm() * max(x[i].norm() for i in members))
+    return torch.stack(rows), new_sizes, source
 
 
 def attention_weights(

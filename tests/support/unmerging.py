@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, MergeTrace, ToMeConfig, attach
+from dtem_hf import DTEMConfig, MergeConfig, MergeTrace, ToMeConfig, attach
+from tests.support import methods
 from tests.support.family_case import FamilyCase
 
 
 Decode = Callable[[Any, list[Tensor]], Tensor]
 METHODS: dict[str, MergeConfig] = {
-    "tome": ToMeConfig(r=9),
+    **{name: method.config for name, method in methods.METHODS.items()},
     "tome-by-layer": ToMeConfig(r=[0, 14, 0, 3]),
-    "dtem": DTEMConfig(r=9),
     "soft": DTEMConfig(r=[9, 0, 11, 3], relaxation="soft"),
-    "evit": EViTConfig(0.5),
 }
 SEGMENTATION = {
     "use_relative_position_bias": True,

@@ -1,0 +1,136 @@
+"""Multiply-adds: of a method's metric, of a layer, of an encoder, and the plan that follows from one r per layer.
+
+A layer with too few tokens left for its r merges as many as it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+
+class MetricCost(NamedTuple):
+    """Multiply-adds of a layer's metric: per token, per image, and the width of the features that are compared.
+
+    `compared` says which pairs of tokens outside the prefix are compared: each of one half with each of the other
+    ("halves"), each with each ("all"), or each that leaves with each that stays ("leaving").
+    """
+
+    per_token: int
+    per_image: int = 0
+    width: int = 0
+    compared: Literal["halves", "all", "leaving"] = "halves"
+
+    def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
+        """Multiply-adds for one image of `num_tokens` tokens, of which a layer merges r away."""
+        free = num_tokens - num_prefix_tokens
+        some = {"halves": free // 2, "all": free, "leaving": r}[self.compared]
+        others = free if self.compared == "all" else free - some
+        return num_tokens * self.per_token + self.per_image + some * others * self.width
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Multiply-adds of one encoder layer, as numbers that do not depend on the number of tokens.
+
+    `before` and `after`: per token, before and after the merge (projections; MLP). `per_pair`: per query-key pair
+    (scores and values). `metric` counts only where tokens are merged.
+    """
+
+    before: int
+    per_pair: int
+    after: int
+    metric: MetricCost
+
+    def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int, between: bool = False) -> int:
+        """Multiply-adds of the layer for one image of `num_tokens` tokens, of which it merges r away.
+
+        `between`: behind the MLP, in front of the next layer.
+        """
+        grown = num_tokens if between else num_tokens - r
+        total = num_tokens * self.before + num_tokens**2 * self.per_pair + grown * self.after
+        return total + (self.metric.multiply_adds(num_tokens, r, num_prefix_tokens) if r else 0)
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """Multiply-adds of a model, in its encoder's layers and around them.
+
+    `stem` per patch, `head` per image, `tail` per output token. `pairwise`: a layer can merge at most half of its free
+    tokens, as each of them needs a partner that stays. `between`: tokens are merged between layers, not inside.
+    """
+
+    layers: tuple[LayerCost, ...]
+    stem: int
+    head: int
+    num_prefix_tokens: int
+    tail: int = 0
+    pairwise: bool = True
+    between: bool = False
+
+    def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
+        """The plan of one r per layer for `num_tokens` tokens; an r is lowered where too few tokens are left."""
+        if self.pairwise:
+            reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
+        tokens, costs, n = [], [], num_tokens
+        for layer, r in zip(self.layers, reductions, strict=True):
+            costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens, self.between))
+            n -= r
+            tokens.append(n)
+        around = self.stem * (num_tokens - self.num_prefix_tokens) + self.head
+        plain = sum(layer.multiply_adds(num_tokens, 0, self.num_prefix_tokens) for layer in self.layers)
+        return MergePlan(
+            num_tokens=num_tokens,
+            reductions=list(reductions),
+            tokens=tokens,
+            layer_multiply_adds=costs,
+            multiply_adds=around + self.tail * n + sum(costs),
+            unmerged_multiply_adds=around + self.tail * num_tokens + plain,
+            output_tokens=n,
+        )
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The tokens and multiply-adds of one image, computed without running the model.
+
+    `num_tokens` (with the prefix) enter the first layer; layer i merges `reductions[i]` away and leaves `tokens[i]`.
+    `multiply_adds` are the whole model's; of a captioner or a dual encoder, the image encoder's. `output_tokens` count
+    all frames of an input together.
+    """
+
+    num_tokens: int
+    reductions: list[int]
+    tokens: list[int]
+    layer_multiply_adds: list[int]
+    multiply_adds: int
+    unmerged_multiply_adds: int
+    output_tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """Multiply-adds as a share of the unmerged model's."""
+        return self.multiply_adds / self.unmerged_multiply_adds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, `ratio` included."""
+        return {**asdict(self), "ratio": self.ratio}
+
+    def __str__(self) -> str:
+        layers = zip(self.reductions, self.tokens, self.layer_multiply_adds, strict=True)
+        rows = [f"{i:>5} {r:>4} {n:>7} {cost / 1e6:>16.1f}" for i, (r, n, cost) in enumerate(layers)]
+        total = (
+            f"{self.num_tokens} -> {self.tokens[-1]} tokens; {self.multiply_adds / 1e9:.3f} G multiply-adds per "
+            f"image, {self.ratio:.3f} of the unmerged {self.unmerged_multiply_adds / 1e9:.3f} G"
+        )
+        return "\n".join([f"{'layer':>5} {'r':>4} {'tokens':>7} {'M multiply-adds':>16}", *rows, total])
+
+
+def clamp_reductions(reductions: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
+    """Lower each r to half of the non-prefix tokens that reach its layer."""
+    clamped = []
+    for r in reductions:
+        clamped.append(min(r, max(num_tokens - num_prefix_tokens, 0) // 2))
+        num_tokens -= clamped[-1]
+    return clamped

@@ -1,0 +1,50 @@
+"""What methods share that rank patches by the attention that the CLS token pays them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..configuration import KeepRateConfig
+from ..costs import MetricCost
+from ..errors import UnsupportedModelError
+from ..token_state import TokenState
+from .base import MergedLayer, Method
+
+
+K = TypeVar("K", bound=KeepRateConfig)
+
+
+class RankingMethod(Method[K]):
+    """Nothing to learn; the same in training. The scores are the layer's own queries and keys."""
+
+    pairwise: ClassVar[bool] = False
+
+    def check(self, encoder_name: str) -> None:
+        if self.geometry.num_prefix_tokens == 0:
+            raise UnsupportedModelError(
+                f"method={self.config.method!r} ranks tokens by the attention of a CLS token, and {encoder_name} has "
+                "none; use 'tome' or 'dtem'."
+            )
+
+    def metric_cost(self) -> MetricCost:
+        width = self.geometry.num_heads * self.geometry.head_dim
+        # The products of keys, which attention has computed, with one query, and that query.
+        return MetricCost(width, per_image=width * self.geometry.hidden_size)
+
+    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+        index = state.layer
+        _, r = state.begin_layer(index, x.shape[1])
+        if r == 0:
+            state.record_unchanged(index, x)
+            return x
+        before = state.sizes(index)
+        before = torch.ones(x.shape[:2], device=x.device) if before is None else before
+        return self.shorten(x, before, layer.first_token_attention(normed, bias, state), r, state)
+
+    @abstractmethod
+    def shorten(self, x: Tensor, sizes: Tensor, scores: Tensor, r: int, state: TokenState) -> Tensor:
+        """Take r tokens away from x [B, n, D] by their scores [B, n], and record it; `sizes` [B, n]."""

@@ -1,0 +1,73 @@
+"""Tokens that leave and those that they join, as PiToMe and TPS choose them (METHOD.md section 9)."""
+
+import torch
+from torch import Tensor
+
+from .matching import Matching, cosine_scores, descending_order, put_empty_first
+
+
+def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
+    """A matching of N tokens: those at `leaving` [B, r] join those at `host` [B, r], and all others keep their order."""
+    positions = torch.arange(num_tokens, device=leaving.device).expand(leaving.shape[0], -1)
+    marked = positions.scatter(1, leaving, num_tokens)
+    place = (marked < num_tokens).cumsum(dim=1) - 1
+    staying = marked.sort(dim=-1).values[:, : num_tokens - leaving.shape[1]]
+    return Matching(leaving, place.gather(1, host), staying)
+
+
+def energies(similarity: Tensor, margin: float) -> Tensor:
+    """PiToMe's energy: the mean over j of ELU(cos(i, j) - margin), [B, n, n] -> [B, n].
+
+    It is high for tokens that many others resemble.
+    """
+    return torch.nn.functional.elu(similarity - margin).mean(dim=-1)
+
+
+def match_by_energy(
+    metric: Tensor, r: int, margin: float, num_prefix_tokens: int = 1, empty: Tensor | None = None
+) -> Matching:
+    """PiToMe: the 2r tokens of highest energy go alternately to A and B, and every A joins its most similar B.
+
+    `metric` [B, N, d]; equal energies go to the lower position. `empty` [B, N] marks padding, which has no part in
+    energies and is merged before all else. Raises ValueError unless 1 ≤ r ≤ (N - P) // 2.
+    """
+    free, batch = metric[:, num_prefix_tokens:], metric.shape[0]
+    if not 1 <= r <= free.shape[1] // 2:
+        raise ValueError(
+            f"r={r} does not fit {free.shape[1]} tokens beside the prefix: 1 to {free.shape[1] // 2} would."
+        )
+    similarity = cosine_scores(free, free)  # [B, n, n]
+    if empty is None:
+        energy = energies(similarity, margin)
+    else:
+        empty = empty[:, num_prefix_tokens:]
+        # ELU(0) = 0, so that a similarity of `margin` adds nothing; the means rank as the sums over real tokens do.
+        energy = energies(similarity.masked_fill(empty.unsqueeze(1), margin), margin)
+        energy = energy.masked_fill(empty, torch.inf)
+    order = descending_order(energy)
+    a, b = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2]
+    rows = similarity.gather(1, a.unsqueeze(-1).expand(batch, r, free.shape[1]))
+    scores = rows.gather(2, b.unsqueeze(1).expand(batch, r, r))
+    if empty is not None:
+        scores = put_empty_first(scores, empty.gather(1, a), empty.gather(1, b))
+    host = b.gather(1, scores.max(dim=-1).indices)  # the first of equal maxima
+    return with_hosts(a + num_prefix_tokens, host + num_prefix_tokens, metric.shape[1])
+
+
+def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None = None) -> tuple[Matching, Tensor]:
+    """TPS: every pruned token joins the kept one of highest cosine; x [B, N, D], positions [B, k] and [B, r].
+
+    Also returns the weights of the mean [B, N] float32: e to the power of that cosine, e for kept tokens, and 0 for
+    pruned padding, which `empty` [B, N] marks.
+    """
+
+    def rows(positions: Tensor) -> Tensor:
+        return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    scores = cosine_scores(rows(pruned), rows(kept))
+    if empty is not None:
+        scores = put_empty_first(scores, empty.gather(1, pruned), empty.gather(1, kept))
+    cosine, best = scores.max(dim=-1)  # the first of equal maxima
+    counted = cosine.exp() if empty is None else cosine.exp().masked_fill(empty.gather(1, pruned), 0.0)
+    weights = torch.full(x.shape[:2], torch.e, dtype=cosine.dtype, device=x.device)
+    return with_hosts(pruned, kept.gather(1, best), x.shape[1]), weights.scatter(1, pruned, counted)
