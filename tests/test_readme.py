@@ -1,4 +1,4 @@
-"""The README's figures are those of the JSON files it names, and its files are there."""
+"""The figures in README and docs are those of the JSON files they name, and their files are there."""
 
 import json
 import re
@@ -10,20 +10,43 @@ from dtem_hf.report.tables import COLUMNS, as_markdown, cells
 
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
+# A table stands below the name of its JSON, and of its columns if not all of them are shown.
+NAMED = re.compile(r"<!-- figures of (\S+?)(?:: (.+?))? -->\n(.*?)\n\n", re.DOTALL)
+TABLES = [(page, *table) for page in PAGES for table in NAMED.findall(page.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("source", re.findall(r"<!-- figures of (\S+) -->", README))
-def test_table_is_what_the_json_holds(source):
-    result = json.loads((ROOT / source).read_text(encoding="utf-8"))
-    below = README.split(f"<!-- figures of {source} -->", 1)[1]
-    assert as_markdown(COLUMNS, [cells(row) for row in result["rows"]]) in below.split("<!--", 1)[0]
+def table_of(source: Path, columns: str) -> str:
+    chosen = columns.split(", ") if columns else list(COLUMNS)
+    rows = [dict(zip(COLUMNS, cells(row), strict=True)) for row in json.loads(source.read_text("utf-8"))["rows"]]
+    return as_markdown(chosen, [[row[column] for column in chosen] for row in rows])
+
+
+@pytest.mark.parametrize(("page", "source", "columns", "shown"), TABLES, ids=[f"{t[0].stem}-{t[1]}" for t in TABLES])
+def test_table_is_what_the_json_holds(page, source, columns, shown):
+    assert shown == table_of(ROOT / source, columns)
 
 
 def test_there_are_tables_to_check():
-    assert len(re.findall(r"<!-- figures of (\S+) -->", README)) == 2
+    assert {page.name for page, *_ in TABLES} == {"README.md", "quickstart.md", "evaluate.md"}
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_linked_files_are_there(path):
-    assert (ROOT / path).is_file()
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.stem}-{link}" for page, link in LINKS])
+def test_linked_files_are_there(page, link):
+    assert (page.parent / link).is_file()
+
+
+def test_the_readme_begins_with_what_a_user_needs_first():
+    """One screen: what it is, a picture, install, three lines that merge, and where to go next."""
+    first = (ROOT / "README.md").read_text("utf-8").split("\n## ")[0]
+    assert len(first.splitlines()) <= 50
+    places = [first.index(each) for each in ("![", "pip install", "from_pretrained(", "<!-- figures of")]
+    assert places == sorted(places)
