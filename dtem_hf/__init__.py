@@ -1,4 +1,4 @@
-"""Any Hugging Face vision transformer, 1.5-2x faster, by one keyword; the policy is a small adapter on the Hub."""
+"""Token merging for Hugging Face vision transformers: faster by one keyword, and adapters learn what to merge."""
 
 from __future__ import annotations
 

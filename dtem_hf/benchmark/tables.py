@@ -10,9 +10,15 @@ from ..report.tables import as_markdown, print_rows, shown, shown_r
 def print_benchmark(result: dict[str, Any]) -> None:
     """Show a benchmark in the terminal: a line per row, speed, speed-up and memory under every batch size."""
     title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: images/s (quartiles), speed-up"
-    print_rows(title, *_cells(result), names=2)
+    columns, lines = _cells(result)
+    print_rows(title, columns, _broken_at_commas(lines, 5), names=2)
     for columns, lines in _breakdowns(result):
-        print_rows("where the time goes", columns, lines)
+        print_rows("where the time goes", columns, _broken_at_commas(lines, 3))
+
+
+def _broken_at_commas(lines: list[list[str]], first: int) -> list[list[str]]:
+    """Cells from column `first` on with a figure per line, so that a narrow terminal parts no figure from its unit."""
+    return [[*line[:first], *(cell.replace(", ", "\n") for cell in line[first:])] for line in lines]
 
 
 def markdown(result: dict[str, Any]) -> str:

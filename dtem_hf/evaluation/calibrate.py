@@ -23,7 +23,7 @@ from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
-from ..models.auto import AutoModelForImageClassification
+from ..models.auto import load_trained_classifier
 from ..models.calibration import calibrate
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
     a, device = arguments, arguments.choose_device()
-    model = AutoModelForImageClassification.from_pretrained(a.model, merge=None).to(device).eval()
+    model = load_trained_classifier(a.model, merge=None).to(device).eval()
     if a.adapter is not None:
         attach(model, MergeAdapter.from_reference(a.adapter))
     else:

@@ -24,7 +24,7 @@ from ..data.images import ProcessedImages, collate, data_digest, load_images, lo
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.folder_card import write_card
-from ..models.auto import AutoModelForImageClassification
+from ..models.auto import load_trained_classifier
 from ..models.distances import kl_to
 from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, option, parse_arguments
 from ..programs.conditions import data_name
@@ -85,7 +85,7 @@ def evaluate(
     """
     a, device = arguments, arguments.choose_device()
     adapters = a.load_adapters()
-    model = AutoModelForImageClassification.from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype))
+    model = load_trained_classifier(a.model, merge=None, dtype=getattr(torch, a.dtype))
     variants = a.make_variants(model.to(device), adapters)
     images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
     classes = match_labels(images, model.config)

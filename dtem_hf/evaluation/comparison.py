@@ -19,7 +19,7 @@ from ..programs.arguments import option, parse_arguments
 from ..programs.output import output_folder
 from ..programs.processes import processes
 from ..report.plots import measure_of, plot_pareto, series_name
-from ..report.tables import as_markdown, print_table, shown
+from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP
 from .classification import EvaluateArguments, evaluate
@@ -96,6 +96,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{data['num_images']:,} images of {data['name']}, {size} pixels; {result['hardware']}, batch size "
         f"{result['batch_size']}, {result['dtype']}. {_measure_text(rows)}",
         wide_table(rows),
+        f"Below, {LEGEND}.",
         long_table(rows),
     ]
     if {row["method"] for row in rows} >= set(ABLATION):

@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 
-from ..errors import AdapterError
+from ..errors import AdapterError, BadValue
 from ..families import SUPPORTED, check_attention_implementation, unsupported
 from ..families.containers import CONTAINERS
 from ..hub.adapter import MergeAdapter
@@ -127,6 +127,18 @@ AutoModelForVideoClassification = _merging("AutoModelForVideoClassification")
 AutoModelForVisualQuestionAnswering = _merging("AutoModelForVisualQuestionAnswering")
 AutoModelForZeroShotImageClassification = _merging("AutoModelForZeroShotImageClassification")
 AutoModelForZeroShotObjectDetection = _merging("AutoModelForZeroShotObjectDetection")
+
+
+def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any:
+    """Load a classifier. Raises BadValue where its head is not in the checkpoint, and so would be random.
+
+    `instead` ends the message: what to do with an encoder that has no head.
+    """
+    model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        lacks = f"a trained classifier, and this one lacks {min(info['missing_keys'])}, which would be random"
+        raise BadValue("model", name, f"{lacks}{instead and '; '}{instead}")
+    return model
 
 
 @contextmanager

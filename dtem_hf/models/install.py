@@ -39,12 +39,22 @@ def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, Me
     if merge is None or isinstance(merge, MergeConfig):
         return merge, None
     if isinstance(merge, (str, os.PathLike)):
+        _check_reference(os.fspath(merge))
         merge = MergeAdapter.from_reference(merge, **hub_kwargs)
     if isinstance(merge, MergeAdapter):
         return merge.config, merge
     if isinstance(merge, dict):
         return MergeConfig.from_dict(merge), None
-    raise BadValue("merge", merge, "a config (DTEMConfig, ToMeConfig, …), a MergeAdapter, a Hub id, a folder, or None")
+    example = f"ToMeConfig(r={merge})" if type(merge) is int else "ToMeConfig()"
+    raise BadValue("merge", merge, f"a config such as {example}, a MergeAdapter, a Hub id, a folder, or None")
+
+
+def _check_reference(name: str) -> None:
+    """Raise BadValue for a name that is neither a folder nor a Hub id, before the Hub is asked."""
+    if "/" not in name and not os.path.isdir(name):
+        config = MergeConfig._methods.get(name.lower())
+        wanted = "a folder that is there, a Hub id (user/repo), or a config such as ToMeConfig()"
+        raise BadValue("merge", name, wanted if config is None else f"for this method, write {config.__name__}()")
 
 
 @dataclass(frozen=True)

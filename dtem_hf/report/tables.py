@@ -15,9 +15,18 @@ from ..labels import reduction_label
 COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
 
 
-def print_rows(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], names: int = 1) -> None:
+# What readers of COLUMNS may not know.
+LEGEND = (
+    "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
+    "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
+)
+
+
+def print_rows(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], names: int = 1, legend: str | None = None
+) -> None:
     """Show a table in the terminal; the first `names` columns are text, the others are numbers."""
-    table = Table(title=title)
+    table = Table(title=title, caption=legend)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < names else "right")
     for line in lines:
@@ -66,4 +75,4 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
-    print_rows(about(result), COLUMNS, [cells(row) for row in result["rows"]])
+    print_rows(about(result), COLUMNS, [cells(row) for row in result["rows"]], legend=LEGEND)

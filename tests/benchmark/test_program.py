@@ -1,6 +1,8 @@
 """The benchmark program: rows, runtimes, batch sizes and what it refuses. No figure of speed is tested."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach, ops
 from dtem_hf.benchmark.breakdown import PARTS, MergingAlone, break_down
 from dtem_hf.benchmark.program import BenchmarkArguments, benchmark, main
 from dtem_hf.benchmark.runtimes import load_peer
-from dtem_hf.benchmark.tables import markdown
+from dtem_hf.benchmark.tables import markdown, print_benchmark
 
 
 PEERS = """
@@ -187,3 +189,16 @@ def test_a_config_is_enough_with_random_weights(tmp_path):
 def test_bad_options_are_named(change, message):
     with pytest.raises(BadValue, match=message):
         BenchmarkArguments(model="m", **change)
+
+
+@pytest.mark.parametrize("folder", ["deit-small", "deit-tiny-batches"])
+def test_no_figure_is_parted_from_its_unit_in_a_terminal(folder, capsys):
+    path = Path(__file__).parents[2] / "docs" / "performance" / folder / "benchmark.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    print_benchmark(result)
+    lines = capsys.readouterr().out.splitlines()
+    for unit in ("of ideal", "MiB", "ms"):
+        parts = [cell for line in lines for cell in line.split("│") if unit.split()[-1] in cell.split()]
+        assert all(re.fullmatch(rf"\s*[\d.]+ {unit}\s*", part) for part in parts)
+    batches = [batch for row in result["rows"] for batch in row["batches"]]
+    assert sum(line.count(" of ideal") for line in lines) == sum(batch["of_ideal"] is not None for batch in batches)

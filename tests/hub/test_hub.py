@@ -127,6 +127,22 @@ class TestRoundTrip:
                 options = {"registered": registered, "merge": reference, **ME, **cache}
                 assert torch.equal(client(f"{CLIENT}:logits", str(vit_folder), pixels, **options), expected)
 
+    @pytest.mark.parametrize(
+        ("merge", "message"),
+        [
+            ("tome", r"merge='tome': for this method, write ToMeConfig\(\)"),
+            ("DTEM", r"merge='DTEM': for this method, write DTEMConfig\(\)"),
+            ("my-adapter", r"merge='my-adapter': a folder that is there, a Hub id \(user/repo\)"),
+            (8, r"merge=8: a config such as ToMeConfig\(r=8\)"),
+        ],
+    )
+    def test_names_and_numbers_are_refused_before_the_hub_is_asked(self, hub, client, vit_folder, merge, message):
+        hub.commit("me/base", {path.name: path.read_bytes() for path in vit_folder.iterdir()})
+        hub.seen.clear()
+        with pytest.raises(BadValue, match=message):
+            client("dtem_hf:AutoModelForImageClassification.from_pretrained", "me/base", merge=merge)
+        assert hub.seen == []
+
     def test_a_model_pushes_its_adapter_and_its_backbone_is_never_touched_by_reading_it(
         self, hub, client, vit_folder, cache
     ):

@@ -282,7 +282,7 @@ def test_a_bare_model_from_a_merged_classifier_and_back(
 
 
 def test_what_cannot_be_a_merge_is_refused_by_name(base: Path) -> None:
-    with pytest.raises(BadValue, match=r"merge=16: a config"):
+    with pytest.raises(BadValue, match=r"merge=16: a config such as ToMeConfig\(r=16\)"):
         AutoModelForImageClassification.from_pretrained(base, merge=16)
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a Hub id"):
         AutoModelForImageClassification.from_pretrained(base, merge="no/such/folder")

@@ -27,8 +27,9 @@ CLASSIFIER, LANGUAGE_MODEL, ADAPTER = (
 
 
 def blocks_of(page: Path) -> list[str]:
-    """The Python blocks of a page."""
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """The Python blocks of a page, but for those of Optimum, which wants an older transformers."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if "from optimum" not in block]
 
 
 def fill(hub: LoopbackHub, folders: Mapping[str, Path]) -> None:

@@ -23,7 +23,7 @@ from ...data.images import (
 )
 from ...data.opening import files_digest
 from ...errors import BadValue
-from ...models.auto import AutoModelForImageClassification
+from ...models.auto import AutoModelForImageClassification, load_trained_classifier
 from ...models.distances import kl_to
 from ...programs.identity import digest
 from ..mixing import Mixed, mix
@@ -110,17 +110,10 @@ class ClassifierTask(ImageTask):
 
     def load_model(self) -> Any:
         a = self.arguments
-        model, info = AutoModelForImageClassification.from_pretrained(
-            a.model, merge=a.merge_config(), output_loading_info=True
-        )
-        if info["missing_keys"] and not self._may_lack_head():
-            raise BadValue(
-                "model",
-                a.model,
-                f"a trained classifier, and this one lacks {min(info['missing_keys'])}; for an encoder without a "
-                "head, use --task feature_distillation",
-            )
-        return model
+        if self._may_lack_head():
+            return AutoModelForImageClassification.from_pretrained(a.model, merge=a.merge_config())
+        instead = "for an encoder without a head, use --task feature_distillation"
+        return load_trained_classifier(a.model, instead, merge=a.merge_config())
 
     def _may_lack_head(self) -> bool:
         return False
