@@ -42,14 +42,6 @@ model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ a
 ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the families in tests/families
 	$(BIN)/python -m tests.support.ecosystem
 
-# scikit-learn comes with two photographs. MODEL may be a folder, too.
-MODEL ?= facebook/deit-tiny-patch16-224
-PHOTOS = $(shell $(BIN)/python -c "import sklearn; print(sklearn.__path__[0])")/datasets/images
-
-pictures: $(VENV)/.installed-quickstart  ## Draw the merged tokens of docs/pictures anew: make pictures MODEL=path/to/deit_tiny
-	$(BIN)/dtem-hf visualize $(MODEL) $(PHOTOS)/flower.jpg --method tome --r 13 --by-layer --output docs/pictures/layers.png
-	$(BIN)/dtem-hf visualize $(MODEL) $(PHOTOS)/flower.jpg $(PHOTOS)/china.jpg --method tome --r 13 --output docs/pictures/tokens.png
-
 performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the tables in docs/performance anew
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --batch_sizes 16 --output_dir docs/performance/deit-small-compile
@@ -60,6 +52,14 @@ performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the ta
 	$(BIN)/python recipes/benchmark_training.py $(TINY) --output_dir docs/performance/training-step
 	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
 		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base
+
+# scikit-learn comes with two photographs. MODEL may be a folder, too.
+MODEL ?= facebook/deit-tiny-patch16-224
+PHOTOS = $(shell $(BIN)/python -c "import sklearn; print(sklearn.__path__[0])")/datasets/images
+
+pictures: $(VENV)/.installed-quickstart  ## Draw the merged tokens of docs/pictures anew: make pictures MODEL=path/to/deit_tiny
+	$(BIN)/dtem-hf visualize $(MODEL) $(PHOTOS)/flower.jpg --method tome --r 13 --by-layer --output docs/pictures/layers.png
+	$(BIN)/dtem-hf visualize $(MODEL) $(PHOTOS)/flower.jpg $(PHOTOS)/china.jpg --method tome --r 13 --output docs/pictures/tokens.png
 
 docs: $(VENV)/.installed-docs  ## Build the documentation as a site in site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -16,7 +16,11 @@ from .tasks import task_names
 class TrainArguments(TaskArguments):
     """Learn a merge embedding for a frozen backbone."""
 
-    task: str = option("the loss and the model it is for: " + " or ".join(task_names()), default="distillation")
+    task: str = option(
+        f"the loss and the model it is for: {', '.join(task_names())}; the fisher tasks judge each merge by how much it "
+        "would change the output",
+        default="distillation",
+    )
     on_bad_image: Literal["error", "skip"] = option(
         "error: an unreadable image ends the run; skip: it is left out, and counted", default="error"
     )
