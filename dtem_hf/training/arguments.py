@@ -17,7 +17,7 @@ class TrainArguments(TaskArguments):
     """Learn a merge embedding for a frozen backbone."""
 
     task: str = option(
-        f"the loss and the model it is for: {', '.join(task_names())}; the fisher tasks judge each merge by how much it "
+        f"the loss and the model it is for: {', '.join(task_names())}; fisher tasks judge each merge by how much it "
         "would change the output",
         default="distillation",
     )
