@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dtem_hf
 from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detach
 from dtem_hf.families import find_place
+from dtem_hf.families.containers import CONTAINERS as TYPES
 from dtem_hf.models.auto import auto_class
 
 
@@ -65,8 +66,8 @@ def dinov2_backbone() -> Any:
     )
 
 
-def depth_anything() -> tuple[Any, dict[str, Tensor]]:
-    config = tf.DepthAnythingConfig(
+def depth_anything(model_class: Any = tf.DepthAnythingForDepthEstimation) -> tuple[Any, dict[str, Tensor]]:
+    config = model_class.config_class(
         backbone_config=dinov2_backbone(),
         patch_size=8,
         reassemble_hidden_size=32,
@@ -74,7 +75,11 @@ def depth_anything() -> tuple[Any, dict[str, Tensor]]:
         fusion_hidden_size=8,
         head_hidden_size=8,
     )
-    return tf.DepthAnythingForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+    return model_class(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def prompt_depth_anything() -> tuple[Any, dict[str, Tensor]]:
+    return depth_anything(tf.PromptDepthAnythingForDepthEstimation)
 
 
 def dpt() -> tuple[Any, dict[str, Tensor]]:
@@ -140,7 +145,57 @@ def gemma3() -> tuple[Any, dict[str, Tensor]]:
     return tf.Gemma3ForConditionalGeneration(config), prompt(16)
 
 
-CONTAINERS = [trocr, dual_encoder, depth_anything, dpt, upernet, llava, vipllava, paligemma, gemma3]
+def zoedepth() -> tuple[Any, dict[str, Tensor]]:
+    backbone = tf.BeitConfig(
+        **{**VIT, "image_size": 64, "patch_size": 8},
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        use_relative_position_bias=True,
+    )
+    config = tf.ZoeDepthConfig(
+        backbone_config=backbone,
+        backbone_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        bottleneck_features=8,
+        num_relative_features=8,
+        reassemble_factors=[4, 2, 1, 0.5],
+        bin_embedding_dim=8,
+    )
+    return tf.ZoeDepthForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def tiled(model_class: Any, num_image_tokens: int, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An image of 64 x 64 pixels in four tiles and one view of the whole."""
+    model, _ = llava(model_class, image_grid_pinpoints=[[64, 64]], **changes)
+    inputs = prompt(num_image_tokens)
+    inputs["pixel_values"] = torch.randn(2, 5, 3, 32, 32)
+    return model, {**inputs, "image_sizes": torch.tensor([[64, 64]] * 2)}
+
+
+def llava_next() -> tuple[Any, dict[str, Tensor]]:
+    return tiled(tf.LlavaNextForConditionalGeneration, 64 + 16 * 17)
+
+
+def llava_onevision() -> tuple[Any, dict[str, Tensor]]:
+    return tiled(tf.LlavaOnevisionForConditionalGeneration, 64 + 16 * 17, vision_feature_select_strategy="default")
+
+
+CONTAINERS = [
+    trocr,
+    dual_encoder,
+    depth_anything,
+    prompt_depth_anything,
+    dpt,
+    upernet,
+    zoedepth,
+    llava,
+    vipllava,
+    llava_next,
+    llava_onevision,
+    paligemma,
+    gemma3,
+]
 parametrized = pytest.mark.parametrize("build", CONTAINERS, ids=lambda build: build.__name__)
 Build = Callable[[], tuple[Any, dict[str, Tensor]]]
 
@@ -153,6 +208,10 @@ def built(build: Build) -> tuple[Any, dict[str, Tensor]]:
             if parameter.dim() > 1 and any(part in name for part in ("vision", "encoder", "backbone", "projector")):
                 parameter.normal_(std=0.2)
     return model.eval(), inputs
+
+
+def test_every_type_of_container_has_its_row_here() -> None:
+    assert sorted(build()[0].config.model_type for build in CONTAINERS) == sorted(TYPES)
 
 
 @torch.no_grad()
@@ -229,7 +288,7 @@ def test_the_plan_is_what_the_encoder_does(build: Build) -> None:
     attach(model, ToMeConfig(r=5))
     model.set_attn_implementation("eager")
     place = find_place(model)
-    pixels = inputs["pixel_values"][:1]
+    pixels = inputs["pixel_values"][:1].flatten(0, -4)[:1]
     counter = FlopCounterMode(display=False)
     with model.trace_merging() as trace, torch.no_grad(), counter:
         place.holder(pixels)
@@ -342,3 +401,28 @@ def test_soft_training_hands_a_decoder_only_the_tokens_that_still_take_part() ->
     gradients = [parameter.grad for parameter in model.merge_parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
+
+
+def test_transformers_own_auto_classes_take_containers_when_registered(tmp_path: Path) -> None:
+    model, inputs = built(trocr)
+    model.save_pretrained(tmp_path / "plain")
+    merged = read(attach(model, ToMeConfig(r=3)), inputs)
+    model.save_pretrained(tmp_path / "merged")
+    dtem_hf.register()
+    try:
+        given = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", merge=ToMeConfig(r=3)).eval()
+        saved = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    finally:
+        dtem_hf.unregister()
+    assert same(read(given, inputs), merged) and same(read(saved, inputs), merged)
+    plain = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
+    assert type(plain) is tf.VisionEncoderDecoderModel
+
+
+def test_a_container_merged_from_the_start_is_what_attach_makes(tmp_path: Path) -> None:
+    model, inputs = built(depth_anything)
+    model.save_pretrained(tmp_path)
+    loaded = dtem_hf.AutoModelForDepthEstimation.from_pretrained(tmp_path, merge=DTEMConfig(r=4)).eval()
+    assert same(read(loaded, inputs), read(attach(model, DTEMConfig(r=4)), inputs))
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged"):
+        dtem_hf.AutoModel.from_config(tf.BertConfig(**TEXT), merge=ToMeConfig(r=2))
