@@ -102,6 +102,14 @@ class AutoModelForImageClassification(MergingAutoClass, transformers.AutoModelFo
     """`transformers.AutoModelForImageClassification` with `merge=`."""
 
 
+class AutoModelForAudioClassification(MergingAutoClass, transformers.AutoModelForAudioClassification):
+    """`transformers.AutoModelForAudioClassification` with `merge=`."""
+
+
+class AutoModelForVideoClassification(MergingAutoClass, transformers.AutoModelForVideoClassification):
+    """`transformers.AutoModelForVideoClassification` with `merge=`."""
+
+
 class AutoModelForPreTraining(MergingAutoClass, transformers.AutoModelForPreTraining):
     """`transformers.AutoModelForPreTraining` with `merge=`."""
 
@@ -150,6 +158,8 @@ _BY_PREFERENCE = (
     AutoModelForSemanticSegmentation,
     AutoModelForVisualQuestionAnswering,
     AutoModelForCausalLM,
+    AutoModelForAudioClassification,
+    AutoModelForVideoClassification,
     AutoBackbone,
     AutoModelForPreTraining,
     AutoModel,

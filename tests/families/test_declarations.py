@@ -77,7 +77,9 @@ def lists_the_models_of_all_cases(case: FamilyCase, folder: Path) -> None:
 def lays_all_tokens_on_their_grid(case: FamilyCase, folder: Path) -> None:
     for _, backbone in (pair for pair in test_unmerging.BACKBONES if pair[0] is case):
         test_unmerging.test_feature_maps_lie_on_their_grid(case, backbone, (32, 32), "tome", folder)
-    pixels = case.inputs(3)["pixel_values"]
+    pixels = next(iter(case.inputs(3).values()))
+    if hasattr(import_module(f"tests.families.{case}"), "all_tokens_reach_the_reader"):
+        own(case, "all_tokens_reach_the_reader")()
     if case.family in ("beit", "data2vec_vision"):
         own(case, "test_segmentation_sees_the_grid")("tome", pixels)
     if case.family == "vit_mae":
@@ -102,13 +104,9 @@ def counts_frames(case: FamilyCase, folder: Path) -> None:
 
 
 def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
-    names = {
-        "ijepa": "test_a_pooler_on_a_patch_is_refused",
-        "dinov3_vit": "test_narrow_heads_are_refused",
-        "siglip2": "test_an_image_size_is_refused",
-    }
-    if case.family in names:
-        own(case, names[case.family])()
+    for name, test in vars(import_module(f"tests.families.{case}")).items():
+        if name.startswith("test_") and name.endswith("refused"):
+            test()
 
 
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
@@ -127,6 +125,9 @@ METHODS: dict[str, tuple[Check, ...]] = {
     "padding_sizes": (equals_the_slow_reference,),
     "check": (refuses_what_cannot_be_merged,),
     "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "input_shape": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "input_sides": (plans_what_torch_counts,),
+    "patch_sides": (plans_what_torch_counts,),
     "outside_cost": (plans_what_torch_counts,),
     "encoder_cost": (plans_what_torch_counts,),
 }

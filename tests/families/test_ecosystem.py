@@ -16,7 +16,14 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import BertTokenizer, BlipProcessor, GitProcessor, Siglip2ImageProcessorPil, ViTImageProcessorPil
+from transformers import (
+    ASTFeatureExtractor,
+    BertTokenizer,
+    BlipProcessor,
+    GitProcessor,
+    Siglip2ImageProcessorPil,
+    ViTImageProcessorPil,
+)
 
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, ToMeConfig, attach, detach, register, unregister
@@ -31,6 +38,7 @@ from tests.support.ecosystem import (
 )
 from tests.support.families import CASES
 from tests.support.family_case import PATCH, WORDS, FamilyCase
+from tests.support.passes import as_dtype
 from tests.support.unmerging import layers_of
 
 
@@ -136,6 +144,8 @@ def tokenizer() -> Any:
 def parts(case: FamilyCase, task: str) -> dict[str, Any]:
     """What a pipeline needs beside the model."""
     size = {"height": SIDE, "width": SIDE}
+    if task == "audio-classification":
+        return {"feature_extractor": ASTFeatureExtractor(num_mel_bins=SIDE, max_length=SIDE)}
     look = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=36)
     look = look if case.family == "siglip2" else ViTImageProcessorPil(size=size)
     if task == "image-text-to-text":
@@ -146,6 +156,8 @@ def parts(case: FamilyCase, task: str) -> dict[str, Any]:
 def ask(task: str, pipe: Any) -> Any:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(6, 5, 3), dtype=np.uint8)).resize((40, 50))
     torch.manual_seed(0)  # what is masked at random is masked alike
+    if task == "audio-classification":
+        return pipe(np.random.default_rng(0).standard_normal(8000, dtype=np.float32))
     if task == "zero-shot-image-classification":
         return pipe(image, candidate_labels=["cat", "dog", "hen"])
     if task == "image-text-to-text":
@@ -257,8 +269,7 @@ def test_loading_as_bfloat16(case: FamilyCase, folder: Path) -> None:
     """Also what is learned; sizes stay float32."""
     model = dtem_hf.AutoModel.from_pretrained(folder, merge=DTEMConfig(r=6), dtype="bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    inputs = all_inputs(case, 2)
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs = as_dtype(all_inputs(case, 2), torch.bfloat16)
     with model.trace_merging() as trace:
         found = outputs(model, inputs)
     assert {sizes.dtype for sizes in trace.sizes} == {torch.float32}

@@ -93,7 +93,8 @@ class FamilyCase:
 
     `encoder` is the class that is compiled and exported, `others` are further classes that can be merged. `vision`
     and `text` are config fields beside those of `VISION` and `TEXT`, `small` those beside `SMALL`. `inputs` makes
-    images by count, height and width; `uneven` makes images of 36 patches at most that are not square, or padded,
+    images by count, height and width; `spelled` turns config fields as they are called here into the family's own;
+    `uneven` makes images of 36 patches at most that are not square, or padded,
     where the family makes a difference. `attentions` are the implementations that transformers has.
 
     `lacking` says of what does not hold ("export", "onnx") why, `eager_only` of what holds with eager attention only;
@@ -108,6 +109,7 @@ class FamilyCase:
     text: Mapping[str, Any] = field(default_factory=dict)
     small: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[..., Inputs] = images
+    spelled: Callable[[dict[str, Any]], dict[str, Any]] = dict
     uneven: Callable[[int], Inputs] | None = None
     attentions: tuple[str, ...] = ("eager", "sdpa")
     lacking: Mapping[str, str] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class FamilyCase:
     def config(self, model_class: Any, **vision: Any) -> Any:
         """A small config for a model class; `vision` are fields of the part of it that sees."""
         config_class = model_class.config_class
-        fields = {**VISION, **self.vision, **vision}
+        fields = self.spelled({**VISION, **self.vision, **vision})
         if "vision_config" not in config_class.sub_configs:
             return config_class(**{"num_labels": 10, **fields})
         text = {**TEXT, **self.text}
