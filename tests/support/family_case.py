@@ -53,6 +53,12 @@ def images(count: int, height: int = 32, width: int = 32) -> Inputs:
     return {"pixel_values": torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(2))}
 
 
+def clips(count: int, height: int = 32, width: int = 32, frames: int = 8) -> Inputs:
+    """Clips of noise: [count, frames, 3, height, width]."""
+    noise = torch.randn(count, frames, 3, height, width, generator=torch.Generator().manual_seed(2))
+    return {"pixel_values": noise}
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One model class in one setting, with the anatomy that the slow reference runs.
