@@ -109,7 +109,7 @@ class Family:
         if image_size is not None:  # of a clip, the number of frames may be left out
             given = _sides(image_size, "image_size", len(sides))
             sides = (*sides[: -len(given)], *given)
-        return (*sides[:-2], encoder.config.num_channels, *sides[-2:])
+        return (*sides[:-2], getattr(encoder.config, "num_channels", 3), *sides[-2:])
 
     def num_tokens(self, encoder: Any, image_size: Any = None) -> int:
         """Tokens that enter the first layer for an input of a size (None: the model's own).

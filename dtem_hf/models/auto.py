@@ -110,6 +110,14 @@ class AutoModelForVideoClassification(MergingAutoClass, transformers.AutoModelFo
     """`transformers.AutoModelForVideoClassification` with `merge=`."""
 
 
+class AutoModelForZeroShotObjectDetection(MergingAutoClass, transformers.AutoModelForZeroShotObjectDetection):
+    """`transformers.AutoModelForZeroShotObjectDetection` with `merge=`."""
+
+
+class AutoModelForDepthEstimation(MergingAutoClass, transformers.AutoModelForDepthEstimation):
+    """`transformers.AutoModelForDepthEstimation` with `merge=`."""
+
+
 class AutoModelForPreTraining(MergingAutoClass, transformers.AutoModelForPreTraining):
     """`transformers.AutoModelForPreTraining` with `merge=`."""
 
@@ -160,6 +168,8 @@ _BY_PREFERENCE = (
     AutoModelForCausalLM,
     AutoModelForAudioClassification,
     AutoModelForVideoClassification,
+    AutoModelForZeroShotObjectDetection,
+    AutoModelForDepthEstimation,
     AutoBackbone,
     AutoModelForPreTraining,
     AutoModel,

@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 from ..families import find_encoder
 
 
+_SEEN = ("pixel_values", "input_values")
+
+
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
     """The largest part of a model that holds the encoder and needs only pixels: in CLIP, the vision tower."""
     for module in model.modules():
-        sees = isinstance(module, PreTrainedModel) and module.main_input_name == encoder.main_input_name
+        sees = isinstance(module, PreTrainedModel) and module.main_input_name in _SEEN
         if sees and any(child is encoder for child in module.modules()):
             return module
     return encoder
@@ -34,7 +37,8 @@ def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     # Families whose position embeddings fit any size have no such argument.
     if tuple(pixel_values.shape[1:]) != family.input_shape(encoder):
         kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
-    return part(**{encoder.main_input_name: pixel_values.to(parameter.device, parameter.dtype)}, **kwargs)
+    name = part.main_input_name if part.main_input_name in _SEEN else _SEEN[0]
+    return part(**{name: pixel_values.to(parameter.device, parameter.dtype)}, **kwargs)
 
 
 def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, ...]:

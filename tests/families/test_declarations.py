@@ -58,7 +58,7 @@ def plans_what_torch_counts(case: FamilyCase, folder: Path) -> None:
 
 
 def counts_the_encoder_alone(case: FamilyCase, folder: Path) -> None:
-    for model_class in case.others:
+    for model_class in (*case.others, *case.dense):
         test_promises.test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case, model_class)
 
 
@@ -99,6 +99,11 @@ def counts_visual_tokens(case: FamilyCase, folder: Path) -> None:
         own(case, "test_the_bare_model_steps_with_a_cache")(ToMeConfig)
 
 
+def weighs_tokens_by_their_sizes(case: FamilyCase, folder: Path) -> None:
+    if hasattr(import_module(f"tests.families.{case}"), "every_model_weighs_tokens"):
+        own(case, "every_model_weighs_tokens")()
+
+
 def counts_frames(case: FamilyCase, folder: Path) -> None:
     own(case, "test_the_plan_says_how_many_tokens_the_decoder_gets")(9, 3)
 
@@ -118,9 +123,10 @@ READERS: dict[str, tuple[str, Check]] = {
     "mean": ("tokens", equals_the_slow_reference),
     "masked_mean": ("tokens", equals_the_slow_reference),
     "grid": ("tokens", lays_all_tokens_on_their_grid),
+    "weighed": ("tokens", weighs_tokens_by_their_sizes),
     "live": ("tokens", keeps_text_from_what_was_softly_merged_away),
 }
-PARTS = (equals_the_slow_reference, counts_visual_tokens)
+PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_tokens)
 METHODS: dict[str, tuple[Check, ...]] = {
     "padding_sizes": (equals_the_slow_reference,),
     "check": (refuses_what_cannot_be_merged,),

@@ -19,8 +19,11 @@ from torch import Tensor
 from transformers import (
     ASTFeatureExtractor,
     BertTokenizer,
+    Blip2Processor,
     BlipProcessor,
     GitProcessor,
+    InstructBlipProcessor,
+    OwlViTImageProcessorPil,
     Siglip2ImageProcessorPil,
     ViTImageProcessorPil,
 )
@@ -39,7 +42,7 @@ from tests.support.ecosystem import (
 from tests.support.families import CASES
 from tests.support.family_case import PATCH, WORDS, FamilyCase
 from tests.support.passes import as_dtype
-from tests.support.unmerging import layers_of
+from tests.support.unmerging import layers_of, tensors
 
 
 MERGE = ToMeConfig(r=6)
@@ -148,6 +151,12 @@ def parts(case: FamilyCase, task: str) -> dict[str, Any]:
         return {"feature_extractor": ASTFeatureExtractor(num_mel_bins=SIDE, max_length=SIDE)}
     look = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=36)
     look = look if case.family == "siglip2" else ViTImageProcessorPil(size=size)
+    if task == "zero-shot-object-detection":
+        look = OwlViTImageProcessorPil(size=size, crop_size=size)
+    if task == "image-text-to-text" and case.family == "blip_2":
+        return {"processor": Blip2Processor(look, tokenizer(), num_query_tokens=4)}
+    if task == "image-text-to-text" and case.family == "instructblip":
+        return {"processor": InstructBlipProcessor(look, tokenizer(), tokenizer(), num_query_tokens=4)}
     if task == "image-text-to-text":
         return {"processor": (GitProcessor if case.family == "git" else BlipProcessor)(look, tokenizer())}
     return {"image_processor": look, **({"tokenizer": tokenizer()} if task.startswith("zero-shot") else {})}
@@ -158,8 +167,9 @@ def ask(task: str, pipe: Any) -> Any:
     torch.manual_seed(0)  # what is masked at random is masked alike
     if task == "audio-classification":
         return pipe(np.random.default_rng(0).standard_normal(8000, dtype=np.float32))
-    if task == "zero-shot-image-classification":
-        return pipe(image, candidate_labels=["cat", "dog", "hen"])
+    if task.startswith("zero-shot"):
+        options = {"threshold": 0.0} if task == "zero-shot-object-detection" else {}
+        return pipe(image, candidate_labels=["cat", "dog", "hen"], **options)
     if task == "image-text-to-text":
         return pipe(images=image, text="a photo", max_new_tokens=4)
     return pipe(image)
@@ -223,9 +233,9 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def outputs(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """All plain tensors of a forward pass."""
+    """All tensors of a forward pass, also those of outputs inside the output."""
     with torch.no_grad():
-        return [value for value in model(**inputs).values() if isinstance(value, Tensor)]
+        return tensors(model(**inputs))
 
 
 both_methods = pytest.mark.parametrize("config", [MERGE, DTEMConfig(r=6)], ids=["tome", "dtem"])

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
 from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from dtem_hf.families import find_encoder
 from tests.support.ecosystem import autos_of
 from tests.support.families import CASES, ROWS
 from tests.support.family_case import FamilyCase, Row
@@ -259,7 +260,11 @@ def test_the_plan_is_what_torch_counts(row: Row, method: str) -> None:
 OTHERS = [(case, model_class) for case in CASES.values() for model_class in case.others]
 
 
-@pytest.mark.parametrize("case, model_class", OTHERS, ids=[model_class.__name__ for _, model_class in OTHERS])
+DENSE = [(case, model_class) for case in CASES.values() for model_class in case.dense]
+WHOLE = [*OTHERS, *DENSE]
+
+
+@pytest.mark.parametrize("case, model_class", WHOLE, ids=[model_class.__name__ for _, model_class in WHOLE])
 def test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case: FamilyCase, model_class: Any) -> None:
     whole, alone = (
         attach(case.make_small(each), METHODS["tome"]).merge_plan() for each in (model_class, case.encoder)
@@ -276,7 +281,7 @@ WITH_TEXT = [(case, model_class) for case, model_class in OTHERS if case.words(m
 def test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case: FamilyCase, model_class: Any) -> None:
     """As they are when its tower is called by itself."""
     model, images = attach(case.make(model_class), METHODS["tome"]), case.inputs(2)
-    tower = next(module for module in model.modules() if isinstance(module, case.encoder))
+    tower = find_encoder(model)[1]
     seen: list[Tensor] = []
     tower.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     model(**images, **case.words(model_class, 2))

@@ -23,6 +23,7 @@ TASKS = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
     "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForZeroShotObjectDetection": "zero-shot-object-detection",
     "AutoModelForAudioClassification": "audio-classification",
 }
 # Of this package, and of transformers under the same name.

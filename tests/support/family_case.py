@@ -97,8 +97,10 @@ class Row:
 class FamilyCase:
     """One family: its models, how they are made, what goes in, and what of the ecosystem does not hold for it.
 
-    `encoder` is the class that is compiled and exported, `others` are further classes that can be merged. `vision`
-    and `text` are config fields beside those of `VISION` and `TEXT`, `small` those beside `SMALL`. `inputs` makes
+    `encoder` is the class that is compiled and exported, `others` are further classes that can be merged,
+    `dense` those that need all tokens in their places and are not in `others`. `vision`
+    and `text` are config fields beside those of `VISION` and `TEXT`, `whole` those of a model with text around them,
+    `small` those beside `SMALL`. `inputs` makes
     images by count, height and width; `spelled` turns config fields as they are called here into the family's own;
     `uneven` makes images of 36 patches at most that are not square, or padded,
     where the family makes a difference. `attentions` are the implementations that transformers has.
@@ -111,8 +113,10 @@ class FamilyCase:
     encoder: Any
     rows: tuple[Row, ...]
     others: tuple[Any, ...] = ()
+    dense: tuple[Any, ...] = ()
     vision: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Any] = field(default_factory=dict)
     small: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[..., Inputs] = images
     spelled: Callable[[dict[str, Any]], dict[str, Any]] = dict
@@ -131,7 +135,7 @@ class FamilyCase:
     @cached_property
     def models(self) -> tuple[Any, ...]:
         """Every model class of the family that can be merged, once."""
-        return tuple(dict.fromkeys([self.encoder, *(row.model for row in self.rows), *self.others]))
+        return tuple(dict.fromkeys([self.encoder, *(row.model for row in self.rows), *self.others, *self.dense]))
 
     def config(self, model_class: Any, **vision: Any) -> Any:
         """A small config for a model class; `vision` are fields of the part of it that sees."""
@@ -142,7 +146,8 @@ class FamilyCase:
         text = {**TEXT, **self.text}
         if "text_config" not in config_class.sub_configs:
             return config_class(vision_config=fields, **text)
-        return config_class(vision_config=fields, text_config=text, num_labels=10, projection_dim=16)
+        whole = {"num_labels": 10, "projection_dim": 16, **self.whole}
+        return config_class(vision_config=fields, text_config=text, **whole)
 
     def make(self, model_class: Any, attention: str | None = "sdpa", **vision: Any) -> Any:
         """A plain model in `.eval()` with random weights, always the same ones, and none of them neutral."""
@@ -161,7 +166,8 @@ class FamilyCase:
             return {}
         text = torch.tensor([[2, 7, 8, 9, 7, 11, 10, 3]] * count)
         takes = signature(model_class.forward).parameters
-        return {name: text for name in ("input_ids", "decoder_input_ids") if name in takes}
+        words = {name: text for name in ("input_ids", "decoder_input_ids", "qformer_input_ids") if name in takes}
+        return {**words, "attention_mask": torch.ones_like(text)} if "attention_mask" in takes else words
 
     def make_small(self, model_class: Any, attention: str | None = None) -> Any:
         """A model of few layers and 36 patches."""

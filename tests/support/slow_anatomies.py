@@ -155,7 +155,9 @@ def clip_like(root: str, head: Callable[..., Outputs], **changes: Any) -> Anatom
             x = x + weights[begin + "position_embedding"][0]
         else:
             x = x + weights[begin + "position_embedding.weight"]
-        return layer_norm(weights, root + "pre_layrnorm", x, 1e-5) if root + "pre_layrnorm.bias" in weights else x
+        for norm in ("pre_layrnorm", "pre_layernorm"):
+            x = layer_norm(weights, root + norm, x, 1e-5) if f"{root}{norm}.bias" in weights else x
+        return x
 
     anatomy = Anatomy(
         embed=embed,
