@@ -13,10 +13,22 @@ from .family import Family, check_attention_implementation, input_like
 FAMILIES: list[Family] = [module.FAMILY for module in import_all(sys.modules[__name__]) if hasattr(module, "FAMILY")]
 
 
-def unsupported(name: str) -> UnsupportedModelError:
-    """The error for a model that belongs to no known family; it lists those that do."""
+_WINDOWS = "its layers attend within windows of a grid, which merged tokens do not form"
+# By model type, why no family can be written for a model.
+_REASONS = {
+    **dict.fromkeys(["sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model", "sam2", "vitdet"], _WINDOWS),
+    **dict.fromkeys(["swin", "swinv2", "maskformer-swin", "donut-swin"], _WINDOWS),
+    "hiera": "it pools tokens between its layers by their places on a grid",
+    "eomt": "its queries join the patches inside the encoder, and it reads a mask off every patch",
+    "yolos": "its detection tokens stand behind the patches, among the tokens that merge",
+}
+
+
+def unsupported(name: str, model_type: str = "") -> UnsupportedModelError:
+    """The error for a model that belongs to no known family: why, where that is known, and which models do."""
     supported = sorted({cls.__name__ for family in FAMILIES for cls in family.models})
-    return UnsupportedModelError(f"{name} cannot be merged; supported are {', '.join(supported)}.")
+    why = f": {_REASONS[model_type]}" if model_type in _REASONS else ""
+    return UnsupportedModelError(f"{name} cannot be merged{why}; supported are {', '.join(supported)}.")
 
 
 def find_family(model_class: type) -> Family:
@@ -24,7 +36,7 @@ def find_family(model_class: type) -> Family:
     for family in FAMILIES:
         if issubclass(model_class, tuple(family.models)):
             return family
-    raise unsupported(model_class.__name__)
+    raise unsupported(model_class.__name__, getattr(getattr(model_class, "config_class", None), "model_type", ""))
 
 
 def find_encoder(model: nn.Module) -> tuple[Family, Any]:

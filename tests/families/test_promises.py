@@ -316,9 +316,7 @@ def test_batches_and_threads_change_no_prediction(row: Row) -> None:
 def test_evit_is_refused_without_a_cls_token(row: Row) -> None:
     model = row.make()
     modules = snapshot(model)
-    with pytest.raises(
-        UnsupportedModelError, match=r"method='evit'.*(Model|Transformer) has none; use 'tome'"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"method='evit'.*(Model|Transformer) has none; use 'tome'"):
         attach(model, EViTConfig())
     assert snapshot(model) == modules
     assert not hasattr(model.config, "merge")

@@ -10,6 +10,9 @@ from tests.support.slow_anatomies import clip_like, patches
 from tests.support.slow_model import Anatomy, Outputs, Weights, layer_norm, tanh_gelu
 
 
+UNEVEN_RANGE = "ONNX counts a range of fractions otherwise than torch, unless the patches of a side are a power of two"
+
+
 def masked_images(count: int, height: int = 32, width: int = 32) -> Inputs:
     """Images without padding."""
     mask = torch.ones(count, height // PATCH, width // PATCH, dtype=torch.bool)
