@@ -25,8 +25,8 @@ class Family:
 
     `encoders`: the stock modules that run the layers, each with the dotted name of its list of layers. `anatomy`: how
     a layer is built. `models`: the models in which such an encoder may be merged, and how each reads its tokens: a
-    word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; registers
-    that the config declares are added.
+    word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; the
+    numbers that the config has in its entries `prefix_fields` are added.
 
     `composites`: models that do more than see, and are costed by their encoder alone. `frames`: the entry of a
     composite's config that says how many images it sees at once. `encoder_parts`, `layer_parts` and `model_parts`: by
@@ -38,6 +38,7 @@ class Family:
     anatomy: Anatomy
     models: Mapping[type[nn.Module], str | type]
     num_prefix_tokens: int = 1
+    prefix_fields: tuple[str, ...] = ("num_register_tokens",)
     composites: tuple[type[nn.Module], ...] = ()
     frames: str | None = None
     encoder_parts: Mapping[str, type] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Family:
     def geometry(self, encoder: Any) -> Geometry:
         """Widths and counts, by declared sizes: weights may be packed, sharded or offloaded."""
         layers, width = self.layers(encoder), encoder.config.hidden_size
-        prefix = self.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0)
+        prefix = self.num_prefix_tokens + sum(getattr(encoder.config, name, 0) for name in self.prefix_fields)
         return Geometry(len(layers), width, *self.anatomy.heads_of(layers[0], width), prefix)
 
     def parts(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:

@@ -115,6 +115,7 @@ def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
 
 
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
+PREFIX_FIELDS = Family.__dataclass_fields__["prefix_fields"].default
 Check = Callable[[FamilyCase, Path], None]
 Mutation = tuple[str, Family, tuple[Check, ...]]
 # Of each word for a model that reads tokens: another one, and what then fails.
@@ -183,6 +184,8 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
     prefix = family.num_prefix_tokens + 1
     checks = (equals_the_slow_reference, merges_softly_as_the_slow_reference)
     yield "num_prefix_tokens", replace(family, num_prefix_tokens=prefix), checks
+    if family.prefix_fields != PREFIX_FIELDS:
+        yield "prefix_fields", replace(family, prefix_fields=PREFIX_FIELDS), checks
     for cls in family.composites:
         left = tuple(other for other in family.composites if other is not cls)
         yield f"composites-{cls.__name__}", replace(family, composites=left), (counts_the_encoder_alone,)

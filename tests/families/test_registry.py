@@ -43,9 +43,7 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(name: str, reason: str
     model_class = getattr(transformers, name)
     with torch.device("meta"):
         model = model_class(model_class.config_class())
-    with pytest.raises(
-        UnsupportedModelError, match=rf"{name} cannot be merged: .*{reason}.*; supported are .*ViT"
-    ):
+    with pytest.raises(UnsupportedModelError, match=rf"{name} cannot be merged: .*{reason}.*; supported are .*ViT"):
         attach(model, ToMeConfig(r=1))
 
 
