@@ -195,7 +195,8 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
         for name in getattr(family, field):
             yield f"{field}-{name}", replace(family, **{field: without(getattr(family, field), name)}), PARTS
     if family.layer_merging is not LAYER:
-        yield "layer_merging", replace(family, layer_merging=LAYER), (equals_the_slow_reference,)
+        checks = (equals_the_slow_reference, refuses_what_cannot_be_merged)
+        yield "layer_merging", replace(family, layer_merging=LAYER), checks
     values = {field.name: getattr(family, field.name) for field in fields(family)}
     for name, method in vars(type(family)).items():
         if type(family) is not Family and callable(method) and not name.startswith("_"):
