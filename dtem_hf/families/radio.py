@@ -29,8 +29,9 @@ class RadioFamily(Family):
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
         stem, head, tail = super().outside_cost(modules)
-        for projection in (m.patch_projection for m in modules if hasattr(m, "patch_projection")):
-            size: Any = projection.in_features * projection.out_features
+        for embeddings in (m for m in modules if hasattr(m, "patch_projection")):
+            projection: Any = embeddings.patch_projection
+            size = projection.in_features * projection.out_features
             stem, head = stem + size, head - size
         return stem, head, tail
 
