@@ -47,6 +47,7 @@ def tensors(output: Any) -> list[Tensor]:
     found = []
     for value in output.values():
         found += [value] if isinstance(value, Tensor) else tensors(value) if isinstance(value, dict) else []
+        found += list(value) if isinstance(value, tuple) and isinstance(value[0], Tensor) else []
     return found
 
 
