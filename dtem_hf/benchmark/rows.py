@@ -55,7 +55,7 @@ class Entry:
 def image_entries(
     model: Any,
     variants: Sequence[Variant],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     runtimes: Sequence[str],
     compile_mode: str,
     peers: Sequence[tuple[str, Any]] = (),
@@ -86,7 +86,7 @@ def image_entries(
     return entries
 
 
-def captioning_entries(variants: Sequence[Variant], shape: tuple[int, int, int], length: int) -> list[Entry]:
+def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], length: int) -> list[Entry]:
     """Every variant writing greedy captions of exactly `length` tokens."""
     if not hasattr(variants[0].model, "generate"):
         raise BadValue("task", "captioning", f"a model that writes text, not a {type(variants[0].model).__name__}")
@@ -115,7 +115,7 @@ def _entry(
 @torch.inference_mode()
 def measure_entries(
     entries: Sequence[Entry],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     batch_sizes: Sequence[int],
     device: torch.device,
     rounds: int,

@@ -32,7 +32,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 def make_run(
     runtime: str,
     model: nn.Module,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     compile_mode: str = "default",
 ) -> Run:
     """Make a model ready to run on images of [C, H, W] in batches of any size; ONNX Runtime takes float32 pixels.

@@ -38,7 +38,7 @@ def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
         return _tensor_names(run_on_pixels(model, pixel_values))
 
 
-def export_graph(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
+def export_graph(model: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
     """Trace a model for images of [C, H, W] and a batch of any size. Raises UnsupportedModelError where that fails."""
     pixels = torch.zeros(_TRACED_BATCH, *shape, device=next(model.parameters()).device)
     batch = {INPUT_NAME: {0: Dim("batch", min=1)}}

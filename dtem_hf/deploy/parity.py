@@ -28,7 +28,7 @@ def check_parity(
     model: nn.Module,
     run: Runner,
     names: Sequence[str],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> dict[str, Any]:

@@ -21,26 +21,36 @@ from ..token_state import TokenState
 
 
 class ScopedForward:
-    """Base of mixins that run the forward pass of the class they are mixed into inside a scope, same signature."""
+    """Base of mixins that run the forward pass of the class they are mixed into inside a scope, same signature.
+
+    `scoped` are the methods that do so, where the class has them.
+    """
+
+    scoped: tuple[str, ...] = ("forward",)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        stock = getattr(super(), "forward", None)
-        if stock is None:  # the mixin itself, with no module below it yet
-            return
-        names = list(signature(stock).parameters)[1:]
-
-        @wraps(stock)  # torch.export and Trainer read the signature
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Of equal length: Dynamo of torch 2.9 knows no other zip.
-            inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
-            return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
-
-        cls.forward = forward  # type: ignore[attr-defined]
+        for name in cls.scoped:
+            stock = getattr(super(), name, None)
+            if stock is not None:  # else, of forward: the mixin itself, with no module below it yet
+                setattr(cls, name, _scoped(stock))
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         """Call `stock`; `inputs` are its arguments by name."""
         raise NotImplementedError
+
+
+def _scoped(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs inside a scope."""
+    names = list(signature(stock).parameters)[1:]
+
+    @wraps(stock)  # torch.export and Trainer read the signature
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of equal length: Dynamo of torch 2.9 knows no other zip.
+        inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
+        return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
+
+    return method
 
 
 class Reader(ScopedForward):
@@ -71,13 +81,21 @@ class LiveReader(Reader):
     reader = "live"
 
 
+class WeighedReader(Reader):
+    """A model with a part that attends to all tokens by a mask of their sizes: `WeighedCrossAttention`."""
+
+    reader = "weighed"
+    scoped = ("forward", "generate", "get_image_features", "get_qformer_features")
+
+
 class GridReader(Reader):
     """A model that needs all tokens in place, and makes the encoder's mask of the one that it is given, or of none."""
 
     reader = "grid"
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
-        with open_scope(Scope(reader=self.reader, masked=inputs.get("attention_mask") is not None)):
+        masked = None if "input_ids" in inputs else inputs.get("attention_mask") is not None  # else it is the text's
+        with open_scope(Scope(reader=self.reader, masked=masked)):
             return stock()
 
 
@@ -86,6 +104,7 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "mean": (MeanReader,),
     "masked_mean": (MaskedMeanReader,),
     "live": (LiveReader,),
+    "weighed": (WeighedReader,),
     "grid": (GridReader,),
 }
 
@@ -101,6 +120,7 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     `output` is a ModelOutput or a tuple that begins with the last hidden state.
     """
     last = output[0]
+    state.unmerged = unmerge
     state.move_to(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
@@ -188,3 +208,14 @@ class WeighedAttention:
             bias = bias.to(query.device).squeeze(1)
             attn_mask = bias.repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
         return super().forward(query, key, value, *args, attn_mask=attn_mask, **kwargs)  # type: ignore[misc]
+
+
+class WeighedCrossAttention:
+    """A decoder that cross-attends to merged tokens, and takes a mask for them: it gets the log of their sizes."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = current_state()
+        tokens: Tensor | None = kwargs.get("encoder_hidden_states")
+        if state is not None and tokens is not None and (bias := state.returned_bias(self.dtype)) is not None:
+            kwargs["encoder_attention_mask"] = bias.to(tokens.device)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from ..errors import BadValue
-from ..families import find_encoder
 from .install import set_merge_config
 from .timing import time_interleaved
-from .vision import evaluating, run_on_pixels
+from .vision import evaluating, image_shape, run_on_pixels
 
 
 def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 5) -> float:
@@ -57,10 +56,8 @@ def _is_feasible(model: Any, share: float) -> bool:
 @torch.inference_mode()
 def _speedup(model: Any, batch_size: int, rounds: int) -> float:
     """Median over rounds of unmerged over merged time, for a batch of noise."""
-    config, example = find_encoder(model)[1].config, next(model.parameters())
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    shape = (batch_size, config.num_channels, height, width)
-    pixels = torch.randn(shape, device=example.device, dtype=example.dtype)
+    example = next(model.parameters())
+    pixels = torch.randn(batch_size, *image_shape(model), device=example.device, dtype=example.dtype)
     merged = partial(run_on_pixels, model, pixels)
 
     def plain() -> None:

@@ -24,6 +24,8 @@ TASKS = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
     "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForZeroShotObjectDetection": "zero-shot-object-detection",
+    "AutoModelForAudioClassification": "audio-classification",
 }
 # Of this package, and of transformers under the same name.
 AUTO_CLASSES = sorted(name for name in dtem_hf.__all__ if hasattr(getattr(transformers, name, None), "_model_mapping"))
@@ -51,7 +53,7 @@ def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
     """Every task of a family; of those that have none but to see, the features."""
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
     bare = [("image-feature-extraction", auto, each) for auto, each in models_of(case) if auto == "AutoModel"]
-    return found or bare
+    return found or [each for each in bare if "image" in each[2].input_modalities]
 
 
 def exported_models(case: FamilyCase) -> list[Any]:

@@ -97,8 +97,8 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     """Outputs for one image, and the tokens behind every layer."""
     x = anatomy.embed(weights, inputs)
     sizes = torch.ones(len(x), dtype=x.dtype)
-    if "pixel_attention_mask" in inputs:
-        sizes = inputs["pixel_attention_mask"].to(x.dtype)
+    for name in ("pixel_attention_mask", "patch_attention_mask"):
+        sizes = inputs[name].flatten().to(x.dtype) if name in inputs else sizes
     places = None
     if anatomy.places is not None:
         patches = anatomy.places(inputs).to(x.dtype)
