@@ -36,7 +36,7 @@ ATTENDING = (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImag
 FAMILY = Family(
     encoders={BlipVisionModel: "encoder.layers"},
     anatomy=replace(CLIP_LAYER, query="self_attn.qkv", key="self_attn.qkv", packed=True),
-    models={BlipModel: "tokens", BlipVisionModel: "tokens", **dict.fromkeys(ATTENDING, "live")},
+    models=dict.fromkeys([BlipModel, BlipVisionModel, *ATTENDING], "tokens"),
     composites=(BlipModel, *ATTENDING),
     layer_parts={"self_attn": BlipMaskedAttention},
 )

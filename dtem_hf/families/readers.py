@@ -1,8 +1,9 @@
 """How models read the tokens of a merged encoder: one word per model class, and what follows from it.
 
-A model that reads merged tokens needs nothing where it looks at prefix tokens alone or at any set of tokens. The other
-readers open a scope with their word, and the encoder inside returns its tokens as that reader needs them. The mixins
-change nothing where nothing was merged.
+A model that reads merged tokens needs nothing where it looks at prefix tokens alone or attends to all tokens alike: an
+encoder returns those that stand for something, whichever model is around it. The other readers open a scope with their
+word, and the encoder inside returns its tokens as that reader needs them. The mixins change nothing where nothing was
+merged.
 """
 
 from __future__ import annotations
@@ -65,12 +66,6 @@ class MaskedMeanReader(Reader):
     reader = "masked_mean"
 
 
-class LiveReader(Reader):
-    """A model that attends to all tokens alike: those that were softly merged away must not reach it."""
-
-    reader = "live"
-
-
 class GridReader(Reader):
     """A model that needs all tokens in place, and makes the encoder's mask of the one that it is given, or of none."""
 
@@ -85,7 +80,6 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "tokens": (),
     "mean": (MeanReader,),
     "masked_mean": (MaskedMeanReader,),
-    "live": (LiveReader,),
     "grid": (GridReader,),
 }
 
@@ -102,7 +96,7 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     state.move_to(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
-    elif reader == "live":
+    elif reader == "tokens":  # a soft merge keeps the tokens that it merges away, behind all others
         last = last[:, : state.num_active]
     if reader in ("mean", "masked_mean"):
         last = weigh_tokens(last, state, unmerge)
