@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -68,18 +70,29 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     method.check(type(encoder).__name__)
     cost = replace(family.encoder_cost(model, encoder, method.metric_cost()), pairwise=method.pairwise)
     merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
-    shape, like = method.embedding_shape(), input_like(encoder)
-    embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
     if adapter is not None:
         adapter.check_fits(backbone_facts(model))
-        adapter.load_into(embedding)
-    if embedding is None:
-        return Prepared(encoder, merging, None)
-    if adapter is None and not like.is_meta:
-        keys = [] if config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
-        method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
-    embedding.train(encoder.training)
+    # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once it is forked,
+    # as servers are that load a model and then start their workers.
+    with ThreadPoolExecutor(1) as short_lived:
+        inference = torch.is_inference_mode_enabled()
+        embedding = short_lived.submit(_make_embedding, encoder, merging, adapter, inference).result()
     return Prepared(encoder, merging, embedding)
+
+
+def _make_embedding(
+    encoder: Any, merging: Merging, adapter: MergeAdapter | None, inference: bool
+) -> DecoupledEmbedding | None:
+    method, family = merging.method, merging.family
+    shape, like = method.embedding_shape(), input_like(encoder)
+    with torch.inference_mode(inference):
+        embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
+        if adapter is not None:
+            adapter.load_into(embedding)
+        elif embedding is not None and not like.is_meta:
+            keys = [] if merging.config.init == "random" else family.key_projections(encoder, like)  # type: ignore[attr-defined]
+            method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
+    return None if embedding is None else embedding.train(encoder.training)
 
 
 def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
