@@ -72,7 +72,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
     if adapter is not None:
         adapter.check_fits(backbone_facts(model))
-    # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once it is forked,
+    # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once forked,
     # as servers are that load a model and then start their workers.
     with ThreadPoolExecutor(1) as short_lived:
         inference = torch.is_inference_mode_enabled()
