@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..configuration import MergeConfig
 from ..embedding import DecoupledEmbedding
-from ..errors import BadValue
+from ..errors import BadValue, UnsupportedModelError
 from ..families import check_attention_implementation, find_encoder, input_like
 from ..families.layer import forget_keys, remember_keys
 from ..hub.adapter import MergeAdapter
@@ -70,6 +71,11 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     method.check(type(encoder).__name__)
     cost = replace(family.encoder_cost(model, encoder, method.metric_cost()), pairwise=method.pairwise)
     merging = Merging(config, family, geometry, method, cost, family.num_tokens(encoder), family.reads_grid(model))
+    if method.embedding_shape() is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
+        raise UnsupportedModelError(
+            "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
+            "no part of any shard, and processes would not share its gradients."
+        )
     if adapter is not None:
         adapter.check_fits(backbone_facts(model))
     # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once forked,

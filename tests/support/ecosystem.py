@@ -3,6 +3,7 @@
     python -m tests.support.ecosystem   # writes docs/ecosystem.md
 
 A cell of the table is what a family's case promises, and `tests/families/test_ecosystem.py` holds every case to it.
+The table of loaded and wrapped backbones is made in `tests.support.loading`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from packaging.version import Version
 
 import dtem_hf
 from dtem_hf.files import write_text
+from tests.support import loading
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 
@@ -110,7 +112,9 @@ def document() -> str:
         classes = ", ".join(dict.fromkeys(f"`{auto}`" for auto, _ in models_of(case)))
         lines.append(" | ".join([case.family, tasks, classes, *(cell(case, column) for column in COLUMNS)]))
     table = "\n".join(f"| {line} |" for line in lines)
-    return "\n".join([PREFACE, table, "", *(f"[{number}] {reason}.  " for reason, number in notes.items())]) + "\n"
+    return "\n".join([PREFACE, table, "", *(f"[{number}] {reason}.  " for reason, number in notes.items())]) + (
+        "\n" + loading.document()
+    )
 
 
 if __name__ == "__main__":
