@@ -26,7 +26,7 @@ from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.vision import image_shape
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
 from .rows import Entry, captioning_entries, image_entries, measure_entries
 from .runtimes import COMPILE_MODES, RUNTIMES, load_peer, room_for_graphs
@@ -85,13 +85,13 @@ class BenchmarkArguments(RowArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print the table, write JSON, Markdown and a plot."""
     arguments = parse_arguments(BenchmarkArguments, argv, __doc__ or "")
-    folder = output_folder(arguments.output_dir)
-    result = benchmark(arguments)
-    write_json(folder / "benchmark.json", result)
-    write_text(folder / "benchmark.md", markdown(result))
-    plot_speedups(result["rows"], folder / "speedup.png", result["model"]["name"])
-    print_benchmark(result)
-    print(f"written: {folder / 'benchmark.json'}, benchmark.md and speedup.png")
+    with only_run_in(arguments.output_dir) as folder:
+        result = benchmark(arguments)
+        write_json(folder / "benchmark.json", result)
+        write_text(folder / "benchmark.md", markdown(result))
+        plot_speedups(result["rows"], folder / "speedup.png", result["model"]["name"])
+        print_benchmark(result)
+        print(f"written: {folder / 'benchmark.json'}, benchmark.md and speedup.png")
 
 
 def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:

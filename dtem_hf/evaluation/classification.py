@@ -29,6 +29,7 @@ from ..models.distances import kl_to
 from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
+from ..programs.lock import only_run_in
 from ..programs.output import output_folder
 from ..programs.processes import processes
 from ..report.plots import plot_accuracy
@@ -61,18 +62,20 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
-    output = output_folder(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
-
-    def keep(result: dict[str, Any]) -> None:
-        write_json(output / "evaluation.json", result)
-        plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+    with only_run_in(arguments.output_dir) as output:
         if arguments.write_card:
-            write_card(output, overwrite=True)
+            output = output_folder(str(arguments.adapter))
 
-    result = evaluate(arguments, keep)
-    if processes().is_main_process:
-        print_table(result)
-        print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
+        def keep(result: dict[str, Any]) -> None:
+            write_json(output / "evaluation.json", result)
+            plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+            if arguments.write_card:
+                write_card(output, overwrite=True)
+
+        result = evaluate(arguments, keep)
+        if processes().is_main_process:
+            print_table(result)
+            print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
 
 
 def evaluate(

@@ -23,7 +23,7 @@ ATTENDING = (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImag
 FAMILY = Family(
     encoders={BlipVisionModel: "encoder.layers"},
     anatomy=BLIP_LAYER,
-    models={BlipModel: "tokens", BlipVisionModel: "tokens", **dict.fromkeys(ATTENDING, "live")},
+    models=dict.fromkeys([BlipModel, BlipVisionModel, *ATTENDING], "tokens"),
     composites=(BlipModel, *ATTENDING),
     layer_parts=BLIP_PARTS,
 )

@@ -1,8 +1,9 @@
 """How models read the tokens of a merged encoder: one word per model class, and what follows from it.
 
-A model that reads merged tokens needs nothing where it looks at prefix tokens alone or at any set of tokens. The other
-readers open a scope with their word, and the encoder inside returns its tokens as that reader needs them. The mixins
-change nothing where nothing was merged.
+A model that reads merged tokens needs nothing where it looks at prefix tokens alone or attends to all tokens alike: an
+encoder returns those that stand for something, whichever model is around it. The other readers open a scope with their
+word, and the encoder inside returns its tokens as that reader needs them. The mixins change nothing where nothing was
+merged.
 """
 
 from __future__ import annotations
@@ -75,12 +76,6 @@ class MaskedMeanReader(Reader):
     reader = "masked_mean"
 
 
-class LiveReader(Reader):
-    """A model that attends to all tokens alike: those that were softly merged away must not reach it."""
-
-    reader = "live"
-
-
 class WeighedReader(Reader):
     """A model with a part that attends to all tokens by a mask of their sizes: `WeighedCrossAttention`."""
 
@@ -103,7 +98,6 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "tokens": (),
     "mean": (MeanReader,),
     "masked_mean": (MaskedMeanReader,),
-    "live": (LiveReader,),
     "weighed": (WeighedReader,),
     "grid": (GridReader,),
 }
@@ -124,12 +118,12 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     state.move_to(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
-    elif reader == "live":
+    elif reader in ("tokens", "sized"):  # a soft merge keeps the tokens that it merges away, behind all others
         last = last[:, : state.num_active]
     if reader in ("mean", "masked_mean"):
         last = weigh_tokens(last, state, unmerge)
     output = with_last(output, last)
-    if reader == "live" and isinstance(output, dict) and output.get("hidden_states") is not None:
+    if reader == "sized" and isinstance(output, dict) and output.get("hidden_states") is not None:
         states = output["hidden_states"]
         output["hidden_states"] = tuple(
             x if x is None else x[:, : state.num_active_after(i)] for i, x in enumerate(states)

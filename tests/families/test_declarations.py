@@ -86,10 +86,6 @@ def lays_all_tokens_on_their_grid(case: FamilyCase, folder: Path) -> None:
         own(case, "test_maes_decoder_gets_all_visible_tokens")(ToMeConfig(r=4), False, pixels)
 
 
-def keeps_text_from_what_was_softly_merged_away(case: FamilyCase, folder: Path) -> None:
-    own(case, "test_text_sees_as_many_tokens_softly_as_hard")()
-
-
 def counts_visual_tokens(case: FamilyCase, folder: Path) -> None:
     for name in ("loss_is_that_of_the_text", "loss_knows_the_number_of_frames"):
         own(case, f"the_{name}")(ToMeConfig, 9)
@@ -125,7 +121,6 @@ READERS: dict[str, tuple[str, Check]] = {
     "masked_mean": ("tokens", equals_the_slow_reference),
     "grid": ("tokens", lays_all_tokens_on_their_grid),
     "weighed": ("tokens", weighs_tokens_by_their_sizes),
-    "live": ("tokens", keeps_text_from_what_was_softly_merged_away),
 }
 PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_tokens)
 METHODS: dict[str, tuple[Check, ...]] = {

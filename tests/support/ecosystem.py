@@ -3,6 +3,7 @@
     python -m tests.support.ecosystem   # writes docs/ecosystem.md
 
 A cell of the table is what a family's case promises, and `tests/families/test_ecosystem.py` holds every case to it.
+The table of loaded and wrapped backbones is made in `tests.support.loading`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from packaging.version import Version
 import dtem_hf
 from dtem_hf.families.containers import CONTAINERS
 from dtem_hf.files import write_text
+from tests.support import loading
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 
@@ -114,7 +116,7 @@ def document() -> str:
         lines.append(" | ".join([case.family, tasks, classes, *(cell(case, column) for column in COLUMNS)]))
     table = "\n".join(f"| {line} |" for line in lines)
     numbered = "\n".join(f"[{number}] {reason}.  " for reason, number in notes.items())
-    return "\n".join([PREFACE, table, "", numbered, "", containers()])
+    return "\n".join([PREFACE, table, "", numbered, "", containers(), "", loading.document()])
 
 
 CONTAINERS_PREFACE = """## Models around an encoder
@@ -128,7 +130,7 @@ listed reads all tokens, in place. With `unmerge=False`, LLaVA's and PaliGemma's
 READ = {
     "grid": "all tokens, in place",
     "tokens": "the pooled output",
-    "live": "the merged tokens, weighed by their sizes in cross-attention",
+    "sized": "the merged tokens, weighed by their sizes in cross-attention",
 }
 
 

@@ -107,7 +107,10 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     trail = [start]
     for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
         trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
-    return anatomy.head(weights, trail[-1].x, trail[-1].sizes), trail[1:]
+    outputs = anatomy.head(weights, trail[-1].x, trail[-1].sizes)
+    if "last_hidden_state" in outputs:  # a soft merge keeps what it merges away, at the end
+        outputs["last_hidden_state"] = outputs["last_hidden_state"][: trail[-1].active]
+    return outputs, trail[1:]
 
 
 def run_layer(
