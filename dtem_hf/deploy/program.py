@@ -96,7 +96,7 @@ class ExportArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", DTYPES)
-        one_of(self, "merge_form", ops.MERGE_FORMS)
+        one_of(self, "merge_form", ("one_hot", "scatter"))
         one_of(self, "attention", ("auto", "eager", "sdpa"))
         one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
         one_of(self, "formats", FORMATS)
@@ -168,7 +168,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
     with replacing_together(arguments.output_dir) as folder, attention_as(model, attention):
         path = folder / FORMATS[kind]
         names = output_names(model, torch.zeros(1, *shape, device=device))
-        with ops.merge_form(arguments.merge_form if kind == "onnx" else "scatter"):
+        with ops.merge_form({"onnx": arguments.merge_form, "openvino": "openvino"}.get(kind, "scatter")):
             program = export_graph(model, shape)
         if kind == "onnx":
             files = write_onnx(program, path, names, arguments.opset)

@@ -61,7 +61,8 @@ def make_run(
         return torch.compile(graph or ImageGraph(model), fullgraph=True, dynamic=True, mode=compile_mode)
     need("onnx", "onnxscript", "openvino" if runtime.startswith("openvino") else "onnxruntime")
     parameter = next(model.parameters())
-    with ops.merge_form("one_hot" if runtime.endswith("one_hot") else "scatter"), attention_as(model, "eager"):
+    form = {"onnxruntime": "scatter", "onnxruntime_one_hot": "one_hot"}.get(runtime, "openvino")
+    with ops.merge_form(form), attention_as(model, "eager"):
         program = export_graph(model, shape)
         names = ["output"] if graph else output_names(model, torch.zeros(1, *shape, device=parameter.device))
     with tempfile.TemporaryDirectory() as folder:

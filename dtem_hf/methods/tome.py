@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..configuration import ToMeConfig
 from ..schedule import MetricCost
 from ..token_state import TokenState
@@ -24,4 +25,8 @@ class ToMe(MatchingMethod[ToMeConfig]):
 
     def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
         # The sum points where the mean does.
-        return layer.keys(normed, state).detach().sum(dim=-2, dtype=torch.float32)
+        keys = layer.keys(normed, state).detach()
+        if ops.exports_openvino():
+            first, *others = keys.float().unbind(-2)
+            return sum(others, start=first)
+        return keys.sum(dim=-2, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 from .attention import SMALLEST_SIZE, extend_keys, size_bias
 from .damage import first_order_change
-from .forms import MERGE_FORMS, exports_one_hot, merge_form
+from .forms import MERGE_FORMS, exports_one_hot, exports_openvino, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
 from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
@@ -27,6 +27,7 @@ __all__ = [
     "compose_source_maps",
     "cosine_scores",
     "exports_one_hot",
+    "exports_openvino",
     "extend_keys",
     "first_order_change",
     "fuse_tokens",

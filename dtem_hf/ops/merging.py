@@ -14,15 +14,12 @@ _SMALLEST_TOTAL = 1e-12
 
 def _add_at(base: Tensor, index: Tensor, rows: Tensor, flat_index: Tensor) -> Tensor:
     """Add each row to the base row at its index: [B, n, D], [B, r], [B, r, D] -> [B, n, D]. May overwrite `base`."""
-    exporting = torch.compiler.is_exporting()
-    if base.is_cuda or (exporting and exports_one_hot()):
+    if base.is_cuda or exports_one_hot():
         # A product with the one-hot matrix: CUDA scatters by atomics in no fixed order, and TensorRT cannot.
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
         with torch.autocast(base.device.type, enabled=False):
             return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]
-    if exporting:
-        return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
     return base.flatten(0, 1).index_add_(0, flat_index, rows.flatten(0, 1)).view_as(base)
 
 
@@ -35,6 +32,8 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     """
     if x.device.type in kernels.devices and kernels.can_merge(x, sizes):
         return kernels.merge_tokens(x, sizes, *matching)
+    if torch.compiler.is_exporting():
+        return _merge_in_graph(x, sizes, matching)
     prefix, (batch, num_tokens, width) = matching.num_prefix_tokens, x.shape
     (r, kept), device = (matching.merged.shape[1], matching.kept.shape[1]), x.device
     first_a, first_b, left = prefix + prefix % 2, prefix + 1 - prefix % 2, num_tokens - r
@@ -62,6 +61,40 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     )
     merged = _add_at(merged.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)
     return merged.to(x.dtype), new_sizes.squeeze(-1)
+
+
+def _merge_in_graph(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
+    """`merge_tokens` in few operations, of which only the rows of a batch depend on the batch."""
+    merged, target, kept, prefix = matching
+    (batch, num_tokens, width), device = x.shape, x.device
+    r, left = merged.shape[1], num_tokens - merged.shape[1]
+    first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
+    images = torch.arange(batch, device=device).unsqueeze(1)
+    start = images * num_tokens
+    before, b = (torch.arange(*span, device=device) for span in ((0, prefix), (first_b, num_tokens, 2)))
+    staying = torch.cat([start + before, start + (first_a + 2 * kept), start + b], dim=1).flatten()
+    leaving = (start + (first_a + 2 * merged)).flatten()
+    joined = target + (prefix + kept.shape[1])
+    joined_rows = (images * left + joined).flatten()
+
+    flat = x.flatten(0, 1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    new = flat.index_select(0, staying).to(dtype)
+    if sizes is None:
+        sizes = torch.ones(batch, num_tokens, dtype=torch.float32, device=device)
+    leaving_size = sizes.flatten().index_select(0, leaving).view(batch, r)
+    new_sizes = sizes.flatten().index_select(0, staying).view(batch, left)
+    if exports_one_hot():
+        new_sizes = _add_at(new_sizes.unsqueeze(-1), joined, leaving_size.unsqueeze(-1), joined_rows).squeeze(-1)
+    else:
+        new_sizes = new_sizes.scatter_add(1, joined, leaving_size)
+    share = leaving_size / new_sizes.gather(1, joined).clamp(min=_SMALLEST_TOTAL)
+    steps = (flat.index_select(0, leaving).to(dtype) - new.index_select(0, joined_rows)) * share.view(-1, 1)
+    if exports_one_hot():
+        new = _add_at(new.view(batch, left, width), joined, steps.view(batch, r, width), joined_rows)
+    else:
+        new = new.index_put((joined_rows,), steps, accumulate=True).view(batch, left, width)
+    return new.to(x.dtype), new_sizes
 
 
 def source_map(matching: Matching, num_tokens: int) -> Tensor:
