@@ -56,7 +56,7 @@ def _order_by_rank(x: Tensor) -> Tensor:
     """`descending_order` of [B, n] without a sort: OpenVINO's is unstable, or five times as slow as comparing all."""
     places = torch.arange(x.shape[1], device=x.device)
     theirs, ours = x.unsqueeze(1), x.unsqueeze(2)
-    ahead = torch.where(places < places.unsqueeze(1), theirs >= ours, theirs > ours)
+    ahead = (theirs > ours) | ((theirs == ours) & (places < places.unsqueeze(1)))
     rank = ahead.long().sum(dim=-1)
     return torch.zeros_like(rank).scatter(1, rank, places.expand_as(rank))
 

@@ -155,4 +155,4 @@ def test_bad_options_are_named(change, message):
 def test_help_shows_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "--formats onnx aot_inductor" in capsys.readouterr().out
+    assert "--formats onnx openvino" in capsys.readouterr().out
