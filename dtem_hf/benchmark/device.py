@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend
 from transformers import ViTConfig
 
 from .. import ops
+from ..deploy.runtimes import COMPILE_MODES
 from ..errors import BadValue
 from ..files import write_json, write_text
 from ..models.timing import time_interleaved
@@ -32,7 +33,6 @@ from ..programs.conditions import conditions
 from ..programs.lock import only_run_in
 from ..programs.processes import choose_device
 from .program import BenchmarkArguments, benchmark
-from .runtimes import COMPILE_MODES
 from .tables import markdown, print_benchmark
 
 

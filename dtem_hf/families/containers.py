@@ -59,9 +59,9 @@ class PlaceholderCheck:
 class Container:
     """How models of a type read the tokens of the encoder inside.
 
-    `reader` is "grid", "tokens", or "sized": merged tokens with their sizes. `mixins` are for the model itself, `parts`
-    for its parts, by name; a part that a model lacks is passed over. `counts_placeholders`: its language model can be
-    handed merged tokens (`unmerge=False`), if the prompt has as many placeholders.
+    `reader` is "grid", "tokens", or "sized": merged tokens with their sizes. `mixins` are for the model itself,
+    `parts` for its parts, by name; a part that a model lacks is passed over. `counts_placeholders`: its language model
+    can be handed merged tokens (`unmerge=False`), if the prompt has as many placeholders.
     """
 
     reader: str = "grid"

@@ -148,7 +148,7 @@ class Family:
             num_prefix_tokens=geometry.num_prefix_tokens,
         )
 
-    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         """Multiply-adds of the modules around the layers: per patch, per image, and per token that is returned.
 
         A head that attends to the tokens has one query: its own projection, and keys, values, scores and shares of

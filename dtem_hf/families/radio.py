@@ -27,7 +27,7 @@ class RadioMerging(LayerMerging):
 class RadioFamily(Family):
     """A linear map embeds every patch."""
 
-    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         stem, head, tail = super().outside_cost(modules)
         for embeddings in (m for m in modules if hasattr(m, "patch_projection")):
             projection: Any = embeddings.patch_projection
