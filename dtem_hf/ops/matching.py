@@ -45,7 +45,7 @@ def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
 
 def descending_order(x: Tensor) -> Tensor:
     """Indices that sort the last dimension, largest first, equal values by position."""
-    if exports_openvino():
+    if torch.compiler.is_exporting() and exports_openvino():
         return _order_by_rank(x)
     if torch.compiler.is_exporting():
         return x.topk(x.shape[-1]).indices  # ONNX has no stable sort; its TopK keeps the order of equal values
@@ -84,7 +84,8 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
-    if exports_openvino():  # which reads an index of a maximum from a TopK that keeps no order of ties
+    if torch.compiler.is_exporting() and exports_openvino():
+        # It reads an index of a maximum from a TopK that keeps no order of ties.
         best, last = scores.amax(dim=-1, keepdim=True), scores.shape[2] - 1
         places = torch.arange(last + 1, device=scores.device)
         return best.squeeze(-1), torch.where(scores == best, places, last).amin(dim=-1)

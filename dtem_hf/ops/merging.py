@@ -24,7 +24,7 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
     May overwrite `base`.
     """
-    if base.is_cuda or exports_one_hot():
+    if base.is_cuda or (torch.compiler.is_exporting() and exports_one_hot()):
         # A product with the one-hot matrix: CUDA scatters by atomics in no fixed order, and TensorRT cannot.
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
