@@ -181,6 +181,60 @@ def llava_onevision() -> tuple[Any, dict[str, Tensor]]:
     return tiled(tf.LlavaOnevisionForConditionalGeneration, 64 + 16 * 17, vision_feature_select_strategy="default")
 
 
+def internvl() -> tuple[Any, dict[str, Tensor]]:
+    vision = {**VIT, "model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [4, 4]}
+    config = tf.InternVLConfig(
+        vision_config=vision, text_config=LLAMA, image_token_id=IMAGE, image_seq_length=16, downsample_ratio=0.5
+    )
+    return tf.InternVLForConditionalGeneration(config), prompt(16)
+
+
+def idefics3(model_class: Any = tf.Idefics3ForConditionalGeneration) -> tuple[Any, dict[str, Tensor]]:
+    config = model_class.config_class(
+        vision_config=VIT, text_config=LLAMA, image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+    )
+    return model_class(config), several(prompt(16))
+
+
+def smolvlm() -> tuple[Any, dict[str, Tensor]]:
+    return idefics3(tf.SmolVLMForConditionalGeneration)
+
+
+def idefics2() -> tuple[Any, dict[str, Tensor]]:
+    resampler = {
+        "hidden_size": 32,
+        "resampler_n_latents": 8,
+        "resampler_depth": 2,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 16,
+        "num_key_value_heads": 1,
+    }
+    config = tf.Idefics2Config(
+        vision_config=VIT,
+        text_config={**LLAMA, "model_type": "mistral", "head_dim": 16},
+        image_token_id=IMAGE,
+        perceiver_config=resampler,
+    )
+    return tf.Idefics2ForConditionalGeneration(config), several(prompt(8))
+
+
+def several(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For models that take several images in a prompt."""
+    return {**inputs, "pixel_values": inputs["pixel_values"].unsqueeze(1)}
+
+
+def aya_vision() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.AyaVisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **VIT, "vision_use_head": False},
+        text_config={**TEXT, "model_type": "cohere2", "num_key_value_heads": 2},
+        image_token_index=IMAGE,
+        downsample_factor=2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return tf.AyaVisionForConditionalGeneration(config), prompt(16)
+
+
 CONTAINERS = [
     trocr,
     dual_encoder,
@@ -195,8 +249,14 @@ CONTAINERS = [
     llava_onevision,
     paligemma,
     gemma3,
+    internvl,
+    idefics2,
+    idefics3,
+    smolvlm,
+    aya_vision,
 ]
 parametrized = pytest.mark.parametrize("build", CONTAINERS, ids=lambda build: build.__name__)
+SEEING = ("vision", "encoder", "backbone", "projector", "connector")  # in the names of what sees
 Build = Callable[[], tuple[Any, dict[str, Tensor]]]
 
 
@@ -205,7 +265,9 @@ def built(build: Build) -> tuple[Any, dict[str, Tensor]]:
     model, inputs = build()
     with torch.no_grad():  # so that tokens differ in what they are merged by
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and any(part in name for part in ("vision", "encoder", "backbone", "projector")):
+            if parameter.dim() > 1 and any(
+                part in name for part in ("vision", "encoder", "backbone", "projector", "connector")
+            ):
                 parameter.normal_(std=0.2)
     return model.eval(), inputs
 
