@@ -110,6 +110,8 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     outputs = anatomy.head(weights, trail[-1].x, trail[-1].sizes)
     if "last_hidden_state" in outputs:  # a soft merge keeps what it merges away, at the end
         outputs["last_hidden_state"] = outputs["last_hidden_state"][: trail[-1].active]
+    if "features" in outputs:  # of the patches alone
+        outputs["features"] = outputs["features"][: trail[-1].active - anatomy.prefix]
     return outputs, trail[1:]
 
 
