@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import BadValue
 from ..families import find_encoder
 
 
@@ -41,6 +42,17 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, i
     size = config.image_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     return config.num_channels, height, width
+
+
+def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
+    """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
+    if isinstance(images, Tensor):
+        batches = list(images.split(batch_size)) if images.dim() == 4 else []
+    else:
+        batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
+    if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
+        raise BadValue("images", type(images).__name__, "pixel values [n, C, H, W], or batches of them; at least one")
+    return batches
 
 
 @contextmanager
