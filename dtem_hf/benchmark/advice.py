@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration import ToMeConfig
-from ..errors import BadValue, UnsupportedModelError
+from ..errors import BadValue
 from ..evaluation.metrics import bootstrap_interval
-from ..evaluation.variants import Variant, make_variants
+from ..evaluation.variants import make_variants
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
 from ..models.copies import share_weights
@@ -61,13 +62,14 @@ def advise(
     model: Any,
     images: Any,
     *,
-    adapter: MergeAdapter | str | None = None,
+    adapter: MergeAdapter | str | os.PathLike[str] | None = None,
     methods: Sequence[str] = (),
     r: Sequence[int] = (),
     runtimes: Sequence[str] = (),
     compile_mode: str = "default",
     batch_sizes: Sequence[int] = (1, 16),
     max_loss: float | None = None,
+    features: str = "auto",
     rounds: int = 10,
 ) -> Advice:
     """Measure a model as it is and merged by several r, on the device it lies on, and say which r to take.
@@ -75,9 +77,9 @@ def advise(
     `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 100 will do.
     `methods` left out are ToMe and the adapter's; `r` left out are four that leave 0.8 to 0.4 of the multiply-adds;
     `runtimes` left out are those that can run here, without compiled models, which take a minute for each row.
-    `max_loss` is the share of images whose class may change (left out: 0.1), or one minus the cosine of the features
-    of a model without classes (0.05). The model is not changed. Raises ValueError for options that make no sense, and
-    for a runtime that is asked for and cannot run the model, and ImportError where its packages are absent.
+    `max_loss` is the share of images whose class may change (left out: 0.1), or one minus the cosine of the `features`
+    (auto, pooled, cls or patches) of a model without classes (0.05). The model is not changed. Raises ValueError for
+    nonsense and for a runtime that was asked for and cannot run the model, ImportError where its packages are absent.
     """
     for name, values in (("r", r), ("batch_sizes", batch_sizes)):
         if min(values, default=name == "r") < 1:
@@ -87,29 +89,29 @@ def advise(
     plain = detach(share_weights(model)).eval()
     batches, device = pixel_batches(images, 16), next(plain.parameters()).device
     shape = tuple(batches[0].shape[1:])
-    loaded = MergeAdapter.from_reference(adapter) if isinstance(adapter, str) else adapter
-    adapters = {} if loaded is None else {"adapter": loaded}
+    if adapter is not None and not isinstance(adapter, MergeAdapter):
+        adapter = MergeAdapter.from_reference(adapter)
+    adapters = {} if adapter is None else {"adapter": adapter}
     wanted = list(methods) or list(dict.fromkeys(["tome", *(given.config.method for given in adapters.values())]))
     variants = make_variants(plain, wanted, list(r) or handful(plain, shape), [], adapters)
     models = [variant.standalone() for variant in variants]
-    steps = len(batches) + len(batch_sizes) * (rounds + _WARMUP)
-    with tqdm(total=len(models) * (steps + 1), desc="advise", unit="step") as progress:
-        kind, losses = _losses(models, [batch.to(device) for batch in batches], progress)
+    shares = [1.0, *(merged.merge_plan(shape[-2:]).ratio for merged in models[1:])]
+    compared, steps = len(models) * len(batches), len(models) * (1 + len(batch_sizes) * (rounds + _WARMUP))
+    with tqdm(total=compared + steps * len(runtimes or _USUAL), desc="advise", unit="step") as progress:
+        kind, losses = _losses(models, [batch.to(device) for batch in batches], features, progress)
         runs, left_out = _runs(models, shape, runtimes, compile_mode, progress)
-        progress.total = len(models) * (len(batches) + len(runs) + len(runs) * len(batch_sizes) * (rounds + _WARMUP))
-        rows = [
-            {"runtime": runtime, **_facts(variant, merged, shape), **loss, "batches": []}
-            for runtime in runs
-            for variant, merged, loss in zip(variants, models, losses, strict=True)
-        ]
+        progress.total = compared + steps * len(runs)
+        found = zip(variants, shares, losses, strict=True)
+        facts = [{"method": v.method, "r": v.shown_r or 0, "ratio": share, **loss} for v, share, loss in found]
+        rows = [{"runtime": runtime, **row, "batches": []} for runtime in runs for row in facts]
+        flat = [run for made in runs.values() for run in made]
         with room_for_graphs(len(rows) * (1 + len(batch_sizes))):
-            flat = [run for made in runs.values() for run in made]
             _time(rows, flat, torch.cat(batches).to(device), batch_sizes, rounds, progress)
     most = _MOST_LOSS[kind] if max_loss is None else max_loss
     picked = pick(rows, most)
     verdicts = [] if picked is None else [judge(rows, picked, place) for place in range(len(batch_sizes))]
-    method, amount = (None, None) if picked is None else (picked["method"], picked["r"])
-    return Advice(sentence(rows, picked, verdicts, most), method, amount, most, verdicts, left_out, rows)
+    taken = picked or {"method": None, "r": None}
+    return Advice(sentence(rows, picked, verdicts, most), taken["method"], taken["r"], most, verdicts, left_out, rows)
 
 
 def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
@@ -126,21 +128,18 @@ def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
     return [r for r in found[1:] if r < most] or [1]
 
 
-def _facts(variant: Variant, model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    ratio = model.merge_plan(shape[-2:]).ratio if variant.r is not None else 1.0
-    return {"method": variant.method, "r": variant.shown_r or 0, "ratio": ratio}
-
-
 @torch.inference_mode()
-def _losses(models: Sequence[Any], batches: Sequence[Tensor], progress: Any) -> tuple[str, list[dict[str, Any]]]:
+def _losses(
+    models: Sequence[Any], batches: Sequence[Tensor], features: str, progress: Any
+) -> tuple[str, list[dict[str, Any]]]:
     """Whether logits or features are compared, and how far every model's are from the first one's."""
     progress.set_postfix_str("losses")
     lost: list[list[Tensor]] = [[] for _ in models]
     divergences: list[list[Tensor]] = [[] for _ in models]
     for batch in batches:
-        kind, reference = output_of(models[0], batch)
+        kind, reference = output_of(models[0], batch, features)
         for i, model in enumerate(models):
-            output = output_of(model, batch)[1]
+            output = output_of(model, batch, features)[1] if i else reference
             if kind == "logits":
                 lost[i].append((output.argmax(-1) != reference.argmax(-1)).double())
                 divergences[i].append(kl_to(reference, output).double())
@@ -149,16 +148,11 @@ def _losses(models: Sequence[Any], batches: Sequence[Tensor], progress: Any) -> 
             progress.update()
     rows = []
     for values, divergence in zip(map(torch.cat, lost), divergences, strict=True):
-        loss = values.mean().item()
-        rows.append(
-            {
-                "loss": loss,
-                "loss_interval": bootstrap_interval(values.cpu().numpy()),
-                "agreement": 100 * (1 - loss) if divergence else None,
-                "kl": torch.cat(divergence).mean().item() if divergence else None,
-                "cosine": None if divergence else 1 - loss,
-            }
-        )
+        loss, interval = values.mean().item(), bootstrap_interval(values.cpu().numpy())
+        kept = {"agreement": None, "kl": None, "cosine": 1 - loss}
+        if divergence:
+            kept = {"agreement": 100 * (1 - loss), "kl": torch.cat(divergence).mean().item(), "cosine": None}
+        rows.append({"loss": loss, "loss_interval": interval, **kept})
     return kind, rows
 
 
@@ -176,7 +170,7 @@ def _runs(
                 made.append(make_run(runtime, model, shape, compile_mode))
                 progress.update()
             runs[runtime] = made
-        except (BadValue, ImportError, UnsupportedModelError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             if runtimes:
                 raise
             left_out[runtime] = " ".join(str(error).split())
@@ -185,12 +179,7 @@ def _runs(
 
 @torch.inference_mode()
 def _time(
-    rows: Sequence[dict[str, Any]],
-    runs: Sequence[Run],
-    pixels: Tensor,
-    batch_sizes: Sequence[int],
-    rounds: int,
-    progress: Any,
+    rows: Sequence[Any], runs: Sequence[Run], pixels: Tensor, batch_sizes: Sequence[int], rounds: int, progress: Any
 ) -> None:
     """Fill the rows' `batches`; `speedup` is over the unmerged model in its runtime, `over_first` in the first one."""
     plain = [i for i, row in enumerate(rows) if not row["r"]]

@@ -23,6 +23,7 @@ from ..data.images import ProcessedImages, collate, load_images, load_processor
 from ..evaluation.arguments import METHODS_HELP
 from ..files import write_json, write_text
 from ..models.auto import auto_class
+from ..models.distances import FEATURES
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.output import output_folder
@@ -58,6 +59,7 @@ class AdviseArguments(ModelArguments):
         "without classes, the features by at most this much of one minus cosine (0.05)",
         default=None,
     )
+    features: str = option(f"of a model without classes: {', '.join(FEATURES)}", default="auto")
     rounds: int = option("timed rounds, in each of which every row runs", default=10)
     dtype: str = option(", ".join(DTYPES), default="float32")
     output_dir: str = option("folder for advice.json, advice.md and advice.png", default="runs/advise")
@@ -67,6 +69,7 @@ class AdviseArguments(ModelArguments):
         at_least(self, 0, "max_loss")
         one_of(self, "dtype", DTYPES)
         one_of(self, "compile_mode", COMPILE_MODES)
+        one_of(self, "features", FEATURES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,8 +97,9 @@ def advise_on(arguments: AdviseArguments) -> dict[str, Any]:
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
     processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
     pixels = torch.cat([batch["pixel_values"] for batch in DataLoader(processed, 16, collate_fn=collate)])
-    options = ("adapter", "methods", "r", "runtimes", "compile_mode", "batch_sizes", "max_loss", "rounds")
-    advice = advise(model, pixels, **{name: getattr(a, name) for name in options})
+    options = ("adapter", "methods", "r", "runtimes", "compile_mode", "batch_sizes", "max_loss")
+    given = {name: getattr(a, name) for name in options}
+    advice = advise(model, pixels, **given, features=a.features, rounds=a.rounds)
     return {
         **conditions(device),
         "load_average": load,
@@ -103,6 +107,7 @@ def advise_on(arguments: AdviseArguments) -> dict[str, Any]:
         "adapter": a.adapter,
         "data": {"name": data_name(a.data), "num_images": len(drawn), "seed": a.seed},
         "image_size": list(pixels.shape[-2:]),
+        "features": a.features,
         "rounds": a.rounds,
         "compile_mode": a.compile_mode,
         "device": device.type,

@@ -35,7 +35,7 @@ def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
     because = None
     if own <= 1:
         because = (
-            f"{runtime} has {picked['ratio']:.2f} of the multiply-adds and {own:.2f}× the speed of the unmerged model: "
+            f"{runtime} has {own:.2f}× the speed at {picked['ratio']:.2f} of the unmerged model's multiply-adds: "
             "matching and merging take the time that they save"
         )
     elif over_plain["median"] <= 1:

@@ -33,9 +33,12 @@ def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
     return (features.float() - reference).square().mean(dim=-1)
 
 
-def output_of(model: Any, pixel_values: Tensor) -> tuple[str, Tensor]:
-    """("logits", [B, classes]) of a classifier, ("features", [B, D]) of any other model, in float32."""
-    with recorded_features(model, "auto") as features:
+def output_of(model: Any, pixel_values: Tensor, kind: str = "auto") -> tuple[str, Tensor]:
+    """("logits", [B, classes]) of a classifier, ("features", [B, D]) of any other model, in float32.
+
+    `kind` is that of `recorded_features`.
+    """
+    with recorded_features(model, kind) as features:
         logits: Any = getattr(run_on_pixels(model, pixel_values), "logits", None)
         is_classifier = logits is not None and logits.dim() == 2
         return ("logits", logits.float()) if is_classifier else ("features", features())
