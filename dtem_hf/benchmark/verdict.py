@@ -76,7 +76,8 @@ def sentence(rows: Sequence[Row], picked: Row | None, verdicts: Sequence[dict[st
         losses = "; ".join(f"with {batch} {because}" for batch, because in reasons.items())
         return f"It does not pay here, because at {_name(picked)}, the largest r within the loss, {losses}."
     losses = "".join(f"; with {batch} it does not pay, because {because}" for batch, because in reasons.items())
-    return f"Take {_name(picked)}, it gives {', and '.join(gains)}; it {_cost(picked)}{losses}."
+    tried = "" if any(row["r"] > picked["r"] for row in rows) else ", the largest that was tried"
+    return f"Take {_name(picked)}{tried}: it gives {', and '.join(gains)}; it {_cost(picked)}{losses}."
 
 
 def is_same(row: Row, other: Row) -> bool:

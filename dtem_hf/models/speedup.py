@@ -37,8 +37,10 @@ def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 
         least = next(share for share in range(1, 101) if _is_feasible(model, share / 100))
         low, high = least, 99  # bisection takes it that less arithmetic is never slower
         if not reaches(low):
-            most = f"at most {measured[low]:.2f}, what merging all that can be merged gives"
-            raise BadValue("target_speedup", target, f"{most} in eager at {batch_size} images on this device")
+            most = (
+                f"at most {measured[low]:.2f}, which merging as much as possible gives with {batch_size} images here"
+            )
+            raise BadValue("target_speedup", target, f"{most} in eager; dtem-hf advise measures other runtimes")
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if reaches(middle) else (low, middle - 1)

@@ -224,7 +224,7 @@ def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], ti
         axis.set_title(f"batches of {size}", fontsize=10)
         axis.set_xlabel("Images per second (numbers: r; stars: unmerged)")
     axes[0].set_ylabel(_MEASURES[measure])
-    _legend(axes[0], fontsize=8, loc="lower left")
+    _legend(axes[0], fontsize=8, loc="upper right")
     save_figure(figure, path, title)
 
 

@@ -89,8 +89,8 @@ def test_in_one_runtime_all_of_the_gain_is_merging_s() -> None:
     verdict, text = advice_on({"eager": EAGER})
     assert (verdict["speedup"], verdict["over_first"], verdict["merging_share"]) == (2.0, 2.0, 1.0)
     assert text == (
-        "Take r = 16 (dtem), it gives 2.00× with 16 images at a time in eager (20.0 images/s); "
-        "it changes the class of 9.0 % of the images."
+        "Take r = 16 (dtem), the largest that was tried: it gives 2.00× with 16 images at a time in eager "
+        "(20.0 images/s); it changes the class of 9.0 % of the images."
     )
 
 
@@ -132,6 +132,10 @@ def test_each_batch_size_has_its_verdict_in_the_sentence() -> None:
     text = sentence(rows, picked, [bad, good], 0.1)
     assert "it gives 2.00× with 16 images at a time" in text
     assert text.endswith("; with one image at a time it does not pay, because it is slow.")
+
+
+def test_only_the_largest_r_is_said_to_be_the_largest_tried() -> None:
+    assert "tried" not in advice_on({"eager": EAGER}, max_loss=0.05)[1]
 
 
 def test_no_r_within_the_loss_is_said_with_the_least_one() -> None:
@@ -248,6 +252,10 @@ def test_help_has_two_examples(capsys: Any) -> None:
 def test_the_page_quotes_what_the_command_wrote(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert path.with_suffix(".md").read_text(encoding="utf-8") == advice_page(result)
+    picked = pick(result["rows"], result["max_loss"])
+    assert picked is not None and (picked["method"], picked["r"]) == (result["method"], result["r"])
+    assert result["verdicts"] == [judge(result["rows"], picked, place) for place in range(len(result["verdicts"]))]
+    assert result["sentence"] == sentence(result["rows"], picked, result["verdicts"], result["max_loss"])
     page = (DOCS / "which-r.md").read_text(encoding="utf-8")
-    assert result["sentence"] in page.replace("\n", " ") and f"`{result['command']}`" in page
+    assert result["sentence"] in page.replace("\n> ", " ") and f"`{result['command']}`" in page
     assert f"](which-r/{path.parent.name}/advice.md)" in page and f"](which-r/{path.parent.name}/advice.png)" in page
