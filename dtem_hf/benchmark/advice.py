@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..configuration import ToMeConfig
+from ..configuration import MatchingConfig, MergeConfig, ToMeConfig
 from ..errors import BadValue
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.variants import make_variants
@@ -29,6 +30,8 @@ from .runtimes import RUNTIMES, Run, make_run, room_for_graphs
 from .verdict import judge, pick, sentence
 
 
+# Those that merge r tokens per layer.
+METHODS = [name for name, config in MergeConfig._methods.items() if issubclass(config, MatchingConfig)]
 # Without r: the smallest ones that leave these shares of the multiply-adds.
 _SHARES = (0.8, 0.65, 0.5, 0.4)
 # What may be lost where nothing is said: of 1 - agreement, of 1 - cosine.
@@ -40,10 +43,9 @@ _USUAL = [name for name in RUNTIMES if name != "compile" and not name.startswith
 
 @dataclass(frozen=True)
 class Advice:
-    """`rows` that were measured, what was picked (`method` and `r`, or None), a verdict per batch size, a sentence.
+    """The sentence; what was picked (`method`, `r`, or None), a verdict per batch size, and the rows that were measured.
 
-    A row's `loss` is the share of images whose class changes, or one minus the cosine of the features. `left_out` are
-    runtimes that cannot run here, with the reason.
+    A row's `loss`: the share of images whose class changes, or one minus the features' cosine. `left_out` says why.
     """
 
     sentence: str
@@ -84,8 +86,9 @@ def advise(
     for name, values in (("r", r), ("batch_sizes", batch_sizes)):
         if min(values, default=name == "r") < 1:
             raise BadValue(name, list(values), "whole numbers, each 1 or more; the unmerged model is always measured")
-    if unknown := sorted(set(runtimes) - set(RUNTIMES)):
-        raise BadValue("runtimes", list(runtimes), f"some of {', '.join(RUNTIMES)}; not {', '.join(unknown)}")
+    for name, named, known in (("methods", methods, METHODS), ("runtimes", runtimes, RUNTIMES)):
+        if not set(named) <= set(known):
+            raise BadValue(name, list(named), f"some of {', '.join(known)}")
     plain = detach(share_weights(model)).eval()
     batches, device = pixel_batches(images, 16), next(plain.parameters()).device
     shape = tuple(batches[0].shape[1:])
@@ -104,9 +107,8 @@ def advise(
         found = zip(variants, shares, losses, strict=True)
         facts = [{"method": v.method, "r": v.shown_r or 0, "ratio": share, **loss} for v, share, loss in found]
         rows = [{"runtime": runtime, **row, "batches": []} for runtime in runs for row in facts]
-        flat = [run for made in runs.values() for run in made]
         with room_for_graphs(len(rows) * (1 + len(batch_sizes))):
-            _time(rows, flat, torch.cat(batches).to(device), batch_sizes, rounds, progress)
+            _time(rows, list(chain(*runs.values())), torch.cat(batches).to(device), batch_sizes, rounds, progress)
     most = _MOST_LOSS[kind] if max_loss is None else max_loss
     picked = pick(rows, most)
     verdicts = [] if picked is None else [judge(rows, picked, place) for place in range(len(batch_sizes))]

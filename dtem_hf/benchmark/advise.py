@@ -20,7 +20,6 @@ from transformers import AutoConfig
 
 from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images, load_processor
-from ..evaluation.arguments import METHODS_HELP
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.distances import FEATURES
@@ -29,7 +28,7 @@ from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.output import output_folder
 from ..report.plots import plot_advice
 from ..report.tables import print_rows
-from .advice import advise
+from .advice import METHODS, advise
 from .runtimes import COMPILE_MODES, RUNTIMES
 from .tables import advice_cells, advice_page
 
@@ -43,7 +42,9 @@ class AdviseArguments(ModelArguments):
     num_images: int = option("images that answers are compared on, drawn by seed", default=128)
     seed: int = option("of the images that are drawn", default=0)
     adapter: str | None = option("trained adapter to measure beside ToMe: Hub id or local folder", default=None)
-    methods: list[str] = option(f"{METHODS_HELP}; left out: tome, and the adapter's", default_factory=list)
+    methods: list[str] = option(
+        f"some of {', '.join(METHODS)}; left out: tome, and the adapter's", default_factory=list
+    )
     r: list[int] = option(
         "tokens merged per layer, one row each; left out: four that leave 0.8 to 0.4 of the multiply-adds",
         default_factory=list,

@@ -32,8 +32,9 @@ def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
     cell = cells[runtime]
     own, over_plain, gain = cell["speedup"]["median"], cell["over_best_plain"], cell["over_first"]["median"]
     pays = over_plain["q25"] > 1
-    because = None
-    if own <= 1:
+    if pays:
+        because = None
+    elif own <= 1:
         because = (
             f"{runtime} has {own:.2f}× the speed at {picked['ratio']:.2f} of the unmerged model's multiply-adds: "
             "matching and merging take the time that they save"
@@ -43,7 +44,7 @@ def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
             f"the fastest merged runtime, {runtime}, makes {_speed(cell):.1f} images/s, and the unmerged model "
             f"{_speed(plain[best_plain]):.1f} in {best_plain}"
         )
-    elif not pays:
+    else:
         because = (
             f"the gain of {over_plain['median']:.2f}× over the unmerged model in {best_plain} is within the noise of "
             f"this machine (quartiles {over_plain['q25']:.2f}–{over_plain['q75']:.2f})"

@@ -233,8 +233,9 @@ def test_a_runtime_that_cannot_run_is_left_out_unless_asked_for(
     [
         ({"r": [0]}, r"r=\[0\]"),
         ({"batch_sizes": []}, "batch_sizes"),
-        ({"runtimes": ["tpu"]}, "not tpu"),
-        ({"methods": ["fast"]}, "fast"),
+        ({"runtimes": ["tpu"]}, "runtimes.*some of eager"),
+        ({"methods": ["evit"]}, "methods.*some of.*tome"),  # it keeps a share, and merges no r per layer
+        ({"methods": ["none"]}, "methods"),
     ],
 )
 def test_nonsense_is_named(
