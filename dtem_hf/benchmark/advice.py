@@ -43,7 +43,7 @@ _USUAL = [name for name in RUNTIMES if name != "compile" and not name.startswith
 
 @dataclass(frozen=True)
 class Advice:
-    """The sentence; what was picked (`method`, `r`, or None), a verdict per batch size, and the rows that were measured.
+    """The sentence, what was picked (`method`, `r`, or None), a verdict per batch size, and the measured rows.
 
     A row's `loss`: the share of images whose class changes, or one minus the features' cosine. `left_out` says why.
     """
