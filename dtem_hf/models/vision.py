@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import BadValue
 from ..families import find_encoder
 
 
@@ -48,6 +49,17 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, .
     """
     family, encoder = find_encoder(model)
     return family.input_shape(encoder, image_size)
+
+
+def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
+    """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
+    if isinstance(images, Tensor):
+        batches = list(images.split(batch_size)) if images.dim() == 4 else []
+    else:
+        batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
+    if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
+        raise BadValue("images", type(images).__name__, "pixel values [n, C, H, W], or batches of them; at least one")
+    return batches
 
 
 @contextmanager
