@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration import MatchingConfig, MergeConfig, ToMeConfig
+from ..deploy.runtimes import RUNTIMES, Run, make_run
 from ..errors import BadValue
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.variants import make_variants
@@ -26,7 +27,7 @@ from ..models.install import detach
 from ..models.timing import time_interleaved
 from ..models.vision import pixel_batches
 from .efficiency import speeds
-from .runtimes import RUNTIMES, Run, make_run, room_for_graphs
+from .runtimes import room_for_graphs
 from .verdict import judge, pick, sentence
 
 

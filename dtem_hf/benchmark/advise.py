@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..deploy.runtimes import COMPILE_MODES, RUNTIMES
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.distances import FEATURES
@@ -29,7 +30,6 @@ from ..programs.output import output_folder
 from ..report.plots import plot_advice
 from ..report.tables import print_rows
 from .advice import METHODS, advise
-from .runtimes import COMPILE_MODES, RUNTIMES
 from .tables import advice_cells, advice_page
 
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from dtem_hf import BadValue, DTEMConfig, ToMeConfig, advise, attach
 from dtem_hf.benchmark.advice import handful
 from dtem_hf.benchmark.advise import main
-from dtem_hf.benchmark.runtimes import RUNTIMES
 from dtem_hf.benchmark.tables import advice_page
 from dtem_hf.benchmark.verdict import judge, pick, sentence
 from dtem_hf.cli import app
+from dtem_hf.deploy.runtimes import RUNTIMES
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
