@@ -15,10 +15,12 @@ OLDEST_TESTS := convert deploy/test_static_shapes.py evaluation/test_captions.py
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
 PEERS := --peer recipes.peers:sliced
+EXPORTED := onnxruntime openvino openvino_bfloat16
+RUNTIMES := --methods tome --runtimes $(EXPORTED) $(PEERS) --peer_runtimes $(EXPORTED) --batch_sizes 1 16
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-family test-oldest model-cards ecosystem pictures performance docs quality style build
+.PHONY: help quickstart test test-family test-oldest test-optimum model-cards ecosystem pictures performance docs quality style build
 .SECONDARY:
 
 help:  ## Show the targets
@@ -36,19 +38,27 @@ test-family: $(VENV)/.installed-test  ## Run what tests one family of models: ma
 test-oldest: .venv-oldest/.installed  ## Run what touches transformers and torch on the oldest ones, in .venv-oldest
 	$(OLDEST_BIN)/$(PYTEST) $(addprefix tests/,$(OLDEST_TESTS))
 
+test-optimum: $(VENV)/.installed-test .venv-optimum/.installed  ## Load exported models in Optimum, which wants an older transformers
+	rm -rf build/optimum
+	$(BIN)/python -m tests.support.optimum_folders build/optimum
+	OPTIMUM_FOLDERS=$(CURDIR)/build/optimum HF_HUB_OFFLINE=1 .venv-optimum/bin/python -m pytest --noconftest -c /dev/null \
+		--rootdir . -p no:cacheprovider tests/deploy/optimum_loads.py
+
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
 	$(BIN)/python recipes/model_cards.py
 
 ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the families in tests/families
 	$(BIN)/python -m tests.support.ecosystem
 
-performance: $(VENV)/.installed-onnx  ## Measure speed on a CPU and write the tables in docs/performance anew
+performance: $(VENV)/.installed-onnx $(VENV)/.installed-openvino  ## Measure speed on a CPU and write the tables in docs/performance anew
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --batch_sizes 16 --output_dir docs/performance/deit-small-compile
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --dtype bfloat16 --batch_sizes 16 --output_dir docs/performance/deit-small-bfloat16
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes onnxruntime onnxruntime_one_hot --batch_sizes 8 --output_dir docs/performance/deit-small-onnx
 	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome dtem --runtimes eager compile --rounds 60 --batch_sizes 1 $(PEERS) --output_dir docs/performance/deit-tiny
 	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome --runtimes eager compile --rounds 10 --batch_sizes 1 4 16 64 256 --output_dir docs/performance/deit-tiny-batches
+	$(BIN)/python recipes/benchmark.py $(TINY) $(RUNTIMES) --rounds 15 --output_dir docs/performance/deit-tiny-runtimes
+	$(BIN)/python recipes/benchmark.py $(SMALL) $(RUNTIMES) --rounds 10 --output_dir docs/performance/deit-small-runtimes
 	$(BIN)/python recipes/benchmark_training.py $(TINY) --output_dir docs/performance/training-step
 	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
 		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base
@@ -87,6 +97,11 @@ $(VENV)/.installed-build: | $(BIN)/python
 
 .venv-oldest/.installed: pyproject.toml | $(OLDEST_BIN)/python
 	$(OLDEST_BIN)/python -m pip install -e ".[test]" $(call OLDEST,transformers) $(call OLDEST,torch)
+	@touch $@
+
+.venv-optimum/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install -c constraints.txt "optimum-onnx[onnxruntime]" "optimum-intel[openvino]" pillow pytest
 	@touch $@
 
 $(OLDEST_BIN)/python:

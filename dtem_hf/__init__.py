@@ -10,6 +10,7 @@ from .version import __version__ as __version__
 
 # Where each public name lives. Names are loaded when they are first used, so that `import dtem_hf` costs nothing.
 _HOMES = {
+    "benchmark.advice": ("Advice", "advise"),
     "hub.adapter": ("MergeAdapter",),
     "models.auto": (
         "AutoBackbone",
@@ -63,6 +64,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from .benchmark.advice import Advice, advise
     from .configuration import (
         DTEMConfig,
         DTPSConfig,
@@ -126,6 +128,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdapterError",
+    "Advice",
     "AutoBackbone",
     "AutoModel",
     "AutoModelForAudioClassification",
@@ -166,6 +169,7 @@ __all__ = [
     "ToFuConfig",
     "ToMeConfig",
     "UnsupportedModelError",
+    "advise",
     "attach",
     "calibrate",
     "detach",

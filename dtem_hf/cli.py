@@ -275,6 +275,7 @@ _PROGRAMS = {
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
     "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
+    "advise": ("benchmark.advise", "Say which r to take on this machine for your images, and whether it pays."),
     "export": ("deploy.program", "Write a merged model for ONNX Runtime or AOTInductor, and check it against eager."),
 }
 

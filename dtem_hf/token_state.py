@@ -86,6 +86,8 @@ class TokenState:
         self.rotation: Any = None
         # Set when the encoder has returned: a layer that runs after that is run again by gradient checkpointing.
         self.finished = False
+        # Set when all tokens were put back in place for the reader.
+        self.unmerged = False
         self._masked = masked
         self._padded = sizes is not None
         self._resolve = resolve
@@ -251,6 +253,15 @@ class TokenState:
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
         return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True)
+
+    def returned_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask for attention over the tokens as the reader gets them; None where none is needed."""
+        bias = self.final_bias(dtype)
+        if bias is None or not self.unmerged:
+            return bias
+        if bias.shape[-1] < self.num_tokens:  # back in place, hard-merged tokens are there as often as they count
+            return None
+        return bias.gather(-1, self.source(-1)[:, None, None, :])
 
 
 def _identity(x: Tensor) -> Tensor:

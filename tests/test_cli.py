@@ -275,6 +275,7 @@ class TestErrors:
         ("train", "dtem_hf.training.main"),
         ("evaluate", "dtem_hf.evaluation.classification.main"),
         ("benchmark", "dtem_hf.benchmark.program.main"),
+        ("advise", "dtem_hf.benchmark.advise.main"),
         ("export", "dtem_hf.deploy.program.main"),
         ("quickstart", "dtem_hf.quickstart.main"),
     ],

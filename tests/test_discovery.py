@@ -42,4 +42,4 @@ def test_the_tests_of_one_family_are_found() -> None:
     }
     assert not [line for line in found if "beit" in line.lower() or "clip" in line.lower()]
     wrong = subprocess.run([*command, "gut"], cwd=root, capture_output=True, text=True)
-    assert wrong.returncode != 0 and "--family gut: one of beit, " in wrong.stderr + wrong.stdout
+    assert wrong.returncode != 0 and "--family gut: one of altclip, " in wrong.stderr + wrong.stdout

@@ -91,7 +91,7 @@ RUN = {
     "README.md": ("", "model.merge_config.r == 13"),
     "docs/index.md": ("", "model.merge_config.r == 13"),
     "docs/quickstart.md": ("", f"not hasattr(model, 'merge_config') and {AGAIN} and len(classify(picture)) == 5"),
-    "docs/which-r.md": (LOADED, "model.merge_plan().ratio <= 0.6"),
+    "docs/which-r.md": (LOADED, "isinstance(advice, dtem_hf.Advice) and model.merge_plan().ratio <= 0.6"),
     "docs/which-model.md": (
         f"dtem_hf.AutoModelForImageTextToText.from_pretrained('{documents.LANGUAGE_MODEL}')",
         "(inputs['input_ids'] == 5).sum() == 64 - 3 * 12 and answer.shape[1] > inputs['input_ids'].shape[1]",

@@ -23,16 +23,16 @@ from torch.nn.attention import SDPBackend
 from transformers import ViTConfig
 
 from .. import ops
+from ..deploy.runtimes import COMPILE_MODES
 from ..errors import BadValue
 from ..files import write_json, write_text
 from ..models.timing import time_interleaved
 from ..ops import kernels
 from ..programs.arguments import DTYPES, one_of, option, parse_arguments
 from ..programs.conditions import conditions
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..programs.processes import choose_device
 from .program import BenchmarkArguments, benchmark
-from .runtimes import COMPILE_MODES
 from .tables import markdown, print_benchmark
 
 
@@ -67,52 +67,53 @@ class DeviceArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write the result of every model and mode, and a summary."""
     arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
-    device, folder = choose_device(arguments.device), output_folder(arguments.output_dir)
-    summary: dict[str, Any] = {
-        **conditions(device),
-        "kernels": compare_kernels(device),
-        "attention": [],
-        "rows": [],
-    }
-    shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
-    for name, (width, layers, heads, r) in shapes.items():
-        for batch_size in arguments.batch_sizes:
-            row = compare_bias_forms(batch_size, heads, width // heads, device, arguments.dtype, arguments.rounds)
-            summary["attention"].append({"model": name, **row})
-        config = folder / "configs" / name
-        ViTConfig(
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            image_size=32 if arguments.tiny else 224,
-            patch_size=4 if arguments.tiny else 16,
-            id2label={i: str(i) for i in range(1000)},
-            architectures=["ViTForImageClassification"],
-        ).save_pretrained(config)
-        for mode in arguments.modes:
-            result = benchmark(
-                BenchmarkArguments(
-                    model=str(config),
-                    random_weights=True,
-                    methods=["tome"],
-                    r=[str(r)],
-                    runtimes=["eager", "compile"],
-                    compile_mode=mode,
-                    breakdown=True,
-                    batch_sizes=arguments.batch_sizes,
-                    rounds=arguments.rounds,
-                    device=arguments.device,
-                    dtype=arguments.dtype,
+    device = choose_device(arguments.device)
+    with only_run_in(arguments.output_dir) as folder:
+        summary: dict[str, Any] = {
+            **conditions(device),
+            "kernels": compare_kernels(device),
+            "attention": [],
+            "rows": [],
+        }
+        shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
+        for name, (width, layers, heads, r) in shapes.items():
+            for batch_size in arguments.batch_sizes:
+                row = compare_bias_forms(batch_size, heads, width // heads, device, arguments.dtype, arguments.rounds)
+                summary["attention"].append({"model": name, **row})
+            config = folder / "configs" / name
+            ViTConfig(
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
+                image_size=32 if arguments.tiny else 224,
+                patch_size=4 if arguments.tiny else 16,
+                id2label={i: str(i) for i in range(1000)},
+                architectures=["ViTForImageClassification"],
+            ).save_pretrained(config)
+            for mode in arguments.modes:
+                result = benchmark(
+                    BenchmarkArguments(
+                        model=str(config),
+                        random_weights=True,
+                        methods=["tome"],
+                        r=[str(r)],
+                        runtimes=["eager", "compile"],
+                        compile_mode=mode,
+                        breakdown=True,
+                        batch_sizes=arguments.batch_sizes,
+                        rounds=arguments.rounds,
+                        device=arguments.device,
+                        dtype=arguments.dtype,
+                    )
                 )
-            )
-            # Written now, so that a later failure loses nothing.
-            write_json(folder / f"{name}-{mode}" / "benchmark.json", result)
-            write_text(folder / f"{name}-{mode}" / "benchmark.md", markdown(result))
-            print_benchmark(result)
-            summary["rows"] += summarize(result, name, mode)
-            write_json(folder / "device.json", summary)
-    print(f"written: {folder / 'device.json'}, and a folder for each model and mode")
+                # Written now, so that a later failure loses nothing.
+                write_json(folder / f"{name}-{mode}" / "benchmark.json", result)
+                write_text(folder / f"{name}-{mode}" / "benchmark.md", markdown(result))
+                print_benchmark(result)
+                summary["rows"] += summarize(result, name, mode)
+                write_json(folder / "device.json", summary)
+        print(f"written: {folder / 'device.json'}, and a folder for each model and mode")
 
 
 def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, Any]]:

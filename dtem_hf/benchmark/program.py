@@ -2,7 +2,7 @@
 
 python recipes/benchmark.py --model facebook/deit-small-patch16-224 --methods tome --r 8 16 --batch_sizes 1 16 64
 python recipes/benchmark.py --model path/to/config --random_weights True --rounds 5    # a laptop's CPU
-python recipes/benchmark.py --model ... --runtimes eager compile onnxruntime --breakdown True
+python recipes/benchmark.py --model ... --runtimes eager compile onnxruntime openvino openvino_bfloat16
 python recipes/benchmark.py --model ... --dtype bfloat16 --runtimes compile --compile_mode reduce-overhead    # CUDA
 python recipes/benchmark.py --model ... --peer my_library:merged    # beside your function
 python recipes/benchmark.py --task captioning --model microsoft/git-base --r 4 8 12 --batch_sizes 1 8
@@ -20,16 +20,17 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
+from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime
 from ..errors import BadValue
 from ..evaluation.arguments import METHODS_HELP, RowArguments
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.vision import image_shape
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
 from .rows import Entry, captioning_entries, image_entries, measure_entries
-from .runtimes import COMPILE_MODES, RUNTIMES, load_peer, room_for_graphs
+from .runtimes import load_peer, room_for_graphs
 from .tables import markdown, print_benchmark
 
 
@@ -55,6 +56,10 @@ class BenchmarkArguments(RowArguments):
         "device, in the dtype) and each r, and returns a callable that takes pixels [B, C, H, W]",
         default_factory=list,
     )
+    peer_runtimes: list[str] = option(
+        "runtimes to measure peers in; for others than eager, what a peer returns must be one graph of tensors",
+        default_factory=lambda: ["eager"],
+    )
     breakdown: bool = option("measure which parts the time of merged rows goes to", default=False)
     batch_sizes: list[int] = option("images per batch, one column each", default_factory=lambda: [1, 16, 64])
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
@@ -73,9 +78,8 @@ class BenchmarkArguments(RowArguments):
         one_of(self, "compile_mode", COMPILE_MODES)
         at_least(self, 1, "rounds", "caption_tokens")
         at_least(self, 0, "warmup")
-        with_onnx = any(name.startswith("onnxruntime") for name in self.runtimes)
-        if self.dtype == "bfloat16" and with_onnx and self.device == "cpu":
-            raise BadValue("dtype", self.dtype, "float32 or float16 with the runtime onnxruntime on a CPU")
+        one_of(self, "peer_runtimes", RUNTIMES)
+        check_runtime(self, *self.runtimes, *(self.peer_runtimes if self.peer else []))
         if self.task == "captioning" and (self.runtimes != ["eager"] or self.peer or self.breakdown):
             raise BadValue("task", self.task, "the runtime eager alone, without peers and breakdown")
         for name in self.peer:
@@ -85,13 +89,13 @@ class BenchmarkArguments(RowArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print the table, write JSON, Markdown and a plot."""
     arguments = parse_arguments(BenchmarkArguments, argv, __doc__ or "")
-    folder = output_folder(arguments.output_dir)
-    result = benchmark(arguments)
-    write_json(folder / "benchmark.json", result)
-    write_text(folder / "benchmark.md", markdown(result))
-    plot_speedups(result["rows"], folder / "speedup.png", result["model"]["name"])
-    print_benchmark(result)
-    print(f"written: {folder / 'benchmark.json'}, benchmark.md and speedup.png")
+    with only_run_in(arguments.output_dir) as folder:
+        result = benchmark(arguments)
+        write_json(folder / "benchmark.json", result)
+        write_text(folder / "benchmark.md", markdown(result))
+        plot_speedups(result["rows"], folder / "speedup.png", result["model"]["name"])
+        print_benchmark(result)
+        print(f"written: {folder / 'benchmark.json'}, benchmark.md and speedup.png")
 
 
 def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
@@ -106,7 +110,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         entries = captioning_entries(variants, shape, arguments.caption_tokens)
     else:
         peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
-        entries = image_entries(model, variants, shape, arguments.runtimes, arguments.compile_mode, peers)
+        entries = image_entries(
+            model, variants, shape, arguments.runtimes, arguments.compile_mode, peers, arguments.peer_runtimes
+        )
     with room_for_graphs(len(entries) * (1 + len(arguments.batch_sizes))):
         rows = measure_entries(
             entries,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..costs import MergePlan
+from ..deploy.runtimes import is_exported, make_run
 from ..errors import BadValue
 from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
@@ -22,7 +23,7 @@ from ..models.vision import run_on_pixels
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
 from .efficiency import break_even, count_multiply_adds, count_parameters, peak_memory, speeds
-from .runtimes import make_run, peer_run
+from .runtimes import PeerGraph, peer_run
 
 
 PEER = "peer"
@@ -55,38 +56,53 @@ class Entry:
 def image_entries(
     model: Any,
     variants: Sequence[Variant],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     runtimes: Sequence[str],
     compile_mode: str,
     peers: Sequence[tuple[str, Any]] = (),
+    peer_runtimes: Sequence[str] = ("eager",),
 ) -> list[Entry]:
-    """Every variant in every runtime, then every peer at every r; the first variant is the unmerged model."""
+    """Every variant in every runtime, then every peer at every r; the first variant is the unmerged model.
+
+    A peer is compared with the unmerged model in its own runtime, or else in eager.
+    """
     parameter = next(model.parameters())
     one = torch.randn(1, *shape, device=parameter.device, dtype=parameter.dtype)
     models = [variant.standalone() for variant in variants]
     counts = [count_multiply_adds(partial(run_on_pixels, merged, one)) for merged in models]
     entries: list[Entry] = []
-    with tqdm(total=len(runtimes) * len(variants) + len(peers), desc="prepare", unit="row", leave=False) as progress:
+    with tqdm(
+        total=len(runtimes) * len(variants) + len(peers) * len(peer_runtimes), desc="prepare", unit="row", leave=False
+    ) as progress:
         for runtime in runtimes:
             reference = len(entries)
             for variant, merged, count in zip(variants, models, counts, strict=True):
                 progress.set_postfix_str(f"{runtime} {variant.label}")
                 run = make_run(runtime, merged, shape, compile_mode)
-                dtype = torch.float32 if runtime.startswith("onnxruntime") else parameter.dtype
+                dtype = torch.float32 if is_exported(runtime) else parameter.dtype
                 entries.append(_entry(runtime, variant, merged, run, dtype, reference, count, shape))
                 progress.update()
+        plain = {entry.runtime: entry.reference for entry in entries}
         for name, r in peers:
             progress.set_postfix_str(name)
-            run = peer_run(name, share_weights(model), r)
+            shared = share_weights(model)
+            run = peer_run(name, shared, r)
             # Work outside of torch is not counted; a count of 0 says nothing.
             counted = count_multiply_adds(partial(run, one)) or None
-            plain = next((i for i, entry in enumerate(entries) if entry.runtime == "eager"), 0)
-            entries.append(Entry(PEER, name, as_schedule(r).to_json(), run, parameter.dtype, plain, counted))
-            progress.update()
+            for runtime in peer_runtimes:
+                reference = plain.get(runtime, plain.get("eager", 0))
+                row = runtime
+                dtype = torch.float32 if is_exported(runtime) else parameter.dtype
+                if runtime == "eager":
+                    row = PEER
+                else:
+                    run = make_run(runtime, PeerGraph(shared, peer_run(name, shared, r)), shape, compile_mode)
+                entries.append(Entry(row, name, as_schedule(r).to_json(), run, dtype, reference, counted))
+                progress.update()
     return entries
 
 
-def captioning_entries(variants: Sequence[Variant], shape: tuple[int, int, int], length: int) -> list[Entry]:
+def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], length: int) -> list[Entry]:
     """Every variant writing greedy captions of exactly `length` tokens."""
     if not hasattr(variants[0].model, "generate"):
         raise BadValue("task", "captioning", f"a model that writes text, not a {type(variants[0].model).__name__}")
@@ -115,7 +131,7 @@ def _entry(
 @torch.inference_mode()
 def measure_entries(
     entries: Sequence[Entry],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     batch_sizes: Sequence[int],
     device: torch.device,
     rounds: int,

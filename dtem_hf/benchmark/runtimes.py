@@ -1,63 +1,20 @@
-"""The runtimes of a benchmark: eager, torch.compile, ONNX Runtime, or a function that the user names."""
+"""What a benchmark runs beside its models: functions that the user names, and room for compiled graphs."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..deploy.graph import ImageGraph, export_graph, output_names
-from ..deploy.onnx_runtime import OnnxRunner, need_onnx, write_onnx
+from ..deploy.graph import ImageGraph
+from ..deploy.runtimes import Run
 from ..errors import BadValue
-from ..models.vision import run_on_pixels
-
-
-# Pixels [B, C, H, W] on the model's device -> anything.
-Run = Callable[[Tensor], Any]
-
-# The second form of ONNX Runtime runs graphs that merge by one-hot products instead of a scatter.
-RUNTIMES = ("eager", "compile", "onnxruntime", "onnxruntime_one_hot")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-def make_run(
-    runtime: str,
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    compile_mode: str = "default",
-) -> Run:
-    """Make a model ready to run on images of [C, H, W] in batches of any size; ONNX Runtime takes float32 pixels.
-
-    Raises ImportError without the ONNX packages, and ValueError naming `dtype` or `device` where onnxruntime has no
-    kernels for them.
-    """
-    if runtime == "eager":
-        return partial(run_on_pixels, model)
-    if runtime == "compile":
-        return torch.compile(ImageGraph(model), fullgraph=True, dynamic=True, mode=compile_mode)
-    need_onnx("onnx", "onnxscript", "onnxruntime")
-    parameter = next(model.parameters())
-    implementation = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation("eager")  # type: ignore[operator] # the shorter graph
-    try:
-        with ops.merge_form("one_hot" if runtime.endswith("one_hot") else "scatter"):
-            program = export_graph(model, shape)
-        names = output_names(model, torch.zeros(1, *shape, device=parameter.device))
-    finally:
-        model.set_attn_implementation(implementation)  # type: ignore[operator]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        write_onnx(program, path, names)
-        return OnnxRunner(path, parameter.device, str(parameter.dtype).removeprefix("torch."))
 
 
 @contextmanager
@@ -106,3 +63,14 @@ def peer_run(name: str, model: nn.Module, r: Any) -> Run:
     if not callable(run):
         raise BadValue("peer", name, f"a function that returns a callable, not {type(run).__name__}")
     return run
+
+
+class PeerGraph(ImageGraph):
+    """What a peer runs on pixels, as a module that can be exported; `model` is the model that it was made of."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        super().__init__(model)
+        self._run = run
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (self._run(pixel_values),)

@@ -1,10 +1,16 @@
-"""A benchmark as tables, for a terminal and for Markdown."""
+"""A benchmark and an advice as tables, for a terminal and for Markdown."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..report.tables import as_markdown, print_rows, shown, shown_r
+from .verdict import is_same
+
+
+# How far a merged model is from the unmerged one: of classifiers, and of other models.
+_ADVICE_MEASURES = (("agreement", ".1f"), ("kl", ".4f"), ("cosine", ".4f"))
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
@@ -80,3 +86,43 @@ def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]
     if compiled:
         tables.append((["method", "r", "batch", "matching and merging, compiled"], compiled))
     return tables
+
+
+def advice_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A line per method and r; speed and speed-up (to the unmerged model in the same runtime) in every runtime."""
+    first = [row for row in rows if row["runtime"] == rows[0]["runtime"]]
+    measures = [(name, digits) for name, digits in _ADVICE_MEASURES if first[0][name] is not None]
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
+    sizes = [batch["batch_size"] for batch in rows[0]["batches"]]
+    columns = ["method", "r", "share", *(name for name, _ in measures)]
+    columns += [f"{runtime}, {size} {'image' if size == 1 else 'images'}" for runtime in runtimes for size in sizes]
+    lines = []
+    for row in first:
+        cells = [cell for other in rows if is_same(other, row) for cell in other["batches"]]
+        speeds = [f"{cell['images_per_second']['median']:.1f} ({cell['speedup']['median']:.2f}×)" for cell in cells]
+        figures = [shown(row[name], digits) for name, digits in measures]
+        lines.append([row["method"], str(row["r"]), f"{row['ratio']:.3f}", *figures, *speeds])
+    return columns, lines
+
+
+def advice_page(result: dict[str, Any]) -> str:
+    """An advice as a page: the sentence, how it was measured, the table and the picture."""
+    data, load = result["data"], shown(result["load_average"], ".1f")
+    left_out = [f"Not measured: {name} ({reason})." for name, reason in result["left_out"].items()]
+    conditions = (
+        f"{result['hardware']}, load average {load} before the run, {result['dtype']}, {data['num_images']} images of "
+        f"{data['name']}, {'×'.join(map(str, result['image_size']))} pixels. share: of the unmerged model's "
+        "multiply-adds; agreement in percent of the images, KL in nats. Images per second are medians of "
+        f"{result['rounds']} interleaved rounds; in brackets the median ratio within rounds to the unmerged model in "
+        "the same runtime."
+    )
+    parts = [
+        f"# {result['model']['name']}: which r",
+        result["sentence"],
+        as_markdown(*advice_cells(result["rows"])),
+        conditions,
+        *left_out,
+        f"`{result['command']}`",
+        "![What is kept against speed](advice.png)",
+    ]
+    return "\n\n".join(parts) + "\n"

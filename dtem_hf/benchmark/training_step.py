@@ -32,7 +32,7 @@ from ..models.timing import time_interleaved
 from ..ops import relaxation
 from ..programs.arguments import ModelArguments, at_least, option, parse_arguments
 from ..programs.conditions import conditions
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..report.tables import print_rows
 from ..training.fisher import FisherArguments, fisher_loss, sampled_log_probability
 from ..training.parameters import freeze_backbone, relax
@@ -57,17 +57,18 @@ class TrainingStepArguments(ModelArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the JSON and print the table."""
     arguments = parse_arguments(TrainingStepArguments, argv, __doc__ or "")
-    path = output_folder(arguments.output_dir) / "training_step.json"
-    record = measure_training_step(arguments)
-    write_json(path, record)
-    lines = []
-    for row in record["rows"]:
-        medians = [row[name]["median"] for name in ("seconds", "ratio_to_plain", "ratio_to_definition")]
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        lines.append([row["step"], *(f"{median:.3f}" for median in medians), peak])
-    title = f"{arguments.model}, batch {arguments.batch_size}, r = {arguments.r}, {record['hardware']}"
-    print_rows(title, ("step", "seconds", "to plain", "to definition", "peak MiB"), lines)
-    print(f"written: {path}")
+    with only_run_in(arguments.output_dir) as folder:
+        path = folder / "training_step.json"
+        record = measure_training_step(arguments)
+        write_json(path, record)
+        lines = []
+        for row in record["rows"]:
+            medians = [row[name]["median"] for name in ("seconds", "ratio_to_plain", "ratio_to_definition")]
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+            lines.append([row["step"], *(f"{median:.3f}" for median in medians), peak])
+        title = f"{arguments.model}, batch {arguments.batch_size}, r = {arguments.r}, {record['hardware']}"
+        print_rows(title, ("step", "seconds", "to plain", "to definition", "peak MiB"), lines)
+        print(f"written: {path}")
 
 
 def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ class ImageGraph(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         output = run_on_pixels(self.model, pixel_values)
@@ -38,18 +40,33 @@ def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
         return _tensor_names(run_on_pixels(model, pixel_values))
 
 
-def export_graph(model: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
-    """Trace a model for images of [C, H, W] and a batch of any size. Raises UnsupportedModelError where that fails."""
+def export_graph(model: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
+    """Trace a model, or an ImageGraph as it is, for images of [C, H, W] and a batch of any size.
+
+    Raises UnsupportedModelError where that fails.
+    """
+    graph = model if isinstance(model, ImageGraph) else ImageGraph(model)
     pixels = torch.zeros(_TRACED_BATCH, *shape, device=next(model.parameters()).device)
     batch = {INPUT_NAME: {0: Dim("batch", min=1)}}
     try:
         with torch.no_grad():
-            return torch.export.export(ImageGraph(model), (), {INPUT_NAME: pixels}, dynamic_shapes=batch)
+            return torch.export.export(graph, (), {INPUT_NAME: pixels}, dynamic_shapes=batch)
     except Exception as error:  # torch documents no error class for it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"{type(model).__name__} of {model.config.model_type} cannot be exported as one graph: {reason}"  # type: ignore[union-attr]
-        ) from error
+        name = f"{type(graph.model).__name__} of {graph.model.config.model_type}"
+        raise UnsupportedModelError(f"{name} cannot be exported as one graph: {reason}") from error
+
+
+@contextmanager
+def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Inside the block a model attends by another implementation."""
+    model = model.model if isinstance(model, ImageGraph) else model
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def _tensor_names(output: Any) -> list[str]:

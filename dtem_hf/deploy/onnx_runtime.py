@@ -18,6 +18,8 @@ from .graph import INPUT_NAME
 # more. The lowest that torch's exporter writes is 18.
 OPSET = 20
 LOWEST_OPSET = 18
+# The extras that bring packages; all others come with onnx.
+_EXTRAS = {"openvino": "openvino", "nncf": "int8"}
 
 
 def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
@@ -27,7 +29,7 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
     """
     if opset < LOWEST_OPSET:
         raise BadValue("opset", opset, f"{LOWEST_OPSET} or more")
-    need_onnx("onnx", "onnxscript")
+    need("onnx", "onnxscript")
     torch.onnx.export(
         program,
         f=path,
@@ -59,7 +61,7 @@ class OnnxRunner:
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
-        need_onnx("onnxruntime")
+        need("onnxruntime")
         import onnxruntime
 
         provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
@@ -97,13 +99,14 @@ class OnnxRunner:
         return [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
 
 
-def need_onnx(*modules: str) -> None:
+def need(*modules: str) -> None:
     """Raise ImportError that names what to install where one of the packages is absent."""
     for module in modules:
         try:
             __import__(module)
         except ImportError as error:
-            raise ImportError(f"ONNX takes the package {module}: pip install 'dtem-hf[onnx]'") from error
+            extra = _EXTRAS.get(module, "onnx")
+            raise ImportError(f"this takes the package {module}: pip install 'dtem-hf[{extra}]'") from error
 
 
 def _weight_bytes(program: ExportedProgram) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadValue
+from ..models.distances import kl_to
 from .graph import ImageGraph
 
 
@@ -28,7 +29,7 @@ def check_parity(
     model: nn.Module,
     run: Runner,
     names: Sequence[str],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -65,6 +66,30 @@ def check_parity(
             )
         outputs[name] = record
     return {"batches": list(_BATCHES), "seed": seed, "tolerance": tolerance, "outputs": outputs}
+
+
+@torch.inference_mode()
+def measure_change(model: nn.Module, run: Runner, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Any]:
+    """How far a quantised model is from eager on images, in batches of pixels [B, C, H, W]: a record.
+
+    Of every output the largest difference and its root mean square; of `logits` also in how many per cent of the
+    images both name the same class, and the KL in nats.
+    """
+    expected, found = _outputs(ImageGraph(model), batches), _outputs(run, batches)
+    count = sum(len(pixels) for pixels in batches)
+    outputs = {}
+    for name, right, ours in zip(names, expected, found, strict=True):
+        record = {
+            "largest_difference": float((ours - right).abs().max()),
+            "rms_from_float32": _rms(ours - right),
+            "float32_rms": _rms(right),
+        }
+        if name == "logits" and right.numel() % count == 0:
+            ours, right = ours.view(count, -1), right.view(count, -1)
+            record["agreement"] = 100 * float((ours.argmax(-1) == right.argmax(-1)).double().mean())
+            record["kl"] = float(kl_to(right, ours).mean())
+        outputs[name] = record
+    return {"images": count, "outputs": outputs}
 
 
 def _outputs(run: Runner, batches: Sequence[Tensor]) -> list[Tensor]:

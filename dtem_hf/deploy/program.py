@@ -1,15 +1,18 @@
-"""Write a merged model as an ONNX file or an AOTInductor package, for any batch, and check it against eager.
+"""Write a merged model for ONNX Runtime, OpenVINO or AOTInductor, for any batch, and check it against eager.
 
 python recipes/export.py --model facebook/deit-small-patch16-224 --method tome --r 16
-python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx aot_inductor
+python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx openvino
+python recipes/export.py --model path/to/model --r 16 --formats openvino --int8 path/to/images
 python recipes/export.py --model path/to/model --flops 0.5 --dtype bfloat16 --formats aot_inductor
 python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 
-Every file has a record beside it: model.onnx and model.onnx.json, model.pt2 and model.pt2.json.
+Every file has a record beside it: model.onnx and model.onnx.json, and so on. ONNX and OpenVINO files lie in a folder
+as Optimum reads it, with config.json and preprocessor_config.json.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,25 +22,35 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from .. import ops
 from ..configuration import MergeConfig
+from ..data.folders import NO_LABELS
+from ..data.images import ProcessedImages, load_images, load_processor
 from ..errors import BadValue
+from ..families import find_encoder
 from ..files import replacing_together, write_json
 from ..models.attach import UNSET
 from ..models.auto import auto_class
-from ..models.vision import image_shape
-from ..programs.arguments import DTYPES, ModelArguments, one_of, option, parse_arguments, parse_reduction
-from ..programs.conditions import conditions, describe_model
+from ..models.copies import share_weights
+from ..models.install import detach
+from ..models.vision import image_part, image_shape
+from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments, parse_reduction
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.processes import say
 from .aot_inductor import PackageRunner, write_package
-from .graph import INPUT_NAME, export_graph, output_names
-from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need_onnx, write_onnx, written_opset
-from .parity import TOLERANCE, check_parity
+from .graph import INPUT_NAME, attention_as, export_graph, output_names
+from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need, write_onnx, written_opset
+from .openvino_runtime import OpenVinoRunner, write_openvino
+from .parity import TOLERANCE, Runner, check_parity, measure_change
 
 
-FORMATS = {"onnx": "model.onnx", "aot_inductor": "model.pt2"}
+# The names that Optimum looks for, and AOTInductor's.
+FORMATS = {"onnx": "model.onnx", "openvino": "openvino_model.xml", "aot_inductor": "model.pt2"}
+_LARGEST_HELD_OUT = 100
 _PLAIN = "none"
 
 
@@ -56,14 +69,25 @@ class ExportArguments(ModelArguments):
     flops: float | None = option("share of the multiply-adds to reach, instead of r", default=None)
     random_weights: bool = option("read the model's config alone, to try out a shape", default=False)
     formats: list[str] = option(f"some of {', '.join(FORMATS)}", default_factory=lambda: ["onnx"])
-    dtype: str = option(f"what is computed in: {', '.join(DTYPES)}; input and outputs are float32", default="float32")
+    dtype: str = option(
+        f"what is computed in: {', '.join(DTYPES)}; input and outputs are float32. Float16 "
+        "halves OpenVINO's weights; what it computes in, it is told when it runs",
+        default="float32",
+    )
+    int8: str | None = option(
+        "OpenVINO: compute in int8, quantised by NNCF on these images: Hub dataset id or local folder", default=None
+    )
+    split: str = option("int8: split of a Hub dataset, or of a folder with train, val or test in it", default="train")
+    limit: int = option(
+        f"int8: images to read; a quarter of them, at most {_LARGEST_HELD_OUT}, measures the change", default=400
+    )
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
     opset: int = option(f"ONNX: operator set, {LOWEST_OPSET} or more", default=OPSET)
     merge_form: str = option(
         "ONNX: one_hot, which every runtime can run (TensorRT has no scatter that adds), or scatter", default="one_hot"
     )
     attention: str = option(
-        "eager, sdpa, or auto: eager in ONNX, where it is the shorter graph, and sdpa in AOTInductor", default="auto"
+        "eager, sdpa, or auto: sdpa in AOTInductor, and eager elsewhere, where it is the shorter graph", default="auto"
     )
     tolerance: float = option("largest difference from eager in float32, absolute or relative", default=TOLERANCE)
     unchecked: bool = option("write a file even where nothing here can run and check it", default=False)
@@ -72,12 +96,17 @@ class ExportArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", DTYPES)
-        one_of(self, "merge_form", ops.MERGE_FORMS)
+        one_of(self, "merge_form", ("one_hot", "scatter"))
         one_of(self, "attention", ("auto", "eager", "sdpa"))
         one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
         one_of(self, "formats", FORMATS)
         if self.opset < LOWEST_OPSET:
             raise BadValue("opset", self.opset, f"{LOWEST_OPSET} or more")
+        if "openvino" in self.formats and self.dtype == "bfloat16":
+            raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
+        if self.int8 is not None and (self.formats != ["openvino"] or self.dtype != "float32"):
+            raise BadValue("int8", self.int8, "the format openvino alone, and dtype float32")
+        at_least(self, 2, "limit")
         if self.tolerance <= 0:
             raise BadValue("tolerance", self.tolerance, "a number above 0")
         if self.merge is not None and self.method is not None:
@@ -93,22 +122,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(ExportArguments, argv, __doc__ or "")
     console = Console(width=140)
     for record in export(arguments):
-        parity = record["parity"]
-        if parity is None:
-            said = f"not checked: {record['unchecked_because']}"
-        else:
-            said = ", ".join(
-                f"{name} within {figures['largest_difference']:.1e} of eager"
-                for name, figures in parity["outputs"].items()
-            )
         size = sum(file["bytes"] for file in record["files"])
-        console.print(f"written: {Path(arguments.output_dir) / record['files'][0]['name']}, {size:,} bytes; {said}")
+        path = Path(arguments.output_dir) / record["files"][0]["name"]
+        console.print(f"written: {path}, {size:,} bytes; {_said(record)}")
+
+
+def _said(record: dict[str, Any]) -> str:
+    parity = record["parity"]
+    if parity is None:
+        return f"not checked: {record['unchecked_because']}"
+    said = [
+        f"{name} within {figures['largest_difference']:.1e} of eager"
+        + (f", same class in {figures['agreement']:.1f} %, KL {figures['kl']:.2g}" if "kl" in figures else "")
+        for name, figures in parity["outputs"].items()
+    ]
+    return ", ".join(said) + (f", on {parity['images']} images" if "images" in parity else "")
 
 
 def export(arguments: ExportArguments) -> list[dict[str, Any]]:
     """Write every format. Returns the records beside the files; a format that fails leaves no file."""
-    if "onnx" in arguments.formats:
-        need_onnx("onnx", "onnxscript", *([] if arguments.unchecked else ["onnxruntime"]))
+    if set(arguments.formats) & {"onnx", "openvino"}:
+        need("onnx", "onnxscript")
+    if "onnx" in arguments.formats and not arguments.unchecked:
+        need("onnxruntime")
     device = arguments.choose_device()
     model = load_for_export(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     records = []
@@ -122,29 +158,46 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
     """Write and check one format: the file and its record, or neither of them. Returns the record."""
     attention = arguments.attention
     if attention == "auto":
-        attention = "eager" if kind == "onnx" else "sdpa"
-    model.set_attn_implementation(attention)
+        attention = "sdpa" if kind == "aot_inductor" else "eager"
+    half_weights = kind == "openvino" and arguments.dtype == "float16"
+    if half_weights:
+        model = copy.deepcopy(model).float()
     shape = image_shape(model, arguments.image_size)
-    names = output_names(model, torch.zeros(1, *shape, device=device))
-    with replacing_together(arguments.output_dir) as folder:
+    images: list[Tensor] = []
+    held_out: list[Tensor] = []
+    with replacing_together(arguments.output_dir) as folder, attention_as(model, attention):
         path = folder / FORMATS[kind]
-        with ops.merge_form(arguments.merge_form if kind == "onnx" else "scatter"):
+        names = output_names(model, torch.zeros(1, *shape, device=device))
+        with ops.merge_form({"onnx": arguments.merge_form, "openvino": "openvino"}.get(kind, "scatter")):
             program = export_graph(model, shape)
-        files = write_onnx(program, path, names, arguments.opset) if kind == "onnx" else write_package(program, path)
+        if kind == "onnx":
+            files = write_onnx(program, path, names, arguments.opset)
+        elif kind == "openvino":
+            if arguments.int8 is not None:
+                images, held_out = _calibration_images(arguments, shape)
+            files = write_openvino(program, path, names, half_weights, images)
+        else:
+            files = write_package(program, path)
         parity, reason = None, None
         try:
-            run = OnnxRunner(path, device, arguments.dtype) if kind == "onnx" else PackageRunner(path)
+            run = _runner(kind, path, device, arguments.dtype)
         except (BadValue, ImportError) as error:
             if not arguments.unchecked:
                 raise
             reason = str(error)
         else:
-            parity = check_parity(model, run, names, shape, arguments.tolerance, arguments.seed)
+            if held_out:
+                parity = measure_change(model, run, names, held_out)
+            else:
+                parity = check_parity(model, run, names, shape, arguments.tolerance, arguments.seed)
+        if kind != "aot_inductor":
+            _write_configs(model, arguments.model, folder)
         record = {
             **(made := conditions(device)),
             "format": kind,
             "files": [_described(file) for file in files],
             **({"opset": written_opset(path), "merge_form": arguments.merge_form} if kind == "onnx" else {}),
+            **({} if arguments.int8 is None else {"int8": {"data": data_name(arguments.int8), "images": len(images)}}),
             "model": describe_model(arguments.model, model),
             "random_weights": arguments.random_weights,
             **_described_merge(model, arguments),
@@ -155,10 +208,47 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
             "parity": parity,
             **({} if reason is None else {"unchecked_because": reason}),
             "device": device.type,
-            "versions": {**made["versions"], **_onnx_versions()},
+            "versions": {**made["versions"], **_runtime_versions()},
         }
         write_json(path.with_name(f"{path.name}.json"), record)
     return record
+
+
+def _runner(kind: str, path: Path, device: torch.device, dtype: str) -> Runner:
+    if kind == "onnx":
+        return OnnxRunner(path, device, dtype)
+    return OpenVinoRunner(path, device) if kind == "openvino" else PackageRunner(path)
+
+
+def _calibration_images(arguments: ExportArguments, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Images [1, C, H, W] to quantise with, and others to measure the change on."""
+    images = load_images(str(arguments.int8), arguments.split, arguments.limit, NO_LABELS)
+    processed = ProcessedImages(images, load_processor(arguments.model))
+    pixels = [processed[i]["pixel_values"].unsqueeze(0) for i in tqdm(range(len(images)), desc="read", unit="image")]
+    if len(pixels) < 2:
+        raise BadValue("int8", arguments.int8, "2 images or more")
+    if tuple(pixels[0].shape[1:]) != shape:
+        raise BadValue("image_size", arguments.image_size, f"the processor's: {list(pixels[0].shape[2:])}")
+    count = min(max(len(pixels) // 4, 1), _LARGEST_HELD_OUT)
+    return pixels[:-count], pixels[-count:]
+
+
+def _write_configs(model: Any, name: str, folder: Path) -> None:
+    """The config of the part that reads images, and its processor if the model has one, as Optimum reads them."""
+    part: Any = image_part(model, find_encoder(model)[1])
+    config = copy.deepcopy(part.config)
+    plain = type(detach(share_weights(part)) if hasattr(part, "merge_config") else part)
+    config.architectures = [plain.__name__]
+    config.save_pretrained(folder)
+    try:
+        processor = load_processor(name).to_dict()
+    except (OSError, ValueError):
+        say(f"{name} has no image processor: preprocessor_config.json is not written")
+        return
+    # ViT's processor could not keep the aspect ratio in transformers 4, which Optimum runs on; CLIP's does the same.
+    if processor["image_processor_type"] == "ViTImageProcessor" and "shortest_edge" in processor["size"]:
+        processor["image_processor_type"] = "CLIPImageProcessor"
+    write_json(folder / "preprocessor_config.json", processor)
 
 
 def load_for_export(arguments: ExportArguments) -> Any:
@@ -195,9 +285,9 @@ def _described_merge(model: Any, arguments: ExportArguments) -> dict[str, Any]:
     return {"merge": model.merge_config.to_dict(), "adapter": arguments.merge, "plan": plan.to_dict()}
 
 
-def _onnx_versions() -> dict[str, str]:
+def _runtime_versions() -> dict[str, str]:
     found = {}
-    for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

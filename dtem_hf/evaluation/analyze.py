@@ -28,7 +28,7 @@ from ..models.auto import AutoModelForImageClassification
 from ..models.copies import share_weights
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..report.page import read_section, write_report
 from ..report.pictures import draw_merged_layers, draw_merged_tokens
 from ..report.plots import plot_correlation
@@ -55,14 +55,14 @@ class AnalyzeArguments(ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, analyse, write everything into one folder."""
     arguments = parse_arguments(AnalyzeArguments, argv, __doc__ or "")
-    output = output_folder(arguments.output_dir)
-    record = analyze(arguments)
-    write_json(output / "correlation.json", record)
-    plot_correlation(record["layers"], output / "correlation.png", title=record["model"]["name"])
-    write_report(output / "index.html", f"{record['model']['name']}: what merging does", [read_section(output)])
-    for row in record["rows"]:
-        print(f"blocks {row['blocks']}: τ {row['before']:.3f} before training, {row['after']:.3f} after")
-    print(f"written: correlation.json, pictures and index.html in {output}")
+    with only_run_in(arguments.output_dir) as output:
+        record = analyze(arguments)
+        write_json(output / "correlation.json", record)
+        plot_correlation(record["layers"], output / "correlation.png", title=record["model"]["name"])
+        write_report(output / "index.html", f"{record['model']['name']}: what merging does", [read_section(output)])
+        for row in record["rows"]:
+            print(f"blocks {row['blocks']}: τ {row['before']:.3f} before training, {row['after']:.3f} after")
+        print(f"written: correlation.json, pictures and index.html in {output}")
 
 
 def analyze(arguments: AnalyzeArguments) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ..models.auto import load_trained_classifier
 from ..models.calibration import calibrate
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 
 
 RECORD_NAME = "calibration.json"
@@ -65,10 +65,12 @@ class CalibrateArguments(ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, search, and write what was found."""
     arguments = parse_arguments(CalibrateArguments, argv, __doc__ or "")
-    output_folder(arguments.output_dir)
-    record = calibrate_model(arguments)
-    print(f"r per layer {record['reductions']}: {record['distance']:.4g}, and {record['even_distance']:.4g} evenly")
-    print(f"written: {arguments.output_dir}")
+    with only_run_in(arguments.output_dir):
+        record = calibrate_model(arguments)
+        print(
+            f"r per layer {record['reductions']}: {record['distance']:.4g}, and {record['even_distance']:.4g} evenly"
+        )
+        print(f"written: {arguments.output_dir}")
 
 
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..models.auto import auto_class
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, data_name
 from ..programs.identity import digest
+from ..programs.lock import only_run_in
 from ..programs.output import output_folder
 from ..programs.processes import processes
 from ..report.tables import about, print_rows, shown, shown_r
@@ -79,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(arguments.output, score_file(arguments))
         print(f"written: {arguments.output}")
         return
-    path = output_folder(arguments.output_dir) / "captions.json"
-    result = evaluate_captions(arguments, lambda result: write_json(path, result))
-    if processes().is_main_process:
-        print_table(result)
-        print(f"written: {path}, and the captions of every row beside it")
+    with only_run_in(arguments.output_dir) as folder:
+        path = folder / "captions.json"
+        result = evaluate_captions(arguments, lambda result: write_json(path, result))
+        if processes().is_main_process:
+            print_table(result)
+            print(f"written: {path}, and the captions of every row beside it")
 
 
 def score_file(arguments: EvaluateCaptionsArguments) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
 python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
+python recipes/evaluate.py --model ... --data ... --runtime openvino_bfloat16    # as it is deployed
 accelerate launch recipes/evaluate.py --model ... --data imagenet-1k --batch_size 256    # every GPU of the machine
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- recipes/evaluate.py --model ... --data ...    # two on a CPU
 """
@@ -21,14 +22,16 @@ from torch import Tensor
 
 from ..data.classes import match_labels
 from ..data.images import ProcessedImages, collate, data_digest, load_images, load_processor
+from ..deploy.runtimes import RUNTIMES, check_runtime
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.folder_card import write_card
 from ..models.auto import load_trained_classifier
 from ..models.distances import kl_to
-from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, option, parse_arguments
+from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, one_of, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
+from ..programs.lock import only_run_in
 from ..programs.output import output_folder
 from ..programs.processes import processes
 from ..report.plots import plot_accuracy
@@ -49,11 +52,14 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
 
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
     label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
+    runtime: str = option(f"what runs every row: {', '.join(RUNTIMES)}", default="eager")
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
     write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of(self, "runtime", RUNTIMES)
+        check_runtime(self, self.runtime)
         if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
             raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
 
@@ -61,18 +67,20 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the table, write JSON and plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
-    output = output_folder(str(arguments.adapter) if arguments.write_card else arguments.output_dir)
-
-    def keep(result: dict[str, Any]) -> None:
-        write_json(output / "evaluation.json", result)
-        plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+    with only_run_in(arguments.output_dir) as output:
         if arguments.write_card:
-            write_card(output, overwrite=True)
+            output = output_folder(str(arguments.adapter))
 
-    result = evaluate(arguments, keep)
-    if processes().is_main_process:
-        print_table(result)
-        print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
+        def keep(result: dict[str, Any]) -> None:
+            write_json(output / "evaluation.json", result)
+            plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+            if arguments.write_card:
+                write_card(output, overwrite=True)
+
+        result = evaluate(arguments, keep)
+        if processes().is_main_process:
+            print_table(result)
+            print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
 
 
 def evaluate(
@@ -86,13 +94,16 @@ def evaluate(
     a, device = arguments, arguments.choose_device()
     adapters = a.load_adapters()
     model = load_trained_classifier(a.model, merge=None, dtype=getattr(torch, a.dtype))
-    variants = a.make_variants(model.to(device), adapters)
+    variants = a.make_variants(model.to(device).eval(), adapters)
     images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
     classes = match_labels(images, model.config)
     processed = ProcessedImages(images, processor, num_labels=model.config.num_labels, classes=classes)
     metrics = load_metrics()
+    shape = tuple(processed[0]["pixel_values"].shape)
+    if a.runtime != "eager":
+        variants = [variant.in_runtime(a.runtime, shape) for variant in variants]
     read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
-    run = a.run_facts(model, variants, adapters, processor, data=read)
+    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(
@@ -112,12 +123,13 @@ def evaluate(
             "labelled": rows[0]["top1"] is not None,
             "labels": classes.how,
         },
-        "image_size": list(processed[0]["pixel_values"].shape[-2:]),
+        "image_size": list(shape[-2:]),
         "batch_size": a.batch_size,
         "processes": parts.state.num_processes,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "dtype": a.dtype,
+        "runtime": a.runtime,
         "rows": rows,
     }
     parts.finish(lambda: keep(result))

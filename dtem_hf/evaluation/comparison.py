@@ -16,7 +16,7 @@ from typing import Any
 from ..files import write_json, write_text
 from ..labels import multiply_adds_unit, reduction_label
 from ..programs.arguments import option, parse_arguments
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..programs.processes import processes
 from ..report.plots import measure_of, plot_pareto, series_name
 from ..report.tables import LEGEND, as_markdown, print_table, shown
@@ -66,17 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, compare, print the tables, write them as Markdown, CSV and JSON, and plot."""
     arguments = parse_arguments(CompareArguments, argv, __doc__ or "")
 
-    output = output_folder(arguments.output_dir)
+    with only_run_in(arguments.output_dir) as output:
 
-    def keep(result: dict[str, Any]) -> None:
-        result["adapters"] = arguments.adapter_references()
-        write_comparison(result, output)
+        def keep(result: dict[str, Any]) -> None:
+            result["adapters"] = arguments.adapter_references()
+            write_comparison(result, output)
 
-    result = evaluate(arguments, keep)
-    if processes().is_main_process:
-        print_table(result)
-        print(wide_table(result["rows"]))
-        print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")
+        result = evaluate(arguments, keep)
+        if processes().is_main_process:
+            print_table(result)
+            print(wide_table(result["rows"]))
+            print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")
 
 
 def write_comparison(result: dict[str, Any], folder: Path) -> None:

@@ -32,7 +32,7 @@ from ..models.auto import AutoModel
 from ..models.vision import run_on_pixels
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in
 from ..report.tables import about, print_rows, shown_r
 from .arguments import RowArguments
 from .parts import batches_of
@@ -123,11 +123,12 @@ def load_segmentation(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train the head, measure, print the table, write JSON."""
     arguments = parse_arguments(SegmentationArguments, argv, __doc__ or "")
-    path = output_folder(arguments.output_dir) / "segmentation.json"
-    result = evaluate_segmentation(arguments)
-    write_json(path, result)
-    print_table(result)
-    print(f"written: {path}")
+    with only_run_in(arguments.output_dir) as folder:
+        path = folder / "segmentation.json"
+        result = evaluate_segmentation(arguments)
+        write_json(path, result)
+        print_table(result)
+        print(f"written: {path}")
 
 
 def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:

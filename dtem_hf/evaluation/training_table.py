@@ -23,6 +23,7 @@ from ..configuration import MergeConfig
 from ..errors import BadValue
 from ..files import read_json, write_json, write_text
 from ..programs.arguments import option, parse_arguments
+from ..programs.lock import only_run_in
 from ..report.plots import plot_training
 from ..report.tables import as_markdown
 
@@ -59,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, train and evaluate the missing rows, and write the table of all finished ones."""
     arguments = parse_arguments(TrainingTableArguments, argv, __doc__ or "")
     table = _Table(arguments)
-    for row in table.chosen():
-        table.make(row)
-    print(f"written: {table.write()}")
+    with only_run_in(arguments.output_dir):
+        for row in table.chosen():
+            table.make(row)
+        print(f"written: {table.write()}")
 
 
 class _Table:

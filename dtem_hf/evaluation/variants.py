@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..configuration import DTEMConfig, KeepRateConfig, MergeConfig, ToMeConfig
 from ..costs import MergePlan
+from ..deploy.runtimes import make_run
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
@@ -101,6 +103,10 @@ class Variant:
         model.set_reduction(self.r)
         return model
 
+    def in_runtime(self, runtime: str, shape: tuple[int, ...]) -> Variant:
+        """This row for images of [C, H, W] in a runtime: its model returns the first output as `logits`."""
+        return _RuntimeVariant(**vars(self), run=make_run(runtime, self.standalone(), shape))
+
     @property
     def label(self) -> str:
         """The row's name in tables and file names."""
@@ -120,6 +126,15 @@ class Variant:
         """Multiply-adds of an image, their share of the unmerged model's, and the tokens that are left."""
         plan = self.plan
         return {"multiply_adds": plan.multiply_adds, "ratio": plan.ratio, "tokens": plan.tokens[-1]}
+
+
+@dataclass
+class _RuntimeVariant(Variant):
+    run: Any = None
+
+    @contextmanager
+    def ready(self) -> Iterator[Any]:
+        yield lambda pixel_values: SimpleNamespace(logits=self.run(pixel_values.float())[0])
 
 
 def method_names() -> list[str]:

@@ -15,10 +15,22 @@ FAMILIES: list[Family] = [module.FAMILY for module in import_all(sys.modules[__n
 SUPPORTED = tuple(cls for family in FAMILIES for cls in family.models)
 
 
-def unsupported(name: str) -> UnsupportedModelError:
-    """The error for a model that belongs to no known family; it lists those that do."""
+_WINDOWS = "its layers attend within windows of a grid, which merged tokens do not form"
+# By model type, why no family can be written for a model.
+_REASONS = {
+    **dict.fromkeys(["sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model", "sam2", "vitdet"], _WINDOWS),
+    **dict.fromkeys(["swin", "swinv2", "maskformer-swin", "donut-swin"], _WINDOWS),
+    "hiera": "it pools tokens between its layers by their places on a grid",
+    "eomt": "its queries join the patches inside the encoder, and it reads a mask off every patch",
+    "yolos": "its detection tokens stand behind the patches, among the tokens that merge",
+}
+
+
+def unsupported(name: str, model_type: str = "") -> UnsupportedModelError:
+    """The error for a model that belongs to no known family: why, where that is known, and which models do."""
     supported = sorted({cls.__name__ for family in FAMILIES for cls in family.models})
-    return UnsupportedModelError(f"{name} cannot be merged; supported are {', '.join(supported)}.")
+    why = f": {_REASONS[model_type]}" if model_type in _REASONS else ""
+    return UnsupportedModelError(f"{name} cannot be merged{why}; supported are {', '.join(supported)}.")
 
 
 def find_family(model_class: type) -> Family:
@@ -26,7 +38,7 @@ def find_family(model_class: type) -> Family:
     for family in FAMILIES:
         if issubclass(model_class, tuple(family.models)):
             return family
-    raise unsupported(model_class.__name__)
+    raise unsupported(model_class.__name__, getattr(getattr(model_class, "config_class", None), "model_type", ""))
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,9 @@ def find_place(model: nn.Module, part: str | None = None) -> Place:
     Without `part`, of several parts the one that merges already is meant. Raises UnsupportedModelError where no part
     can be merged, and ValueError where several can or none has that name.
     """
-    if isinstance(model, SUPPORTED) and part is None:
+    if isinstance(model, SUPPORTED) and part is None and _encoders(model):
         return _place(model, "")
-    parts = {name: module for name, module in model.named_modules() if isinstance(module, SUPPORTED)}
+    parts = {name: module for name, module in model.named_modules() if name and isinstance(module, SUPPORTED)}
     outermost = {
         name: module for name, module in parts.items() if not any(name.startswith(f"{outer}.") for outer in parts)
     }
@@ -60,8 +72,10 @@ def find_place(model: nn.Module, part: str | None = None) -> Place:
         if len(chosen) != 1:
             raise BadValue("part", part, f"one of the parts of {type(model).__name__} that can be merged: {listed}")
         return _place(outermost[chosen[0]], chosen[0])
+    if not outermost and isinstance(model, SUPPORTED):
+        return _place(model, "")  # which says what is missing
     if not outermost:
-        raise unsupported(type(model).__name__)
+        raise unsupported(type(model).__name__, getattr(getattr(model, "config", None), "model_type", ""))
     places = [_place(module, name) for name, module in outermost.items()]
     merged = [place for place in places if "merging" in vars(place.encoder)]
     if len(places) > 1 and len(merged) != 1:
@@ -69,7 +83,8 @@ def find_place(model: nn.Module, part: str | None = None) -> Place:
     return merged[0] if merged else places[0]
 
 
-def _place(holder: nn.Module, part: str) -> Place:
+def _encoders(holder: nn.Module) -> list[nn.Module]:
+    """The outermost encoders of a model's own family in it: a model may also be built around one of another family."""
     family = find_family(type(holder))
     found: list[nn.Module] = []
     inside: set[int] = set()
@@ -77,6 +92,11 @@ def _place(holder: nn.Module, part: str) -> Place:
         if isinstance(module, tuple(family.encoders)) and id(module) not in inside:
             found.append(module)
             inside |= {id(child) for child in module.modules()}
+    return found
+
+
+def _place(holder: nn.Module, part: str) -> Place:
+    family, found = find_family(type(holder)), _encoders(holder)
     if len(found) != 1:
         raise UnsupportedModelError(f"{type(holder).__name__} holds {len(found)} encoders; merging needs exactly one.")
     return Place(family, holder, found[0], part)

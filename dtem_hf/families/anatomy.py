@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -85,7 +86,7 @@ def linear_cost(modules: Iterable[Any]) -> int:
 def convolution_cost(modules: Iterable[nn.Module]) -> int:
     """Multiply-adds of all convolutions among modules, each at one place of its output."""
     return sum(
-        m.out_channels * m.in_channels // m.groups * m.kernel_size[0] * m.kernel_size[1]
+        m.out_channels * m.in_channels // m.groups * math.prod(m.kernel_size)
         for m in modules
-        if isinstance(m, nn.Conv2d)
+        if isinstance(m, (nn.Conv2d, nn.Conv3d))
     )

@@ -20,11 +20,11 @@ class CrossAttendingModel(ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         given = inputs.get("encoder_outputs")
         sizes = given.get(TOKEN_SIZES) if isinstance(given, ModelOutput) else None
-        with open_scope(Scope(reader="live", sizes=sizes)):
+        with open_scope(Scope(reader="sized", sizes=sizes)):
             return stock()
 
 
-class WeighedCrossAttention:
+class SizedDecoder:
     """A decoder that attends to merged tokens: each counts as many times as it stands for patches."""
 
     def forward(
@@ -59,9 +59,9 @@ class PlaceholderCheck:
 class Container:
     """How models of a type read the tokens of the encoder inside.
 
-    `reader` is a word of `readers.READERS`. `mixins` are for the model itself, `parts` for its parts, by name; a part
-    that a model lacks is passed over. `counts_placeholders`: its language model can be handed merged tokens
-    (`unmerge=False`), if the prompt has as many placeholders.
+    `reader` is "grid", "tokens", or "sized": merged tokens with their sizes. `mixins` are for the model itself,
+    `parts` for its parts, by name; a part that a model lacks is passed over. `counts_placeholders`: its language model
+    can be handed merged tokens (`unmerge=False`), if the prompt has as many placeholders.
     """
 
     reader: str = "grid"
@@ -74,12 +74,13 @@ GRID = Container()
 # By model type: those that are tested. Any other reads all tokens, too.
 CONTAINERS: Mapping[str, Container] = {
     **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "zoedepth"), GRID),
-    **dict.fromkeys(("gemma3", "llava_next", "llava_onevision", "vipllava"), GRID),
+    **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision", "vipllava"), GRID),
+    **dict.fromkeys(("idefics2", "idefics3", "internvl", "smolvlm"), GRID),
     **dict.fromkeys(
         ("llava", "paligemma"),
         Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True),
     ),
-    "vision-encoder-decoder": Container("live", (CrossAttendingModel,), {"decoder": WeighedCrossAttention}),
+    "vision-encoder-decoder": Container("sized", (CrossAttendingModel,), {"decoder": SizedDecoder}),
     "vision-text-dual-encoder": Container("tokens"),
 }
 

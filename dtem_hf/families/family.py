@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -24,8 +25,8 @@ class Family:
 
     `encoders`: the stock modules that run the layers, each with the dotted name of its list of layers. `anatomy`: how
     a layer is built. `models`: the models in which such an encoder may be merged, and how each reads its tokens: a
-    word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; registers
-    that the config declares are added.
+    word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; the
+    numbers that the config has in its entries `prefix_fields` are added.
 
     `composites`: models that do more than see, and are costed by their encoder alone. `frames`: the entry of a
     composite's config that says how many images it sees at once. `encoder_parts`, `layer_parts` and `model_parts`: by
@@ -37,6 +38,7 @@ class Family:
     anatomy: Anatomy
     models: Mapping[type[nn.Module], str | type]
     num_prefix_tokens: int = 1
+    prefix_fields: tuple[str, ...] = ("num_register_tokens",)
     composites: tuple[type[nn.Module], ...] = ()
     frames: str | None = None
     encoder_parts: Mapping[str, type] = field(default_factory=dict)
@@ -68,7 +70,7 @@ class Family:
     def geometry(self, encoder: Any) -> Geometry:
         """Widths and counts, by declared sizes: weights may be packed, sharded or offloaded."""
         layers, width = self.layers(encoder), encoder.config.hidden_size
-        prefix = self.num_prefix_tokens + getattr(encoder.config, "num_register_tokens", 0)
+        prefix = self.num_prefix_tokens + sum(getattr(encoder.config, name, 0) for name in self.prefix_fields)
         return Geometry(len(layers), width, *self.anatomy.heads_of(layers[0], width), prefix)
 
     def parts(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
@@ -94,14 +96,36 @@ class Family:
     def check(self, model: nn.Module, encoder: Any) -> None:
         """Raise UnsupportedModelError for a model of the family that is set up in a way that cannot be merged."""
 
-    def num_tokens(self, encoder: Any, image_size: int | tuple[int, int] | None = None) -> int:
-        """Tokens that enter the first layer for an image of a size in pixels (None: the model's own)."""
-        config = encoder.config
-        height, width = _pair(config.image_size if image_size is None else image_size, "image_size")
-        patch_height, patch_width = _pair(config.patch_size, "patch_size")
-        if height < patch_height or width < patch_width:
-            raise BadValue("image_size", image_size, f"at least one patch of {patch_height}×{patch_width} pixels")
-        return (height // patch_height) * (width // patch_width) + self.geometry(encoder).num_prefix_tokens
+    def input_sides(self, config: Any) -> tuple[int, ...]:
+        """Height and width of the model's own images in pixels; of clips, the number of frames in front."""
+        return _sides(config.image_size, "image_size", 2)
+
+    def patch_sides(self, config: Any) -> tuple[int, ...]:
+        """Height and width of a patch in pixels; of clips, its number of frames in front."""
+        return _sides(config.patch_size, "patch_size", 2)
+
+    def input_shape(self, encoder: Any, image_size: Any = None) -> tuple[int, ...]:
+        """The shape of one input of a size (None: the model's own): (channels, height, width), frames in front."""
+        sides = self.input_sides(encoder.config)
+        if image_size is not None:  # of a clip, the number of frames may be left out
+            given = _sides(image_size, "image_size", len(sides))
+            sides = (*sides[: -len(given)], *given)
+        return (*sides[:-2], getattr(encoder.config, "num_channels", 3), *sides[-2:])
+
+    def num_tokens(self, encoder: Any, image_size: Any = None) -> int:
+        """Tokens that enter the first layer for an input of a size (None: the model's own).
+
+        `image_size` is a number of pixels, (height, width), or of a clip (frames, height, width).
+        """
+        *frames, _, height, width = self.input_shape(encoder, image_size)
+        patch = self.patch_sides(encoder.config)
+        counts = [side // part for side, part in zip((*frames, height, width), patch, strict=True)]
+        if 0 in counts:
+            frames_wanted = f" and {patch[0]} frames" if frames else ""
+            raise BadValue(
+                "image_size", image_size, f"at least one patch of {patch[-2]}×{patch[-1]} pixels{frames_wanted}"
+            )
+        return math.prod(counts) + self.geometry(encoder).num_prefix_tokens
 
     def frames_of(self, model: Any) -> int:
         """How many images a model sees at once; their tokens are returned together."""
@@ -124,7 +148,7 @@ class Family:
             num_prefix_tokens=geometry.num_prefix_tokens,
         )
 
-    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         """Multiply-adds of the modules around the layers: per patch, per image, and per token that is returned.
 
         A head that attends to the tokens has one query: its own projection, and keys, values, scores and shares of
@@ -141,11 +165,13 @@ class Family:
         return LayerCost(linear_cost(before), 2 * geometry.num_heads * geometry.head_dim, linear_cost(after), metric)
 
 
-def _pair(value: Any, name: str) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in pair):
-        raise BadValue(name, value, "a number of pixels, or (height, width)")
-    return pair
+def _sides(value: Any, name: str, most: int) -> tuple[int, ...]:
+    sides = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    whole = all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in sides)
+    if not whole or not 2 <= len(sides) <= most:
+        clips = ", or (frames, height, width)" if most == 3 else ""
+        raise BadValue(name, value, f"a number of pixels, or (height, width){clips}")
+    return sides
 
 
 # The attention implementations that add the size bias to their scores; others read a float mask as padding, or not at

@@ -14,15 +14,15 @@ from transformers.models.git.modeling_git import GitForCausalLM, GitModel, GitVi
 from ..scope import Scope, current_scope, open_scope
 from .clip import CLIP_LAYER
 from .family import Family
-from .readers import LiveReader
+from .readers import ScopedForward
 
 
-class CountsVisualTokens(LiveReader):
+class CountsVisualTokens(ScopedForward):
     """Mixed into `GitModel` and `GitForCausalLM`: their scope holds the number of visual tokens."""
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
-        with open_scope(Scope(reader=self.reader, num_tokens=cached_visual_tokens(inputs))) as scope:
+        with open_scope(Scope(num_tokens=cached_visual_tokens(inputs))) as scope:
             output = stock()
         if outer is not None:
             outer.num_tokens = scope.num_tokens

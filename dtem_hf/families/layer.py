@@ -16,8 +16,8 @@ from .anatomy import Anatomy
 class LayerMerging:
     """Mixed into a family's own layer class. `merge_index` is the layer's place in the encoder.
 
-    A family whose attention needs more than a size bias overrides `attention_inputs`; one whose layer is built in
-    another way overrides `merged_forward`.
+    A family whose attention needs more than a size bias overrides `attention_inputs`; one whose MLP or layer
+    is built in another way overrides `feed_forward` or `merged_forward`.
     """
 
     merge_index: int
@@ -54,11 +54,15 @@ class LayerMerging:
         hidden_states = self.branch(attended, parts.branch1) + hidden_states
         if not state.method.between:
             hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
-        grown = getattr(self, parts.mlp)(getattr(self, parts.norm2)(hidden_states))
-        hidden_states = self.branch(grown, parts.branch2) + hidden_states
+        hidden_states = self.feed_forward(hidden_states, parts)
         if state.method.between:
             hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         return hidden_states
+
+    def feed_forward(self: Any, x: Tensor, parts: Anatomy) -> Tensor:
+        """The layer behind attention and a merge: [B, n, D] -> [B, n, D]."""
+        grown = getattr(self, parts.mlp)(getattr(self, parts.norm2)(x))
+        return self.branch(grown, parts.branch2) + x
 
     def branch(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """Apply a branch's modules and multiply by its parameters, in order: [B, n, D] -> [B, n, D]."""

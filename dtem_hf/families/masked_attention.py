@@ -33,3 +33,17 @@ class MaskedAttention:
         )
         dropout, eager = self.dropout_prob if self.training else 0.0, self.config._attn_implementation == "eager"
         return attend(q, k, v, attention_mask, q.shape[-1] ** -0.5, dropout, eager)
+
+
+class PackedMaskedAttention:
+    """Mixed into a self-attention with one projection `qkv`, and the output projection `projection`."""
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is None:
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        # [B, n, 3 · H · d] -> 3 × [B, H, n, d]
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        rate = self.dropout.p if hasattr(self, "dropout") else self.attention_dropout
+        dropout, eager = rate if self.training else 0.0, self.config._attn_implementation == "eager"
+        mixed, weights = attend(q, k, v, attention_mask, self.scale, dropout, eager)
+        return self.projection(mixed), weights

@@ -1,8 +1,9 @@
 """How models read the tokens of a merged encoder: one word per model class, and what follows from it.
 
-A model that reads merged tokens needs nothing where it looks at prefix tokens alone or at any set of tokens. The other
-readers open a scope with their word, and the encoder inside returns its tokens as that reader needs them. The mixins
-change nothing where nothing was merged.
+A model that reads merged tokens needs nothing where it looks at prefix tokens alone or attends to all tokens alike: an
+encoder returns those that stand for something, whichever model is around it. The other readers open a scope with their
+word, and the encoder inside returns its tokens as that reader needs them. The mixins change nothing where nothing was
+merged.
 """
 
 from __future__ import annotations
@@ -21,26 +22,36 @@ from ..token_state import TokenState
 
 
 class ScopedForward:
-    """Base of mixins that run the forward pass of the class they are mixed into inside a scope, same signature."""
+    """Base of mixins that run the forward pass of the class they are mixed into inside a scope, same signature.
+
+    `scoped` are the methods that do so, where the class has them.
+    """
+
+    scoped: tuple[str, ...] = ("forward",)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        stock = getattr(super(), "forward", None)
-        if stock is None:  # the mixin itself, with no module below it yet
-            return
-        names = list(signature(stock).parameters)[1:]
-
-        @wraps(stock)  # torch.export and Trainer read the signature
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Of equal length: Dynamo of torch 2.9 knows no other zip.
-            inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
-            return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
-
-        cls.forward = forward  # type: ignore[attr-defined]
+        for name in cls.scoped:
+            stock = getattr(super(), name, None)
+            if stock is not None:  # else, of forward: the mixin itself, with no module below it yet
+                setattr(cls, name, _scoped(stock))
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         """Call `stock`; `inputs` are its arguments by name."""
         raise NotImplementedError
+
+
+def _scoped(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs inside a scope."""
+    names = list(signature(stock).parameters)[1:]
+
+    @wraps(stock)  # torch.export and Trainer read the signature
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of equal length: Dynamo of torch 2.9 knows no other zip.
+        inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
+        return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
+
+    return method
 
 
 class Reader(ScopedForward):
@@ -65,10 +76,11 @@ class MaskedMeanReader(Reader):
     reader = "masked_mean"
 
 
-class LiveReader(Reader):
-    """A model that attends to all tokens alike: those that were softly merged away must not reach it."""
+class WeighedReader(Reader):
+    """A model with a part that attends to all tokens by a mask of their sizes: `WeighedCrossAttention`."""
 
-    reader = "live"
+    reader = "weighed"
+    scoped = ("forward", "generate", "get_image_features", "get_qformer_features")
 
 
 class GridReader(Reader):
@@ -77,7 +89,8 @@ class GridReader(Reader):
     reader = "grid"
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
-        with open_scope(Scope(reader=self.reader, masked=inputs.get("attention_mask") is not None)):
+        masked = None if "input_ids" in inputs else inputs.get("attention_mask") is not None  # else it is the text's
+        with open_scope(Scope(reader=self.reader, masked=masked)):
             return stock()
 
 
@@ -85,7 +98,7 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "tokens": (),
     "mean": (MeanReader,),
     "masked_mean": (MaskedMeanReader,),
-    "live": (LiveReader,),
+    "weighed": (WeighedReader,),
     "grid": (GridReader,),
 }
 
@@ -101,15 +114,16 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     `output` is a ModelOutput or a tuple that begins with the last hidden state.
     """
     last = output[0]
+    state.unmerged = unmerge
     state.move_to(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
-    elif reader == "live":
+    elif reader in ("tokens", "sized"):  # a soft merge keeps the tokens that it merges away, behind all others
         last = last[:, : state.num_active]
     if reader in ("mean", "masked_mean"):
         last = weigh_tokens(last, state, unmerge)
     output = with_last(output, last)
-    if reader == "live" and isinstance(output, dict) and output.get("hidden_states") is not None:
+    if reader == "sized" and isinstance(output, dict) and output.get("hidden_states") is not None:
         states = output["hidden_states"]
         output["hidden_states"] = tuple(
             x if x is None else x[:, : state.num_active_after(i)] for i, x in enumerate(states)
@@ -188,3 +202,14 @@ class WeighedAttention:
             bias = bias.to(query.device).squeeze(1)
             attn_mask = bias.repeat_interleave(self.num_heads, dim=0).expand(-1, query.shape[1], -1)
         return super().forward(query, key, value, *args, attn_mask=attn_mask, **kwargs)  # type: ignore[misc]
+
+
+class WeighedCrossAttention:
+    """A decoder that cross-attends to merged tokens, and takes a mask for them: it gets the log of their sizes."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = current_state()
+        tokens: Tensor | None = kwargs.get("encoder_hidden_states")
+        if state is not None and tokens is not None and (bias := state.returned_bias(self.dtype)) is not None:
+            kwargs["encoder_attention_mask"] = bias.to(tokens.device)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]

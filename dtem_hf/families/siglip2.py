@@ -46,7 +46,7 @@ class PaddedFamily(Family):
             raise BadValue("image_size", image_size, "none: the processor's max_num_patches sets the number of tokens")
         return encoder.config.num_patches
 
-    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, int, int]:
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         stem, head, tail = super().outside_cost(modules)
         for embeddings in (m for m in modules if hasattr(m, "patch_embedding")):
             patch: Any = embeddings.patch_embedding  # a linear map of every patch

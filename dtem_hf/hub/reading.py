@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
@@ -139,7 +140,8 @@ def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str
                 f"{where}: {key} is {part['dtype']} {part['shape']}, and F32 {wanted} would fit its config."
             )
         tensors[key] = torch.frombuffer(part["data"], dtype=torch.float32).reshape(wanted)
-        if not tensors[key].isfinite().all():
+        # By NumPy: torch would start its threads, which a process that forks later must not have.
+        if not np.isfinite(tensors[key].numpy()).all():
             raise AdapterError(f"{where}: {key} holds NaN or infinity.")
     digest = tensors_digest(content)
     if adapter.digest not in (None, digest):

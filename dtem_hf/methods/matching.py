@@ -61,8 +61,12 @@ class KeyMatchingMethod(MatchingMethod[M]):
         return MetricCost(0, width=self.geometry.head_dim)  # attention has computed the keys
 
     def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
+        keys = layer.keys(normed, state).detach()
         # The sum points where the mean does.
-        return layer.keys(normed, state).detach().sum(dim=-2, dtype=torch.float32)
+        if torch.compiler.is_exporting() and ops.exports_openvino():
+            first, *others = keys.float().unbind(-2)
+            return sum(others, start=first)
+        return keys.sum(dim=-2, dtype=torch.float32)
 
 
 def record_matched(state: TokenState, x: Tensor, sizes: Tensor, matching: ops.Matching, num_tokens: int) -> None:

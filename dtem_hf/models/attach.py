@@ -47,7 +47,7 @@ UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET"})()
 class MergeMixin(Renamed):
     """What a merged model can do beside what its own class can."""
 
-    def __init__(self, config: PretrainedConfig, *args: Any, merge_config: MergeLike = UNSET, **kwargs: Any):
+    def __init__(self, config: PretrainedConfig, *args: Any, merge_config: MergeConfig | None = UNSET, **kwargs: Any):
         """Merge as `config.merge` says, and so make a place for the embedding that a checkpoint holds.
 
         With `merge_config`, only where that keeps the recorded embedding; `from_pretrained` attaches all else when the
@@ -80,7 +80,8 @@ class MergeMixin(Renamed):
         if merge is not UNSET:
             wanted, adapter = resolve_merge(merge, **{k: kwargs[k] for k in ADAPTER_ARGUMENTS if k in kwargs})
             merge = adapter or wanted
-            kwargs["merge_config"] = merge
+            # transformers copies the arguments with all threads; see `prepare`.
+            kwargs["merge_config"] = wanted if adapter is None else None
             if merge is not None:
                 check_attention_implementation(kwargs.get("attn_implementation"))
         info_wanted = kwargs.pop("output_loading_info", False)

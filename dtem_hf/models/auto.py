@@ -79,7 +79,7 @@ class MergingAutoClass:
             model_class: type = _get_model_class(config, mapping)
             if issubclass(model_class, SUPPORTED) or _holds_encoder(config):
                 return model_class
-        raise unsupported(f"{cls.__name__} for model type {config.model_type!r}")
+        raise unsupported(f"{cls.__name__} for model type {config.model_type!r}", config.model_type)
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -204,7 +204,7 @@ def auto_class(config: PretrainedConfig) -> Any:
         if issubclass(cls, SUPPORTED) or _holds_encoder(config)
     ]
     if not offered:
-        raise unsupported(f"A model of type {config.model_type!r}")
+        raise unsupported(f"A model of type {config.model_type!r}", config.model_type)
     saved = [auto for auto, name in offered if name in (config.architectures or ())]
     return (saved or [auto for auto, _ in offered])[0]
 

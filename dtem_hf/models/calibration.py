@@ -17,13 +17,12 @@ from tqdm.auto import tqdm
 
 from ..configuration import KeepRateConfig
 from ..errors import BadValue, UnsupportedModelError
-from ..families import find_encoder
 from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
 from .attach import MergeMixin
-from .distances import feature_distance, kl_to, recorded_features
+from .distances import feature_distance, kl_to, output_of
 from .encoder import Merging
 from .install import merging_of, set_merge_config
-from .vision import evaluating
+from .vision import evaluating, pixel_batches
 
 
 _SLOPES = (0.0, -0.3, 0.3, 0.6, 0.9)
@@ -65,7 +64,7 @@ def calibrate(
     before, flops = merging.config, merging.plan.ratio if flops is None else flops
     try:
         with evaluating(model):
-            search = _Search(model, _batches(images, batch_size), evaluations)
+            search = _Search(model, pixel_batches(images, batch_size), evaluations)
             even, best, schedule = search.run(_plans(merging, flops))
     except BaseException:
         set_merge_config(model, before)
@@ -80,12 +79,10 @@ class _Search:
 
     def __init__(self, model: Any, batches: Sequence[Tensor], most: int) -> None:
         self.model, self.batches, self.most = model, batches, most
-        backbone, encoder = find_encoder(model)
-        self.runs = encoder if isinstance(model, backbone.composites) else model
         self.evaluations = 0
         self._seen: dict[str, float] = {}
         with torch.no_grad(), model.unmerged():
-            self._references = [self._output(x) for x in batches]
+            self._references = [output_of(model, x) for x in batches]
 
     def run(self, plans: _Plans) -> tuple[float, float, Schedule]:
         """The distances of the first plan and of the best, and the best plan. Raises ValueError for no first plan."""
@@ -119,20 +116,12 @@ class _Search:
         if key not in self._seen:
             self.model.set_reduction(schedule)
             pairs = zip(self.batches, self._references, strict=True)
-            distances = [_distance(self._output(x), reference) for x, reference in pairs]
+            distances = [_distance(output_of(self.model, x), reference) for x, reference in pairs]
             self._seen[key] = torch.cat(distances).double().mean().item()
             self.evaluations += 1
             progress.update()
             progress.set_postfix(best=f"{min(self._seen.values()):.4g}")
         return self._seen[key]
-
-    def _output(self, x: Tensor) -> tuple[str, Tensor]:
-        """Logits where the model has them, else the features of its encoder."""
-        x = x.to(next(self.model.parameters()).device)
-        with recorded_features(self.model, "auto") as features:
-            output = self.runs(pixel_values=x)
-            logits = getattr(output, "logits", None)
-            return ("features", features()) if logits is None else ("logits", logits.float())
 
 
 def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor:
@@ -201,14 +190,3 @@ def _over_layers(merging: Merging, flops: float) -> _Plans:
             yield partial(toggled, layer=layer)
 
     return _Plans([start], 1, moves, schedule)
-
-
-def _batches(images: Any, batch_size: int) -> list[Tensor]:
-    """Batches of pixel values, from what `calibrate` takes."""
-    if isinstance(images, Tensor):
-        batches = list(images.split(batch_size)) if images.dim() == 4 else []
-    else:
-        batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
-    if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
-        raise BadValue("images", type(images).__name__, "pixel values [n, C, H, W], or batches of them; at least one")
-    return batches

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..errors import BadValue
 from ..families import find_encoder
 from ..scope import Scope, open_scope
+from .vision import run_on_pixels
 
 
 FEATURES = ("auto", "pooled", "cls", "patches")
@@ -30,6 +31,17 @@ def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
     if kind == "cosine":
         return 1 - F.cosine_similarity(features.float(), reference, dim=-1)
     return (features.float() - reference).square().mean(dim=-1)
+
+
+def output_of(model: Any, pixel_values: Tensor, kind: str = "auto") -> tuple[str, Tensor]:
+    """("logits", [B, classes]) of a classifier, ("features", [B, D]) of any other model, in float32.
+
+    `kind` is that of `recorded_features`.
+    """
+    with recorded_features(model, kind) as features:
+        logits: Any = getattr(run_on_pixels(model, pixel_values), "logits", None)
+        is_classifier = logits is not None and logits.dim() == 2
+        return ("logits", logits.float()) if is_classifier else ("features", features())
 
 
 def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:

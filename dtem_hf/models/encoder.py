@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -33,20 +33,36 @@ class PassOptions:
     steps: list[MergeStep] | None = None
 
 
-# Keyed by the identity of an encoder: threads, and models inside models, do not see each other's options.
-_PASS_OPTIONS: ContextVar[Mapping[int, PassOptions]] = ContextVar("dtem_hf_pass_options", default=MappingProxyType({}))
+# What every open block changes, the outermost first, keyed by the identity of an encoder: threads, and models inside
+# models, do not see each other's options.
+_PASS_OPTIONS: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar(
+    "dtem_hf_pass_options", default=MappingProxyType({})
+)
 
 
 @contextmanager
 def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
-    """Inside the block, and in this thread only, passes of an encoder get other options."""
+    """Inside the block, and in this thread only, passes of an encoder get other options.
+
+    An asyncio task that was made inside has them as long as the block is open.
+    """
     current = _PASS_OPTIONS.get()
-    changed = replace(current.get(id(encoder), PassOptions()), **changes)
-    token = _PASS_OPTIONS.set({**current, id(encoder): changed})
+    token = _PASS_OPTIONS.set({**current, id(encoder): (*current.get(id(encoder), ()), changes)})
     try:
         yield
     finally:
+        changes.clear()  # the task's copy of the variable holds the same dict
         _PASS_OPTIONS.reset(token)
+
+
+def _options_of(encoder: nn.Module) -> PassOptions:
+    """What holds for the pass that begins."""
+    changes: dict[str, Any] = {}
+    # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
+    if not torch.compiler.is_compiling():
+        for block in _PASS_OPTIONS.get().get(id(encoder), ()):
+            changes |= block
+    return PassOptions(**changes)
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class EncoderMerging(Renamed, ScopedForward):
             if state.changed:
                 output = returned(output, state, wanted.reader, unmerge)
                 wanted.sizes = None if unmerge else state.live_sizes
-                if self.merging.reader == "live" and wanted.sizes is not None and isinstance(output, dict):
+                if self.merging.reader == "sized" and wanted.sizes is not None and isinstance(output, dict):
                     output[TOKEN_SIZES] = wanted.sizes
             output = self._reaching_all(output, state)
         wanted.state = state
@@ -127,9 +143,7 @@ class EncoderMerging(Renamed, ScopedForward):
 
     def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:
         merging = self.merging
-        # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
-        options = None if torch.compiler.is_compiling() else _PASS_OPTIONS.get().get(id(self))
-        options = PassOptions() if options is None else options
+        options = _options_of(self)  # type: ignore[arg-type]
         if not options.merge:
             return None
         check_attention_implementation(self.config._attn_implementation)  # type: ignore[attr-defined]

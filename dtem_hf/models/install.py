@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..configuration import MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding
-from ..errors import BadValue
+from ..errors import BadValue, UnsupportedModelError
 from ..families import Place, check_attention_implementation, find_encoder, find_place, input_like
 from ..families.containers import container_of
 from ..families.layer import forget_keys, remember_keys
@@ -81,17 +84,18 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
     merging = _merging(model, place, config, method)
-    shape, like = method.embedding_shape(), input_like(encoder)
-    embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
+    if method.embedding_shape() is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
+        raise UnsupportedModelError(
+            "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
+            "no part of any shard, and processes would not share its gradients."
+        )
     if adapter is not None:
         adapter.check_fits(backbone_facts(model))
-        adapter.load_into(embedding)
-    if embedding is None:
-        return Prepared(place, merging, None)
-    if adapter is None and not like.is_meta:
-        keys = [] if getattr(config, "init", "random") == "random" else family.key_projections(encoder, like)
-        method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
-    embedding.train(encoder.training)
+    # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once forked,
+    # as servers are that load a model and then start their workers.
+    with ThreadPoolExecutor(1) as short_lived:
+        inference = torch.is_inference_mode_enabled()
+        embedding = short_lived.submit(_make_embedding, encoder, merging, adapter, inference).result()
     return Prepared(place, merging, embedding)
 
 
@@ -107,7 +111,7 @@ def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: 
     cost = replace(cost, pairwise=method.pairwise, between=method.between)
     reader = _outer_reader(model, place, config)
     layers_read = geometry.num_layers
-    if reader == "live" and container_of(type(model)).counts_placeholders:
+    if reader == "sized" and container_of(type(model)).counts_placeholders:
         layers_read = range(geometry.num_layers + 1)[getattr(model.config, "vision_feature_layer", -1)]
         unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - layers_read)
         cost = replace(cost, layers=(*cost.layers[:layers_read], *unread))
@@ -127,7 +131,24 @@ def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> 
     layers = getattr(model.config, "vision_feature_layer", -1)
     if not isinstance(layers, int):
         raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads several layers, {layers}")
-    return "live"
+    return "sized"
+
+
+def _make_embedding(
+    encoder: Any, merging: Merging, adapter: MergeAdapter | None, inference: bool
+) -> DecoupledEmbedding | None:
+    method, family = merging.method, merging.family
+    shape, like = method.embedding_shape(), input_like(encoder)
+    with torch.inference_mode(inference):
+        embedding = None if shape is None else DecoupledEmbedding(shape, like.device).to(like.dtype)
+        if adapter is not None:
+            adapter.load_into(embedding)
+        elif embedding is not None and not like.is_meta:
+            keys = (
+                [] if getattr(merging.config, "init", "random") == "random" else family.key_projections(encoder, like)
+            )
+            method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
+    return None if embedding is None else embedding.train(encoder.training)
 
 
 def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:

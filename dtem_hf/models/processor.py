@@ -12,7 +12,7 @@ from ..families.containers import container_of
 from .install import is_merged
 
 
-class AutoProcessor:
+class AutoProcessor(transformers.AutoProcessor):
     """`transformers.AutoProcessor` with `merge=`."""
 
     @classmethod
@@ -22,7 +22,7 @@ class AutoProcessor:
         The processor asks the model at every call: `set_reduction` needs no new one. Raises ValueError for a model
         that counts no placeholders, or is not merged.
         """
-        processor = transformers.AutoProcessor.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if merge is None:
             return processor
         if not (is_merged(merge) and container_of(type(merge)).counts_placeholders):

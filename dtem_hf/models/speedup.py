@@ -9,18 +9,17 @@ import numpy as np
 import torch
 
 from ..errors import BadValue
-from ..families import find_encoder
 from .install import set_merge_config
 from .timing import time_interleaved
-from .vision import evaluating, run_on_pixels
+from .vision import evaluating, image_shape, run_on_pixels
 
 
 def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 5) -> float:
     """The largest share of its multiply-adds, in hundredths, with which a merged model is `target` times as fast.
 
-    Bisects over shares; at each, merged and unmerged passes over noise are timed in turns (about a minute on a laptop
-    for a small model). The model's reduction and mode are as before when it returns. Raises ValueError that says how
-    fast it gets where `target` is out of reach.
+    Bisects over shares; at each, merged and unmerged passes over noise are timed in turns, as `dtem-hf advise` times
+    them (about a minute on a laptop for a small model). The model's reduction and mode are as before when it returns.
+    Raises ValueError that says how fast it gets where `target` is out of reach.
     """
     if not 1 < target < float("inf"):
         raise BadValue("target_speedup", target, "a number above 1")
@@ -37,7 +36,10 @@ def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 
         least = next(share for share in range(1, 101) if _is_feasible(model, share / 100))
         low, high = least, 99  # bisection takes it that less arithmetic is never slower
         if not reaches(low):
-            raise BadValue("target_speedup", target, f"at most {measured[low]:.2f}, what merging everything gives")
+            most = (
+                f"at most {measured[low]:.2f}, which merging as much as possible gives with {batch_size} images here"
+            )
+            raise BadValue("target_speedup", target, f"{most} in eager; dtem-hf advise measures other runtimes")
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if reaches(middle) else (low, middle - 1)
@@ -57,15 +59,13 @@ def _is_feasible(model: Any, share: float) -> bool:
 @torch.inference_mode()
 def _speedup(model: Any, batch_size: int, rounds: int) -> float:
     """Median over rounds of unmerged over merged time, for a batch of noise."""
-    config, example = find_encoder(model)[1].config, next(model.parameters())
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    shape = (batch_size, config.num_channels, height, width)
-    pixels = torch.randn(shape, device=example.device, dtype=example.dtype)
+    example = next(model.parameters())
+    pixels = torch.randn(batch_size, *image_shape(model), device=example.device, dtype=example.dtype)
     merged = partial(run_on_pixels, model, pixels)
 
     def plain() -> None:
         with model.unmerged():
             merged()
 
-    seconds = time_interleaved([plain, merged], example.device, rounds, warmup=1)
+    seconds = time_interleaved([plain, merged], example.device, rounds, warmup=1, batch_size=batch_size)
     return float(np.median(seconds[:, 0] / seconds[:, 1]))

@@ -10,37 +10,56 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import BadValue
 from ..families import find_encoder
+
+
+_SEEN = ("pixel_values", "input_values")
 
 
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
     """The largest part of a model that holds the encoder and needs only pixels: in CLIP, the vision tower."""
     for module in model.modules():
-        takes_pixels = isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
-        if takes_pixels and any(child is encoder for child in module.modules()):
+        sees = isinstance(module, PreTrainedModel) and module.main_input_name in _SEEN
+        if sees and any(child is encoder for child in module.modules()):
             return module
     return encoder
 
 
 def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
-    """Run the part of a model that reads images on pixels [B, C, H, W] of any size, device and dtype."""
-    encoder: Any = find_encoder(model)[1]
+    """Run the part of a model that reads images on pixels [B, C, H, W] of any size, device and dtype.
+
+    Or on clips [B, T, C, H, W], or on whatever else the encoder takes.
+    """
+    family, encoder = find_encoder(model)
     part: Any = image_part(model, encoder)
     parameter = next(encoder.parameters())
     kwargs: dict[str, Any] = {}
     # Families whose position embeddings fit any size have no such argument.
-    size = encoder.config.image_size
-    if tuple(pixel_values.shape[2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
+    if tuple(pixel_values.shape[1:]) != family.input_shape(encoder):
         kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
-    return part(pixel_values=pixel_values.to(parameter.device, parameter.dtype), **kwargs)
+    name = part.main_input_name if part.main_input_name in _SEEN else _SEEN[0]
+    return part(**{name: pixel_values.to(parameter.device, parameter.dtype)}, **kwargs)
 
 
-def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own."""
-    config: Any = find_encoder(model)[1].config
-    size = config.image_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.num_channels, height, width
+def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, ...]:
+    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own.
+
+    Of clips, with the number of frames in front.
+    """
+    family, encoder = find_encoder(model)
+    return family.input_shape(encoder, image_size)
+
+
+def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
+    """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
+    if isinstance(images, Tensor):
+        batches = list(images.split(batch_size)) if images.dim() == 4 else []
+    else:
+        batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
+    if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
+        raise BadValue("images", type(images).__name__, "pixel values [n, C, H, W], or batches of them; at least one")
+    return batches
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from .attention import SMALLEST_SIZE, extend_keys, size_bias
 from .damage import first_order_change
-from .forms import MERGE_FORMS, exports_one_hot, merge_form
+from .forms import MERGE_FORMS, exports_one_hot, exports_openvino, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .hosts import energies, match_by_energy, squeeze_hosts, with_hosts
 from .lengths import norms_of, prune_tokens, restore_lengths
@@ -30,6 +30,7 @@ __all__ = [
     "cosine_scores",
     "energies",
     "exports_one_hot",
+    "exports_openvino",
     "extend_keys",
     "first_order_change",
     "fuse_tokens",

@@ -7,7 +7,7 @@ from .matching import Matching, cosine_scores, descending_order, put_empty_first
 
 
 def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
-    """A matching of N tokens: those at `leaving` [B, r] join those at `host` [B, r], and all others keep their order."""
+    """A matching of N tokens: those at `leaving` [B, r] join those at `host` [B, r]; the others keep their order."""
     positions = torch.arange(num_tokens, device=leaving.device).expand(leaving.shape[0], -1)
     marked = positions.scatter(1, leaving, num_tokens)
     place = (marked < num_tokens).cumsum(dim=1) - 1

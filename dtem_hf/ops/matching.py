@@ -12,7 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
+from .forms import exports_openvino
 from .splitting import split_even_odd
+
+
+_SHORTEST = 1e-12  # as F.normalize has it
 
 
 class Matching(NamedTuple):
@@ -41,9 +45,20 @@ def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
 
 def descending_order(x: Tensor) -> Tensor:
     """Indices that sort the last dimension, largest first, equal values by position."""
+    if torch.compiler.is_exporting() and exports_openvino():
+        return _order_by_rank(x)
     if torch.compiler.is_exporting():
         return x.topk(x.shape[-1]).indices  # ONNX has no stable sort; its TopK keeps the order of equal values
     return x.argsort(dim=-1, descending=True, stable=True)
+
+
+def _order_by_rank(x: Tensor) -> Tensor:
+    """`descending_order` of [B, n] without a sort: OpenVINO's is unstable, or five times as slow as comparing all."""
+    places = torch.arange(x.shape[1], device=x.device)
+    theirs, ours = x.unsqueeze(1), x.unsqueeze(2)
+    ahead = (theirs > ours) | ((theirs == ours) & (places < places.unsqueeze(1)))
+    rank = ahead.long().sum(dim=-1)
+    return torch.zeros_like(rank).scatter(1, rank, places.expand_as(rank))
 
 
 def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
@@ -61,10 +76,19 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
     if metric.device.type in kernels.devices and empty is None and kernels.can_match(metric):
         return kernels.best_partner(metric, num_prefix_tokens)
     with without_autocast(metric.device.type):
-        a, b = split_even_odd(F.normalize(metric.float(), dim=-1), num_prefix_tokens)
+        if torch.compiler.is_exporting():  # normalize computes shapes to expand the lengths
+            normed = metric.float() / metric.float().norm(dim=-1, keepdim=True).clamp(min=_SHORTEST)
+        else:
+            normed = F.normalize(metric.float(), dim=-1)
+        a, b = split_even_odd(normed, num_prefix_tokens)
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
+    if torch.compiler.is_exporting() and exports_openvino():
+        # It reads an index of a maximum from a TopK that keeps no order of ties.
+        best, last = scores.amax(dim=-1, keepdim=True), scores.shape[2] - 1
+        places = torch.arange(last + 1, device=scores.device)
+        return best.squeeze(-1), torch.where(scores == best, places, last).amin(dim=-1)
     return scores.max(dim=-1)  # the first of equal maxima
 
 
@@ -89,7 +113,11 @@ def bipartite_soft_matching(
         return Matching(positions[:, :0], positions[:, :0], torch.cat([prefix, a, b], dim=1))
     best, partner = _best_partner(metric, num_prefix_tokens, empty)
     order = descending_order(best)
-    leaves = order[:, :r]
-    kept = a.gather(1, order[:, r:].sort(dim=-1).values)
-    joined = partner.gather(1, leaves) + (num_prefix_tokens + kept.shape[1])
-    return Matching(a.gather(1, leaves), joined, torch.cat([prefix, kept, b], dim=1))
+    places = order * 2 + (num_prefix_tokens + num_prefix_tokens % 2)
+    leaving, kept = places[:, :r], places[:, r:]
+    if torch.compiler.is_exporting():  # ONNX writes a sort as a topk of a computed number
+        kept = kept.topk(kept.shape[1], largest=False).values
+    else:
+        kept = kept.sort(dim=-1).values
+    joined = partner.gather(1, order[:, :r]) + (num_prefix_tokens + kept.shape[1])
+    return Matching(leaving, joined, torch.cat([prefix, kept, b], dim=1))

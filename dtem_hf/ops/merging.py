@@ -20,18 +20,25 @@ def _rows(positions: Tensor, num_tokens: int) -> Tensor:
 
 
 def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Add each row to the base row at its index: [B, n, D], [B, r], [B, r, D] -> [B, n, D]. May overwrite `base`."""
-    exporting = torch.compiler.is_exporting()
-    if base.is_cuda or (exporting and exports_one_hot()):
+    """Add at each index: [B, n, D], [B, r], [B, r, D] -> [B, n, D], or [B, n], [B, r], [B, r] -> [B, n].
+
+    May overwrite `base`.
+    """
+    if base.is_cuda or (torch.compiler.is_exporting() and exports_one_hot()):
         # A product with the one-hot matrix: CUDA scatters by atomics in no fixed order, and TensorRT cannot.
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
         with torch.autocast(base.device.type, enabled=False):
+            if base.dim() == 2:
+                return torch.baddbmm(base.unsqueeze(-1), one_hot, rows.unsqueeze(-1)).squeeze(-1)
             return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]
-    if exporting or base.shape[2] == 1:
-        return base.scatter_add(1, index.unsqueeze(-1).expand_as(rows), rows)
+    if base.dim() == 2:
+        return base.scatter_add(1, index, rows)
     # Along rows of all images below each other: along tokens, the index would be read anew for every feature.
-    return base.flatten(0, 1).index_add_(0, _rows(index, base.shape[1]), rows.flatten(0, 1)).view_as(base)
+    flat, index, rows = base.flatten(0, 1), _rows(index, base.shape[1]), rows.flatten(0, 1)
+    if torch.compiler.is_exporting():
+        return flat.index_put((index,), rows, accumulate=True).view_as(base)
+    return flat.index_add_(0, index, rows).view_as(base)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
@@ -46,14 +53,14 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     leaving, joined, staying = matching
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    leaving_sizes = sizes.gather(1, leaving).unsqueeze(-1)
-    new_sizes = _add_at(sizes.gather(1, staying).unsqueeze(-1), joined, leaving_sizes).squeeze(-1)
+    leaving_sizes = sizes.gather(1, leaving)
+    new_sizes = _add_at(sizes.gather(1, staying), joined, leaving_sizes)
     # A mean as a step of its target, so that only targets change: x + Σ mᵢ (xᵢ - x) / m'. After a soft merge, tokens
     # can be empty.
-    shares = leaving_sizes / new_sizes.gather(1, joined).clamp(min=_SMALLEST_TOTAL).unsqueeze(-1)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shares = leaving_sizes / new_sizes.gather(1, joined).clamp(min=_SMALLEST_TOTAL)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     merged = take_tokens(x, staying).to(dtype)
-    steps = (take_tokens(x, leaving).to(dtype) - take_tokens(merged, joined)) * shares
+    steps = (take_tokens(x, leaving).to(dtype) - take_tokens(merged, joined)) * shares.unsqueeze(-1)
     return _add_at(merged, joined, steps).to(x.dtype), new_sizes
 
 

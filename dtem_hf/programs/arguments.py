@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,12 +70,15 @@ class ImageArguments(ModelArguments):
         at_least(self, 1, "batch_size", "limit")
 
 
-def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
+def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
     """Read a dataclass from a command line; `--config FILE` is a YAML file whose values the other options override.
 
-    Raises ValueError for a key in the file that is not an option, and exits with argparse's message for a bad option.
+    The options in `leading` may stand first, without their names. Raises ValueError for a key in the file that is not
+    an option, and exits with argparse's message for a bad option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    bare = list(takewhile(lambda word: not word.startswith("-"), argv))[: len(leading)]
+    argv = [*(f"--{name}={word}" for name, word in zip(leading, bare, strict=False)), *argv[len(bare) :]]
     parser = HfArgumentParser(
         kind,  # type: ignore[arg-type]
         description=description,

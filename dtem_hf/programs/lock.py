@@ -27,11 +27,14 @@ _held: set[int] = set()  # open lock files of this process
 
 
 @contextmanager
-def only_run_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside the block, no other run writes to `folder`. All processes of a launch enter the block together.
+def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Inside the block, no other run writes to `folder`, the `Path` of which it yields; it is made if needed.
 
-    Raises ValueError, in all of them, where another thread, process or launch is in the block, and RuntimeError where
-    the processes of a launch do not know each other. The lock ends with its process, however the process ends.
+    All processes of a launch enter the block together.
+
+    Raises ValueError, in all of them, where another thread, process or launch is in the block, RuntimeError where the
+    processes of a launch do not know each other, and OSError where nothing can be written to the folder. The lock ends
+    with its process, however the process ends.
     """
     state, lock, holder = known_processes(), None, ""
     if state.is_main_process:
@@ -42,7 +45,7 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     if holder:
         raise BadValue("output_dir", str(folder), f"a folder that no other run is using; {holder} is using it")
     try:
-        yield
+        yield Path(folder)
     finally:
         if lock is not None:
             lock.release()

@@ -20,7 +20,11 @@ from ..labels import method_name, multiply_adds_unit, reduction_label
 _STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
 _SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#7F5F3F", "<"), ("#999999", "X"))
 _UNMERGED = "none"
-_MEASURES = {"top1": "Top-1 accuracy (%)", "agreement": "Agreement with the unmerged model (%)"}
+_MEASURES = {
+    "top1": "Top-1 accuracy (%)",
+    "agreement": "Agreement with the unmerged model (%)",
+    "cosine": "Cosine with the unmerged features",
+}
 
 
 def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -187,6 +191,40 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     axis.set(xlabel="Batch size", ylabel="Speed-up over the unmerged model (dotted: by count)")
     if merged:
         _legend(axis, fontsize=8)
+    save_figure(figure, path, title)
+
+
+def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Plot what is kept against speed: a panel per batch size, a line per runtime and method that starts unmerged.
+
+    `rows` are those of an advice's JSON. The suffix of `path` is the format; the file is written whole or not at all.
+    Raises ValueError where there are no rows.
+    """
+    sizes = [batch["batch_size"] for batch in rows[0]["batches"]] if rows else []
+    figure, axes = _figure(rows, path, (1 + 4.6 * len(sizes), 4.2), panels=max(1, len(sizes)))
+    measure = "cosine" if rows[0]["agreement"] is None else "agreement"
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
+    colours = dict(zip(runtimes, cycle(style for style, _ in (*_STYLES.values(), *_SPARE_STYLES)), strict=False))
+    markers = {row["method"]: _STYLES.get(row["method"], ("", "D"))[1] for row in rows}
+    for place, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
+        for runtime in runtimes:
+            own = [row for row in rows if row["runtime"] == runtime]
+            plain = [row for row in own if row["method"] == _UNMERGED]
+            for method in dict.fromkeys(row["method"] for row in own):
+                points = plain + [row for row in own if row["method"] == method != _UNMERGED]
+                x = [row["batches"][place]["images_per_second"]["median"] for row in points]
+                y = [row[measure] for row in points]
+                look = {"color": colours[runtime], "linewidth": 1.4, "markersize": 5.5}
+                if method == _UNMERGED:
+                    axis.plot(x, y, "*", **{**look, "markersize": 13}, zorder=4)
+                    continue
+                axis.plot(x, y, marker=markers[method], label=f"{method_name(method)}, {runtime}", **look)
+                for row, point in zip(points[1:], list(zip(x, y, strict=True))[1:], strict=True):
+                    axis.annotate(str(row["r"]), point, (5, 3), textcoords="offset points", fontsize=8)
+        axis.set_title(f"batches of {size}", fontsize=10)
+        axis.set_xlabel("Images per second (numbers: r; stars: unmerged)")
+    axes[0].set_ylabel(_MEASURES[measure])
+    _legend(axes[0], fontsize=8, loc="upper right")
     save_figure(figure, path, title)
 
 

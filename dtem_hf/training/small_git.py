@@ -29,6 +29,7 @@ from ..errors import BadValue
 from ..files import write_json
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, hardware, versions
+from ..programs.lock import only_run_in
 
 
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -65,7 +66,8 @@ class SmallGitArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = parse_arguments(SmallGitArguments, argv, __doc__ or "")
-    record = train_small_git(arguments)
+    with only_run_in(arguments.output_dir):
+        record = train_small_git(arguments)
     print(f"loss {record['first_loss']:.3f} at the start, {record['last_loss']:.3f} at the end")
     print(f"written: {arguments.output_dir}")
 

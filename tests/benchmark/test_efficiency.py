@@ -74,6 +74,9 @@ def test_runs_are_interleaved_behind_the_warm_up():
     seconds = time_interleaved([lambda: order.append("a"), lambda: order.append("b")], CPU, rounds=3, warmup=2)
     assert "".join(order) == "ab" * 5
     assert seconds.shape == (3, 2) and (seconds > 0).all()
+    order.clear()
+    time_interleaved([lambda: order.append("a"), lambda: order.append("b")], CPU, rounds=1, warmup=1, batch_size=3)
+    assert "".join(order) == "aaabbb" * 2  # three calls on 3 images, so that a run is never one short call
     for name, value in (("rounds", 0), ("warmup", -1)):
         with pytest.raises(BadValue, match=f"{name}={value}"):
             time_interleaved([lambda: None], CPU, **{"rounds": 1, "warmup": 0, name: value})

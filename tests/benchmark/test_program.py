@@ -88,6 +88,29 @@ def test_runtimes_and_peers_stand_in_the_same_rounds(vit_folder, peers):
     assert rows[2]["batches"][0]["breakdown"] is None
 
 
+def test_peers_are_exported_where_that_is_asked(vit_folder, peers):
+    pytest.importorskip("onnxruntime")
+    settings = {
+        "model": str(vit_folder),
+        "methods": ["none"],
+        "r": ["4"],
+        "batch_sizes": [2],
+        "rounds": 1,
+        "warmup": 0,
+    }
+    rows = benchmark(
+        BenchmarkArguments(
+            **settings, runtimes=["eager", "onnxruntime"], peer=[f"{peers}:plain"], peer_runtimes=["onnxruntime"]
+        )
+    )["rows"]
+    assert [(row["runtime"], row["method"]) for row in rows] == [
+        ("eager", "none"),
+        ("onnxruntime", "none"),
+        ("onnxruntime", f"{peers}:plain"),
+    ]
+    assert rows[2]["ratio"] == 1 and rows[1]["batches"][0]["speedup"]["median"] == 1
+
+
 def test_compiled_rows_and_what_merging_takes_of_them(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTConfig(image_size=16, patch_size=4, **sizes).save_pretrained(tmp_path)
@@ -182,6 +205,8 @@ def test_a_config_is_enough_with_random_weights(tmp_path):
         ({"rounds": 0}, "rounds"),
         ({"caption_tokens": 0}, "caption_tokens"),
         ({"runtimes": ["onnxruntime"], "dtype": "bfloat16", "device": "cpu"}, "dtype"),
+        ({"runtimes": ["openvino"], "dtype": "bfloat16"}, "openvino_bfloat16"),
+        ({"peer_runtimes": ["mine"]}, "peer_runtimes"),
         ({"task": "captioning", "runtimes": ["compile"]}, "task"),
         ({"peer": ["no_such_module:f"]}, "peer"),
     ],

@@ -101,6 +101,19 @@ def test_rows_equal_a_brute_force(options, vit_folder, image_folder, adapter):
     }
 
 
+@pytest.mark.parametrize("runtime, package", [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
+def test_another_runtime_gives_the_figures_of_eager(options, runtime, package):
+    pytest.importorskip(package)
+    settings = {**options, "methods": ["tome"], "r": ["3"], "flops": [], "limit": 20}
+    eager = evaluate(EvaluateArguments(**settings))["rows"]
+    found = evaluate(EvaluateArguments(**settings, runtime=runtime))
+    assert found["runtime"] == runtime
+    for ours, theirs in zip(found["rows"], eager, strict=True):
+        for name in ("top1", "top5", "agreement"):
+            assert ours[name] == theirs[name]
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+
+
 def test_methods_differ_with_a_learned_embedding(options):
     rows = {(row["method"], str(row["r"])): row for row in evaluate(EvaluateArguments(**options))["rows"]}
     assert rows["tome", "1"]["kl"] != rows["dtem", "1"]["kl"]

@@ -639,8 +639,11 @@ def test_threads_count_their_own_tokens() -> None:
 
 @pytest.mark.parametrize("frames", [None, 2])
 def test_decoder_sees_as_many_tokens_softly_as_hard(frames: int | None) -> None:
-    """It weighs all alike: one that was merged away must not be read as if it were there."""
+    """It weighs all alike: one that was merged away must not be read as if it were there, or counted."""
     model = merged(DTEMConfig, [7, 0, 6, 5], frames)
+    counted: list[int] = []
+    attention = model.git.encoder.layer[0].attention.self
+    attention.register_forward_hook(lambda module, arguments, output: counted.append(module.image_patch_tokens))
     pixel_values = images(2) if frames is None else images(2, frames)
     with torch.no_grad():
         hard = model.git(**pad(PROMPTS, "right"), pixel_values=pixel_values).last_hidden_state
@@ -649,3 +652,4 @@ def test_decoder_sees_as_many_tokens_softly_as_hard(frames: int | None) -> None:
             plain = model.git(**pad(PROMPTS, "right"), pixel_values=pixel_values).last_hidden_state
     assert soft.shape == hard.shape
     assert plain.shape[1] - soft.shape[1] == 18 * (frames or 1)
+    assert counted[:2] == [(65 - 18) * (frames or 1)] * 2

@@ -58,7 +58,7 @@ def plans_what_torch_counts(case: FamilyCase, folder: Path) -> None:
 
 
 def counts_the_encoder_alone(case: FamilyCase, folder: Path) -> None:
-    for model_class in case.others:
+    for model_class in (*case.others, *case.dense):
         test_promises.test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case, model_class)
 
 
@@ -77,15 +77,13 @@ def lists_the_models_of_all_cases(case: FamilyCase, folder: Path) -> None:
 def lays_all_tokens_on_their_grid(case: FamilyCase, folder: Path) -> None:
     for _, backbone in (pair for pair in test_unmerging.BACKBONES if pair[0] is case):
         test_unmerging.test_feature_maps_lie_on_their_grid(case, backbone, (32, 32), "tome", folder)
-    pixels = case.inputs(3)["pixel_values"]
+    pixels = next(iter(case.inputs(3).values()))
+    if hasattr(import_module(f"tests.families.{case}"), "all_tokens_reach_the_reader"):
+        own(case, "all_tokens_reach_the_reader")()
     if case.family in ("beit", "data2vec_vision"):
         own(case, "test_segmentation_sees_the_grid")("tome", pixels)
     if case.family == "vit_mae":
         own(case, "test_maes_decoder_gets_all_visible_tokens")(ToMeConfig(r=4), False, pixels)
-
-
-def keeps_text_from_what_was_softly_merged_away(case: FamilyCase, folder: Path) -> None:
-    own(case, "test_text_sees_as_many_tokens_softly_as_hard")()
 
 
 def counts_visual_tokens(case: FamilyCase, folder: Path) -> None:
@@ -97,21 +95,23 @@ def counts_visual_tokens(case: FamilyCase, folder: Path) -> None:
         own(case, "test_the_bare_model_steps_with_a_cache")(ToMeConfig)
 
 
+def weighs_tokens_by_their_sizes(case: FamilyCase, folder: Path) -> None:
+    if hasattr(import_module(f"tests.families.{case}"), "every_model_weighs_tokens"):
+        own(case, "every_model_weighs_tokens")()
+
+
 def counts_frames(case: FamilyCase, folder: Path) -> None:
     own(case, "test_the_plan_says_how_many_tokens_the_decoder_gets")(9, 3)
 
 
 def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
-    names = {
-        "ijepa": "test_a_pooler_on_a_patch_is_refused",
-        "dinov3_vit": "test_narrow_heads_are_refused",
-        "siglip2": "test_an_image_size_is_refused",
-    }
-    if case.family in names:
-        own(case, names[case.family])()
+    for name, test in vars(import_module(f"tests.families.{case}")).items():
+        if name.startswith("test_") and name.endswith("refused"):
+            test()
 
 
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
+PREFIX_FIELDS = Family.__dataclass_fields__["prefix_fields"].default
 Check = Callable[[FamilyCase, Path], None]
 Mutation = tuple[str, Family, tuple[Check, ...]]
 # Of each word for a model that reads tokens: another one, and what then fails.
@@ -120,13 +120,16 @@ READERS: dict[str, tuple[str, Check]] = {
     "mean": ("tokens", equals_the_slow_reference),
     "masked_mean": ("tokens", equals_the_slow_reference),
     "grid": ("tokens", lays_all_tokens_on_their_grid),
-    "live": ("tokens", keeps_text_from_what_was_softly_merged_away),
+    "weighed": ("tokens", weighs_tokens_by_their_sizes),
 }
-PARTS = (equals_the_slow_reference, counts_visual_tokens)
+PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_tokens)
 METHODS: dict[str, tuple[Check, ...]] = {
     "padding_sizes": (equals_the_slow_reference,),
     "check": (refuses_what_cannot_be_merged,),
     "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "input_shape": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "input_sides": (plans_what_torch_counts,),
+    "patch_sides": (plans_what_torch_counts,),
     "outside_cost": (plans_what_torch_counts,),
     "encoder_cost": (plans_what_torch_counts,),
 }
@@ -176,6 +179,8 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
     prefix = family.num_prefix_tokens + 1
     checks = (equals_the_slow_reference, merges_softly_as_the_slow_reference)
     yield "num_prefix_tokens", replace(family, num_prefix_tokens=prefix), checks
+    if family.prefix_fields != PREFIX_FIELDS:
+        yield "prefix_fields", replace(family, prefix_fields=PREFIX_FIELDS), checks
     for cls in family.composites:
         left = tuple(other for other in family.composites if other is not cls)
         yield f"composites-{cls.__name__}", replace(family, composites=left), (counts_the_encoder_alone,)
@@ -185,7 +190,8 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
         for name in getattr(family, field):
             yield f"{field}-{name}", replace(family, **{field: without(getattr(family, field), name)}), PARTS
     if family.layer_merging is not LAYER:
-        yield "layer_merging", replace(family, layer_merging=LAYER), (equals_the_slow_reference,)
+        checks = (equals_the_slow_reference, refuses_what_cannot_be_merged)
+        yield "layer_merging", replace(family, layer_merging=LAYER), checks
     values = {field.name: getattr(family, field.name) for field in fields(family)}
     for name, method in vars(type(family)).items():
         if type(family) is not Family and callable(method) and not name.startswith("_"):

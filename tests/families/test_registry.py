@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import BertConfig, BertModel, ViTForMaskedImageModeling
 
@@ -24,10 +25,34 @@ def test_an_unknown_family_is_refused_with_the_list_of_known_ones() -> None:
     assert sorted(supported.split(", ")) == sorted(each.__name__ for case in CASES.values() for each in case.models)
 
 
-def test_a_model_that_needs_every_token_is_refused(tiny_config: Callable[..., Any]) -> None:
-    """It holds a ViT, and reads a picture off its output."""
-    with pytest.raises(UnsupportedModelError, match="ViTForMaskedImageModeling cannot be merged"):
-        attach(ViTForMaskedImageModeling(tiny_config()), ToMeConfig(r=1))
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("SamModel", "windows of a grid"),
+        ("SamVisionModel", "windows of a grid"),
+        ("Sam2Model", "windows of a grid"),
+        ("SwinModel", "windows of a grid"),
+        ("Swinv2Model", "windows of a grid"),
+        ("DonutSwinModel", "windows of a grid"),
+        ("HieraModel", "pools tokens between its layers"),
+        ("EomtForUniversalSegmentation", "queries join the patches"),
+        ("YolosModel", "detection tokens stand behind the patches"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_with_the_reason(name: str, reason: str) -> None:
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class())
+    with pytest.raises(UnsupportedModelError, match=rf"{name} cannot be merged: .*{reason}.*; supported are .*ViT"):
+        attach(model, ToMeConfig(r=1))
+
+
+def test_a_model_of_no_family_gets_all_tokens_of_the_encoder_inside(tiny_config: Callable[..., Any]) -> None:
+    """It reads a picture off its ViT's output."""
+    model = attach(ViTForMaskedImageModeling(tiny_config()), ToMeConfig(r=1))
+    assert model.merge_config.part == "vit"
+    tokens = model.merge_plan()
+    assert tokens.output_tokens == tokens.num_tokens > tokens.tokens[-1]
 
 
 @pytest.mark.parametrize("extra", [0, 2])

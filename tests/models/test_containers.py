@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dtem_hf
 from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detach
 from dtem_hf.families import find_place
+from dtem_hf.families.containers import CONTAINERS as TYPES
 from dtem_hf.models.auto import auto_class
 
 
@@ -65,8 +66,8 @@ def dinov2_backbone() -> Any:
     )
 
 
-def depth_anything() -> tuple[Any, dict[str, Tensor]]:
-    config = tf.DepthAnythingConfig(
+def depth_anything(model_class: Any = tf.DepthAnythingForDepthEstimation) -> tuple[Any, dict[str, Tensor]]:
+    config = model_class.config_class(
         backbone_config=dinov2_backbone(),
         patch_size=8,
         reassemble_hidden_size=32,
@@ -74,7 +75,11 @@ def depth_anything() -> tuple[Any, dict[str, Tensor]]:
         fusion_hidden_size=8,
         head_hidden_size=8,
     )
-    return tf.DepthAnythingForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+    return model_class(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def prompt_depth_anything() -> tuple[Any, dict[str, Tensor]]:
+    return depth_anything(tf.PromptDepthAnythingForDepthEstimation)
 
 
 def dpt() -> tuple[Any, dict[str, Tensor]]:
@@ -140,8 +145,118 @@ def gemma3() -> tuple[Any, dict[str, Tensor]]:
     return tf.Gemma3ForConditionalGeneration(config), prompt(16)
 
 
-CONTAINERS = [trocr, dual_encoder, depth_anything, dpt, upernet, llava, vipllava, paligemma, gemma3]
+def zoedepth() -> tuple[Any, dict[str, Tensor]]:
+    backbone = tf.BeitConfig(
+        **{**VIT, "image_size": 64, "patch_size": 8},
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        use_relative_position_bias=True,
+    )
+    config = tf.ZoeDepthConfig(
+        backbone_config=backbone,
+        backbone_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        bottleneck_features=8,
+        num_relative_features=8,
+        reassemble_factors=[4, 2, 1, 0.5],
+        bin_embedding_dim=8,
+    )
+    return tf.ZoeDepthForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+def tiled(model_class: Any, num_image_tokens: int, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An image of 64 x 64 pixels in four tiles and one view of the whole."""
+    model, _ = llava(model_class, image_grid_pinpoints=[[64, 64]], **changes)
+    inputs = prompt(num_image_tokens)
+    inputs["pixel_values"] = torch.randn(2, 5, 3, 32, 32)
+    return model, {**inputs, "image_sizes": torch.tensor([[64, 64]] * 2)}
+
+
+def llava_next() -> tuple[Any, dict[str, Tensor]]:
+    return tiled(tf.LlavaNextForConditionalGeneration, 64 + 16 * 17)
+
+
+def llava_onevision() -> tuple[Any, dict[str, Tensor]]:
+    return tiled(tf.LlavaOnevisionForConditionalGeneration, 64 + 16 * 17, vision_feature_select_strategy="default")
+
+
+def internvl() -> tuple[Any, dict[str, Tensor]]:
+    vision = {**VIT, "model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [4, 4]}
+    config = tf.InternVLConfig(
+        vision_config=vision, text_config=LLAMA, image_token_id=IMAGE, image_seq_length=16, downsample_ratio=0.5
+    )
+    return tf.InternVLForConditionalGeneration(config), prompt(16)
+
+
+def idefics3(model_class: Any = tf.Idefics3ForConditionalGeneration) -> tuple[Any, dict[str, Tensor]]:
+    config = model_class.config_class(
+        vision_config=VIT, text_config=LLAMA, image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+    )
+    return model_class(config), several(prompt(16))
+
+
+def smolvlm() -> tuple[Any, dict[str, Tensor]]:
+    return idefics3(tf.SmolVLMForConditionalGeneration)
+
+
+def idefics2() -> tuple[Any, dict[str, Tensor]]:
+    resampler = {
+        "hidden_size": 32,
+        "resampler_n_latents": 8,
+        "resampler_depth": 2,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 16,
+        "num_key_value_heads": 1,
+    }
+    config = tf.Idefics2Config(
+        vision_config=VIT,
+        text_config={**LLAMA, "model_type": "mistral", "head_dim": 16},
+        image_token_id=IMAGE,
+        perceiver_config=resampler,
+    )
+    return tf.Idefics2ForConditionalGeneration(config), several(prompt(8))
+
+
+def several(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For models that take several images in a prompt."""
+    return {**inputs, "pixel_values": inputs["pixel_values"].unsqueeze(1)}
+
+
+def aya_vision() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.AyaVisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **VIT, "vision_use_head": False},
+        text_config={**TEXT, "model_type": "cohere2", "num_key_value_heads": 2},
+        image_token_index=IMAGE,
+        downsample_factor=2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return tf.AyaVisionForConditionalGeneration(config), prompt(16)
+
+
+CONTAINERS = [
+    trocr,
+    dual_encoder,
+    depth_anything,
+    prompt_depth_anything,
+    dpt,
+    upernet,
+    zoedepth,
+    llava,
+    vipllava,
+    llava_next,
+    llava_onevision,
+    paligemma,
+    gemma3,
+    internvl,
+    idefics2,
+    idefics3,
+    smolvlm,
+    aya_vision,
+]
 parametrized = pytest.mark.parametrize("build", CONTAINERS, ids=lambda build: build.__name__)
+SEEING = ("vision", "encoder", "backbone", "projector", "connector")  # in the names of what sees
 Build = Callable[[], tuple[Any, dict[str, Tensor]]]
 
 
@@ -150,9 +265,15 @@ def built(build: Build) -> tuple[Any, dict[str, Tensor]]:
     model, inputs = build()
     with torch.no_grad():  # so that tokens differ in what they are merged by
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and any(part in name for part in ("vision", "encoder", "backbone", "projector")):
+            if parameter.dim() > 1 and any(
+                part in name for part in ("vision", "encoder", "backbone", "projector", "connector")
+            ):
                 parameter.normal_(std=0.2)
     return model.eval(), inputs
+
+
+def test_every_type_of_container_has_its_row_here() -> None:
+    assert sorted(build()[0].config.model_type for build in CONTAINERS) == sorted(TYPES)
 
 
 @torch.no_grad()
@@ -229,7 +350,7 @@ def test_the_plan_is_what_the_encoder_does(build: Build) -> None:
     attach(model, ToMeConfig(r=5))
     model.set_attn_implementation("eager")
     place = find_place(model)
-    pixels = inputs["pixel_values"][:1]
+    pixels = inputs["pixel_values"][:1].flatten(0, -4)[:1]
     counter = FlopCounterMode(display=False)
     with model.trace_merging() as trace, torch.no_grad(), counter:
         place.holder(pixels)
@@ -342,3 +463,28 @@ def test_soft_training_hands_a_decoder_only_the_tokens_that_still_take_part() ->
     gradients = [parameter.grad for parameter in model.merge_parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
+
+
+def test_transformers_own_auto_classes_take_containers_when_registered(tmp_path: Path) -> None:
+    model, inputs = built(trocr)
+    model.save_pretrained(tmp_path / "plain")
+    merged = read(attach(model, ToMeConfig(r=3)), inputs)
+    model.save_pretrained(tmp_path / "merged")
+    dtem_hf.register()
+    try:
+        given = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", merge=ToMeConfig(r=3)).eval()
+        saved = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    finally:
+        dtem_hf.unregister()
+    assert same(read(given, inputs), merged) and same(read(saved, inputs), merged)
+    plain = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
+    assert type(plain) is tf.VisionEncoderDecoderModel
+
+
+def test_a_container_merged_from_the_start_is_what_attach_makes(tmp_path: Path) -> None:
+    model, inputs = built(depth_anything)
+    model.save_pretrained(tmp_path)
+    loaded = dtem_hf.AutoModelForDepthEstimation.from_pretrained(tmp_path, merge=DTEMConfig(r=4)).eval()
+    assert same(read(loaded, inputs), read(attach(model, DTEMConfig(r=4)), inputs))
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged"):
+        dtem_hf.AutoModel.from_config(tf.BertConfig(**TEXT), merge=ToMeConfig(r=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, detach
+from dtem_hf.models.install import recorded_steps
 from tests.support.families import row_of
 from tests.support.family_case import Row
 from tests.support.passes import MILD, gradients, merged, run, same_bits
@@ -143,6 +145,38 @@ def test_threads_on_one_model_do_not_see_each_others_options(row: Row, config: M
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@torch.no_grad()
+def test_a_task_that_outlives_a_block_runs_without_its_options(row: Row) -> None:
+    """asyncio gives a task a copy of the context, with the block that has ended meanwhile."""
+    model, plain = merged(row, METHODS["tome"]), row.make()
+    expected, unmerged = run(row, model), run(row, plain)
+
+    async def program() -> None:
+        ended = asyncio.Event()
+
+        async def task(inside: dict[str, torch.Tensor]) -> None:
+            assert same_bits(run(row, model), inside)
+            await ended.wait()
+            with model.trace_merging() as own:
+                assert same_bits(run(row, model), expected)
+            assert len(own.sizes) == 4
+
+        with model.trace_merging() as trace, recorded_steps(model) as steps:
+            tasks = [asyncio.create_task(task(expected))]
+            await asyncio.sleep(0)
+            kept, recorded = list(trace.sizes), len(steps)
+            with model.unmerged():
+                tasks.append(asyncio.create_task(task(unmerged)))
+                await asyncio.sleep(0)
+        assert len(kept) == recorded == 4
+        ended.set()
+        await asyncio.gather(*tasks)
+        assert all(ours is theirs for ours, theirs in zip(trace.sizes, kept, strict=True))
+        assert len(steps) == recorded
+
+    asyncio.run(program())
 
 
 def test_one_graph_of_torch_compile_trains_as_eager_does(row: Row) -> None:

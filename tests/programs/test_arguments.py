@@ -27,6 +27,15 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
     assert read == Options(name="yaml", size=7, rates=[0.1, 0.2], fast=True, limit=None)
 
 
+def test_leading_options_need_no_name():
+    read = parse_arguments(Options, ["x", "--size", "7"], "", leading=("name", "limit"))
+    assert read == Options(name="x", size=7)
+    assert parse_arguments(Options, ["x", "4"], "", leading=("name", "limit")) == Options(name="x", limit=4)
+    assert parse_arguments(Options, ["--size=2", "--name=y"], "", leading=("name",)) == Options(name="y", size=2)
+    with pytest.raises(SystemExit):
+        parse_arguments(Options, ["x", "y"], "", leading=("name",))
+
+
 def test_unknown_key_and_missing_file_are_named(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("name: x\nsizze: 5\n")

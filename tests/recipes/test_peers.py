@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification, ViTConfig, ViTForImageClassification
 
 
 @pytest.fixture
@@ -49,3 +49,26 @@ def test_tokens_are_dropped_for_nothing(peers: Any, model: Any, pixels: Tensor) 
     model.config.hidden_act = "relu"
     with pytest.raises(RuntimeError, match="written for 'gelu'"):
         peers.sliced(model, 16)
+
+
+@torch.no_grad()
+def test_tokens_of_a_video_are_dropped_for_nothing(peers: Any) -> None:
+    config = VideoMAEConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+    )
+    model = VideoMAEForVideoClassification(config).eval()
+    clips = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = model(clips).logits
+    rows: list[int] = []
+    model.videomae.encoder.layer[-1].layernorm_after.register_forward_hook(
+        lambda _, inputs, __: rows.append(inputs[0].shape[1])
+    )
+    torch.testing.assert_close(peers.sliced_video(model, 0)(clips), plain, atol=1e-5, rtol=1e-5)
+    peers.sliced_video(model, 6)(clips)
+    assert rows == [32, 32 - 4 * 6]

@@ -3,6 +3,7 @@
     python -m tests.support.ecosystem   # writes docs/ecosystem.md
 
 A cell of the table is what a family's case promises, and `tests/families/test_ecosystem.py` holds every case to it.
+The table of loaded and wrapped backbones is made in `tests.support.loading`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import transformers
 from packaging.version import Version
 
 import dtem_hf
+from dtem_hf.families.containers import CONTAINERS
 from dtem_hf.files import write_text
+from tests.support import loading
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 
@@ -23,6 +26,8 @@ TASKS = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
     "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForZeroShotObjectDetection": "zero-shot-object-detection",
+    "AutoModelForAudioClassification": "audio-classification",
 }
 # Of this package, and of transformers under the same name.
 AUTO_CLASSES = sorted(name for name in dtem_hf.__all__ if hasattr(getattr(transformers, name, None), "_model_mapping"))
@@ -50,7 +55,7 @@ def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
     """Every task of a family; of those that have none but to see, the features."""
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
     bare = [("image-feature-extraction", auto, each) for auto, each in models_of(case) if auto == "AutoModel"]
-    return found or bare
+    return found or [each for each in bare if "image" in each[2].input_modalities]
 
 
 def exported_models(case: FamilyCase) -> list[Any]:
@@ -110,7 +115,34 @@ def document() -> str:
         classes = ", ".join(dict.fromkeys(f"`{auto}`" for auto, _ in models_of(case)))
         lines.append(" | ".join([case.family, tasks, classes, *(cell(case, column) for column in COLUMNS)]))
     table = "\n".join(f"| {line} |" for line in lines)
-    return "\n".join([PREFACE, table, "", *(f"[{number}] {reason}.  " for reason, number in notes.items())]) + "\n"
+    numbered = "\n".join(f"[{number}] {reason}.  " for reason, number in notes.items())
+    return "\n".join([PREFACE, table, "", numbered, "", containers(), "", loading.document()])
+
+
+CONTAINERS_PREFACE = """## Models around an encoder
+
+Any model with one of these encoders inside can be merged. `tests/models/test_containers.py` tests those below: with
+nothing merged it is the plain model bit for bit, detach restores it, an untrained DTEM is ToMe, eager attention is
+SDPA, saved and loaded it is merged again, the plan is the encoder's count, bfloat16 is finite. A type that is not
+listed reads all tokens, in place. With `unmerge=False`, LLaVA's and PaliGemma's language models get the merged tokens
+(`tests/models/test_processor.py`).
+"""
+READ = {
+    "grid": "all tokens, in place",
+    "tokens": "the pooled output",
+    "sized": "the merged tokens, weighed by their sizes in cross-attention",
+}
+
+
+def containers() -> str:
+    """How each type of container reads the tokens of the encoder inside, in Markdown."""
+    lines = ["| type | what it reads | classes |", "| --- | --- | --- |"]
+    for model_type, container in sorted(CONTAINERS.items()):
+        read = READ[container.reader] + ("; or the merged ones" if container.counts_placeholders else "")
+        config_class = transformers.CONFIG_MAPPING[model_type]
+        names = [name for name in AUTO_CLASSES if config_class in getattr(transformers, name)._model_mapping]
+        lines.append(f"| {model_type} | {read} | {', '.join(f'`{name}`' for name in names)} |")
+    return "\n".join([CONTAINERS_PREFACE, *lines]) + "\n"
 
 
 if __name__ == "__main__":

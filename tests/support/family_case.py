@@ -53,6 +53,12 @@ def images(count: int, height: int = 32, width: int = 32) -> Inputs:
     return {"pixel_values": torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(2))}
 
 
+def clips(count: int, height: int = 32, width: int = 32, frames: int = 8) -> Inputs:
+    """Clips of noise: [count, frames, 3, height, width]."""
+    noise = torch.randn(count, frames, 3, height, width, generator=torch.Generator().manual_seed(2))
+    return {"pixel_values": noise}
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One model class in one setting, with the anatomy that the slow reference runs.
@@ -91,9 +97,12 @@ class Row:
 class FamilyCase:
     """One family: its models, how they are made, what goes in, and what of the ecosystem does not hold for it.
 
-    `encoder` is the class that is compiled and exported, `others` are further classes that can be merged. `vision`
-    and `text` are config fields beside those of `VISION` and `TEXT`, `small` those beside `SMALL`. `inputs` makes
-    images by count, height and width; `uneven` makes images of 36 patches at most that are not square, or padded,
+    `encoder` is the class that is compiled and exported, `others` are further classes that can be merged,
+    `dense` those that need all tokens in their places and are not in `others`. `vision`
+    and `text` are config fields beside those of `VISION` and `TEXT`, `whole` those of a model with text around them,
+    `small` those beside `SMALL`. `inputs` makes
+    images by count, height and width; `spelled` turns config fields as they are called here into the family's own;
+    `uneven` makes images of 36 patches at most that are not square, or padded,
     where the family makes a difference. `attentions` are the implementations that transformers has.
 
     `lacking` says of what does not hold ("export", "onnx") why, `eager_only` of what holds with eager attention only;
@@ -104,10 +113,13 @@ class FamilyCase:
     encoder: Any
     rows: tuple[Row, ...]
     others: tuple[Any, ...] = ()
+    dense: tuple[Any, ...] = ()
     vision: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Any] = field(default_factory=dict)
     small: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[..., Inputs] = images
+    spelled: Callable[[dict[str, Any]], dict[str, Any]] = dict
     uneven: Callable[[int], Inputs] | None = None
     attentions: tuple[str, ...] = ("eager", "sdpa")
     lacking: Mapping[str, str] = field(default_factory=dict)
@@ -123,18 +135,19 @@ class FamilyCase:
     @cached_property
     def models(self) -> tuple[Any, ...]:
         """Every model class of the family that can be merged, once."""
-        return tuple(dict.fromkeys([self.encoder, *(row.model for row in self.rows), *self.others]))
+        return tuple(dict.fromkeys([self.encoder, *(row.model for row in self.rows), *self.others, *self.dense]))
 
     def config(self, model_class: Any, **vision: Any) -> Any:
         """A small config for a model class; `vision` are fields of the part of it that sees."""
         config_class = model_class.config_class
-        fields = {**VISION, **self.vision, **vision}
+        fields = self.spelled({**VISION, **self.vision, **vision})
         if "vision_config" not in config_class.sub_configs:
             return config_class(**{"num_labels": 10, **fields})
         text = {**TEXT, **self.text}
         if "text_config" not in config_class.sub_configs:
             return config_class(vision_config=fields, **text)
-        return config_class(vision_config=fields, text_config=text, num_labels=10, projection_dim=16)
+        whole = {"num_labels": 10, "projection_dim": 16, **self.whole}
+        return config_class(vision_config=fields, text_config=text, **whole)
 
     def make(self, model_class: Any, attention: str | None = "sdpa", **vision: Any) -> Any:
         """A plain model in `.eval()` with random weights, always the same ones, and none of them neutral."""
@@ -153,7 +166,8 @@ class FamilyCase:
             return {}
         text = torch.tensor([[2, 7, 8, 9, 7, 11, 10, 3]] * count)
         takes = signature(model_class.forward).parameters
-        return {name: text for name in ("input_ids", "decoder_input_ids") if name in takes}
+        words = {name: text for name in ("input_ids", "decoder_input_ids", "qformer_input_ids") if name in takes}
+        return {**words, "attention_mask": torch.ones_like(text)} if "attention_mask" in takes else words
 
     def make_small(self, model_class: Any, attention: str | None = None) -> Any:
         """A model of few layers and 36 patches."""

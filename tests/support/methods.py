@@ -28,12 +28,17 @@ LEARN = {"learn_exponents": True, "learn_norms": True}
 R = [8, 5, 4]
 
 
+# One of each kind: prefix tokens (one, two, none), padding, positions that follow the tokens.
+ONE_OF_EACH = ("vit", "deit", "clip", "siglip", "siglip2", "beit", "dinov3_vit")
+
+
 @dataclass(frozen=True)
 class MethodCase:
     """A method's config for four layers of 64 patches (`config`), and one that merges nothing.
 
     `slow` are configs for three layers of 36 patches, with what the slow reference does in them; `real` is one for the
-    twelve layers of a DeiT-tiny. `needs_cls`: the method runs only where there is a CLS token.
+    twelve layers of a DeiT-tiny. `needs_cls`: the method runs only where there is a CLS token. `families` are those
+    that it is tested on, where one of each kind is enough; none given: all.
     """
 
     config: MergeConfig
@@ -41,10 +46,11 @@ class MethodCase:
     slow: Mapping[str, tuple[MergeConfig, Reduction]]
     real: tuple[MergeConfig, Reduction]
     needs_cls: bool = False
+    families: tuple[str, ...] = ()
 
     def fits(self, row: Row) -> bool:
-        """Whether the method runs on a family's row."""
-        return row.has_cls or not self.needs_cls
+        """Whether the method is run on a family's row."""
+        return (row.has_cls or not self.needs_cls) and (not self.families or row.family in self.families)
 
 
 def by_energy(r: int, margin: float) -> Step:
@@ -124,6 +130,7 @@ METHODS = {
         },
         (ETPSConfig(0.7), Reduction(at({3 * s: squeezed(0.7, s) for s in (1, 2, 3)}, 12), proportional=False)),
         needs_cls=True,
+        families=ONE_OF_EACH,
     ),
     "dtps": MethodCase(
         DTPSConfig(0.6),
@@ -142,17 +149,20 @@ METHODS = {
             DTPSConfig(0.7),
             Reduction(at({3 * s - 1: squeezed(0.7, s) for s in (1, 2, 3)}, 12), proportional=False, between=True),
         ),
+        families=ONE_OF_EACH,
     ),
     "pitome": MethodCase(
         PiToMeConfig(r=9),
         PiToMeConfig(r=0),
         {"pitome": (PiToMeConfig(r=R), Reduction([by_energy(8, 0.9), by_energy(5, 0.5), by_energy(4, 0.1)]))},
         (PiToMeConfig(r=13), Reduction([by_energy(13, 0.9 - 0.8 * index / 11) for index in range(12)])),
+        families=ONE_OF_EACH,
     ),
     "tofu": MethodCase(
         ToFuConfig(r=9),
         ToFuConfig(r=0),
         {"tofu": (ToFuConfig(r=R), Reduction([fused(8, True), fused(5, False), fused(4, False)]))},
         (ToFuConfig(r=13), Reduction([fused(13, index < 6) for index in range(12)])),
+        families=ONE_OF_EACH,
     ),
 }

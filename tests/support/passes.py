@@ -25,12 +25,18 @@ def merged(row: Row, merge: MergeConfig, attention: str = "sdpa", dtype: torch.d
     return model
 
 
+def as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a model sees in another precision."""
+    seen = ("pixel_values", "input_values")
+    return {name: value.to(dtype) if name in seen else value for name, value in inputs.items()}
+
+
 def run(row: Row, model: Any, inputs: dict[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
     """All tensors that a model makes of its inputs."""
     inputs = row.inputs(2) if inputs is None else inputs
-    dtype = next(model.parameters()).dtype
+    inputs = as_dtype(inputs, next(model.parameters()).dtype)
     torch.manual_seed(5)  # positions of DINOv3 are drawn in training
-    made = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}, **kwargs)
+    made = model(**inputs, **kwargs)
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 

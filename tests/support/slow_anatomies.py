@@ -41,6 +41,19 @@ def patches(weights: Weights, name: str, image: Tensor) -> Tensor:
     return mapped + weights[f"{name}.bias"] if f"{name}.bias" in weights else mapped
 
 
+def tubelets(weights: Weights, name: str, clip: Tensor) -> Tensor:
+    """Each patch of every few frames of a clip [T, 3, h, w], through the kernel of a convolution: [N, D]."""
+    kernel = weights[f"{name}.weight"]
+    _, _, frames, size, _ = kernel.shape
+    flat = [
+        clip[t : t + frames, :, i : i + size, j : j + size].transpose(0, 1).flatten()
+        for t in range(0, len(clip), frames)
+        for i in range(0, clip.shape[2], size)
+        for j in range(0, clip.shape[3], size)
+    ]
+    return torch.stack(flat) @ kernel.flatten(1).T + weights[f"{name}.bias"]
+
+
 def grid(inputs: Inputs) -> Tensor:
     """Row and column of every patch: [N, 2]."""
     height, width = (side // PATCH for side in inputs["pixel_values"].shape[1:])
@@ -142,7 +155,9 @@ def clip_like(root: str, head: Callable[..., Outputs], **changes: Any) -> Anatom
             x = x + weights[begin + "position_embedding"][0]
         else:
             x = x + weights[begin + "position_embedding.weight"]
-        return layer_norm(weights, root + "pre_layrnorm", x, 1e-5) if root + "pre_layrnorm.bias" in weights else x
+        for norm in ("pre_layrnorm", "pre_layernorm"):
+            x = layer_norm(weights, root + norm, x, 1e-5) if f"{root}{norm}.bias" in weights else x
+        return x
 
     anatomy = Anatomy(
         embed=embed,

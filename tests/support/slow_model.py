@@ -97,8 +97,8 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     """Outputs for one image, and the tokens behind every layer."""
     x = anatomy.embed(weights, inputs)
     sizes = torch.ones(len(x), dtype=x.dtype)
-    if "pixel_attention_mask" in inputs:
-        sizes = inputs["pixel_attention_mask"].to(x.dtype)
+    for name in ("pixel_attention_mask", "patch_attention_mask"):
+        sizes = inputs[name].flatten().to(x.dtype) if name in inputs else sizes
     places = None
     if anatomy.places is not None:
         patches = anatomy.places(inputs).to(x.dtype)
@@ -107,7 +107,12 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     trail = [start]
     for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
         trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
-    return anatomy.head(weights, trail[-1].x, trail[-1].sizes), trail[1:]
+    outputs = anatomy.head(weights, trail[-1].x, trail[-1].sizes)
+    if "last_hidden_state" in outputs:  # a soft merge keeps what it merges away, at the end
+        outputs["last_hidden_state"] = outputs["last_hidden_state"][: trail[-1].active]
+    if "features" in outputs:  # of the patches alone
+        outputs["features"] = outputs["features"][: trail[-1].active - anatomy.prefix]
+    return outputs, trail[1:]
 
 
 def run_layer(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtem_hf import DTEMConfig, MergeConfig, MergeTrace, ToMeConfig, attach
+from dtem_hf.families import find_encoder
 from tests.support import methods
-from tests.support.family_case import FamilyCase
+from tests.support.family_case import FamilyCase, Inputs
 
 
 Decode = Callable[[Any, list[Tensor]], Tensor]
@@ -34,10 +35,19 @@ def put_back(x: Tensor, source: Tensor) -> Tensor:
     return torch.stack([torch.stack([x[image, place] for place in source[image]]) for image in range(len(x))])
 
 
-def layers_of(model: Any) -> nn.ModuleList:
+def layers_of(model: Any) -> Sequence[nn.Module]:
     """The layers of the part of a model that sees."""
-    depth = getattr(model.config, "vision_config", model.config).num_hidden_layers
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    family, encoder = find_encoder(model)
+    return family.layers(encoder)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors of an output, also those of outputs inside it."""
+    found = []
+    for value in output.values():
+        found += [value] if isinstance(value, Tensor) else tensors(value) if isinstance(value, dict) else []
+        found += list(value) if isinstance(value, tuple) and isinstance(value[0], Tensor) else []
+    return found
 
 
 @torch.no_grad()
@@ -61,6 +71,25 @@ def run_recording(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Tens
     for handle in handles:
         handle.remove()
     return output, [found[0], *map(put_back, found[1:], trace.source_maps)]
+
+
+@torch.no_grad()
+def assert_the_reader_gets_all_tokens(
+    case: FamilyCase, model_class: Any, merge: MergeConfig, inputs: Inputs, **vision: Any
+) -> Any:
+    """All outputs are those of the plain model whose layers return the tokens that were put back by hand."""
+    plain, model = (case.make(model_class, **vision) for _ in range(2))
+    output, tokens = run_recording(attach(model, merge), **inputs)
+    unmerged = tensors(plain(**inputs))
+    with model.unmerged():
+        assert all(map(torch.equal, tensors(model(**inputs)), unmerged))
+    for layer, given in zip(layers_of(plain), tokens[1:], strict=True):
+        # In front of the hooks by which transformers records hidden states.
+        layer.register_forward_hook(lambda *_, given=given: given, prepend=True)
+    expected = tensors(plain(**inputs))
+    torch.testing.assert_close(tensors(output), expected, atol=1e-4, rtol=1e-4)
+    assert any(not torch.allclose(ours, other, atol=1e-3) for ours, other in zip(expected, unmerged, strict=True))
+    return output
 
 
 def assert_segmentation_sees_the_grid(

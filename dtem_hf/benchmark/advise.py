@@ -1,0 +1,118 @@
+"""Which r to take on this machine and for your images, and whether merging pays at all. Labels are not read.
+
+dtem-hf advise facebook/deit-small-patch16-224 path/to/images
+dtem-hf advise MODEL IMAGES --adapter user/dtem-deit-small --runtimes eager onnxruntime --max_loss 0.05
+
+For a handful of r: how many answers of the model change, how fast it is in every runtime, and a sentence that takes
+the largest r within the loss. All rows run in turn within every round, so that other load falls on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import AutoConfig
+
+from ..data.folders import NO_LABELS
+from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..deploy.runtimes import COMPILE_MODES, RUNTIMES
+from ..files import write_json, write_text
+from ..models.auto import auto_class
+from ..models.distances import FEATURES
+from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments
+from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.output import output_folder
+from ..report.plots import plot_advice
+from ..report.tables import print_rows
+from .advice import METHODS, advise
+from .tables import advice_cells, advice_page
+
+
+@dataclass(kw_only=True)
+class AdviseArguments(ModelArguments):
+    """Measure what merging saves and changes, and say which r to take."""
+
+    data: str = option("images: Hub dataset id, or folder of images; labels are not read")
+    split: str = option("split of a Hub dataset", default="train")
+    num_images: int = option("images that answers are compared on, drawn by seed", default=128)
+    seed: int = option("of the images that are drawn", default=0)
+    adapter: str | None = option("trained adapter to measure beside ToMe: Hub id or local folder", default=None)
+    methods: list[str] = option(
+        f"some of {', '.join(METHODS)}; left out: tome, and the adapter's", default_factory=list
+    )
+    r: list[int] = option(
+        "tokens merged per layer, one row each; left out: four that leave 0.8 to 0.4 of the multiply-adds",
+        default_factory=list,
+    )
+    runtimes: list[str] = option(
+        f"some of {', '.join(RUNTIMES)}; left out: those that run here, without compile, which takes minutes",
+        default_factory=list,
+    )
+    compile_mode: str = option(f"torch.compile's: {', '.join(COMPILE_MODES)}", default="default")
+    batch_sizes: list[int] = option("images at a time, one verdict each", default_factory=lambda: [1, 16])
+    max_loss: float | None = option(
+        "the largest r is taken that changes the class of at most this share of the images (left out: 0.1), or, "
+        "without classes, the features by at most this much of one minus cosine (0.05)",
+        default=None,
+    )
+    features: str = option(f"of a model without classes: {', '.join(FEATURES)}", default="auto")
+    rounds: int = option("timed rounds, in each of which every row runs", default=10)
+    dtype: str = option(", ".join(DTYPES), default="float32")
+    output_dir: str = option("folder for advice.json, advice.md and advice.png", default="runs/advise")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_images", "rounds")
+        at_least(self, 0, "max_loss")
+        one_of(self, "dtype", DTYPES)
+        one_of(self, "compile_mode", COMPILE_MODES)
+        one_of(self, "features", FEATURES)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, write JSON, page and picture; print the table and the sentence."""
+    arguments = parse_arguments(AdviseArguments, argv, __doc__ or "", leading=("model", "data"))
+    folder = output_folder(arguments.output_dir)
+    result = advise_on(arguments)
+    write_json(folder / "advice.json", result)
+    write_text(folder / "advice.md", advice_page(result))
+    plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
+    print_rows(f"{result['model']['name']}: images/s (speed-up)", *advice_cells(result["rows"]))
+    for runtime, reason in result["left_out"].items():
+        print(f"not measured: {runtime} ({reason})")
+    print(result["sentence"])
+    print(f"written: {folder / 'advice.json'}, advice.md and advice.png")
+
+
+def advise_on(arguments: AdviseArguments) -> dict[str, Any]:
+    """Load model and images, and measure. Returns what is written to `advice.json`."""
+    a, device = arguments, arguments.choose_device()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before there is this program's own
+    kind = auto_class(AutoConfig.from_pretrained(a.model, trust_remote_code=False))
+    model = kind.from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device)
+    images = load_images(a.data, a.split, label_column=NO_LABELS)
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
+    processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
+    pixels = torch.cat([batch["pixel_values"] for batch in DataLoader(processed, 16, collate_fn=collate)])
+    options = ("adapter", "methods", "r", "runtimes", "compile_mode", "batch_sizes", "max_loss")
+    given = {name: getattr(a, name) for name in options}
+    advice = advise(model, pixels, **given, features=a.features, rounds=a.rounds)
+    return {
+        **conditions(device),
+        "load_average": load,
+        "model": describe_model(a.model, model),
+        "adapter": a.adapter,
+        "data": {"name": data_name(a.data), "num_images": len(drawn), "seed": a.seed},
+        "image_size": list(pixels.shape[-2:]),
+        "features": a.features,
+        "rounds": a.rounds,
+        "compile_mode": a.compile_mode,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": a.dtype,
+        **asdict(advice),
+    }

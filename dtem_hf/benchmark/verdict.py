@@ -1,0 +1,117 @@
+"""Which r to take, and whether merging pays: read from measured rows, without measuring anything.
+
+A row is one method at one r (0: the unmerged model) in one runtime; the rows of the first runtime come first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+Row = dict[str, Any]
+
+
+def pick(rows: Sequence[Row], max_loss: float) -> Row | None:
+    """The row with the largest r that loses at most `max_loss`, of several methods with the smallest loss, or None."""
+    allowed = [row for row in rows if row["r"] and row["loss"] <= max_loss]
+    return max(allowed, key=lambda row: (row["r"], -row["loss"]), default=None)
+
+
+def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
+    """What a picked method and r give at one batch size (the one at `place`), in the runtime where they are fastest.
+
+    It pays where it beats the fastest unmerged runtime in three of four rounds or more; else `because` says why not.
+    `merging_share` is the part of the whole gain over the first runtime, unmerged, that merging brings (the rest is
+    the runtime's): the share of the logarithm, as the two factors multiply. None where there is no gain.
+    """
+    cells = {row["runtime"]: row["batches"][place] for row in rows if is_same(row, picked)}
+    plain = {row["runtime"]: row["batches"][place] for row in rows if not row["r"]}
+    runtime, best_plain = max(cells, key=lambda name: _speed(cells[name])), max(plain, key=lambda n: _speed(plain[n]))
+    cell = cells[runtime]
+    own, over_plain, gain = cell["speedup"]["median"], cell["over_best_plain"], cell["over_first"]["median"]
+    pays = over_plain["q25"] > 1
+    if pays:
+        because = None
+    elif own <= 1:
+        because = (
+            f"{runtime} has {own:.2f}× the speed at {picked['ratio']:.2f} of the unmerged model's multiply-adds: "
+            "matching and merging take the time that they save"
+        )
+    elif over_plain["median"] <= 1:
+        because = (
+            f"the fastest merged runtime, {runtime}, makes {_speed(cell):.1f} images/s, and the unmerged model "
+            f"{_speed(plain[best_plain]):.1f} in {best_plain}"
+        )
+    else:
+        because = (
+            f"the gain of {over_plain['median']:.2f}× over the unmerged model in {best_plain} is within the noise of "
+            f"this machine (quartiles {over_plain['q25']:.2f}–{over_plain['q75']:.2f})"
+        )
+    return {
+        "batch_size": cell["batch_size"],
+        "runtime": runtime,
+        "images_per_second": _speed(cell),
+        "speedup": own,
+        "best_plain": best_plain,
+        "over_best_plain": over_plain["median"],
+        "first_runtime": rows[0]["runtime"],
+        "over_first": gain,
+        "merging_share": min(1.0, max(0.0, math.log(own)) / math.log(gain)) if gain > 1 else None,
+        "pays": pays,
+        "because": because,
+    }
+
+
+def sentence(rows: Sequence[Row], picked: Row | None, verdicts: Sequence[dict[str, Any]], max_loss: float) -> str:
+    """The advice: what to take and what it gives at every batch size, or why merging does not pay."""
+    if picked is None:
+        least = min((row for row in rows if row["r"]), key=lambda row: row["loss"])
+        return (
+            f"It does not pay here, because even {_name(least)} {_cost(least)}, and max_loss={max_loss:g} allows less."
+        )
+    gains = [_gain(verdict) for verdict in verdicts if verdict["pays"]]
+    reasons = {_batch(verdict): verdict["because"] for verdict in verdicts if not verdict["pays"]}
+    if not gains:
+        losses = "; ".join(f"with {batch} {because}" for batch, because in reasons.items())
+        return f"It does not pay here, because at {_name(picked)}, the largest r within the loss, {losses}."
+    losses = "".join(f"; with {batch} it does not pay, because {because}" for batch, because in reasons.items())
+    tried = "" if any(row["r"] > picked["r"] for row in rows) else ", the largest that was tried"
+    return f"Take {_name(picked)}{tried}: it gives {', and '.join(gains)}; it {_cost(picked)}{losses}."
+
+
+def is_same(row: Row, other: Row) -> bool:
+    """Whether two rows are one method at one r."""
+    return (row["method"], row["r"]) == (other["method"], other["r"])
+
+
+def _speed(cell: dict[str, Any]) -> float:
+    return cell["images_per_second"]["median"]
+
+
+def _name(row: Row) -> str:
+    return f"r = {row['r']} ({row['method']})"
+
+
+def _batch(verdict: dict[str, Any]) -> str:
+    return "one image at a time" if verdict["batch_size"] == 1 else f"{verdict['batch_size']} images at a time"
+
+
+def _cost(row: Row) -> str:
+    if row["cosine"] is not None:
+        return f"turns the features to a cosine of {row['cosine']:.3f}"
+    return f"changes the class of {100 * row['loss']:.1f} % of the images"
+
+
+def _gain(verdict: dict[str, Any]) -> str:
+    """What merging gives at one batch size: in its runtime, over the best unmerged one, and over the first."""
+    v = verdict
+    text = f"{v['speedup']:.2f}× with {_batch(v)} in {v['runtime']} ({v['images_per_second']:.1f} images/s"
+    if v["best_plain"] != v["runtime"]:
+        text += f", {v['over_best_plain']:.2f}× the best unmerged runtime, {v['best_plain']}"
+    if v["first_runtime"] != v["runtime"]:
+        share = v["merging_share"]
+        text += f", {v['over_first']:.2f}× unmerged {v['first_runtime']}"
+        text += "" if share is None else f", {100 * share:.0f} % of that gain by merging"
+    return f"{text})"

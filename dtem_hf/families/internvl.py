@@ -1,0 +1,28 @@
+"""InternVL's vision tower: ViT's layers with layer scale; CLS, then the patches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+from ..errors import UnsupportedModelError
+from .family import Family
+from .vit import VIT_LAYER
+
+
+class InternVLFamily(Family):
+    """Attention may normalise queries and keys, which the keys that tokens are compared by do not follow."""
+
+    def check(self, model: nn.Module, encoder: Any) -> None:
+        if encoder.config.use_qk_norm:
+            raise UnsupportedModelError("use_qk_norm=True: tokens would be compared by keys that are not normalised.")
+
+
+FAMILY = InternVLFamily(
+    encoders={InternVLVisionModel: "encoder.layer"},
+    anatomy=replace(VIT_LAYER, heads="attention.num_heads", branch1=("lambda_1",), branch2=("dropout", "lambda_2")),
+    models={InternVLVisionModel: "tokens"},
+)

@@ -1,0 +1,47 @@
+"""RADIO: DINOv2's layers; CLS tokens and registers, which the config counts, then the patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.radio.modeling_radio import RadioEncoder, RadioModel
+
+from ..errors import UnsupportedModelError
+from ..token_state import TokenState
+from .dinov2 import DINOV2_LAYER, DINOV2_LAYER_PARTS
+from .family import Family
+from .layer import LayerMerging
+
+
+class RadioMerging(LayerMerging):
+    """Images of several sizes come as one packed sequence, in which tokens of two images would merge."""
+
+    def merged_forward(self, hidden_states: Tensor, state: TokenState, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cu_seqlens") is not None:
+            raise UnsupportedModelError("image_grid_hw: packed images cannot be merged; pass images of one size.")
+        return super().merged_forward(hidden_states, state, *args, **kwargs)
+
+
+class RadioFamily(Family):
+    """A linear map embeds every patch."""
+
+    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
+        stem, head, tail = super().outside_cost(modules)
+        for embeddings in (m for m in modules if hasattr(m, "patch_projection")):
+            projection: Any = embeddings.patch_projection
+            size = projection.in_features * projection.out_features
+            stem, head = stem + size, head - size
+        return stem, head, tail
+
+
+FAMILY = RadioFamily(
+    encoders={RadioEncoder: "layer"},
+    anatomy=DINOV2_LAYER,
+    models={RadioModel: "tokens"},
+    num_prefix_tokens=0,
+    prefix_fields=("num_cls_tokens", "num_registers"),
+    layer_parts=DINOV2_LAYER_PARTS,
+    layer_merging=RadioMerging,
+)

@@ -1,0 +1,37 @@
+"""VideoMAE: clips without a prefix token; a classifier that averages, and a decoder that needs every visible token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.models.videomae.modeling_videomae import (
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
+)
+
+from ..errors import UnsupportedModelError
+from .older_vit import OLDER_VIT_LAYER, OLDER_VIT_PARTS, OlderViTMerging
+from .video import VideoFamily
+
+
+class VideoMAEFamily(VideoFamily):
+    """A classifier that does not average would take the first patch for a CLS token."""
+
+    def check(self, model: nn.Module, encoder: Any) -> None:
+        if isinstance(model, VideoMAEForVideoClassification) and not encoder.config.use_mean_pooling:
+            raise UnsupportedModelError(
+                "use_mean_pooling=False: the classifier reads the first patch, which a merge may take away; use True."
+            )
+
+
+FAMILY = VideoMAEFamily(
+    encoders={VideoMAEModel: "encoder.layer"},
+    anatomy=OLDER_VIT_LAYER,
+    models={VideoMAEModel: "tokens", VideoMAEForVideoClassification: "mean", VideoMAEForPreTraining: "grid"},
+    num_prefix_tokens=0,
+    composites=(VideoMAEForPreTraining,),
+    layer_parts=OLDER_VIT_PARTS,
+    layer_merging=OlderViTMerging,
+)

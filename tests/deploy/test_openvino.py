@@ -1,0 +1,128 @@
+"""OpenVINO: files that say what eager says, int8 by NNCF, and ties as in eager, for every form of a graph."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtem_hf import BadValue, DTEMConfig, attach, ops
+from dtem_hf.deploy.graph import INPUT_NAME, ImageGraph
+from dtem_hf.deploy.onnx_runtime import OnnxRunner, write_onnx
+from dtem_hf.deploy.openvino_runtime import OpenVinoRunner, write_openvino
+from dtem_hf.deploy.program import ExportArguments, export, load_for_export, main
+from dtem_hf.deploy.runtimes import make_run
+
+
+pytest.importorskip("openvino", reason="the extra openvino is not installed")
+pytest.importorskip("onnxscript")
+CPU = torch.device("cpu")
+
+
+def test_files_their_record_and_optimums_layout(vit_folder, tmp_path, capsys):
+    options = ["--method", "tome", "--r", "3", "--formats", "openvino", "--device", "cpu"]
+    main(["--model", str(vit_folder), *options, "--output_dir", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "openvino_model.bin",
+        "openvino_model.xml",
+        "openvino_model.xml.json",
+        "preprocessor_config.json",
+    ]
+    record = json.loads((tmp_path / "openvino_model.xml.json").read_text())
+    assert [file["name"] for file in record["files"]] == ["openvino_model.xml", "openvino_model.bin"]
+    assert record["parity"]["outputs"]["logits"]["largest_difference"] < 1e-4 and "openvino" in record["versions"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
+    assert "logits within" in capsys.readouterr().out
+
+    model = load_for_export(ExportArguments(model=str(vit_folder), method="tome", r="3")).eval()
+    run = OpenVinoRunner(tmp_path / "openvino_model.xml", CPU)
+    for count in (1, 3, 7):
+        pixels = torch.randn(count, 3, 32, 32)
+        torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_half_of_the_weights_bytes(vit_folder, tmp_path):
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        folder = tmp_path / dtype
+        settings = {"model": str(vit_folder), "method": "none", "dtype": dtype, "device": "cpu"}
+        (record,) = export(ExportArguments(**settings, formats=["openvino"], output_dir=str(folder)))
+        sizes[dtype] = (folder / "openvino_model.bin").stat().st_size
+        assert record["parity"]["outputs"]["logits"]["largest_difference"] < 1e-4
+    assert sizes["float16"] < 0.6 * sizes["float32"]
+
+
+@pytest.mark.parametrize("method", ["none", "tome"])
+def test_int8_says_what_it_changed(vit_folder, image_folder, tmp_path, method, capsys):
+    pytest.importorskip("nncf", reason="the extra int8 is not installed")
+    options = ["--int8", str(image_folder), "--limit", "16", "--formats", "openvino", "--output_dir", str(tmp_path)]
+    reduction = [] if method == "none" else ["--r", "3"]
+    main(["--model", str(vit_folder), "--method", method, *reduction, *options, "--device", "cpu"])
+    record = json.loads((tmp_path / "openvino_model.xml.json").read_text())
+    assert record["int8"]["images"] == 12 and record["parity"]["images"] == 4
+    figures = record["parity"]["outputs"]["logits"]
+    # Another graph, or none of the weights, would change the logits by all of their size.
+    assert 0 < figures["rms_from_float32"] < 0.5 * figures["float32_rms"]
+    assert 0 <= figures["agreement"] <= 100 and figures["kl"] > 0
+    assert "on 4 images" in capsys.readouterr().out
+    assert 'element_type="i8"' in (tmp_path / "openvino_model.xml").read_text()
+
+
+def test_a_runtime_runs_a_merged_model_and_leaves_it_as_it_was(make_classifier):
+    model = attach(make_classifier(num_hidden_layers=2), DTEMConfig(r=6))
+    run = make_run("openvino", model, (3, 32, 32))
+    pixels = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+class MergeAlone(ImageGraph):
+    """Tokens as pixels [B, 1, N, D] -> what is left of them, and their sizes."""
+
+    def __init__(self, r: int, prefix: int) -> None:
+        super().__init__(nn.Linear(1, 1))
+        self.r, self.prefix = r, prefix
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        tokens = pixel_values[:, 0]
+        matching = ops.bipartite_soft_matching(tokens, self.r, self.prefix)
+        return ops.merge_tokens(tokens * torch.arange(tokens.shape[1]).view(1, -1, 1), None, matching)
+
+
+@pytest.mark.parametrize("form", ops.MERGE_FORMS)
+@pytest.mark.parametrize("prefix, num_tokens", [(0, 20), (1, 197), (2, 31)])
+def test_ties_are_merged_as_in_eager(tmp_path, form, prefix, num_tokens):
+    """Tokens that are copies of four unit vectors: almost all scores are ties, and each token bears its number."""
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.eye(4)[torch.randint(4, (5, 1, num_tokens), generator=draw)]
+    graph = MergeAlone((num_tokens - prefix) // 3, prefix)
+    batch = {INPUT_NAME: {0: torch.export.Dim("batch", min=1)}}
+    with ops.merge_form(form), torch.no_grad():
+        program = torch.export.export(graph, (), {INPUT_NAME: tokens}, dynamic_shapes=batch)
+    if form == "openvino":
+        write_openvino(program, tmp_path / "merge.xml", ["x", "sizes"])
+        runs = [OpenVinoRunner(tmp_path / "merge.xml", CPU)]
+    else:
+        write_onnx(program, tmp_path / "merge.onnx", ["x", "sizes"])
+        pytest.importorskip("onnxruntime")
+        runs = [OnnxRunner(tmp_path / "merge.onnx", CPU)]
+    for run in runs:
+        for count in (1, 5):
+            expected = graph(tokens[:count])
+            found = run(tokens[:count])
+            torch.testing.assert_close(list(found), list(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_what_openvino_cannot_do_here_is_named(vit_folder, image_folder, tmp_path):
+    with pytest.raises(BadValue, match="dtype='bfloat16'"):
+        ExportArguments(model="m", formats=["openvino"], dtype="bfloat16")
+    with pytest.raises(BadValue, match="int8"):
+        ExportArguments(model="m", formats=["onnx"], int8=str(image_folder))
+    export(ExportArguments(model=str(vit_folder), method="none", formats=["openvino"], output_dir=str(tmp_path)))
+    with pytest.raises(BadValue, match="device='cuda'"):
+        OpenVinoRunner(tmp_path / "openvino_model.xml", torch.device("cuda"))
+    with pytest.raises(BadValue, match=r"dtype='float8'.*float32"):
+        OpenVinoRunner(tmp_path / "openvino_model.xml", CPU, "float8")
