@@ -17,6 +17,8 @@ SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
 PEERS := --peer recipes.peers:sliced
 EXPORTED := onnxruntime openvino openvino_bfloat16
 RUNTIMES := --methods tome --runtimes $(EXPORTED) $(PEERS) --peer_runtimes $(EXPORTED) --batch_sizes 1 16
+VIDEO := --model recipes/configs/videomae_base --random_weights True --device cpu --methods tome --r 121 --batch_sizes 1 \
+	--rounds 5 --warmup 1 --peer recipes.peers:sliced_video
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help
@@ -59,6 +61,7 @@ performance: $(VENV)/.installed-onnx $(VENV)/.installed-openvino  ## Measure spe
 	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome --runtimes eager compile --rounds 10 --batch_sizes 1 4 16 64 256 --output_dir docs/performance/deit-tiny-batches
 	$(BIN)/python recipes/benchmark.py $(TINY) $(RUNTIMES) --rounds 15 --output_dir docs/performance/deit-tiny-runtimes
 	$(BIN)/python recipes/benchmark.py $(SMALL) $(RUNTIMES) --rounds 10 --output_dir docs/performance/deit-small-runtimes
+	$(BIN)/python recipes/benchmark.py $(VIDEO) --output_dir docs/performance/videomae-base
 	$(BIN)/python recipes/benchmark_training.py $(TINY) --output_dir docs/performance/training-step
 	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
 		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base
