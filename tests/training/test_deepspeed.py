@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is built for the machine that it runs on")
 
 PROGRAM = """
-import sys
+import os, signal, sys
 import deepspeed, torch, transformers
 from dtem_hf import DTEMConfig, attach
 
@@ -40,27 +40,36 @@ def step(engine, seed):
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.module.merge_parameters(), other.module.merge_parameters()))
 
-trained, fresh = make(), make()
-for seed in (10, 20, 30):
-    step(trained, seed)
-trained.save_checkpoint(sys.argv[1], exclude_frozen_parameters=True)
-differs = not same(trained, fresh)
-fresh.load_checkpoint(sys.argv[1], load_module_strict=False)
-back = same(trained, fresh)
-step(trained, 99)
-step(fresh, 99)
-print(f"rank {rank}: {differs} {back} {same(trained, fresh)}", flush=True)
+folder, part = sys.argv[1:]
+engine = make()
+if part == "first":
+    step(engine, 10)
+    step(engine, 20)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    step(engine, 30)
+    os.kill(os.getpid(), signal.SIGKILL)
+straight = make()
+engine.load_checkpoint(folder, load_module_strict=False)
+for seed in (10, 20, 30, 40):
+    step(straight, seed)
+    if seed == 20:
+        back = same(engine, straight)
+    if seed > 20:
+        step(engine, seed)
+moved = not same(straight, make())
+print(f"rank {rank}: {back} {same(engine, straight)} {moved}", flush=True)
 """
 
 
-def test_a_checkpoint_without_the_backbone_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_killed_training_resumes_to_the_same_bits_without_the_backbone_in_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), str(tmp_path / "checkpoint")],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def run(part: str) -> subprocess.CompletedProcess[str]:
+        words = [*command, str(tmp_path / "program.py"), str(tmp_path / "checkpoint"), part]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert run("first").returncode != 0
+    done = run("second")
     assert {"rank 0: True True True", "rank 1: True True True"} <= set(done.stdout.splitlines()), done.stderr[-2000:]
