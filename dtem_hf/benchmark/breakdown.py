@@ -37,7 +37,7 @@ PARTS = ("metric", *_PARTS)
 
 
 class _Stopwatch:
-    """Times calls on the device itself: on CUDA by events, which make nobody wait."""
+    """Times calls on the device itself: on CUDA by events, for which nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -79,7 +79,7 @@ def break_down(
 ) -> dict[str, Any] | None:
     """Median seconds and shares of a merged model's parts in eager runs; None for a plain model.
 
-    Outside of this function nothing of it is in the way: the parts are wrapped while it runs, and by nobody else.
+    The parts are wrapped only while this function runs.
     """
     if not hasattr(model, "merge_config"):
         return None

@@ -23,8 +23,8 @@ class Matching(NamedTuple):
     """Which tokens leave, which they join, and which stay.
 
     `leaving` [B, r]: positions of the tokens of A that leave, best score first. `joined` [B, r]: where in the output
-    their partners are. `staying` [B, N - r]: positions of the output's tokens in the input, in the order prefix,
-    unmerged A, B. int64.
+    their partners are. `staying` [B, N - r]: positions in the input of the output's tokens, in the output's
+    order. int64.
     """
 
     leaving: Tensor

@@ -86,7 +86,7 @@ def move_mass(
         flow = assignment.transpose(1, 2)  # [B, b, a]
         new_size_b = size_b + (flow @ size_a.unsqueeze(-1)).squeeze(-1)
         total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
-        # A token of B that was merged away in an earlier layer and that nobody joins now has no mass: it becomes 0.
+        # A token of B that left in an earlier layer and that no token joins now has no mass: it becomes 0.
         new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
         new_size_a = size_a * _clip_with_straight_gradient(1 - assignment.sum(dim=-1))
     at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))

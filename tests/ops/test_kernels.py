@@ -41,7 +41,7 @@ def test_best_partner_on_random_tokens(prefix, tokens, dtype):
     best, partner = kernels.best_partner(metric, prefix)
     scores = cosine_scores(*split_even_odd(metric, prefix))
     torch.testing.assert_close(best, scores.max(dim=-1).values, atol=2e-6, rtol=0)
-    # Whoever was chosen has the highest score, up to what two orders of adding differ by.
+    # The chosen partner has the highest score, up to what two orders of adding differ by.
     torch.testing.assert_close(scores.gather(2, partner.unsqueeze(-1)).squeeze(-1), best, atol=2e-6, rtol=0)
     assert best.dtype == torch.float32 and partner.dtype == torch.int64
 

@@ -92,7 +92,7 @@ def test_merge_is_differentiable_as_the_slow_reference_is() -> None:
 
 
 def test_merge_of_empty_tokens_is_finite_with_gradients() -> None:
-    """Soft merging leaves sizes of exactly 0; a hard merge behind it meets some that nobody joins."""
+    """Soft merging leaves sizes of exactly 0; a hard merge behind it meets some that no token joins."""
     x, sizes = torch.randn(1, 17, 5), torch.ones(1, 17)
     sizes[:, 2:12] = 0
     x, sizes = x.requires_grad_(), sizes.requires_grad_()

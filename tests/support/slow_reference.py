@@ -173,7 +173,7 @@ def merge_by_energy(x: Tensor, sizes: Tensor, metric: Tensor, prefix: int, r: in
 def squeeze(x: Tensor, sizes: Tensor, attended: Tensor, prefix: int, num_kept: int) -> Joined:
     """Section 9, TPS, for one image: keep the patches of highest score [N], each other one joins its host.
 
-    Tokens of size 0 are padding, which is pruned first, and joins and hosts nobody.
+    Tokens of size 0 are padding, which is pruned first: it joins no token, and no token joins it.
     """
     ranked = sorted(range(prefix, len(x)), key=lambda i: -attended[i].item() if sizes[i] > 0 else math.inf)
     kept, pruned = sorted(ranked[:num_kept]), sorted(ranked[num_kept:])
