@@ -8,7 +8,8 @@ from torch import nn
 
 from ..discovery import import_all
 from ..errors import BadValue, UnsupportedModelError
-from .family import Family, check_attention_implementation, input_like
+from .family import Family, input_like
+from .unmasked_attention import serve_attention
 
 
 FAMILIES: list[Family] = [module.FAMILY for module in import_all(sys.modules[__name__]) if hasattr(module, "FAMILY")]
@@ -113,10 +114,10 @@ __all__ = [
     "SUPPORTED",
     "Family",
     "Place",
-    "check_attention_implementation",
     "find_encoder",
     "find_family",
     "find_place",
     "input_like",
+    "serve_attention",
     "unsupported",
 ]

@@ -12,6 +12,7 @@ from transformers.utils.generic import ModelOutput
 from .. import ops
 from ..scope import Scope, current_scope, open_scope
 from .readers import TOKEN_SIZES, ScopedForward
+from .unmasked_attention import serve_attention
 
 
 class CrossAttendingModel(ScopedForward):
@@ -34,6 +35,7 @@ class SizedDecoder:
         sizes = None if scope is None else scope.sizes
         text = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if sizes is not None and encoder_hidden_states is not None and text is not None:
+            serve_attention(self.config._attn_implementation)  # type: ignore[attr-defined]
             bias = ops.size_bias(sizes.to(encoder_hidden_states.device), encoder_hidden_states.dtype)
             # A row for every token of the text: decoders take such a mask as it is.
             kwargs["encoder_attention_mask"] = bias.expand(-1, -1, text.shape[1], -1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..costs import EncoderCost, LayerCost, MetricCost
 from ..embedding import Geometry, KeyProjection
-from ..errors import BadValue, UnsupportedModelError
+from ..errors import BadValue
 from .anatomy import Anatomy, convolution_cost, linear_cost
 from .layer import LayerMerging
 from .readers import READERS, RETURN_ALL
@@ -172,20 +172,6 @@ def _sides(value: Any, name: str, most: int) -> tuple[int, ...]:
         clips = ", or (frames, height, width)" if most == 3 else ""
         raise BadValue(name, value, f"a number of pixels, or (height, width){clips}")
     return sides
-
-
-# The attention implementations that add the size bias to their scores; others read a float mask as padding, or not at
-# all.
-EXACT_ATTENTION = ("eager", "sdpa")
-
-
-def check_attention_implementation(name: str | None) -> None:
-    """Refuse an attention backend that would not add log sizes to the scores."""
-    if name is not None and name not in EXACT_ATTENTION:
-        raise UnsupportedModelError(
-            f"attn_implementation={name!r}: token sizes enter attention as an additive mask, which this backend does "
-            f"not add; use one of {', '.join(EXACT_ATTENTION)}."
-        )
 
 
 def input_like(encoder: Any) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..scope import Scope, current_state, open_scope
 from ..token_state import TokenState
+from .unmasked_attention import serve_attention
 
 
 class ScopedForward:
@@ -211,5 +212,6 @@ class WeighedCrossAttention:
         state = current_state()
         tokens: Tensor | None = kwargs.get("encoder_hidden_states")
         if state is not None and tokens is not None and (bias := state.returned_bias(self.dtype)) is not None:
+            serve_attention(self.config._attn_implementation)
             kwargs["encoder_attention_mask"] = bias.to(tokens.device)
         return super().forward(*args, **kwargs)  # type: ignore[misc]

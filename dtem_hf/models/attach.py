@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..configuration import MergeConfig
 from ..costs import MergePlan
 from ..errors import BadValue
-from ..families import SUPPORTED, check_attention_implementation, find_encoder, find_family, find_place
+from ..families import SUPPORTED, find_encoder, find_family, find_place, serve_attention
 from ..families.containers import container_of
 from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
@@ -83,7 +83,7 @@ class MergeMixin(Renamed):
             # transformers copies the arguments with all threads; see `prepare`.
             kwargs["merge_config"] = wanted if adapter is None else None
             if merge is not None:
-                check_attention_implementation(kwargs.get("attn_implementation"))
+                serve_attention(kwargs.get("attn_implementation"))
         info_wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

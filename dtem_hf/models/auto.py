@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.models.auto.auto_factory import _get_model_class
 
 from ..errors import AdapterError, BadValue
-from ..families import SUPPORTED, check_attention_implementation, unsupported
+from ..families import SUPPORTED, unsupported
 from ..families.containers import CONTAINERS
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
@@ -58,8 +58,6 @@ class MergingAutoClass:
                 config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
         if merge in (UNSET, None) and not _is_recorded(config, merge is UNSET):
             return stock(pretrained_model_name_or_path, *model_args, **kwargs)
-        if merge is not None:
-            check_attention_implementation(kwargs.get("attn_implementation"))
         model_class: Any = merged_class(cls._model_class(config))
         return model_class.from_pretrained(pretrained_model_name_or_path, *model_args, merge=merge, **kwargs)
 

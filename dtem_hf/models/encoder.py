@@ -16,7 +16,7 @@ from ..configuration import MergeConfig
 from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
-from ..families import Family, check_attention_implementation
+from ..families import Family, serve_attention
 from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, returned, with_last
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
@@ -146,7 +146,7 @@ class EncoderMerging(Renamed, ScopedForward):
         options = _options_of(self)  # type: ignore[arg-type]
         if not options.merge:
             return None
-        check_attention_implementation(self.config._attn_implementation)  # type: ignore[attr-defined]
+        serve_attention(self.config._attn_implementation)  # type: ignore[attr-defined]
         self._check_checkpointing()
         if options.trace is not None:
             options.trace.source_maps.clear()

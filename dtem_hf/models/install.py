@@ -23,7 +23,7 @@ from ..configuration import MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Place, check_attention_implementation, find_encoder, find_place, input_like
+from ..families import Place, find_encoder, find_place, input_like, serve_attention
 from ..families.containers import container_of
 from ..families.layer import forget_keys, remember_keys
 from ..hub.adapter import MergeAdapter
@@ -78,7 +78,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
     config = _with_part(config, place)
-    check_attention_implementation(encoder.config._attn_implementation)
+    serve_attention(encoder.config._attn_implementation)
     family.check(holder, encoder)
     geometry = family.geometry(encoder)
     method = make_method(config, geometry)

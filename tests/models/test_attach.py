@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -272,31 +271,6 @@ def test_a_bad_set_reduction_leaves_the_model_as_it_was(
     assert message in str(raised.value)
     assert_unchanged(model, before)
     assert model.merge_config is config
-    assert torch.equal(logits(model, pixels), expected)
-
-
-def test_other_attention_is_refused_when_attaching(make_classifier: Make) -> None:
-    model = make_classifier()
-    for name in ("flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa"):
-        model.config._attn_implementation = name
-        before = snapshot(model)
-        with pytest.raises(UnsupportedModelError, match=rf"attn_implementation='{re.escape(name)}'.*eager, sdpa"):
-            attach(model, DTEMConfig(r=4))
-        assert_unchanged(model, before)
-
-
-@pytest.mark.parametrize("config", [ToMeConfig(r=4), DTEMConfig(r=4)], ids=["tome", "dtem"])
-def test_other_attention_is_refused_when_set_afterwards(make_classifier: Make, pixels: Tensor, config: Any) -> None:
-    """At the next pass; and the way back is open."""
-    model = attach(make_classifier(), config)
-    expected = logits(model, pixels)
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="attn_implementation='flash_attention_2'"):
-        model(pixels)
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(UnsupportedModelError, match="attn_implementation='flex_attention'"):
-        model(pixels)
-    model.set_attn_implementation("sdpa")
     assert torch.equal(logits(model, pixels), expected)
 
 
