@@ -1,18 +1,23 @@
-"""All measurements on an accelerator in one call: DeiT-S and ViT-L at batch 1, 32 and 256 in bfloat16.
+"""All measurements on an accelerator in one call: DeiT-S to DINOv2-L at batch 1, 32 and 256 in bfloat16.
 
 python recipes/benchmark_device.py --output_dir runs/device
+python recipes/benchmark_device.py --models vit-large --attentions flex_attention --minutes 4
 python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # in small, on a laptop
 
-Plain and merged models with random weights, eager and compiled; what share of a compiled step matching and merging
-take; whether attention is faster with the sizes as a mask or as extra features of the keys; and, on CUDA, how far the
-Triton kernels are from the plain path and how much time they save. One folder for each model and mode.
+Plain and merged models with random weights, eager and compiled, by each attention implementation; what share of a
+compiled step matching and merging take; whether attention is faster with the sizes as a mask or as extra features of
+the keys; and, on CUDA, how far the Triton kernels are from the plain path and how much time they save. One folder for
+each model, mode and implementation, written when it is done. The most telling ones come first; those that would start
+after --minutes are left out, and named.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
-from transformers import ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, PretrainedConfig, ViTConfig
 
 from .. import ops
 from ..deploy.runtimes import COMPILE_MODES
@@ -36,9 +41,43 @@ from .program import BenchmarkArguments, benchmark
 from .tables import markdown, print_benchmark
 
 
-# Width, layers, heads, and the r that halves the multiply-adds.
-SHAPES = {"deit-small": (384, 12, 6, 16), "vit-large": (1024, 24, 16, 8)}
-_TINY_SHAPES = {"tiny": (32, 2, 2, 8)}
+@dataclass(frozen=True)
+class _Shape:
+    """A model to measure: its config's class and fields, and the r that halves the multiply-adds."""
+
+    kind: Callable[..., PretrainedConfig]
+    width: int
+    layers: int
+    heads: int
+    r: int
+    image_size: int = 224
+    patch_size: int = 16
+
+    def save(self, folder: Path) -> None:
+        """Write the config of a model of this shape."""
+        self.kind(
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            **({"mlp_ratio": 4} if self.kind is Dinov2Config else {"intermediate_size": 4 * self.width}),
+            architectures=[_ARCHITECTURES[self.kind]],
+        ).save_pretrained(folder)
+
+
+_ARCHITECTURES: dict[Callable[..., PretrainedConfig], str] = {
+    ViTConfig: "ViTForImageClassification",
+    Dinov2Config: "Dinov2Model",
+    CLIPVisionConfig: "CLIPVisionModel",
+}
+SHAPES = {
+    "vit-large": _Shape(ViTConfig, 1024, 24, 16, 8),
+    "deit-small": _Shape(ViTConfig, 384, 12, 6, 16),
+    "dinov2-large-518": _Shape(Dinov2Config, 1024, 24, 16, 50, 518, 14),
+    "clip-large": _Shape(CLIPVisionConfig, 1024, 24, 16, 10, 224, 14),
+}
+_TINY_SHAPES = {"tiny": _Shape(ViTConfig, 32, 2, 2, 8, 32, 4)}
 
 
 @dataclass(kw_only=True)
@@ -48,8 +87,13 @@ class DeviceArguments:
     models: list[str] = option(f"some of {', '.join(SHAPES)}", default_factory=lambda: list(SHAPES))
     batch_sizes: list[int] = option("images per batch", default_factory=lambda: [1, 32, 256])
     modes: list[str] = option(
-        f"torch.compile's: some of {', '.join(COMPILE_MODES)}", default_factory=lambda: ["default", "reduce-overhead"]
+        f"torch.compile's: some of {', '.join(COMPILE_MODES)}", default_factory=lambda: ["reduce-overhead", "default"]
     )
+    attentions: list[str] = option(
+        "attn_implementation of the models; flash_attention_2 needs its package, or the kernels package and the Hub",
+        default_factory=lambda: ["sdpa", "flex_attention"],
+    )
+    minutes: float = option("start no measurement after this many", default=9.0)
     dtype: str = option(", ".join(DTYPES), default="bfloat16")
     rounds: int = option("timed rounds", default=30)
     device: str = option("where to run", default="cuda")
@@ -61,59 +105,61 @@ class DeviceArguments:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BadValue("device", self.device, "cpu: torch sees no CUDA device here")
         if self.tiny:
-            self.batch_sizes, self.modes, self.rounds = [1, 2], self.modes[:1], 1
+            self.batch_sizes, self.modes, self.attentions, self.rounds = [1, 2], ["default"], ["sdpa"], 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write the result of every model and mode, and a summary."""
     arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
     device = choose_device(arguments.device)
+    started = time.monotonic()
     with only_run_in(arguments.output_dir) as folder:
+        shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
         summary: dict[str, Any] = {
             **conditions(device),
             "kernels": compare_kernels(device),
-            "attention": [],
+            "attention": [
+                {"model": name, **compare_bias_forms(batch_size, shape, device, arguments.dtype, arguments.rounds)}
+                for name, shape in shapes.items()
+                for batch_size in arguments.batch_sizes
+            ],
             "rows": [],
+            "left_out": [],
         }
-        shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
-        for name, (width, layers, heads, r) in shapes.items():
-            for batch_size in arguments.batch_sizes:
-                row = compare_bias_forms(batch_size, heads, width // heads, device, arguments.dtype, arguments.rounds)
-                summary["attention"].append({"model": name, **row})
-            config = folder / "configs" / name
-            ViTConfig(
-                hidden_size=width,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                intermediate_size=4 * width,
-                image_size=32 if arguments.tiny else 224,
-                patch_size=4 if arguments.tiny else 16,
-                id2label={i: str(i) for i in range(1000)},
-                architectures=["ViTForImageClassification"],
-            ).save_pretrained(config)
+        for attention in arguments.attentions:
             for mode in arguments.modes:
-                result = benchmark(
-                    BenchmarkArguments(
-                        model=str(config),
-                        random_weights=True,
-                        methods=["tome"],
-                        r=[str(r)],
-                        runtimes=["eager", "compile"],
-                        compile_mode=mode,
-                        breakdown=True,
-                        batch_sizes=arguments.batch_sizes,
-                        rounds=arguments.rounds,
-                        device=arguments.device,
-                        dtype=arguments.dtype,
+                for name, shape in shapes.items():
+                    label = f"{name}-{mode}-{attention}"
+                    if time.monotonic() - started > 60 * arguments.minutes:
+                        summary["left_out"].append(label)
+                        continue
+                    config = folder / "configs" / name
+                    shape.save(config)
+                    result = benchmark(
+                        BenchmarkArguments(
+                            model=str(config),
+                            random_weights=True,
+                            methods=["tome"],
+                            r=[str(shape.r)],
+                            runtimes=["eager", "compile"],
+                            compile_mode=mode,
+                            attention=attention,
+                            breakdown=True,
+                            batch_sizes=arguments.batch_sizes,
+                            rounds=arguments.rounds,
+                            device=arguments.device,
+                            dtype=arguments.dtype,
+                        )
                     )
-                )
-                # Written now, so that a later failure loses nothing.
-                write_json(folder / f"{name}-{mode}" / "benchmark.json", result)
-                write_text(folder / f"{name}-{mode}" / "benchmark.md", markdown(result))
-                print_benchmark(result)
-                summary["rows"] += summarize(result, name, mode)
-                write_json(folder / "device.json", summary)
-        print(f"written: {folder / 'device.json'}, and a folder for each model and mode")
+                    write_json(folder / label / "benchmark.json", result)
+                    write_text(folder / label / "benchmark.md", markdown(result))
+                    print_benchmark(result)
+                    summary["rows"] += summarize(result, name, mode)
+                    write_json(folder / "device.json", summary)
+        write_json(folder / "device.json", summary)
+        for label in summary["left_out"]:
+            print(f"left out, as --minutes {arguments.minutes:g} had passed: {label}")
+        print(f"written: {folder / 'device.json'}, and a folder for each model, mode and attention")
 
 
 def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, Any]]:
@@ -122,6 +168,7 @@ def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, A
         {
             "model": model,
             "compile_mode": mode,
+            "attention": result["attention"],
             "batch_size": batch["batch_size"],
             "speedup": batch["speedup"]["median"],
             "ideal_speedup": row["ideal_speedup"],
@@ -136,14 +183,15 @@ def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, A
 
 @torch.inference_mode()
 def compare_bias_forms(
-    batch_size: int, heads: int, dim: int, device: torch.device, dtype: str, rounds: int, num_tokens: int = 100
+    batch_size: int, shape: _Shape, device: torch.device, dtype: str, rounds: int
 ) -> dict[str, Any]:
     """Median seconds of fused attention without a size bias, with one as a mask, and with one on the keys.
 
-    Also the kernels that run, and which form of the bias is faster.
+    Of half the tokens that a model of this shape has. Also the kernels that run, and which form of the bias is faster.
     """
-    shape = batch_size, heads, num_tokens, dim
-    query, key, value = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for _ in range(3))
+    dim, num_tokens = shape.width // shape.heads, (shape.image_size // shape.patch_size) ** 2 // 2
+    states = batch_size, shape.heads, num_tokens, dim
+    query, key, value = (torch.randn(states, device=device).to(getattr(torch, dtype)) for _ in range(3))
     bias = ops.size_bias(torch.rand(batch_size, num_tokens, device=device) * 8 + 1, query.dtype)
     scaling = dim**-0.5
 

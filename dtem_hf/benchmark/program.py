@@ -51,6 +51,10 @@ class BenchmarkArguments(RowArguments):
     compile_mode: str = option(
         f"torch.compile's: {', '.join(COMPILE_MODES)}; reduce-overhead is for CUDA, by CUDA graphs", default="default"
     )
+    attention: str | None = option(
+        "attn_implementation: sdpa, flash_attention_2, flex_attention, ...; left out, transformers chooses",
+        default=None,
+    )
     peer: list[str] = option(
         "module:function to measure in the same run: function(model, r) gets a plain model (in eval mode, on the "
         "device, in the dtype) and each r, and returns a callable that takes pixels [B, C, H, W]",
@@ -135,6 +139,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
+        "attention": model.config._attn_implementation,
         "rows": rows,
     }
 
@@ -142,7 +147,8 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
 def _load(arguments: BenchmarkArguments) -> Any:
     config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
     kind = auto_class(config)
+    options = {} if arguments.attention is None else {"attn_implementation": arguments.attention}
     if arguments.random_weights:
         torch.manual_seed(arguments.seed)
-        return kind.from_config(config, merge=None)
-    return kind.from_pretrained(arguments.model, merge=None)
+        return kind.from_config(config, merge=None, **options)
+    return kind.from_pretrained(arguments.model, merge=None, **options)

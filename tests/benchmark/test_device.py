@@ -16,16 +16,23 @@ def test_it_runs_in_small(tmp_path):
     for row in summary["rows"]:
         assert row["of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
         assert row["merging_share"] > 0
-    assert summary["kernels"] is None
+        assert row["attention"] == "sdpa"
+    assert summary["kernels"] is None and summary["left_out"] == []
     for row in summary["attention"]:
         assert row["seconds"][row["faster"]] == min(row["seconds"]["mask"], row["seconds"]["extended_keys"])
         assert set(row["kernels"].values()) == {"FLASH_ATTENTION"}  # with sizes, too, a fused kernel runs
-    assert (tmp_path / "tiny-default" / "benchmark.md").is_file()
+    assert (tmp_path / "tiny-default-sdpa" / "benchmark.md").is_file()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels run")
 def test_there_is_nothing_to_compare_where_no_kernel_runs():
     assert compare_kernels(torch.device("cpu")) is None
+
+
+def test_what_would_start_too_late_is_named(tmp_path):
+    main([*"--tiny True --device cpu --dtype float32 --minutes 0 --output_dir".split(), str(tmp_path)])
+    summary = json.loads((tmp_path / "device.json").read_text())
+    assert summary["left_out"] == ["tiny-default-sdpa"] and summary["rows"] == []
 
 
 def test_bad_options_are_named():
