@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,39 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
     )
     beside = path.with_name(f"{path.name}.data")
     return [path, *([beside] if beside.is_file() else [])]
+
+
+def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
+    """Quantise an ONNX file's linear layers to int8 by ONNX Runtime, weights by output channel, in its place.
+
+    `images`, batches of pixels [B, C, H, W], tell how large activations are. Products of two activations (attention,
+    and the merge itself) stay in float32.
+    """
+    need("onnx", "onnxruntime")
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            pixels = next(self.rest, None)
+            return None if pixels is None else {INPUT_NAME: pixels.numpy()}
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    weights = {initializer.name for initializer in graph.initializer}
+    kinds = ["Gemm", "MatMul"]
+    linear = [node.name for node in graph.node if node.op_type in kinds and weights.intersection(node.input)]
+    quantize_static(
+        str(path),
+        str(path),
+        Reader(),
+        op_types_to_quantize=kinds,
+        nodes_to_quantize=linear,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+    )
 
 
 def written_opset(path: Path) -> int:

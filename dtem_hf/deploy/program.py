@@ -2,7 +2,7 @@
 
 python recipes/export.py --model facebook/deit-small-patch16-224 --method tome --r 16
 python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx openvino
-python recipes/export.py --model path/to/model --r 16 --formats openvino --int8 path/to/images
+python recipes/export.py --model path/to/model --r 16 --formats onnx openvino --int8 path/to/images
 python recipes/export.py --model path/to/model --flops 0.5 --dtype bfloat16 --formats aot_inductor
 python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 
@@ -43,7 +43,7 @@ from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.processes import say
 from .aot_inductor import PackageRunner, write_package
 from .graph import INPUT_NAME, attention_as, export_graph, output_names
-from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need, write_onnx, written_opset
+from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need, quantise_onnx, write_onnx, written_opset
 from .openvino_runtime import OpenVinoRunner, write_openvino
 from .parity import TOLERANCE, Runner, check_parity, measure_change
 
@@ -75,7 +75,8 @@ class ExportArguments(ModelArguments):
         default="float32",
     )
     int8: str | None = option(
-        "OpenVINO: compute in int8, quantised by NNCF on these images: Hub dataset id or local folder", default=None
+        "ONNX, OpenVINO: compute in int8, quantised (by ONNX Runtime, NNCF) on these images: Hub dataset id or folder",
+        default=None,
     )
     split: str = option("int8: split of a Hub dataset, or of a folder with train, val or test in it", default="train")
     limit: int = option(
@@ -104,8 +105,8 @@ class ExportArguments(ModelArguments):
             raise BadValue("opset", self.opset, f"{LOWEST_OPSET} or more")
         if "openvino" in self.formats and self.dtype == "bfloat16":
             raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
-        if self.int8 is not None and (self.formats != ["openvino"] or self.dtype != "float32"):
-            raise BadValue("int8", self.int8, "the format openvino alone, and dtype float32")
+        if self.int8 is not None and ("aot_inductor" in self.formats or self.dtype != "float32" or self.unchecked):
+            raise BadValue("int8", self.int8, "the formats onnx and openvino, and dtype float32, checked")
         at_least(self, 2, "limit")
         if self.tolerance <= 0:
             raise BadValue("tolerance", self.tolerance, "a number above 0")
@@ -170,11 +171,13 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
         names = output_names(model, torch.zeros(1, *shape, device=device))
         with ops.merge_form({"onnx": arguments.merge_form, "openvino": "openvino"}.get(kind, "scatter")):
             program = export_graph(model, shape)
+        if arguments.int8 is not None:
+            images, held_out = _calibration_images(arguments, shape)
         if kind == "onnx":
             files = write_onnx(program, path, names, arguments.opset)
+            if images:
+                quantise_onnx(path, images)
         elif kind == "openvino":
-            if arguments.int8 is not None:
-                images, held_out = _calibration_images(arguments, shape)
             files = write_openvino(program, path, names, half_weights, images)
         else:
             files = write_package(program, path)

@@ -30,7 +30,9 @@ def test_there_is_nothing_to_compare_where_no_kernel_runs():
 
 
 def test_what_would_start_too_late_is_named(tmp_path):
-    main([*"--tiny True --device cpu --dtype float32 --minutes 0 --output_dir".split(), str(tmp_path)])
+    main(
+        [*["--tiny", "True", "--device", "cpu", "--dtype", "float32", "--minutes", "0", "--output_dir"], str(tmp_path)]
+    )
     summary = json.loads((tmp_path / "device.json").read_text())
     assert summary["left_out"] == ["tiny-default-sdpa"] and summary["rows"] == []
 

@@ -12,7 +12,7 @@ from dtem_hf import BadValue, DTEMConfig, attach, ops
 from dtem_hf.deploy.graph import INPUT_NAME, ImageGraph
 from dtem_hf.deploy.onnx_runtime import OnnxRunner, write_onnx
 from dtem_hf.deploy.openvino_runtime import OpenVinoRunner, write_openvino
-from dtem_hf.deploy.program import ExportArguments, export, load_for_export, main
+from dtem_hf.deploy.program import FORMATS, ExportArguments, export, load_for_export, main
 from dtem_hf.deploy.runtimes import make_run
 
 
@@ -55,20 +55,31 @@ def test_half_of_the_weights_bytes(vit_folder, tmp_path):
     assert sizes["float16"] < 0.6 * sizes["float32"]
 
 
-@pytest.mark.parametrize("method", ["none", "tome"])
-def test_int8_says_what_it_changed(vit_folder, image_folder, tmp_path, method, capsys):
-    pytest.importorskip("nncf", reason="the extra int8 is not installed")
-    options = ["--int8", str(image_folder), "--limit", "16", "--formats", "openvino", "--output_dir", str(tmp_path)]
+@pytest.mark.parametrize(("kind", "method"), [("openvino", "none"), ("openvino", "tome"), ("onnx", "tome")])
+def test_int8_says_what_it_changed(vit_folder, image_folder, tmp_path, kind, method, capsys):
+    pytest.importorskip("nncf" if kind == "openvino" else "onnxruntime")
+    options = ["--int8", str(image_folder), "--limit", "16", "--formats", kind, "--output_dir", str(tmp_path)]
     reduction = [] if method == "none" else ["--r", "3"]
     main(["--model", str(vit_folder), "--method", method, *reduction, *options, "--device", "cpu"])
-    record = json.loads((tmp_path / "openvino_model.xml.json").read_text())
+    name = FORMATS[kind]
+    record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["int8"]["images"] == 12 and record["parity"]["images"] == 4
     figures = record["parity"]["outputs"]["logits"]
     # Another graph, or none of the weights, would change the logits by all of their size.
     assert 0 < figures["rms_from_float32"] < 0.5 * figures["float32_rms"]
     assert 0 <= figures["agreement"] <= 100 and figures["kl"] > 0
     assert "on 4 images" in capsys.readouterr().out
-    assert 'element_type="i8"' in (tmp_path / "openvino_model.xml").read_text()
+    if kind == "openvino":
+        assert 'element_type="i8"' in (tmp_path / name).read_text()
+        return
+    import onnx
+
+    graph = onnx.load(tmp_path / name).graph
+    quantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
+    # The linear layers of the ViT: q, k, v, output and two of the MLP in each of 4 layers, and the classifier.
+    assert sum(quantised.issuperset(node.input[:2]) for node in products) == 4 * 6 + 1
+    assert [file["name"] for file in record["files"]] == ["model.onnx"]
 
 
 def test_a_runtime_runs_a_merged_model_and_leaves_it_as_it_was(make_classifier):
@@ -120,9 +131,25 @@ def test_what_openvino_cannot_do_here_is_named(vit_folder, image_folder, tmp_pat
     with pytest.raises(BadValue, match="dtype='bfloat16'"):
         ExportArguments(model="m", formats=["openvino"], dtype="bfloat16")
     with pytest.raises(BadValue, match="int8"):
-        ExportArguments(model="m", formats=["onnx"], int8=str(image_folder))
+        ExportArguments(model="m", formats=["aot_inductor"], int8=str(image_folder))
     export(ExportArguments(model=str(vit_folder), method="none", formats=["openvino"], output_dir=str(tmp_path)))
     with pytest.raises(BadValue, match="device='cuda'"):
         OpenVinoRunner(tmp_path / "openvino_model.xml", torch.device("cuda"))
     with pytest.raises(BadValue, match=r"dtype='float8'.*float32"):
         OpenVinoRunner(tmp_path / "openvino_model.xml", CPU, "float8")
+
+
+@torch.no_grad()
+def test_torch_compiles_with_openvino_as_its_backend(make_classifier, pixels):
+    """One graph for every batch above one, as of a plain model; a change of r makes a new one."""
+    pytest.importorskip("openvino.torch")
+    model = attach(make_classifier(), DTEMConfig(r=9))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"aot_autograd": True, "config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    compiled = torch.compile(model, backend="openvino", dynamic=True, fullgraph=True, options=options)
+    for count in (2, 3):
+        torch.testing.assert_close(compiled(pixels[:count]).logits, model(pixels[:count]).logits, atol=1e-5, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    model.set_reduction(r=4)
+    torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits, atol=1e-5, rtol=1e-5)
