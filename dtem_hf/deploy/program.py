@@ -82,6 +82,9 @@ class ExportArguments(ModelArguments):
     limit: int = option(
         f"int8: images to read; a quarter of them, at most {_LARGEST_HELD_OUT}, measures the change", default=400
     )
+    check: str | None = option(
+        "int8: all of these images measure the change instead, and all of --limit quantise", default=None
+    )
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
     opset: int = option(f"ONNX: operator set, {LOWEST_OPSET} or more", default=OPSET)
     merge_form: str = option(
@@ -107,6 +110,8 @@ class ExportArguments(ModelArguments):
             raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
         if self.int8 is not None and ("aot_inductor" in self.formats or self.dtype != "float32" or self.unchecked):
             raise BadValue("int8", self.int8, "the formats onnx and openvino, and dtype float32, checked")
+        if self.check is not None and self.int8 is None:
+            raise BadValue("check", self.check, "nothing without --int8; other files are checked on random images")
         at_least(self, 2, "limit")
         if self.tolerance <= 0:
             raise BadValue("tolerance", self.tolerance, "a number above 0")
@@ -164,8 +169,8 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
     if half_weights:
         model = copy.deepcopy(model).float()
     shape = image_shape(model, arguments.image_size)
-    images: list[Tensor] = []
-    held_out: list[Tensor] = []
+    images: Sequence[Tensor] = ()
+    held_out: Sequence[Tensor] = ()
     with replacing_together(arguments.output_dir) as folder, attention_as(model, attention):
         path = folder / FORMATS[kind]
         names = output_names(model, torch.zeros(1, *shape, device=device))
@@ -200,7 +205,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
             "format": kind,
             "files": [_described(file) for file in files],
             **({"opset": written_opset(path), "merge_form": arguments.merge_form} if kind == "onnx" else {}),
-            **({} if arguments.int8 is None else {"int8": {"data": data_name(arguments.int8), "images": len(images)}}),
+            **({} if arguments.int8 is None else {"int8": _described_data(arguments, len(images))}),
             "model": describe_model(arguments.model, model),
             "random_weights": arguments.random_weights,
             **_described_merge(model, arguments),
@@ -223,17 +228,36 @@ def _runner(kind: str, path: Path, device: torch.device, dtype: str) -> Runner:
     return OpenVinoRunner(path, device) if kind == "openvino" else PackageRunner(path)
 
 
-def _calibration_images(arguments: ExportArguments, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _calibration_images(
+    arguments: ExportArguments, shape: tuple[int, ...]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Images [1, C, H, W] to quantise with, and others to measure the change on."""
-    images = load_images(str(arguments.int8), arguments.split, arguments.limit, NO_LABELS)
-    processed = ProcessedImages(images, load_processor(arguments.model))
-    pixels = [processed[i]["pixel_values"].unsqueeze(0) for i in tqdm(range(len(images)), desc="read", unit="image")]
+    pixels: Sequence[Tensor] = _Pixels(arguments, str(arguments.int8), arguments.limit)
     if len(pixels) < 2:
         raise BadValue("int8", arguments.int8, "2 images or more")
     if tuple(pixels[0].shape[1:]) != shape:
         raise BadValue("image_size", arguments.image_size, f"the processor's: {list(pixels[0].shape[2:])}")
+    if arguments.check is not None:
+        return pixels, _Pixels(arguments, arguments.check, None)
+    pixels = list(tqdm(pixels, desc="read", unit="image"))
     count = min(max(len(pixels) // 4, 1), _LARGEST_HELD_OUT)
     return pixels[:-count], pixels[-count:]
+
+
+class _Pixels(Sequence[Tensor]):
+    """Processed images, each as a batch of one, read when they are asked for."""
+
+    def __init__(self, arguments: ExportArguments, data: str, limit: int | None) -> None:
+        images = load_images(data, arguments.split, limit, NO_LABELS)
+        self._images = ProcessedImages(images, load_processor(arguments.model))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i >= len(self):
+            raise IndexError(i)
+        return self._images[i]["pixel_values"].unsqueeze(0)
 
 
 def _write_configs(model: Any, name: str, folder: Path) -> None:
@@ -279,6 +303,11 @@ def _described(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _described_data(arguments: ExportArguments, count: int) -> dict[str, Any]:
+    check = {} if arguments.check is None else {"check": data_name(arguments.check)}
+    return {"data": data_name(str(arguments.int8)), "images": count, **check}
 
 
 def _described_merge(model: Any, arguments: ExportArguments) -> dict[str, Any]:

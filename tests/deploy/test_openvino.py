@@ -59,16 +59,17 @@ def test_half_of_the_weights_bytes(vit_folder, tmp_path):
 def test_int8_says_what_it_changed(vit_folder, image_folder, tmp_path, kind, method, capsys):
     pytest.importorskip("nncf" if kind == "openvino" else "onnxruntime")
     options = ["--int8", str(image_folder), "--limit", "16", "--formats", kind, "--output_dir", str(tmp_path)]
+    checked = ["--check", str(image_folder)] if kind == "onnx" else []
     reduction = [] if method == "none" else ["--r", "3"]
-    main(["--model", str(vit_folder), "--method", method, *reduction, *options, "--device", "cpu"])
+    main(["--model", str(vit_folder), "--method", method, *reduction, *options, *checked, "--device", "cpu"])
     name = FORMATS[kind]
     record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert record["int8"]["images"] == 12 and record["parity"]["images"] == 4
+    assert (record["int8"]["images"], record["parity"]["images"]) == ((16, 48) if checked else (12, 4))
     figures = record["parity"]["outputs"]["logits"]
     # Another graph, or none of the weights, would change the logits by all of their size.
     assert 0 < figures["rms_from_float32"] < 0.5 * figures["float32_rms"]
     assert 0 <= figures["agreement"] <= 100 and figures["kl"] > 0
-    assert "on 4 images" in capsys.readouterr().out
+    assert f"on {record['parity']['images']} images" in capsys.readouterr().out
     if kind == "openvino":
         assert 'element_type="i8"' in (tmp_path / name).read_text()
         return

@@ -141,6 +141,7 @@ def test_parity_is_found_and_missed(merged):
         ({"merge_form": "sparse"}, "merge_form"),
         ({"attention": "flash_attention_2"}, "attention"),
         ({"method": "pool"}, "method"),
+        ({"check": "images"}, "check"),
         ({"method": "tome", "merge": "a/b"}, "method"),
         ({"r": "4", "flops": 0.5}, "r, flops"),
         ({"r": "4", "method": "none"}, "r, flops"),
