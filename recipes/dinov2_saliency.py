@@ -90,8 +90,13 @@ def _convert(path: str, folder: Path) -> None:
     state["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     state["embeddings.mask_token"] = np.zeros((1, 384), np.float32)
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
-    model = Dinov2Model(config)
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    with tempfile.TemporaryDirectory() as checkpoint:  # from_pretrained knows the older names of the parameters
+        config.save_pretrained(checkpoint)
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+        save_file(tensors, Path(checkpoint, "model.safetensors"), metadata={"format": "pt"})
+        model, info = Dinov2Model.from_pretrained(checkpoint, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise BadValue("package", PACKAGE, f"the parameters of a Dinov2Model; {info}")
     model.save_pretrained(folder)
     decoder = {name: array for name, array in arrays.items() if name.startswith("decoder.")}
     tensors = {name.removeprefix("decoder."): torch.from_numpy(array.copy()) for name, array in decoder.items()}
