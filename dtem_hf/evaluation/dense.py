@@ -11,6 +11,7 @@ state with every patch in its place, [B, D, rows, columns] in float32, and retur
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,13 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(DenseArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir) as folder:
         card = output_folder(str(arguments.adapter)) if arguments.write_card else None
-        result = evaluate_dense(arguments, (card or folder) / "maps.jpg")
-        write_json(folder / "dense.json" if card is None else card / "evaluation.json", result)
+        result = evaluate_dense(arguments, folder / "maps.jpg")
+        write_json(folder / "dense.json", result)
         write_text(folder / "dense.md", markdown(result))
         if card is not None:
+            write_json(card / "evaluation.json", result)
+            if arguments.pictures:
+                shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
             write_card(card, overwrite=True)
         print_rows(about(result), COLUMNS, cells(result["rows"]), legend=LEGEND)
-        print(f"written: dense.md in {folder}, JSON and maps.jpg in {card or folder}")
+        print(f"written: dense.json, dense.md and maps.jpg in {folder}")
 
 
 @torch.inference_mode()
@@ -207,6 +211,11 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    return as_markdown(COLUMNS, cells(rows))
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, and how it was made."""
     size = "×".join(str(extent) for extent in result["image_size"])
@@ -215,7 +224,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {result['model']['name']}: maps from merged tokens",
         f"{data['num_images']:,} images of {data['name']}, {size} pixels, head `{result['head']}`, threshold "
         f"{result['threshold']:g}. Below, {LEGEND}.",
-        as_markdown(COLUMNS, cells(result["rows"])),
+        table(result["rows"]),
         f"Made by `{result['command']}`.",
     ]
     return "\n\n".join(parts) + "\n"
