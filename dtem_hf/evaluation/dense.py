@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
             write_card(card, overwrite=True)
         print_rows(about(result), COLUMNS, cells(result["rows"]), legend=LEGEND)
-        print(f"written: dense.json, dense.md and maps.jpg in {folder}")
+        print(f"written: dense.json, dense.md{' and maps.jpg' if arguments.pictures else ''} in {folder}")
 
 
 @torch.inference_mode()
