@@ -274,6 +274,7 @@ _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
+    "evaluate-dense": ("evaluation.dense", "Compare a dense head's maps with and without merging."),
     "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
     "advise": ("benchmark.advise", "Say which r to take on this machine for your images, and whether it pays."),
     "export": ("deploy.program", "Write a merged model for ONNX Runtime or AOTInductor, and check it against eager."),

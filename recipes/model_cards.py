@@ -21,7 +21,8 @@ def main(folder: Path) -> None:
     for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}")):
         if (adapter / EVALUATION_NAME).is_file():
             evaluation = read_json(adapter / EVALUATION_NAME)
-            plot_accuracy(evaluation["rows"], adapter / "accuracy.png", title=evaluation["model"]["name"])
+            if "kl" in evaluation["rows"][0]:  # else it is of a dense head, and has a picture of maps
+                plot_accuracy(evaluation["rows"], adapter / "accuracy.png", title=evaluation["model"]["name"])
         print(f"written: {write_card(adapter, overwrite=True)}")
 
 

@@ -9,6 +9,7 @@ import transformers as tf
 import dtem_hf
 from dtem_hf import DTEMConfig, MergeConfig, attach
 from dtem_hf.benchmark import tables as benchmark_tables
+from dtem_hf.evaluation import dense
 from dtem_hf.evaluation.comparison import csv_table, markdown
 from tests.models.test_containers import built, llava
 from tests.models.test_processor import saved_processor
@@ -40,6 +41,17 @@ def test_benchmark_is_what_the_json_holds(path):
     assert path.with_suffix(".md").read_text(encoding="utf-8") == benchmark_tables.markdown(result)
     assert (path.parent / "speedup.png").is_file()
     assert f"(performance/{path.parent.name}/benchmark.md)" in (DOCS / "performance.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("dense.json")), ids=lambda path: path.parent.name)
+def test_the_page_on_dense_heads_is_what_the_json_holds(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == dense.markdown(result)
+    page = (DOCS / "dense.md").read_text(encoding="utf-8")
+    shown = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(line in shown for line in dense.table(result["rows"]).splitlines())
+    assert f"`{result['command']}`" in " ".join(page.split())
+    assert f"](dense/{path.parent.name}/dense.md)" in page
 
 
 def test_the_page_on_methods_shows_what_the_comparison_found():
@@ -97,6 +109,7 @@ RUN = {
         "(inputs['input_ids'] == 5).sum() == 64 - 3 * 12 and answer.shape[1] > inputs['input_ids'].shape[1]",
     ),
     "docs/train.md": ("", "dtem_hf.MergeAdapter.from_reference('my-adapter').config.r == 16"),
+    "docs/dense.md": ("", "shade(torch.zeros(2, 384, 16, 14)).shape == (2, 16, 14)"),
     "docs/publish.md": (LOADED, "model.merge_config.r == 2 and dtem_hf.MergeAdapter.from_reference('my-adapter')"),
     "docs/performance.md": (
         LOADED,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from ..deploy.graph import ImageGraph
 from ..deploy.runtimes import Run
 from ..errors import BadValue
+from ..programs.functions import load_function
 
 
 @contextmanager
@@ -28,33 +26,13 @@ def room_for_graphs(count: int) -> Iterator[None]:
 
 
 def load_peer(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names; the module is looked for in the current folder, too.
+    """The function that `module:function` names.
 
     It is called as `function(model, r)` with the r of one row and a plain transformers model (a copy that shares its
     weights, in eval mode, on the measured device and in the measured dtype), and returns a callable that takes pixels
     [B, C, H, W] of the same device and dtype. Raises ValueError that says which part of the name is wrong.
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise BadValue("peer", name, "module:function")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise BadValue(
-            "peer", name, f"a module that can be imported; {module_name}: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        offered = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise BadValue("peer", name, f"a function of {module_name}, which has {', '.join(offered) or 'none'}")
-    return function
+    return load_function("peer", name)
 
 
 def peer_run(name: str, model: nn.Module, r: Any) -> Run:

@@ -23,9 +23,10 @@ from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
-from ..models.auto import load_trained_classifier
+from ..models.auto import AutoModel, load_trained_classifier
 from ..models.calibration import calibrate
-from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
+from ..models.distances import FEATURES
+from ..programs.arguments import ImageArguments, at_least, one_of, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.lock import only_run_in
 
@@ -48,6 +49,9 @@ class CalibrateArguments(ImageArguments):
     )
     r: str | None = option("the plan has the multiply-adds of this r; left out, of the adapter's own", default=None)
     flops: float | None = option("or this share of the unmerged model's multiply-adds", default=None)
+    features: str = option(
+        f"of an encoder without a head: {', '.join(FEATURES[1:])}; auto: the model is a classifier", default="auto"
+    )
     evaluations: int = option("most plans that are measured", default=60)
     output_dir: str = option(
         "folder for the adapter with its plan, or the config, and calibration.json", default="runs/calibrate"
@@ -56,6 +60,7 @@ class CalibrateArguments(ImageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "num_images", "evaluations")
+        one_of(self, "features", FEATURES)
         if (self.adapter is None) == (self.method is None):
             raise BadValue("adapter, method", (self.adapter, self.method), "one of the two")
         if self.r is not None and self.flops is not None:
@@ -76,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
     a, device = arguments, arguments.choose_device()
-    model = load_trained_classifier(a.model, merge=None).to(device).eval()
+    load = load_trained_classifier if a.features == "auto" else AutoModel.from_pretrained
+    model = load(a.model, merge=None).to(device).eval()
     if a.adapter is not None:
         attach(model, MergeAdapter.from_reference(a.adapter))
     else:
@@ -87,7 +93,12 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
     processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
     found = calibrate(
-        model, list(_pixels(processed, a.batch_size)), a.flops, evaluations=a.evaluations, batch_size=a.batch_size
+        model,
+        list(_pixels(processed, a.batch_size)),
+        a.flops,
+        evaluations=a.evaluations,
+        batch_size=a.batch_size,
+        features=a.features,
     )
     record = {
         **conditions(device),
@@ -97,6 +108,7 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         "data": {"name": data_name(a.data), "num_images": len(drawn), "seed": a.seed},
         "reductions": list(found.reductions),
         "flops": found.flops,
+        "features": a.features,
         "distance": found.distance,
         "even_distance": found.even_distance,
         "evaluations": found.evaluations,

@@ -58,9 +58,9 @@ class EvaluatedMethod:
         known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == by_keep_rate]
         return [*known, *map(FlopsSchedule, shares)]
 
-    def plan(self, model: Any) -> MergePlan:
-        """Tokens and multiply-adds of a model that is set to a row."""
-        plan: MergePlan = model.merge_plan()
+    def plan(self, model: Any, image_size: tuple[int, int] | None = None) -> MergePlan:
+        """Tokens and multiply-adds of a model that is set to a row, for images of a size (None: the model's own)."""
+        plan: MergePlan = model.merge_plan(image_size)
         if self.removes_tokens:
             return plan
         tokens = [plan.num_tokens] * len(plan.tokens)
@@ -148,13 +148,15 @@ def make_variants(
     reductions: Sequence[Any],
     shares: Sequence[float],
     adapters: dict[str, MergeAdapter] | None = None,
+    image_size: tuple[int, int] | None = None,
     **options: Any,
 ) -> list[Variant]:
     """The unmerged model, then every method at every r and every share of multiply-adds.
 
     A method that learns has its rows once for each of `adapters` that is of this method, by name. `model` is plain;
-    all rows share its weights. `options` are `attach`'s. Raises ValueError for an unknown method, for no amount of
-    merging, and for a method that needs an adapter and has none.
+    all rows share its weights. Costs are for images of `image_size`, None for the model's own. `options` are
+    `attach`'s. Raises ValueError for an unknown method, for no amount of merging, and for a method that needs an
+    adapter and has none.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
@@ -162,7 +164,7 @@ def make_variants(
     if not reductions and not shares and set(methods) != {UNMERGED}:
         raise BadValue("r", list(reductions), "at least one r, or one share in flops")
     reference = attach(share_weights(model), ToMeConfig(r=0), **options)
-    rows = [Variant(UNMERGED, None, reference, reference.merge_plan())]
+    rows = [Variant(UNMERGED, None, reference, reference.merge_plan(image_size))]
     for name in methods:
         if name == UNMERGED:
             continue
@@ -174,7 +176,7 @@ def make_variants(
                 raise BadValue("r", list(reductions), f"an amount that {name} understands, or a share in flops")
             for amount in amounts:
                 merged.set_reduction(amount)
-                rows.append(Variant(name, amount, merged, method.plan(merged), adapter_name))
+                rows.append(Variant(name, amount, merged, method.plan(merged, image_size), adapter_name))
     return rows
 
 

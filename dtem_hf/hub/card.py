@@ -27,6 +27,9 @@ _AUTO_CLASSES = {
     "image-to-text": "AutoModelForImageTextToText",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
+# Title, entry of a row, and format of the columns that say how much merging changes.
+_CLASSIFIER_COLUMNS = [("Agreement (%)", "agreement", ".2f"), ("KL", "kl", ".4f")]
+_DENSE_COLUMNS = [("Map error", "map_error", ".4f"), ("IoU", "iou", ".3f")]
 
 
 def card_of(
@@ -150,7 +153,9 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         checked: dict[str, Any] = {"method": entry(row, where, "method", str), "r": row.get("r")}
         if not re.fullmatch(r"[a-z0-9_]{1,32}", checked["method"]):
             raise BadValue(f"{where}.method", checked["method"], "the name of a method, like dtem")
-        for name in ("agreement", "kl", "multiply_adds", "ratio"):
+        # Of a dense head, its maps are compared.
+        compared = ("map_error", "iou") if "map_error" in row else ("agreement", "kl")
+        for name in (*compared, "multiply_adds", "ratio"):
             checked[name] = entry(row, where, name, float)
         # Absent where there were no labels, or too few images to time.
         for name in ("top1", "top5", "images_per_second", "speedup"):
@@ -185,9 +190,12 @@ def _evaluation_text(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Header and cells: the unmerged model first, then by falling multiply-adds, methods of the same r together."""
     labelled = any(row["top1"] is not None for row in rows)
+    dense = any("map_error" in row for row in rows)
+    columns = [("Top-1 (%)", "top1", ".2f"), ("Top-5 (%)", "top5", ".2f")] if labelled else []
+    columns += _DENSE_COLUMNS if dense else _CLASSIFIER_COLUMNS
     factor, unit = multiply_adds_unit(max((row["multiply_adds"] for row in rows), default=0))
-    header = ["Method", "Reduction", *(["Top-1 (%)", "Top-5 (%)"] if labelled else []), "Agreement (%)", "KL"]
-    header += [f"Multiply-adds ({unit})", "Images/s"]
+    header = ["Method", "Reduction", *(title for title, _, _ in columns), f"Multiply-adds ({unit})"]
+    header += [] if dense else ["Images/s"]
     most: dict[str, float] = {}
     for row in rows:
         label = reduction_label(row["r"])
@@ -202,15 +210,18 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         [
             as_text(method_name(row["method"])),
             as_text(reduction_label(row["r"])),
-            *([_figure(row["top1"], ".2f"), _figure(row["top5"], ".2f")] if labelled else []),
-            f"{row['agreement']:.2f}",
-            f"{row['kl']:.4f}",
+            *(_figure(row[name], form) for _, name, form in columns),
             f"{row['multiply_adds'] / factor:.3f} ({row['ratio']:.2f}×)",
-            _figure(row["images_per_second"], ".1f") + ("" if row["speedup"] is None else f" ({row['speedup']:.2f}×)"),
+            *([] if dense else [_speed(row)]),
         ]
         for row in sorted(rows, key=place)
     ]
-    return {"labelled": labelled, "header": header, "rows": cells}
+    return {"labelled": labelled, "dense": dense, "header": header, "rows": cells}
+
+
+def _speed(row: dict[str, Any]) -> str:
+    ratio = "" if row["speedup"] is None else f" ({row['speedup']:.2f}×)"
+    return _figure(row["images_per_second"], ".1f") + ratio
 
 
 def _figure(value: float | None, form: str) -> str:

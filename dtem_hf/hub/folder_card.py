@@ -27,9 +27,9 @@ def folder_card(
 ) -> str:
     """The text of the card of an adapter's folder.
 
-    By default, `evaluation.json`, `training.json`, `accuracy.png` and `merged_tokens.png` are taken from the folder if
-    they are there. `pictures` are files in the folder by caption. Raises FileNotFoundError for a named file that is
-    not there, and what `card_of` raises.
+    By default, `evaluation.json`, `training.json` and the pictures that `layout.PICTURES` names are taken from the
+    folder if they are there. `pictures` are files in the folder by caption. Raises FileNotFoundError for a named file
+    that is not there, and what `card_of` raises.
     """
     folder = Path(adapter_dir)
     if not folder.is_dir():

@@ -6,6 +6,7 @@ EVALUATION_NAME = "evaluation.json"
 TRAINING_NAME = "training.json"
 # Pictures that a card shows where they are in the folder, with their captions.
 PICTURES = {
+    "maps.jpg": "Maps of a dense head, unmerged and merged",
     "accuracy.png": "Accuracy against multiply-adds",
     "merged_tokens.png": "Merged tokens: each token that is left has one colour and one outline",
 }

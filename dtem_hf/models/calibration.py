@@ -45,15 +45,23 @@ class Calibration:
 
 
 def calibrate(
-    model: Any, images: Any, flops: float | None = None, *, evaluations: int = 60, batch_size: int = 32
+    model: Any,
+    images: Any,
+    flops: float | None = None,
+    *,
+    evaluations: int = 60,
+    batch_size: int = 32,
+    features: str = "auto",
 ) -> Calibration:
     """Find how much each layer should merge, set it on a merged model, and say what it gains.
 
     `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 64 to 256 will
     do, and labels are not read. `flops` is the share of the unmerged model's multiply-adds to keep (None: what the
     model keeps now). The search compares plans of at most that many multiply-adds by how far they take the hard
-    model's output from the unmerged one's, and ends after `evaluations` of them or where no neighbour is better. Works
-    for any method. The same images give the same plan. Raises ValueError for a share that cannot be reached.
+    model's output from the unmerged one's, and ends after `evaluations` of them or where no neighbour is better.
+    `features` says what is compared of a model without classes: pooled, cls, patches (their mean) or grid (all of
+    them). Works for any method. The same images give the same plan. Raises ValueError for a share that cannot be
+    reached.
     """
     is_merged = isinstance(model, MergeMixin)
     if not is_merged:
@@ -64,7 +72,7 @@ def calibrate(
     before, flops = merging.config, merging.plan.ratio if flops is None else flops
     try:
         with evaluating(model):
-            search = _Search(model, pixel_batches(images, batch_size), evaluations)
+            search = _Search(model, pixel_batches(images, batch_size), evaluations, features)
             even, best, schedule = search.run(_plans(merging, flops))
     except BaseException:
         set_merge_config(model, before)
@@ -77,12 +85,12 @@ def calibrate(
 class _Search:
     """Descent over a space of plans, each measured once."""
 
-    def __init__(self, model: Any, batches: Sequence[Tensor], most: int) -> None:
-        self.model, self.batches, self.most = model, batches, most
+    def __init__(self, model: Any, batches: Sequence[Tensor], most: int, features: str) -> None:
+        self.model, self.batches, self.most, self.features = model, batches, most, features
         self.evaluations = 0
         self._seen: dict[str, float] = {}
         with torch.no_grad(), model.unmerged():
-            self._references = [output_of(model, x) for x in batches]
+            self._references = [output_of(model, x, features) for x in batches]
 
     def run(self, plans: _Plans) -> tuple[float, float, Schedule]:
         """The distances of the first plan and of the best, and the best plan. Raises ValueError for no first plan."""
@@ -116,7 +124,7 @@ class _Search:
         if key not in self._seen:
             self.model.set_reduction(schedule)
             pairs = zip(self.batches, self._references, strict=True)
-            distances = [_distance(output_of(self.model, x), reference) for x, reference in pairs]
+            distances = [_distance(output_of(self.model, x, self.features), reference) for x, reference in pairs]
             self._seen[key] = torch.cat(distances).double().mean().item()
             self.evaluations += 1
             progress.update()

@@ -16,7 +16,7 @@ from ..scope import Scope, open_scope
 from .vision import run_on_pixels
 
 
-FEATURES = ("auto", "pooled", "cls", "patches")
+FEATURES = ("auto", "pooled", "cls", "patches", "grid")
 FEATURE_LOSSES = ("cosine", "mse")
 
 
@@ -27,14 +27,16 @@ def kl_to(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
-    """[B, D] twice -> [B]: one minus the cosine, or the mean squared difference."""
+    """[B, D] twice -> [B]: one minus the cosine, or the mean squared difference. Of [B, N, D], the mean over N."""
     if kind == "cosine":
-        return 1 - F.cosine_similarity(features.float(), reference, dim=-1)
-    return (features.float() - reference).square().mean(dim=-1)
+        distance = 1 - F.cosine_similarity(features.float(), reference, dim=-1)
+    else:
+        distance = (features.float() - reference).square().mean(dim=-1)
+    return distance.reshape(len(distance), -1).mean(dim=1)
 
 
 def output_of(model: Any, pixel_values: Tensor, kind: str = "auto") -> tuple[str, Tensor]:
-    """("logits", [B, classes]) of a classifier, ("features", [B, D]) of any other model, in float32.
+    """("logits", [B, classes]) of a classifier, ("features", [B, D] or [B, N, D]) of any other model, in float32.
 
     `kind` is that of `recorded_features`.
     """
@@ -60,8 +62,9 @@ def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
     """`with recorded_features(model, kind) as features:` run the model, then `features()` is [B, D] of that pass.
 
     `pooled` is the encoder's own pooled output, `cls` its first final token, `patches` the mean of its final patch
-    tokens, weighted by their sizes. `auto` is the first of these that there is; it passes over a pooler like ViT's,
-    whose weights many checkpoints lack. Raises ValueError where an encoder lacks it.
+    tokens, weighted by their sizes. `grid` is all N of these, back in place: [B, N, D]. `auto` is the first of the
+    other three that there is; it passes over a pooler like ViT's, whose weights many checkpoints lack. Raises
+    ValueError where an encoder lacks it.
     """
     family, encoder = find_encoder(model)
     prefix = family.geometry(encoder).num_prefix_tokens
@@ -71,7 +74,8 @@ def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
     handle = encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         # Asked to prepare for a plain mean, a merged encoder hands on tokens that are weighed by their sizes.
-        with open_scope(Scope(reader="mean" if kind == "patches" or not prefix else "tokens")):
+        reader = "mean" if kind == "patches" or not prefix else "tokens"
+        with open_scope(Scope(reader="grid" if kind == "grid" else reader)):
             yield lambda: _pool(encoder, outputs[-1], kind, prefix)
     finally:
         handle.remove()
@@ -87,4 +91,5 @@ def _pool(encoder: Any, output: Any, kind: str, num_prefix_tokens: int) -> Tenso
         return pooled.float()
     if kind == "cls" or (kind == "auto" and num_prefix_tokens):
         return tokens[:, 0].float()
-    return tokens[:, num_prefix_tokens:].float().mean(dim=1)
+    patches = tokens[:, num_prefix_tokens:].float()
+    return patches if kind == "grid" else patches.mean(dim=1)

@@ -148,6 +148,16 @@ def draw_merged_layers(
     save_figure(_grid(rows, [f"layer {layer}" for layer in chosen], list(models)), path)
 
 
+def draw_maps(images: Sequence[NDArray[Any]], maps: Mapping[str, NDArray[Any]], path: str | os.PathLike[str]) -> None:
+    """Write one figure: a row per image [H, W, 3], with its map of every column in `maps`, [n, h, w] each.
+
+    All are from 0 to 1. The suffix of `path` is the format; the file is written whole or not at all.
+    """
+    check_figure_format(path)
+    rows = [[(image, ""), *((own[i], "") for own in maps.values())] for i, image in enumerate(images)]
+    save_figure(_grid(rows, list(maps), None), path)
+
+
 def _check_merged(models: Mapping[str, PreTrainedModel]) -> None:
     for label, model in models.items():
         if not isinstance(model, MergeMixin):

@@ -104,10 +104,10 @@ def sampled_words(logits: Tensor, batch: dict[str, Tensor], seed: int, sample: i
 def sampled_projection(features: Tensor, batch: dict[str, Tensor], seed: int, sample: int) -> Tensor:
     """Sum over the images of the projection of their features, at length 1, on a random direction: a scalar.
 
-    The mean square of its change is the squared distance that features move.
+    The mean square of its change is the squared distance that features [B, D] or [B, N, D] move.
     """
     features = torch.nn.functional.normalize(features.float(), dim=-1)
-    directions = np.stack([draw.standard_normal(features.shape[-1]) for draw in _generators(batch, seed, sample)])
+    directions = np.stack([draw.standard_normal(features.shape[1:]) for draw in _generators(batch, seed, sample)])
     return (features * torch.from_numpy(directions).to(features)).sum()
 
 

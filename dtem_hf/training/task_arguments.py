@@ -37,6 +37,11 @@ class TaskArguments(CurriculumArguments, FisherArguments):
     cutmix: float = option("cutmix: parameter of the Beta distribution, 1.0 as published", default=0.0)
     label_smoothing: float = option("classification: share of the target that all classes get", default=0.0)
     features: str = option("features that are distilled: " + ", ".join(FEATURES), default="auto")
+    head: str | None = option(
+        "feature_distillation, feature_fisher: module:function that makes maps [B, H, W] of patches [B, D, rows, "
+        "columns]; the maps take the features' place",
+        default=None,
+    )
     feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
     feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
     distillation_weight: float | None = option(

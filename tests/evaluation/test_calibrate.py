@@ -52,6 +52,14 @@ def test_a_method_without_an_adapter_gets_a_config(vit_folder, common, tmp_path)
     assert config["method"] == "tome" and record["flops"] <= 0.8
 
 
+def test_an_encoder_is_compared_by_the_features_that_are_named(vit_folder, common, tmp_path):
+    main([*common, "--method", "tome", "--flops", "0.8", "--features", "grid", "--output_dir", str(tmp_path)])
+    record = json.loads((tmp_path / "calibration.json").read_text())
+    assert record["features"] == "grid" and 0 < record["distance"] <= record["even_distance"] < 2
+    with pytest.raises(BadValue, match="features='middle': one of auto, pooled"):
+        CalibrateArguments(model="m", data="d", method="tome", features="middle")
+
+
 def test_labels_are_not_read(vit_folder, tmp_path):
     """Folders of classes that the model does not have are images like any others."""
     for name in ("oak", "train", "elm"):

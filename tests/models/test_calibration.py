@@ -81,6 +81,17 @@ def test_models_without_logits_are_compared_by_features():
     assert result.distance == pytest.approx((1 - cosine).mean().item(), rel=1e-3)
 
 
+def test_a_grid_is_compared_patch_by_patch():
+    model = attach(make(ViTModel), ToMeConfig(r=8, unmerge=True))
+    result = calibrate(model, images(8), flops=0.7, evaluations=6, features="grid")
+    with torch.no_grad():
+        ours = model(images(8)).last_hidden_state[:, 1:]
+        with model.unmerged():
+            reference = model(images(8)).last_hidden_state[:, 1:]
+    cosine = (ours * reference).sum(-1) / ours.norm(dim=-1) / reference.norm(dim=-1)
+    assert result.distance == pytest.approx((1 - cosine).mean().item(), rel=1e-3)
+
+
 def test_of_a_model_that_reads_text_the_encoder_is_calibrated():
     torch.manual_seed(0)
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,15 +11,26 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from ...models.auto import AutoModel
+from ...models.dense_head import DenseHead
 from ...models.distances import feature_distance, recorded_features
+from ...programs.functions import load_function
+from ..task_arguments import TaskArguments
 from .image_task import ImageTask
 
 
 class FeatureDistillation(ImageTask):
-    """The loss is the distance to the unmerged features; options `features` and `feature_loss` choose both."""
+    """The loss is the distance to the unmerged features; options `features` and `feature_loss` choose both.
+
+    With a `head`, features are its maps.
+    """
 
     name: ClassVar[str] = "feature_distillation"
     ranked_by = "distance"
+
+    def __init__(self, arguments: TaskArguments) -> None:
+        super().__init__(arguments)
+        name = arguments.head
+        self.head = None if name is None else DenseHead(load_function("head", name), name)
 
     def load_model(self) -> Any:
         """The encoder; of a model that also reads text, its vision part."""
@@ -30,9 +42,15 @@ class FeatureDistillation(ImageTask):
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         a, pixels = self.arguments, self.mixed(batch).pixel_values
         reference = self._unmerged_features(plain_model, pixels)
-        with recorded_features(plain_model, a.features) as features:
-            model(pixel_values=pixels)
-            return feature_distance(reference, features(), a.feature_loss).mean()
+        features = self.features(plain_model, pixels, lambda: model(pixel_values=pixels))
+        return feature_distance(reference, features, a.feature_loss).mean()
+
+    def features(self, model: Any, pixels: Tensor, run: Callable[[], Any]) -> Tensor:
+        """The features of a model that `run` runs on pixels: [B, D] or [B, N, D]."""
+        with recorded_features(model, self.arguments.features if self.head is None else "grid") as recorded:
+            run()
+            features = recorded()
+        return features if self.head is None else self.head(model, features, pixels).flatten(1)
 
     def reference(self, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         return self._unmerged_features(plain_model, batch["pixel_values"])
@@ -42,20 +60,21 @@ class FeatureDistillation(ImageTask):
 
         `retrieval`: whether merged and unmerged features of an image have the same nearest other image of the batch.
         """
-        with recorded_features(model, self.arguments.features) as recorded:
-            model(pixel_values=batch["pixel_values"])
-            features = recorded()
-        same = nearest(features, reference) == nearest(reference, reference)
+        pixels = batch["pixel_values"]
+        features = self.features(model, pixels, lambda: model(pixel_values=pixels))
+        flat = reference.flatten(1)
+        same = nearest(features.flatten(1), flat) == nearest(flat, flat)
         return {
             "distance": feature_distance(reference, features, self.arguments.feature_loss),
-            "cosine": F.cosine_similarity(features, reference, dim=-1),
-            "retrieval": (100.0 * same) if len(same) > 2 else torch.full_like(features[:, 0], torch.nan),
+            "cosine": 1 - feature_distance(reference, features, "cosine"),
+            "retrieval": (100.0 * same) if len(same) > 2 else torch.full_like(flat[:, 0], torch.nan),
         }
 
     def _unmerged_features(self, plain_model: Any, pixel_values: Tensor) -> Tensor:
-        with recorded_features(self.teacher(plain_model), self.arguments.features) as features:
-            self.unmerged(plain_model, pixel_values=pixel_values)
-            return features()
+        def run() -> Any:
+            return self.unmerged(plain_model, pixel_values=pixel_values)
+
+        return self.features(self.teacher(plain_model), pixel_values, run)
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...configuration import LEARN_FIELDS
 from ...errors import BadValue
-from ...models.distances import recorded_features
 from ...models.install import merging_of, recorded_steps
 from ..fisher import fisher_loss, sampled_log_probability, sampled_projection, sampled_words
 from .captioning import MODEL_INPUTS, Captioning
@@ -65,10 +64,9 @@ class FeatureFisher(_HardMerging, FeatureDistillation):
     sampler = staticmethod(sampled_projection)
 
     def output(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Features [B, D]."""
-        with recorded_features(plain_model, self.arguments.features) as features:
-            model(pixel_values=self.mixed(batch).pixel_values)
-            return features()
+        """Features [B, D] or [B, N, D]."""
+        pixels = self.mixed(batch).pixel_values
+        return self.features(plain_model, pixels, lambda: model(pixel_values=pixels))
 
 
 class CaptionFisher(_HardMerging, Captioning):

@@ -17,6 +17,7 @@ ROWS = [
     ("feature_distillation", "vit_folder", {}),
     ("feature_distillation", "clip_folder", {"feature_loss": "mse"}),
     ("feature_distillation", "siglip_folder", {}),
+    ("feature_distillation", "clip_folder", {"features": "grid"}),
     ("captioning", "git_folder", {}),
     ("captioning", "blip_folder", {"distillation_weight": 0.5}),
     ("contrastive", "clip_folder", {"distillation_weight": 0.5}),
@@ -28,6 +29,7 @@ ROWS = [
 FROZEN_ROWS = [
     ("fisher", "vit_folder", {}),
     ("feature_fisher", "clip_folder", {}),
+    ("feature_fisher", "siglip_folder", {"features": "grid"}),
     ("caption_fisher", "git_folder", {}),
     ("caption_fisher", "blip_folder", {}),
 ]

@@ -17,6 +17,8 @@ CASES = [
     ("clip_folder", CLIPVisionModel, "patches", lambda out: out.last_hidden_state[:, 1:].mean(1)),
     ("siglip_folder", SiglipVisionModel, "auto", lambda out: out.pooler_output),
     ("siglip_folder", SiglipVisionModel, "patches", lambda out: out.last_hidden_state.mean(1)),
+    ("clip_folder", CLIPVisionModel, "grid", lambda out: out.last_hidden_state[:, 1:]),
+    ("siglip_folder", SiglipVisionModel, "grid", lambda out: out.last_hidden_state),
     ("vit_folder", ViTModel, "auto", lambda out: out.last_hidden_state[:, 0]),  # its pooler is not in the checkpoint
 ]
 
@@ -52,6 +54,56 @@ def test_mean_of_patches_is_weighted_by_sizes(clip_folder, soft):
     torch.testing.assert_close(pooled, by_hand, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_grid_has_every_patch_in_its_place(clip_folder):
+    """Of a merged patch, the token that the source map names."""
+    model = attach(CLIPVisionModel.from_pretrained(clip_folder), DTEMConfig(r=4)).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with model.trace_merging() as trace, recorded_features(model, "grid") as features:
+        model(pixel_values=pixels)
+        grid = features()
+    tokens = model(pixel_values=pixels).last_hidden_state
+    assert tokens.shape[1] == 5 and grid.shape == (2, 16, 32)
+    for b in range(2):
+        for patch in range(16):
+            assert torch.equal(grid[b, patch], tokens[b, trace.source_maps[-1][b, 1 + patch]])
+
+
+@pytest.mark.parametrize("task", ["feature_distillation", "feature_fisher"])
+def test_a_head_is_compared_by_its_maps(task, clip_folder, options, make_run, tmp_path, monkeypatch):
+    """Its loss is the distance of the maps, which are made of the grid as the head makes them."""
+    weight = torch.linspace(-1, 1, 32)
+    (tmp_path / "my_trained_heads.py").write_text(
+        "import torch\n"
+        "def shade(patches):\n"
+        "    return torch.einsum('bdrc,d->brc', patches, torch.linspace(-1, 1, 32)).sigmoid()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    changes = {"model": str(clip_folder), "task": task, "head": "my_trained_heads:shade", "feature_loss": "mse"}
+    run = make_run({**options, **changes})
+    relax(run.model, False)
+    batch = run.data.collate([run.data.train[0, i] for i in range(3)])
+    with torch.no_grad():
+        merged = recorded(run.model, batch["pixel_values"])
+        with run.model.unmerged():
+            plain = recorded(run.model, batch["pixel_values"])
+        squares = ((merged @ weight).sigmoid() - (plain @ weight).sigmoid()).square().mean(dim=1)
+        reference = run.task.reference(run.model, batch)
+        torch.testing.assert_close(run.task.figures(run.model, batch, reference)["distance"], squares)
+    loss = run.task.loss(run.model, run.model, batch)
+    if task == "feature_distillation":
+        assert loss.item() == pytest.approx(squares.mean().item(), rel=1e-5)
+    else:
+        loss.backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in run.model.merge_parameters())
+
+
+def recorded(model, pixels):
+    with recorded_features(model, "grid") as features:
+        model(pixel_values=pixels)
+        return features()
+
+
 def test_distances_by_hand():
     reference, features = torch.randn(4, 7), torch.randn(4, 7)
     for i in range(4):
@@ -60,6 +112,10 @@ def test_distances_by_hand():
         assert feature_distance(reference, features, "cosine")[i].item() == pytest.approx(cosine, abs=1e-6)
         squares = sum((x - y) ** 2 for x, y in zip(a.tolist(), b.tolist(), strict=True)) / 7
         assert feature_distance(reference, features, "mse")[i].item() == pytest.approx(squares, rel=1e-5)
+    stacked = [torch.stack([x, x.flip(0)], dim=1) for x in (reference, features)]  # of a grid, the mean over patches
+    for kind in ("cosine", "mse"):
+        each = feature_distance(reference, features, kind)
+        torch.testing.assert_close(feature_distance(*stacked, kind), (each + each.flip(0)) / 2)
 
 
 def test_nearest_is_somebody_else():

@@ -1,0 +1,243 @@
+"""What merging costs a dense head: its maps from merged tokens, against those from the unmerged model's.
+
+python recipes/evaluate_dense.py --model facebook/dinov2-small --head my_heads:depth --data path/to/images --adapter A
+python recipes/evaluate_dense.py --model ... --head ... --data ... --methods tome --r 8 16 --limit 50  # a laptop's CPU
+
+The head is a function or a module of yours, and no other code from outside is run. It gets the model's last hidden
+state with every patch in its place, [B, D, rows, columns] in float32, and returns one map per image, [B, H, W] or
+[B, 1, H, W]. Maps from 0 to 1, such as probabilities, suit the threshold and the picture. Labels are not read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..configuration import KeepRateConfig
+from ..data.folders import NO_LABELS
+from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..errors import BadValue
+from ..files import write_json, write_text
+from ..hub.folder_card import write_card
+from ..labels import reduction_label
+from ..models.attach import attach
+from ..models.auto import AutoModel
+from ..models.copies import share_weights
+from ..models.dense_head import DenseHead
+from ..models.distances import recorded_features
+from ..models.install import merging_of
+from ..models.vision import run_on_pixels
+from ..programs.arguments import ImageArguments, at_least, option, parse_arguments
+from ..programs.conditions import data_name
+from ..programs.functions import load_function
+from ..programs.lock import only_run_in
+from ..programs.output import output_folder
+from ..report.pictures import displayed_pixels, draw_maps
+from ..report.plots import series_name
+from ..report.tables import about, as_markdown, print_rows
+from ..schedule import FlopsSchedule
+from .arguments import METHODS_HELP, RowArguments
+from .metrics import bootstrap_interval
+from .variants import METHODS, Variant, make_variants
+
+
+COLUMNS = ("method", "r", "error", "error, 95 %", "IoU", "IoU, 95 %", "M mult-adds", "share")
+LEGEND = (
+    "error: mean absolute difference of a map from the unmerged model's; IoU: intersection over union of the pixels "
+    "above the threshold with the unmerged model's; both are means over images. share: of the unmerged multiply-adds"
+)
+
+
+@dataclass(kw_only=True)
+class DenseArguments(RowArguments, ImageArguments):
+    """Compare a dense head's maps from merged tokens with those from the unmerged model's."""
+
+    head: str = option("module:function that makes maps [B, H, W] of patches [B, D, rows, columns]")
+    methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["tome", "evit", "dtem"])
+    r: list[str] = option(
+        "tokens merged per layer, one row each; methods that keep a share get ToMe's multiply-adds at this r",
+        default_factory=lambda: ["4", "8", "12", "16", "20"],
+    )
+    adapters: list[str] = option(
+        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
+    )
+    threshold: float = option("a pixel of a map counts for IoU above this value", default=0.5)
+    num_workers: int = option("processes that decode images", default=1)
+    pictures: int = option("how many images the picture shows; 0: no picture", default=4)
+    picture_data: str | None = option("images for the picture, as in data; left out, the first of data", default=None)
+    picture_r: str | None = option("the one r that the picture shows, as in r; left out, the last", default=None)
+    output_dir: str = option("folder for dense.json, dense.md and maps.jpg", default="runs/dense")
+    write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "num_workers", "pictures")
+        if self.picture_r is not None and self.picture_r not in self.r:
+            raise BadValue("picture_r", self.picture_r, f"one of {', '.join(self.r)}")
+        if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
+            raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
+
+    def adapter_references(self) -> list[str]:
+        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
+
+    def make_variants(self, model: Any, adapters: dict[str, Any], **options: Any) -> list[Variant]:
+        """The rows; a method that keeps a share of the tokens has the multiply-adds of ToMe at every r."""
+        unmerged, *matched = make_variants(model, ["tome"], self.reductions(), self.flops, **options)
+        rows = [unmerged]
+        for name in self.methods:
+            reductions, shares = self.reductions(), self.flops
+            if name in METHODS and isinstance(METHODS[name].config, KeepRateConfig):
+                merged = attach(share_weights(model), METHODS[name].config)
+                cost, tokens = merging_of(merged).cost, unmerged.plan.num_tokens
+                wanted = [FlopsSchedule(variant.plan.ratio) for variant in matched]
+                reductions = [merged.merge_config.with_reduction(each, cost, tokens).schedule for each in wanted]
+                shares = []
+            rows += make_variants(model, [name], reductions, shares, adapters, **options)[1:]
+        return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, print the table, write JSON, Markdown and the picture."""
+    arguments = parse_arguments(DenseArguments, argv, __doc__ or "")
+    with only_run_in(arguments.output_dir) as folder:
+        card = output_folder(str(arguments.adapter)) if arguments.write_card else None
+        result = evaluate_dense(arguments, folder / "maps.jpg")
+        write_json(folder / "dense.json", result)
+        write_text(folder / "dense.md", markdown(result))
+        if card is not None:
+            write_json(card / "evaluation.json", result)
+            if arguments.pictures:
+                shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
+            write_card(card, overwrite=True)
+        print_rows(about(result), COLUMNS, cells(result["rows"]), legend=LEGEND)
+        print(f"written: dense.json, dense.md{' and maps.jpg' if arguments.pictures else ''} in {folder}")
+
+
+@torch.inference_mode()
+def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> dict[str, Any]:
+    """Measure every row on every image, and draw some maps. Returns what is written to `dense.json`."""
+    a, device = arguments, arguments.choose_device()
+    head = DenseHead(load_function("head", a.head), a.head)
+    model = AutoModel.from_pretrained(a.model, merge=None).to(device).eval()
+    processor = load_processor(a.model)
+    images = ProcessedImages(load_images(a.data, a.split, a.limit, NO_LABELS), processor)
+    size = tuple(images[0]["pixel_values"].shape[-2:])
+    variants = a.make_variants(model, a.load_adapters(), unmerge=True, image_size=size)
+
+    def maps_of(variant: Variant, pixels: Tensor) -> Tensor:
+        with variant.ready() as merged, recorded_features(merged, "grid") as patches:
+            run_on_pixels(merged, pixels)
+            return head(merged, patches(), pixels)
+
+    figures: list[list[Tensor]] = [[] for _ in variants]
+    loader = DataLoader(images, a.batch_size, collate_fn=collate, num_workers=a.num_workers)
+    for batch in tqdm(loader, desc="maps", unit="batch"):
+        pixels = batch["pixel_values"].to(device)
+        reference = maps_of(variants[0], pixels)
+        for figure, variant in zip(figures, variants, strict=True):
+            maps = reference if variant is variants[0] else maps_of(variant, pixels)
+            figure.append(torch.stack([map_error(maps, reference), map_iou(maps, reference, a.threshold)]).cpu())
+    rows = []
+    for variant, parts in zip(variants, figures, strict=True):
+        errors, overlaps = torch.cat(parts, dim=1).double().numpy()
+        rows.append(
+            {
+                **variant.facts(),
+                "map_error": float(errors.mean()),
+                "map_error_interval": bootstrap_interval(errors),
+                "iou": float(overlaps.mean()),
+                "iou_interval": bootstrap_interval(overlaps),
+                **variant.costs(),
+            }
+        )
+    if picture is not None and a.pictures:
+        drawn = images
+        if a.picture_data is not None:
+            drawn = ProcessedImages(load_images(a.picture_data, a.split, None, NO_LABELS), processor)
+        first = torch.stack([drawn[i]["pixel_values"] for i in range(min(a.pictures, len(drawn)))]).to(device)
+        shown = {_column(rows[i]): maps_of(variants[i], first).cpu().numpy() for i in _shown_rows(a, rows)}
+        draw_maps([displayed_pixels(each, processor) for each in first], shown, picture)
+    return {
+        **a.facts(model, device),
+        "task": "image-feature-extraction",
+        "adapters": a.adapter_references(),
+        "head": a.head,
+        "threshold": a.threshold,
+        "data": {"name": data_name(a.data), "num_images": len(images)},
+        "image_size": list(size),
+        "batch_size": a.batch_size,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "rows": rows,
+    }
+
+
+def map_error(maps: Tensor, reference: Tensor) -> Tensor:
+    """Mean absolute difference of every map: [B, H, W] twice -> [B]."""
+    return (maps - reference).abs().mean(dim=(1, 2))
+
+
+def map_iou(maps: Tensor, reference: Tensor, threshold: float) -> Tensor:
+    """Intersection over union of the pixels above a threshold: [B, H, W] twice -> [B]; 1 where neither has any."""
+    own, other = maps > threshold, reference > threshold
+    both, either = (own & other).sum(dim=(1, 2)), (own | other).sum(dim=(1, 2))
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The rows under COLUMNS, as text."""
+    return [
+        [
+            series_name(row),
+            reduction_label(row["r"]),
+            f"{row['map_error']:.4f}",
+            "{:.4f} to {:.4f}".format(*row["map_error_interval"]),
+            f"{row['iou']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["iou_interval"]),
+            f"{row['multiply_adds'] / 1e6:.1f}",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in rows
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    return as_markdown(COLUMNS, cells(rows))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, and how it was made."""
+    size = "×".join(str(extent) for extent in result["image_size"])
+    data = result["data"]
+    parts = [
+        f"# {result['model']['name']}: maps from merged tokens",
+        f"{data['num_images']:,} images of {data['name']}, {size} pixels, head `{result['head']}`, threshold "
+        f"{result['threshold']:g}. Below, {LEGEND}.",
+        table(result["rows"]),
+        f"Made by `{result['command']}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown_rows(arguments: DenseArguments, rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The places of the rows that the picture shows: the unmerged one, and every method at one r."""
+    wanted = -1 if arguments.picture_r is None else arguments.r.index(arguments.picture_r)
+    series: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        series.setdefault(series_name(row), []).append(i)
+    return [places[min(wanted, len(places) - 1)] for places in series.values()]
+
+
+def _column(row: dict[str, Any]) -> str:
+    return series_name(row) if row["r"] is None else f"{series_name(row)}, {reduction_label(row['r'])}"

@@ -1,0 +1,42 @@
+"""A dense head of a user's: a function that makes one map per image of all patches, each in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import BadValue
+from ..families import find_encoder
+
+
+@dataclass
+class DenseHead:
+    """`function` takes patches [B, D, rows, columns] and returns maps [B, H, W] or [B, 1, H, W].
+
+    A function that is a module moves to the patches' device, in eval mode. `name` stands in errors.
+    """
+
+    function: Callable[[Tensor], Any]
+    name: str
+
+    def __call__(self, model: Any, patches: Tensor, pixel_values: Tensor) -> Tensor:
+        """The maps of a model's final patch tokens [B, N, D] for pixels [B, C, height, width]: [B, H, W], float32.
+
+        Raises ValueError where the head returns anything else.
+        """
+        if isinstance(self.function, nn.Module):
+            self.function.to(patches.device).eval()
+        family, encoder = find_encoder(model)
+        sides = zip(pixel_values.shape[-2:], family.patch_sides(encoder.config)[-2:], strict=True)
+        grid = [side // patch for side, patch in sides]
+        maps = self.function(patches.unflatten(1, grid).permute(0, 3, 1, 2))  # [B, N, D] -> [B, D, rows, columns]
+        shape = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        if isinstance(maps, Tensor) and maps.dim() == 4 and maps.shape[1] == 1:
+            maps = maps.squeeze(1)
+        if not isinstance(maps, Tensor) or maps.dim() != 3 or len(maps) != len(patches):
+            right = f"a function that returns one map per image, [{len(patches)}, H, W], not {shape}"
+            raise BadValue("head", self.name, right)
+        return maps.float()
