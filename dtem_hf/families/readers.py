@@ -100,12 +100,13 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "masked_mean": (MaskedMeanReader,),
     "weighed": (WeighedReader,),
     "grid": (GridReader,),
+    "rows": (),
 }
 
 # The entry of an encoder's output that holds the tokens' sizes, for a decoder that attends to them later.
 TOKEN_SIZES = "token_sizes"
 # The readers that get all tokens back in place.
-RETURN_ALL = ("grid", "masked_mean")
+RETURN_ALL = ("grid", "masked_mean", "rows")
 
 
 def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
