@@ -26,7 +26,7 @@ class Family:
     `encoders`: the stock modules that run the layers, each with the dotted name of its list of layers. `anatomy`: how
     a layer is built. `models`: the models in which such an encoder may be merged, and how each reads its tokens: a
     word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; the
-    numbers that the config has in its entries `prefix_fields` are added. `width_field`: the config's entry for the width D.
+    numbers that the config has in its entries `prefix_fields` are added. `width_field`: its entry for the width D.
 
     `composites`: models that do more than see, and are costed by their encoder alone. `frames`: the entry of a
     composite's config that says how many images it sees at once. `encoder_parts`, `layer_parts` and `model_parts`: by

@@ -1,9 +1,10 @@
 """Encoders whose images come as rows below each other, without a batch: the vision towers of Qwen's models.
 
-A segment is what attends to itself alone, an image or a frame of a video. Segments of one length are a batch [S, N, D]
-with a token state of its own, so that an image is merged in the same way among any others. Every layer takes and returns
-all rows, each in its place: it reads one row for each token that is left, and writes every token to all of its rows.
-What reads rows between the layers or behind them needs no change. Rotations are those of DINOv3.
+A segment is what attends to itself alone: an image, or a frame of a video. All segments of one length are a batch
+[S, N, D] that has its own token state, so an image is merged in the same way alone and among others. A layer takes and
+returns all rows [T, D] in their places. Inside, it reads one row for each token that is left; in the end, it writes
+every token to all of its rows. So parts that read rows between the layers, or behind them, need no change. Rotations
+are those of DINOv3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen2-VL's vision tower: patches of images and frames below each other, rotated by where they lie; no prefix token."""
+"""Qwen2-VL's vision tower: rows of patches of images and frames, rotated by where they lie; no prefix token."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def counts_the_encoder_alone(case: FamilyCase, folder: Path) -> None:
 def returns_as_many_tokens_as_planned(case: FamilyCase, folder: Path) -> None:
     for row in case.rows:
         test_promises.test_recorded_states_have_the_plans_lengths(row)
-    test_unmerging.test_all_tokens_come_back_in_place(case, "tome")
+    if not case.rows[0].anatomy.whole:
+        test_unmerging.test_all_tokens_come_back_in_place(case, "tome")
     for _, model_class in (pair for pair in test_promises.WITH_TEXT if pair[0] is case):
         test_promises.test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case, model_class)
 
@@ -111,6 +112,7 @@ def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
 
 
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
+WIDTH_FIELD = Family.__dataclass_fields__["width_field"].default
 PREFIX_FIELDS = Family.__dataclass_fields__["prefix_fields"].default
 Check = Callable[[FamilyCase, Path], None]
 Mutation = tuple[str, Family, tuple[Check, ...]]
@@ -121,6 +123,7 @@ READERS: dict[str, tuple[str, Check]] = {
     "masked_mean": ("tokens", equals_the_slow_reference),
     "grid": ("tokens", lays_all_tokens_on_their_grid),
     "weighed": ("tokens", weighs_tokens_by_their_sizes),
+    "rows": ("tokens", returns_as_many_tokens_as_planned),
 }
 PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_tokens)
 METHODS: dict[str, tuple[Check, ...]] = {
@@ -181,6 +184,8 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
     yield "num_prefix_tokens", replace(family, num_prefix_tokens=prefix), checks
     if family.prefix_fields != PREFIX_FIELDS:
         yield "prefix_fields", replace(family, prefix_fields=PREFIX_FIELDS), checks
+    if family.width_field != WIDTH_FIELD:
+        yield "width_field", replace(family, width_field=WIDTH_FIELD), (merges_softly_as_the_slow_reference,)
     for cls in family.composites:
         left = tuple(other for other in family.composites if other is not cls)
         yield f"composites-{cls.__name__}", replace(family, composites=left), (counts_the_encoder_alone,)

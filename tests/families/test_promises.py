@@ -123,7 +123,7 @@ def test_recorded_states_have_the_plans_lengths(row: Row) -> None:
     plan = model.merge_plan()
     output = model(**row.inputs(2), output_hidden_states=True, output_attentions=True)
     if "grid_thw" in row.inputs(1):  # every layer takes and returns all rows
-        assert [len(state) for state in output.hidden_states] == [2 * plan.num_tokens] * 5
+        assert [len(state) for state in output.hidden_states] == [2 * plan.output_tokens] * 5
         return
     if "spatial_shapes" in row.inputs(1) and row.output == "logits":  # a mean over a mask reads all tokens in place
         assert [state.shape[1] for state in output.hidden_states] == [plan.num_tokens] * 5
