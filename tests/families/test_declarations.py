@@ -18,6 +18,7 @@ from dtem_hf.families import FAMILIES, Family
 from tests.families import test_promises, test_registry, test_slow_reference, test_unmerging
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
+from tests.support.packed_rows import rounds_sizes
 
 
 def family_of(case: FamilyCase) -> Family:
@@ -111,6 +112,11 @@ def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
             test()
 
 
+def rounds_sizes_as_the_processor(case: FamilyCase, folder: Path) -> None:
+    if case.rows[0].anatomy.whole:
+        rounds_sizes(case)
+
+
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
 WIDTH_FIELD = Family.__dataclass_fields__["width_field"].default
 PREFIX_FIELDS = Family.__dataclass_fields__["prefix_fields"].default
@@ -129,7 +135,7 @@ PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_
 METHODS: dict[str, tuple[Check, ...]] = {
     "padding_sizes": (equals_the_slow_reference,),
     "check": (refuses_what_cannot_be_merged,),
-    "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged, rounds_sizes_as_the_processor),
     "input_shape": (plans_what_torch_counts, refuses_what_cannot_be_merged),
     "input_sides": (plans_what_torch_counts,),
     "patch_sides": (plans_what_torch_counts,),
