@@ -347,10 +347,11 @@ def test_one_graph_of_torch_compile(case: FamilyCase, model_class: Any, config: 
 
 
 @torch.no_grad()
-@by_exported
-def test_behind_a_graph_break_a_compiled_encoder_is_merged_all_the_same(case: FamilyCase, model_class: Any) -> None:
+@pytest.mark.parametrize("family", ["vit", "qwen2_vl"])
+def test_behind_a_graph_break_a_compiled_encoder_is_merged_all_the_same(family: str) -> None:
     torch._dynamo.reset()
-    model = make_merged(case, model_class)
+    case = CASES[family]
+    model = make_merged(case, case.encoder)
     expected = first_output(model, case.small_inputs(2))
     layers_of(model)[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
     compiled = torch.compile(model, backend="eager")
