@@ -196,6 +196,8 @@ def assert_merged_tokens_and_mixed_traces_are_refused(case: FamilyCase) -> None:
         pytest.raises(UnsupportedModelError, match=r"images of one number of tokens.* 64, 24, 4"),
     ):
         model(**rows_of(MIXED))
+    with pytest.raises(UnsupportedModelError, match="takes rows of patches and grid_thw, not images of pixels"):
+        model.set_reduction(target_speedup=1.2)
     with pytest.raises(UnsupportedModelError, match="head width 4: positions can be read off rotations from 8 on"):
         attach(case.make(case.encoder, num_attention_heads=8), ToMeConfig(r=9))
 
