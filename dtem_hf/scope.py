@@ -53,6 +53,11 @@ def current_state() -> TokenState | None:
     return None if scope is None else scope.state
 
 
+def is_traced() -> bool:
+    """Whether a scope is open in the trace that torch.compile is making."""
+    return _traced is not None
+
+
 @contextmanager
 def open_scope(scope: Scope) -> Iterator[Scope]:
     """Make a scope the innermost one inside the block."""

@@ -88,6 +88,8 @@ class TokenState:
         self.finished = False
         # Set when all tokens were put back in place for the reader.
         self.unmerged = False
+        # Of packed images: the rows [S, N] of those that have N tokens each, with a state of their own.
+        self.parts: list[tuple[Tensor, TokenState]] = []
         self._masked = masked
         self._padded = sizes is not None
         self._resolve = resolve
@@ -100,6 +102,14 @@ class TokenState:
         self._positions: list[Tensor | None] = [None]
         self._sources: list[Tensor] = []
         self._first_merge: int | None = None
+
+    def divide(self, rows: Sequence[Tensor]) -> None:
+        """Give packed images of each length a state of their own: `rows` [S, N] are theirs, for each length N."""
+        if len(rows) > 1 and (self._trace is not None or self.steps is not None):
+            lengths = ", ".join(str(each.shape[1]) for each in rows)
+            raise UnsupportedModelError(f"A trace is for images of one number of tokens, and these have {lengths}.")
+        common = (self._resolve, self.num_prefix_tokens, self.method, self.anatomy, self.embedding, self._trace)
+        self.parts = [(each, TokenState(*common, keep_sources=True, steps=self.steps)) for each in rows]
 
     def sizes(self, layer: int) -> Tensor | None:
         """Sizes of the tokens that enter a layer: [B, n] float32, or None while all are 1."""

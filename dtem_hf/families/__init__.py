@@ -21,6 +21,7 @@ _WINDOWS = "its layers attend within windows of a grid, which merged tokens do n
 _REASONS = {
     **dict.fromkeys(["sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model", "sam2", "vitdet"], _WINDOWS),
     **dict.fromkeys(["swin", "swinv2", "maskformer-swin", "donut-swin"], _WINDOWS),
+    **dict.fromkeys(["qwen2_5_vl", "qwen2_5_vl_vision"], _WINDOWS),
     "hiera": "it pools tokens between its layers by their places on a grid",
     "eomt": "its queries join the patches inside the encoder, and it reads a mask off every patch",
     "yolos": "its detection tokens stand behind the patches, among the tokens that merge",

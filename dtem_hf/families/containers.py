@@ -77,7 +77,7 @@ GRID = Container()
 CONTAINERS: Mapping[str, Container] = {
     **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "zoedepth"), GRID),
     **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision", "vipllava"), GRID),
-    **dict.fromkeys(("idefics2", "idefics3", "internvl", "smolvlm"), GRID),
+    **dict.fromkeys(("idefics2", "idefics3", "internvl", "qwen2_vl", "qwen3_vl", "smolvlm"), GRID),
     **dict.fromkeys(
         ("llava", "paligemma"),
         Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True),

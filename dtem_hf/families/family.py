@@ -26,7 +26,7 @@ class Family:
     `encoders`: the stock modules that run the layers, each with the dotted name of its list of layers. `anatomy`: how
     a layer is built. `models`: the models in which such an encoder may be merged, and how each reads its tokens: a
     word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; the
-    numbers that the config has in its entries `prefix_fields` are added.
+    numbers that the config has in its entries `prefix_fields` are added. `width_field`: its entry for the width D.
 
     `composites`: models that do more than see, and are costed by their encoder alone. `frames`: the entry of a
     composite's config that says how many images it sees at once. `encoder_parts`, `layer_parts` and `model_parts`: by
@@ -39,6 +39,7 @@ class Family:
     models: Mapping[type[nn.Module], str | type]
     num_prefix_tokens: int = 1
     prefix_fields: tuple[str, ...] = ("num_register_tokens",)
+    width_field: str = "hidden_size"
     composites: tuple[type[nn.Module], ...] = ()
     frames: str | None = None
     encoder_parts: Mapping[str, type] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Family:
 
     def reads_grid(self, model: nn.Module) -> bool:
         """Whether a model needs all tokens back in place."""
-        return self.reader(type(model)) == "grid"
+        return self.reader(type(model)) in ("grid", "rows")
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
         """Mixins for a merged model of a class, in front of the class itself."""
@@ -69,7 +70,7 @@ class Family:
 
     def geometry(self, encoder: Any) -> Geometry:
         """Widths and counts, by declared sizes: weights may be packed, sharded or offloaded."""
-        layers, width = self.layers(encoder), encoder.config.hidden_size
+        layers, width = self.layers(encoder), getattr(encoder.config, self.width_field)
         prefix = self.num_prefix_tokens + sum(getattr(encoder.config, name, 0) for name in self.prefix_fields)
         return Geometry(len(layers), width, *self.anatomy.heads_of(layers[0], width), prefix)
 
@@ -86,7 +87,7 @@ class Family:
 
     def key_projections(self, encoder: Any, like: Tensor) -> list[KeyProjection]:
         """Every layer's map to attention keys; `like` has the device and dtype of their input."""
-        width = encoder.config.hidden_size
+        width = getattr(encoder.config, self.width_field)
         return [self.anatomy.key_projection(layer, width, like) for layer in self.layers(encoder)]
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float, weights: bool
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, dropout: float, weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with an additive mask: [B, H, n, d] three times -> [B, n, H·d], and the weights if wanted."""
+    """Attention with an additive mask, or none: [B, H, n, d] three times -> [B, n, H·d], and the weights if wanted."""
     if not weights:
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
         return mixed.transpose(1, 2).flatten(2), None
-    scores = (query @ key.transpose(2, 3)) * scaling + bias
+    scores = (query @ key.transpose(2, 3)) * scaling
+    scores = scores if bias is None else scores + bias
     shares = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout, training=dropout > 0)
     return (shares @ value).transpose(1, 2).flatten(2), shares
 

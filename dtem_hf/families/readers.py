@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..scope import Scope, current_state, open_scope
+from ..scope import Scope, current_state, is_traced, open_scope
 from ..token_state import TokenState
 from .unmasked_attention import serve_attention
 
@@ -50,9 +50,23 @@ def _scoped(stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Of equal length: Dynamo of torch 2.9 knows no other zip.
         inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
-        return self._run_in_scope(lambda: stock(self, *args, **kwargs), inputs)
+        return self._run_in_scope(lambda: _untraced(lambda: stock(self, *args, **kwargs)), inputs)
 
     return method
+
+
+def _untraced(call: Callable[[], Any]) -> Any:
+    """Make a call inside a scope. torch.compile traces the scope along with it, or does not trace the call at all.
+
+    Behind a graph break, it would trace parts of the call alone, which could not read a scope that was opened outside
+    of their trace, and would quietly be those of the plain model.
+    """
+    return call() if is_traced() or torch.compiler.is_exporting() else _eagerly(call)
+
+
+@torch.compiler.disable
+def _eagerly(call: Callable[[], Any]) -> Any:
+    return call()
 
 
 class Reader(ScopedForward):
@@ -101,12 +115,13 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "masked_mean": (MaskedMeanReader,),
     "weighed": (WeighedReader,),
     "grid": (GridReader,),
+    "rows": (),
 }
 
 # The entry of an encoder's output that holds the tokens' sizes, for a decoder that attends to them later.
 TOKEN_SIZES = "token_sizes"
 # The readers that get all tokens back in place.
-RETURN_ALL = ("grid", "masked_mean")
+RETURN_ALL = ("grid", "masked_mean", "rows")
 
 
 def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:

@@ -139,6 +139,8 @@ class EncoderMerging(Renamed, ScopedForward):
         if isinstance(output, dict) and output.get("hidden_states") is not None:  # some models read these alone
             states = output["hidden_states"]
             output["hidden_states"] = tuple(x if x is None else x + zero.to(x) for x in states)
+        if isinstance(output, dict) and output.get("pooler_output") is not None:
+            output["pooler_output"] = output["pooler_output"] + zero.to(output["pooler_output"])
         return with_last(output, output[0] + zero.to(output[0]))
 
     def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:

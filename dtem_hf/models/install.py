@@ -116,6 +116,8 @@ def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: 
         unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - layers_read)
         cost = replace(cost, layers=(*cost.layers[:layers_read], *unread))
     reads_all = reader == "grid" or family.reads_grid(place.holder)
+    if reads_all and config.unmerge is False:
+        raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
     return Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader, layers_read)
 
 
@@ -124,10 +126,8 @@ def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> 
     if not place.part:
         return "tokens"
     container = container_of(type(model))
-    if config.unmerge is not False or container.reader != "grid":
+    if config.unmerge is not False or not container.counts_placeholders:
         return container.reader
-    if not container.counts_placeholders:
-        raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
     layers = getattr(model.config, "vision_feature_layer", -1)
     if not isinstance(layers, int):
         raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads several layers, {layers}")

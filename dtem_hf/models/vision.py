@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import BadValue
+from ..errors import BadValue, UnsupportedModelError
 from ..families import find_encoder
 
 
@@ -39,6 +39,8 @@ def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     if tuple(pixel_values.shape[1:]) != family.input_shape(encoder):
         kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
     name = part.main_input_name if part.main_input_name in _SEEN else _SEEN[0]
+    if "grid_thw" in signature(part.forward).parameters:
+        raise UnsupportedModelError(f"{type(part).__name__} takes rows of patches and grid_thw, not images of pixels.")
     return part(**{name: pixel_values.to(parameter.device, parameter.dtype)}, **kwargs)
 
 

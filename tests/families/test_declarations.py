@@ -18,6 +18,7 @@ from dtem_hf.families import FAMILIES, Family
 from tests.families import test_promises, test_registry, test_slow_reference, test_unmerging
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
+from tests.support.packed_rows import rounds_sizes
 
 
 def family_of(case: FamilyCase) -> Family:
@@ -65,7 +66,8 @@ def counts_the_encoder_alone(case: FamilyCase, folder: Path) -> None:
 def returns_as_many_tokens_as_planned(case: FamilyCase, folder: Path) -> None:
     for row in case.rows:
         test_promises.test_recorded_states_have_the_plans_lengths(row)
-    test_unmerging.test_all_tokens_come_back_in_place(case, "tome")
+    if not case.rows[0].anatomy.whole:
+        test_unmerging.test_all_tokens_come_back_in_place(case, "tome")
     for _, model_class in (pair for pair in test_promises.WITH_TEXT if pair[0] is case):
         test_promises.test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case, model_class)
 
@@ -110,7 +112,13 @@ def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
             test()
 
 
+def rounds_sizes_as_the_processor(case: FamilyCase, folder: Path) -> None:
+    if case.rows[0].anatomy.whole:
+        rounds_sizes(case)
+
+
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own
+WIDTH_FIELD = Family.__dataclass_fields__["width_field"].default
 PREFIX_FIELDS = Family.__dataclass_fields__["prefix_fields"].default
 Check = Callable[[FamilyCase, Path], None]
 Mutation = tuple[str, Family, tuple[Check, ...]]
@@ -121,12 +129,13 @@ READERS: dict[str, tuple[str, Check]] = {
     "masked_mean": ("tokens", equals_the_slow_reference),
     "grid": ("tokens", lays_all_tokens_on_their_grid),
     "weighed": ("tokens", weighs_tokens_by_their_sizes),
+    "rows": ("tokens", returns_as_many_tokens_as_planned),
 }
 PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_tokens)
 METHODS: dict[str, tuple[Check, ...]] = {
     "padding_sizes": (equals_the_slow_reference,),
     "check": (refuses_what_cannot_be_merged,),
-    "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged),
+    "num_tokens": (plans_what_torch_counts, refuses_what_cannot_be_merged, rounds_sizes_as_the_processor),
     "input_shape": (plans_what_torch_counts, refuses_what_cannot_be_merged),
     "input_sides": (plans_what_torch_counts,),
     "patch_sides": (plans_what_torch_counts,),
@@ -181,6 +190,8 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
     yield "num_prefix_tokens", replace(family, num_prefix_tokens=prefix), checks
     if family.prefix_fields != PREFIX_FIELDS:
         yield "prefix_fields", replace(family, prefix_fields=PREFIX_FIELDS), checks
+    if family.width_field != WIDTH_FIELD:
+        yield "width_field", replace(family, width_field=WIDTH_FIELD), (merges_softly_as_the_slow_reference,)
     for cls in family.composites:
         left = tuple(other for other in family.composites if other is not cls)
         yield f"composites-{cls.__name__}", replace(family, composites=left), (counts_the_encoder_alone,)

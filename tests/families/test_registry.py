@@ -34,6 +34,8 @@ def test_an_unknown_family_is_refused_with_the_list_of_known_ones() -> None:
         ("SwinModel", "windows of a grid"),
         ("Swinv2Model", "windows of a grid"),
         ("DonutSwinModel", "windows of a grid"),
+        ("Qwen2_5_VLModel", "windows of a grid"),
+        ("Qwen2_5_VLForConditionalGeneration", "windows of a grid"),
         ("HieraModel", "pools tokens between its layers"),
         ("EomtForUniversalSegmentation", "queries join the patches"),
         ("YolosModel", "detection tokens stand behind the patches"),

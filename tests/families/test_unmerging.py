@@ -45,7 +45,7 @@ def bare(case: FamilyCase) -> Any:
         pytest.param(case, method, id=f"{case}-{method}")
         for case in CASES.values()
         for method in METHODS
-        if fits(case.rows[0], method)
+        if fits(case.rows[0], method) and not case.rows[0].anatomy.whole  # else they are never away
     ],
 )
 def test_all_tokens_come_back_in_place(case: FamilyCase, method: str) -> None:

@@ -223,6 +223,29 @@ def several(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "pixel_values": inputs["pixel_values"].unsqueeze(1)}
 
 
+def qwen(model_class: Any, **vision: Any) -> tuple[Any, dict[str, Tensor]]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = model_class.config_class(
+        vision_config={"depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 4, **vision},
+        text_config={**TEXT, "num_key_value_heads": 2, "rope_parameters": rope, "pad_token_id": 0},
+        image_token_id=IMAGE,
+    )
+    config.text_config.bos_token_id = config.text_config.eos_token_id = None
+    inputs = {**prompt(16), "image_grid_thw": torch.tensor([[1, 8, 8]] * 2)}
+    inputs["pixel_values"] = torch.randn(2 * 64, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    return model_class(config), inputs
+
+
+def qwen2_vl() -> tuple[Any, dict[str, Tensor]]:
+    return qwen(tf.Qwen2VLForConditionalGeneration, embed_dim=32, mlp_ratio=2)
+
+
+def qwen3_vl() -> tuple[Any, dict[str, Tensor]]:
+    vision = {"out_hidden_size": 32, "intermediate_size": 48, "num_position_embeddings": 16}
+    return qwen(tf.Qwen3VLForConditionalGeneration, deepstack_visual_indexes=[1, 2], **vision)
+
+
 def aya_vision() -> tuple[Any, dict[str, Tensor]]:
     config = tf.AyaVisionConfig(
         vision_config={"model_type": "siglip_vision_model", **VIT, "vision_use_head": False},
@@ -254,9 +277,11 @@ CONTAINERS = [
     idefics3,
     smolvlm,
     aya_vision,
+    qwen2_vl,
+    qwen3_vl,
 ]
 parametrized = pytest.mark.parametrize("build", CONTAINERS, ids=lambda build: build.__name__)
-SEEING = ("vision", "encoder", "backbone", "projector", "connector")  # in the names of what sees
+SEEING = ("vision", "encoder", "backbone", "projector", "connector", "visual")  # in the names of what sees
 Build = Callable[[], tuple[Any, dict[str, Tensor]]]
 
 
@@ -265,9 +290,7 @@ def built(build: Build) -> tuple[Any, dict[str, Tensor]]:
     model, inputs = build()
     with torch.no_grad():  # so that tokens differ in what they are merged by
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and any(
-                part in name for part in ("vision", "encoder", "backbone", "projector", "connector")
-            ):
+            if parameter.dim() > 1 and any(part in name for part in SEEING):
                 parameter.normal_(std=0.2)
     return model.eval(), inputs
 
@@ -319,7 +342,7 @@ def test_eager_attention_is_sdpa_and_an_image_does_not_depend_on_its_batch(build
         model.set_attn_implementation("eager")
         torch.testing.assert_close(read(model, inputs), both, atol=1e-4, rtol=1e-4)
     if build is not dual_encoder:
-        single = read(model, {name: tensor[:1] for name, tensor in inputs.items()})
+        single = read(model, {name: tensor.chunk(2)[0] for name, tensor in inputs.items()})
         torch.testing.assert_close(single, both[:1], atol=1e-4, rtol=1e-4)
 
 
@@ -350,11 +373,15 @@ def test_the_plan_is_what_the_encoder_does(build: Build) -> None:
     attach(model, ToMeConfig(r=5))
     model.set_attn_implementation("eager")
     place = find_place(model)
-    pixels = inputs["pixel_values"][:1].flatten(0, -4)[:1]
+    if "image_grid_thw" in inputs:
+        seen, size = (inputs["pixel_values"].chunk(2)[0], inputs["image_grid_thw"][:1]), (32, 32)
+    else:
+        pixels = inputs["pixel_values"][:1].flatten(0, -4)[:1]
+        seen, size = (pixels,), tuple(pixels.shape[2:])
     counter = FlopCounterMode(display=False)
     with model.trace_merging() as trace, torch.no_grad(), counter:
-        place.holder(pixels)
-    plan = model.merge_plan(image_size=tuple(pixels.shape[2:]))
+        place.holder(*seen)
+    plan = model.merge_plan(image_size=size)
     assert [sizes.shape[1] for sizes in trace.sizes] == list(plan.tokens)
     assert counter.get_total_flops() // 2 == plan.multiply_adds
 
@@ -463,6 +490,23 @@ def test_soft_training_hands_a_decoder_only_the_tokens_that_still_take_part() ->
     gradients = [parameter.grad for parameter in model.merge_parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
+
+
+@pytest.mark.parametrize("build", [qwen2_vl, qwen3_vl])
+def test_the_loss_of_a_language_model_teaches_a_tower_of_rows(build: Build) -> None:
+    """Layers that merge nothing get a gradient, too, if only 0: several processes wait for all of them."""
+    model, inputs = built(build)
+    attach(model.requires_grad_(False), DTEMConfig(r=[6, 0, 6, 6])).train()
+    for parameter in model.merge_parameters():
+        parameter.requires_grad_(True)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradients = {layer: [] for layer in range(4)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradients[int(name.split(".")[-2])].append(parameter.grad)
+    for layer, found in gradients.items():
+        assert len(found) == 2 and all(gradient.isfinite().all() for gradient in found)
+        assert any(gradient.any() for gradient in found) == (layer != 1)
 
 
 def test_transformers_own_auto_classes_take_containers_when_registered(tmp_path: Path) -> None:

@@ -31,6 +31,12 @@ def as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {name: value.to(dtype) if name in seen else value for name, value in inputs.items()}
 
 
+def of_image(values: Tensor, index: int, count: int) -> Tensor:
+    """What belongs to one of `count` images, in a batch [count, ...] or as many rows for each below each other."""
+    (own,) = values.chunk(count)[index : index + 1]
+    return own if len(values) > count else own[0]
+
+
 def run(row: Row, model: Any, inputs: dict[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
     """All tensors that a model makes of its inputs."""
     inputs = row.inputs(2) if inputs is None else inputs

@@ -42,6 +42,7 @@ class Anatomy:
     `layer` is what the weights of a layer begin with, its number in braces; the other names come behind it. `qkv` are
     three linear maps or one. `tables` are those of relative position biases, with their whole names. `theta` is the
     base of rotary positions. Where it or a table is given, `places` says where the patches of an image lie [N - P, 2].
+    With `whole`, `head` gets the token of every patch, in its place.
     """
 
     embed: Callable[[Weights, Inputs], Tensor]
@@ -59,6 +60,7 @@ class Anatomy:
     tables: tuple[str, ...] = ()
     theta: float | None = None
     places: Callable[[Inputs], Tensor] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,20 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     trail = [start]
     for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
         trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
+    if anatomy.whole:
+        return anatomy.head(weights, in_place(trail[-1]), sizes), trail[1:]
     outputs = anatomy.head(weights, trail[-1].x, trail[-1].sizes)
     if "last_hidden_state" in outputs:  # a soft merge keeps what it merges away, at the end
         outputs["last_hidden_state"] = outputs["last_hidden_state"][: trail[-1].active]
     if "features" in outputs:  # of the patches alone
         outputs["features"] = outputs["features"][: trail[-1].active - anatomy.prefix]
     return outputs, trail[1:]
+
+
+def in_place(tokens: Tokens) -> Tensor:
+    """For every token of the first layer, the token that stands for it: [N, D]."""
+    place = {member: i for i, members in enumerate(tokens.members) for member in members}
+    return tokens.x[[place[i] for i in range(len(place))]]
 
 
 def run_layer(
