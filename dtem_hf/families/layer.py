@@ -36,6 +36,7 @@ class LayerMerging:
             token_state.record_unchanged(self.merge_index, hidden_states)
             return hidden_states
         token_state.layer = self.merge_index
+        token_state.stack(self.merge_index, hidden_states)
         if token_state.finished:
             with open_scope(Scope(state=token_state, closed=True)):
                 return self.merged_forward(hidden_states, token_state, *args, **kwargs)

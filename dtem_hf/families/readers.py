@@ -125,8 +125,10 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     output = with_last(output, last)
     if reader == "sized" and isinstance(output, dict) and output.get("hidden_states") is not None:
         states = output["hidden_states"]
+        kept = [state.num_active if i in state.stacked else state.num_active_after(i) for i in range(len(states))]
         output["hidden_states"] = tuple(
-            x if x is None else x[:, : state.num_active_after(i)] for i, x in enumerate(states)
+            x if x is None else state.stacked.get(i, x)[:, :number]
+            for i, (x, number) in enumerate(zip(states, kept, strict=True))
         )
     if unmerge and isinstance(output, tuple):
         return (last, *(_unmerge_recorded(part, state) for part in output[1:]))

@@ -124,8 +124,8 @@ CONTAINERS_PREFACE = """## Models around an encoder
 Any model with one of these encoders inside can be merged. `tests/models/test_containers.py` tests those below: with
 nothing merged it is the plain model bit for bit, detach restores it, an untrained DTEM is ToMe, eager attention is
 SDPA, saved and loaded it is merged again, the plan is the encoder's count, bfloat16 is finite. A type that is not
-listed reads all tokens, in place. With `unmerge=False`, LLaVA's and PaliGemma's language models get the merged tokens
-(`tests/models/test_processor.py`).
+listed reads all tokens, in place. With `unmerge=False`, the language models of LLaVA, VipLLaVA and
+PaliGemma get the merged tokens (`tests/models/test_processor.py`).
 """
 READ = {
     "grid": "all tokens, in place",
