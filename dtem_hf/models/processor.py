@@ -58,7 +58,12 @@ def count_read(model: Any, num_plain: int) -> int:
     merging = encoder.merging
     if merging.unmerge:
         return num_plain
-    drops_first = container_of(type(model)).drops_first
-    drops_first |= getattr(model.config, "vision_feature_select_strategy", None) == "default"
-    tokens = merging.plan_for(num_plain + drops_first).tokens  # behind the last layer that is read, they stay as many
-    return tokens[-1] - drops_first
+    dropped = count_dropped(model)
+    tokens = merging.plan_for(num_plain + dropped).tokens  # behind the last layer that is read, they stay as many
+    return tokens[-1] - dropped
+
+
+def count_dropped(model: Any) -> int:
+    """How many of the encoder's tokens a vision-language model leaves out: its CLS token, or none."""
+    by_config = getattr(model.config, "vision_feature_select_strategy", None) == "default"
+    return int(by_config or container_of(type(model)).drops_first)
