@@ -55,7 +55,8 @@ def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
     """Every task of a family; of those that have none but to see, the features."""
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
     bare = [("image-feature-extraction", auto, each) for auto, each in models_of(case) if auto == "AutoModel"]
-    return found or [each for each in bare if "image" in each[2].input_modalities]
+    alone = [each for each in bare if "text_config" not in each[2].config_class.sub_configs]
+    return found or [each for each in alone if "image" in each[2].input_modalities]
 
 
 def exported_models(case: FamilyCase) -> list[Any]:

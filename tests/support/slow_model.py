@@ -40,7 +40,8 @@ class Anatomy:
     """A family. `embed` makes the first tokens [N, D] of one image, `head` outputs of the last ones and their sizes.
 
     `layer` is what the weights of a layer begin with, its number in braces; the other names come behind it. `qkv` are
-    three linear maps or one. `tables` are those of relative position biases, with their whole names. `theta` is the
+    three linear maps or one. `gate` is a linear map whose activation multiplies what the first one of `mlp` gives.
+    `tables` are those of relative position biases, with their whole names. `theta` is the
     base of rotary positions. Where it or a table is given, `places` says where the patches of an image lie [N - P, 2].
     """
 
@@ -52,6 +53,7 @@ class Anatomy:
     qkv: tuple[str, ...]
     out: str
     mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2")
+    gate: str | None = None
     activation: Callable[[Tensor], Tensor] = gelu
     eps: float = 1e-12
     heads: int = 4
@@ -155,7 +157,10 @@ def run_layer(
         merged = replace(merged, x=slow.lengthen(merged.x[:, :-1], merged.x[:, -1], share))
 
     h = layer_norm(weights, root + anatomy.norms[1], merged.x, anatomy.eps)
-    grown = linear(weights, root + anatomy.mlp[1], anatomy.activation(linear(weights, root + anatomy.mlp[0], h)))
+    grown = anatomy.activation(linear(weights, root + (anatomy.gate or anatomy.mlp[0]), h))
+    if anatomy.gate is not None:
+        grown = grown * linear(weights, root + anatomy.mlp[0], h)
+    grown = linear(weights, root + anatomy.mlp[1], grown)
     merged = replace(merged, x=merged.x + mlp_scale * grown)
     if not reduction.between or reduction.steps[index] is None:
         return merged
@@ -242,7 +247,9 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def layer_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
-    """Every token minus its mean, by its standard deviation."""
+    """Every token minus its mean, by its standard deviation; without a bias, by its root mean square alone."""
+    if f"{name}.bias" not in weights:
+        return x / ((x**2).mean(dim=-1, keepdim=True) + eps).sqrt() * weights[f"{name}.weight"]
     centred = x - x.mean(dim=-1, keepdim=True)
     variance = (centred**2).mean(dim=-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
