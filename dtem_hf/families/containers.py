@@ -77,7 +77,7 @@ GRID = Container()
 COUNTING = Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True)
 # By model type: those that are tested. Any other reads all tokens, too.
 CONTAINERS: Mapping[str, Container] = {
-    **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "zoedepth"), GRID),
+    **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "vitpose", "zoedepth"), GRID),
     **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision"), GRID),
     **dict.fromkeys(("idefics2", "idefics3", "internvl", "smolvlm"), GRID),
     **dict.fromkeys(("llava", "paligemma"), COUNTING),
