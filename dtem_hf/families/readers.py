@@ -94,6 +94,21 @@ class GridReader(Reader):
             return stock()
 
 
+class RecordingGridReader(GridReader):
+    """A `GridReader` that records the hidden states of the encoder's layers itself."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        with open_scope(Scope(reader=self.reader)) as scope:
+            output = stock()
+        if scope.state is None or not scope.state.changed:
+            return output
+        if isinstance(output, tuple):
+            return tuple(_unmerge_recorded(part, scope.state) for part in output)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = _unmerge_recorded(output["hidden_states"], scope.state)
+        return output
+
+
 READERS: Mapping[str, tuple[type, ...]] = {
     "tokens": (),
     "mean": (MeanReader,),

@@ -106,6 +106,10 @@ def counts_frames(case: FamilyCase, folder: Path) -> None:
     own(case, "test_the_plan_says_how_many_tokens_the_decoder_gets")(9, 3)
 
 
+def puts_recorded_states_in_place(case: FamilyCase, folder: Path) -> None:
+    own(case, "test_recorded_states_come_back_in_place")()
+
+
 def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
     for name, test in vars(import_module(f"tests.families.{case}")).items():
         if name.startswith("test_") and name.endswith("refused"):
@@ -134,6 +138,8 @@ METHODS: dict[str, tuple[Check, ...]] = {
     "patch_sides": (plans_what_torch_counts,),
     "outside_cost": (plans_what_torch_counts,),
     "encoder_cost": (plans_what_torch_counts,),
+    "parts": PARTS,
+    "model_mixins": (puts_recorded_states_in_place,),
 }
 
 

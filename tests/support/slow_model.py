@@ -43,6 +43,7 @@ class Anatomy:
     three linear maps or one. `gate` is a linear map whose activation multiplies what the first one of `mlp` gives.
     `tables` are those of relative position biases, with their whole names. `theta` is the
     base of rotary positions. Where it or a table is given, `places` says where the patches of an image lie [N - P, 2].
+    `turn` rotates keys and queries by places in another way than DINOv3's.
     """
 
     embed: Callable[[Weights, Inputs], Tensor]
@@ -61,6 +62,7 @@ class Anatomy:
     tables: tuple[str, ...] = ()
     theta: float | None = None
     places: Callable[[Inputs], Tensor] | None = None
+    turn: Callable[[Tensor, Tensor, Anatomy], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     places = None
     if anatomy.places is not None:
         patches = anatomy.places(inputs).to(x.dtype)
-        places = torch.cat([patches.new_zeros(anatomy.prefix, 2), patches])
+        places = torch.cat([patches.new_zeros(anatomy.prefix, patches.shape[1]), patches])
     start = Tokens(x, sizes, places, [[i] for i in range(len(x))], len(x))
     trail = [start]
     for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
@@ -137,7 +139,8 @@ def run_layer(
     if anatomy.tables:
         tables = [weights[name.format(index)] for name in anatomy.tables]
         bias = sum(relative_bias(table, tokens.places, start.places, anatomy.prefix) for table in tables)
-    turned = [rotate(part, tokens.places, anatomy) if anatomy.theta else part for part in (q, k)]
+    turn = anatomy.turn or (rotate if anatomy.theta else None)
+    turned = [part if turn is None else turn(part, tokens.places, anatomy) for part in (q, k)]
     scaling = (q.shape[1] // anatomy.heads) ** -0.5
     shares = slow.attention_weights(*turned, anatomy.heads, scaling, counted, bias)
     x = tokens.x + attend_scale * linear(weights, root + anatomy.out, slow.mix(shares, v))
