@@ -53,6 +53,8 @@ def models_of(case: FamilyCase) -> list[tuple[str, Any]]:
 
 def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
     """Every task of a family; of those that have none but to see, the features."""
+    if "pipelines" in case.lacking:
+        return []
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
     bare = [("image-feature-extraction", auto, each) for auto, each in models_of(case) if auto == "AutoModel"]
     alone = [each for each in bare if "text_config" not in each[2].config_class.sub_configs]
@@ -114,6 +116,7 @@ def document() -> str:
     for case in CASES.values():
         tasks = ", ".join(dict.fromkeys(task for task, _, _ in tasks_of(case)))
         classes = ", ".join(dict.fromkeys(f"`{auto}`" for auto, _ in models_of(case)))
+        tasks = cell(case, "pipelines") if "pipelines" in case.lacking else tasks
         lines.append(" | ".join([case.family, tasks, classes, *(cell(case, column) for column in COLUMNS)]))
     table = "\n".join(f"| {line} |" for line in lines)
     numbered = "\n".join(f"[{number}] {reason}.  " for reason, number in notes.items())
