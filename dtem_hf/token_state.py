@@ -55,8 +55,9 @@ class TokenState:
 
     `method` reduces the tokens and `anatomy` names the parts of a layer; `resolve` maps a number of tokens to one r
     per layer. `sizes` [B, N] are given where the tokens come with padding, which has size 0. With `keep_sources`,
-    every layer's source map is kept; `steps` is filled, if it is given. Layers from `layers_read` on pass their tokens
-    on as they are.
+    every layer's source map is kept; `steps` is filled, if it is given. `states_read` are the hidden states, by index,
+    that a reader stacks: layers behind the last of them pass their tokens on as they are, and tokens of the others
+    are merged as those of the last are.
     """
 
     def __init__(
@@ -71,14 +72,15 @@ class TokenState:
         sizes: Tensor | None = None,
         keep_sources: bool = False,
         steps: list[MergeStep] | None = None,
-        layers_read: int | None = None,
+        states_read: Sequence[int] | None = None,
     ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.method = method
         self.anatomy = anatomy
         self.embedding = embedding
         self.steps = steps
-        self.layers_read = layers_read
+        self.layers_read = None if states_read is None else max(states_read)
+        self._stacks = set(states_read or ()) - {self.layers_read}
         # The layer that is running, and the key projection that ran in it with what it returned.
         self.layer = 0
         self.projected: tuple[nn.Module, Tensor] | None = None
@@ -100,6 +102,8 @@ class TokenState:
         self._sizes: list[Tensor | None] = [sizes]
         self._active: list[int] = []
         self._positions: list[Tensor | None] = [None]
+        # By index, tokens that have entered earlier layers, as the layers since then have merged them.
+        self._stacked: list[dict[int, Tensor]] = [{}]
         self._sources: list[Tensor] = []
         self._first_merge: int | None = None
 
@@ -178,6 +182,16 @@ class TokenState:
             if 0 <= index < len(kept) and (tensor := kept[index]) is not None and tensor.device != device:
                 kept[index] = tensor.to(device)
 
+    def stack(self, layer: int, x: Tensor) -> None:
+        """Keep the tokens that enter a layer, if the reader stacks them: x [B, n, D]."""
+        if layer in self._stacks:
+            self._stacked[layer].setdefault(layer, x)
+
+    @property
+    def stacked(self) -> dict[int, Tensor]:
+        """By index, the hidden states that the reader stacks under the last: [B, n, D], merged as that one is."""
+        return self._stacked[-1]
+
     def place(self, positions: Tensor) -> None:
         """Set where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""
         self._positions[0] = positions
@@ -194,6 +208,7 @@ class TokenState:
         if len(self._sizes) == layer + 1:
             self._record(layer, x, self._sizes[layer], self._active[layer], lambda: _identity(x))
             self._positions.append(self._positions[layer])
+            self._stacked.append(dict(self._stacked[layer]))
 
     def record_merge(
         self,
@@ -206,17 +221,20 @@ class TokenState:
     ) -> None:
         """Record what a layer returns: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
 
-        `source` makes its source map, and is called only if it is kept; `carry` merges positions as the tokens.
+        `source` makes its source map, and is called only if it is kept; `carry` merges positions and stacked tokens as
+        the layer merged its own.
         """
         positions = self._positions[layer]
         # Also when the layer is run again: gradient checkpointing wants the same operations both times.
         carried = None if positions is None else carry(positions)
+        stacked = {index: carry(tokens.to(x.device)) for index, tokens in self._stacked[layer].items()}
         if len(self._sizes) > layer + 1:
             return
         if self._first_merge is None:
             self._first_merge = layer
         self._record(layer, x, sizes, num_active, source)
         self._positions.append(carried)
+        self._stacked.append(stacked)
 
     def _record(
         self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]

@@ -6,6 +6,7 @@ python recipes/benchmark.py --model ... --runtimes eager compile onnxruntime ope
 python recipes/benchmark.py --model ... --dtype bfloat16 --runtimes compile --compile_mode reduce-overhead    # CUDA
 python recipes/benchmark.py --model ... --peer my_library:merged    # beside your function
 python recipes/benchmark.py --task captioning --model microsoft/git-base --r 4 8 12 --batch_sizes 1 8
+python recipes/benchmark.py --task answering --model llava-hf/llava-1.5-7b-hf --r 12 --dtype bfloat16 --batch_sizes 1 8
 
 Every round runs every row once, so that other load on the machine falls on all of them. A speed-up is the median of
 the ratios within rounds, to the unmerged model in the same runtime.
@@ -23,13 +24,14 @@ from transformers import AutoConfig
 from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime
 from ..errors import BadValue
 from ..evaluation.arguments import METHODS_HELP, RowArguments
+from ..families.containers import container_of
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.vision import image_shape
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
 from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
-from .rows import Entry, captioning_entries, image_entries, measure_entries
+from .rows import Entry, answering_entries, captioning_entries, image_entries, measure_entries
 from .runtimes import load_peer, room_for_graphs
 from .tables import markdown, print_benchmark
 
@@ -39,8 +41,10 @@ class BenchmarkArguments(RowArguments):
     """Measure what merging saves; the images are noise, as their content does not change the cost."""
 
     model: str = option("model: Hub id or local folder; of one that also reads text, the part that sees images")
-    task: Literal["images", "captioning"] = option(
-        "images: one pass over images; captioning: captions of a fixed length by generate, greedily", default="images"
+    task: Literal["images", "captioning", "answering"] = option(
+        "images: one pass over images; captioning: captions of a fixed length by generate, greedily; answering: the "
+        "same of a vision-language model with a prompt, whose language model reads all tokens, then merged ones",
+        default="images",
     )
     methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["none", "dtem"])
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "16"])
@@ -68,6 +72,8 @@ class BenchmarkArguments(RowArguments):
     batch_sizes: list[int] = option("images per batch, one column each", default_factory=lambda: [1, 16, 64])
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
     caption_tokens: int = option("captioning: tokens that every caption has", default=20)
+    prompt_tokens: int = option("answering: tokens of the prompt beside the image's", default=40)
+    answer_tokens: int = option("answering: tokens that every answer has", default=20)
     rounds: int = option("timed rounds, in each of which every row runs once", default=20)
     warmup: int = option("rounds before those", default=3)
     dtype: str = option(", ".join(DTYPES), default="float32")
@@ -80,14 +86,21 @@ class BenchmarkArguments(RowArguments):
         one_of(self, "dtype", DTYPES)
         one_of(self, "runtimes", RUNTIMES)
         one_of(self, "compile_mode", COMPILE_MODES)
-        at_least(self, 1, "rounds", "caption_tokens")
+        at_least(self, 1, "rounds", "caption_tokens", "prompt_tokens")
+        at_least(self, 2, "answer_tokens")
         at_least(self, 0, "warmup")
         one_of(self, "peer_runtimes", RUNTIMES)
         check_runtime(self, *self.runtimes, *(self.peer_runtimes if self.peer else []))
-        if self.task == "captioning" and (self.runtimes != ["eager"] or self.peer or self.breakdown):
+        if self.task != "images" and (self.runtimes != ["eager"] or self.peer or self.breakdown):
             raise BadValue("task", self.task, "the runtime eager alone, without peers and breakdown")
+        if self.task == "answering" and self.image_size is not None:
+            raise BadValue("image_size", self.image_size, "none: answering reads images of the model's own size")
         for name in self.peer:
             load_peer(name)
+
+
+# The options that say how long the texts of a task are.
+LENGTHS = {"captioning": ("caption_tokens",), "answering": ("prompt_tokens", "answer_tokens")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,12 +119,18 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Measure every row at every batch size. Returns what is written to `benchmark.json`."""
     device = arguments.choose_device()
     model = _load(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
-    variants = arguments.make_variants(model, arguments.load_adapters())
+    adapters = arguments.load_adapters()
+    variants = arguments.make_variants(model, adapters)
     shape = image_shape(model, arguments.image_size)
     torch.manual_seed(arguments.seed)
     entries: list[Entry]
     if arguments.task == "captioning":
         entries = captioning_entries(variants, shape, arguments.caption_tokens)
+    elif arguments.task == "answering":
+        if not container_of(type(model)).counts_placeholders:
+            raise BadValue("task", "answering", f"a model such as LLaVA or PaliGemma, not a {type(model).__name__}")
+        merged = arguments.make_variants(model, adapters, unmerge=False)[1:]
+        entries = answering_entries(variants, merged, shape, arguments.prompt_tokens, arguments.answer_tokens)
     else:
         peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
         entries = image_entries(
@@ -132,7 +151,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         **arguments.facts(model, device),
         "random_weights": arguments.random_weights,
         "task": arguments.task,
-        **({"caption_tokens": arguments.caption_tokens} if arguments.task == "captioning" else {}),
+        **{name: getattr(arguments, name) for name in LENGTHS.get(arguments.task, ())},
         "image_size": list(shape[1:]),
         "rounds": arguments.rounds,
         "compile_mode": arguments.compile_mode,

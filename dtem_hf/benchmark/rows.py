@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,13 @@ from ..errors import BadValue
 from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
 from ..models.copies import share_weights
+from ..models.install import is_merged
+from ..models.processor import count_dropped, count_read
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
-from .efficiency import break_even, count_multiply_adds, count_parameters, peak_memory, speeds
+from .efficiency import Spread, break_even, count_multiply_adds, count_parameters, peak_memory, speeds
 from .runtimes import PeerGraph, peer_run
 
 
@@ -33,7 +35,8 @@ PEER = "peer"
 class Entry:
     """One row: `run` takes pixels [B, C, H, W] in `dtype`; `reference` is the row that it is compared with.
 
-    `model` is None for a peer; `multiply_adds` are those of one image, None where they cannot be counted.
+    `model` is None for a peer; `multiply_adds` are those of one image, None where they cannot be counted. `begin` runs
+    until the first token of an answer; `tokens_read` says which tokens the language model reads, "all" or "merged".
     """
 
     runtime: str
@@ -46,6 +49,8 @@ class Entry:
     model: Any = None
     plan: MergePlan | None = None
     adapter: str | None = None
+    begin: Callable[[Tensor], Any] | None = None
+    tokens_read: str | None = None
 
     @property
     def label(self) -> str:
@@ -121,6 +126,38 @@ def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], leng
     return entries
 
 
+def answering_entries(
+    variants: Sequence[Variant], merged: Sequence[Variant], shape: tuple[int, ...], prompt: int, length: int
+) -> list[Entry]:
+    """Every variant writing greedy answers of exactly `length` tokens to an image and a text of `prompt` tokens.
+
+    `merged` are the variants whose language model reads merged tokens: its prompts are shorter by as many.
+    """
+    plain = variants[0].model
+    like, num_plain = next(plain.parameters()), variants[0].plan.num_tokens - count_dropped(plain)
+    image, vocabulary = plain.config.image_token_id, plain.config.get_text_config().vocab_size
+    text = torch.randint(vocabulary - 1, (prompt,), device=like.device)
+    text += text >= image  # any token but the placeholder
+    one = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
+    entries = []
+    for variant in tqdm([*variants, *merged], desc="count", unit="row", leave=False):
+        model = variant.standalone()
+        number = count_read(model, num_plain) if is_merged(model) else num_plain
+        row = torch.cat([text.new_full((number,), image), text])
+
+        def answer(pixels: Tensor, tokens: int = length, model: Any = model, row: Tensor = row) -> Tensor:
+            ids = row.expand(len(pixels), -1)
+            settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": 1, "do_sample": False}
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+            return model.generate(**inputs, **settings)
+
+        count = count_multiply_adds(partial(answer, one))
+        entry = _entry("eager", variant, model, answer, like.dtype, 0, count, shape)
+        read = "all" if number == num_plain else "merged"
+        entries.append(replace(entry, begin=partial(answer, tokens=1), tokens_read=read))
+    return entries
+
+
 def _entry(
     runtime: str, variant: Variant, model: Any, run: Any, dtype: Any, reference: int, count: int, shape: Any
 ) -> Entry:
@@ -141,13 +178,16 @@ def measure_entries(
 ) -> list[dict[str, Any]]:
     """Costs of every row on noise of [C, H, W], batch size by batch size, all rows in turn within each round."""
     rows = [_facts(entry, entries[entry.reference]) for entry in entries]
-    total = len(batch_sizes) * len(entries) * (rounds + warmup)
+    runs_each = len(entries) + sum(entry.begin is not None for entry in entries)
+    total = len(batch_sizes) * runs_each * (rounds + warmup)
     with tqdm(total=total, desc="benchmark", unit="run") as progress:
         for batch_size in batch_sizes:
             progress.set_postfix_str(f"batch {batch_size}")
             pixels = torch.randn(batch_size, *shape, device=device)
             runs = [partial(_run, entry, pixels.to(entry.dtype)) for entry in entries]
-            seconds = time_interleaved(runs, device, rounds, warmup, progress.update)
+            begins = [partial(entry.begin, pixels.to(entry.dtype)) for entry in entries if entry.begin is not None]
+            both = time_interleaved([*runs, *begins], device, rounds, warmup, progress.update)
+            seconds, prefill = both[:, : len(runs)], both[:, len(runs) :]
             timings = speeds(seconds, batch_size, [entry.reference for entry in entries])
             for i, (row, timing, entry, run) in enumerate(zip(rows, timings, entries, runs, strict=True)):
                 ideal = row["ideal_speedup"]
@@ -157,6 +197,9 @@ def measure_entries(
                     "of_ideal": None if ideal is None else timing["speedup"]["median"] / ideal,
                     "peak_memory": peak_memory(run, device) if entry.runtime in ("eager", "compile") else None,
                 }
+                if entry.begin is not None:  # then every entry has it
+                    cell["prefill_seconds"] = Spread.of(prefill[:, i]).to_json()
+                    cell["decoding_seconds"] = Spread.of(seconds[:, i] - prefill[:, i]).to_json()
                 if breakdown and entry.runtime == "eager":
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
@@ -188,6 +231,7 @@ def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
         "runtime": entry.runtime,
         "method": entry.method,
         "r": entry.r,
+        **({} if entry.tokens_read is None else {"tokens_read": entry.tokens_read}),
         **({} if entry.adapter is None else {"adapter": entry.adapter}),
         "parameters": None if entry.model is None else count_parameters(entry.model),
         "multiply_adds": count,

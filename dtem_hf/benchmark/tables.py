@@ -15,7 +15,8 @@ _ADVICE_MEASURES = (("agreement", ".1f"), ("kl", ".4f"), ("cosine", ".4f"))
 
 def print_benchmark(result: dict[str, Any]) -> None:
     """Show a benchmark in the terminal: a line per row, speed, speed-up and memory under every batch size."""
-    title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: images/s (quartiles), speed-up"
+    measured = "answers" if result.get("task") == "answering" else "images"
+    title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: {measured}/s (quartiles), speed-up"
     columns, lines = _cells(result)
     print_rows(title, columns, _broken_at_commas(lines, 5), names=2)
     for columns, lines in _breakdowns(result):
@@ -29,7 +30,11 @@ def _broken_at_commas(lines: list[list[str]], first: int) -> list[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """A benchmark as a page: how it was measured, the table, and where the time goes if that was asked."""
-    kind = f", captions of {result['caption_tokens']} tokens" if result.get("task") == "captioning" else ""
+    kind = {
+        "captioning": ", captions of {caption_tokens} tokens",
+        "answering": ", answers of {answer_tokens} tokens to prompts of {prompt_tokens} tokens and an image (prefill: "
+        "until the first token; decoding: the others)",
+    }.get(result.get("task", ""), "").format_map(result)
     size = "×".join(map(str, result["image_size"]))
     parts = [
         f"# {result['model']['name']}: what merging saves",
@@ -51,7 +56,8 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = ["runtime", "method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"]
     lines = []
     for row in result["rows"]:
-        line = [row["runtime"], row["method"], shown_r(row["r"])]
+        read = f", {row['tokens_read']} tokens" if "tokens_read" in row else ""
+        line = [row["runtime"], row["method"] + read, shown_r(row["r"])]
         line.append("–" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e6:.1f}")
         line.append(shown(row["ideal_speedup"], ".2f", "×"))
         line += [_batch_cell(batch) for batch in row["batches"]]
@@ -64,6 +70,9 @@ def _batch_cell(batch: dict[str, Any]) -> str:
     shown = f"{speed['median']:.1f} ({speed['q25']:.1f}–{speed['q75']:.1f}), {batch['speedup']['median']:.2f}×"
     if batch["of_ideal"] is not None:
         shown += f", {batch['of_ideal']:.2f} of ideal"
+    for part in ("prefill", "decoding"):
+        if f"{part}_seconds" in batch:
+            shown += f", {part} {1e3 * batch[f'{part}_seconds']['median']:.1f} ms"
     return shown if memory is None else f"{shown}, {memory / 2**20:.0f} MiB"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -63,25 +63,27 @@ class Container:
 
     `reader` is "grid", "tokens", or "sized": merged tokens with their sizes. `mixins` are for the model itself,
     `parts` for its parts, by name; a part that a model lacks is passed over. `counts_placeholders`: its language model
-    can be handed merged tokens (`unmerge=False`), if the prompt has as many placeholders.
+    can be handed merged tokens (`unmerge=False`), if the prompt has as many placeholders. Where it stacks tokens of
+    several layers, those of an earlier layer are averaged, by sizes, over the groups of the last layer that is read.
+    `drops_first`: it leaves out the CLS token, whatever its config says.
     """
 
     reader: str = "grid"
     mixins: tuple[type, ...] = ()
     parts: Mapping[str, type] = field(default_factory=dict)
     counts_placeholders: bool = False
+    drops_first: bool = False
 
 
 GRID = Container()
+COUNTING = Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True)
 # By model type: those that are tested. Any other reads all tokens, too.
 CONTAINERS: Mapping[str, Container] = {
-    **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "zoedepth"), GRID),
-    **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision", "vipllava"), GRID),
+    **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "vitpose", "zoedepth"), GRID),
+    **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision"), GRID),
     **dict.fromkeys(("idefics2", "idefics3", "internvl", "qwen2_vl", "qwen3_vl", "smolvlm"), GRID),
-    **dict.fromkeys(
-        ("llava", "paligemma"),
-        Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True),
-    ),
+    **dict.fromkeys(("llava", "paligemma"), COUNTING),
+    "vipllava": replace(COUNTING, drops_first=True),
     "vision-encoder-decoder": Container("sized", (CrossAttendingModel,), {"decoder": SizedDecoder}),
     "vision-text-dual-encoder": Container("tokens"),
 }
@@ -90,3 +92,9 @@ CONTAINERS: Mapping[str, Container] = {
 def container_of(model_class: Any) -> Container:
     """How models of a class read the tokens of an encoder inside."""
     return CONTAINERS.get(model_class.config_class.model_type, GRID)
+
+
+def states_read(config: Any) -> list[int]:
+    """Which of the encoder's hidden states, the input first, a vision-language model reads: indices, as in a list."""
+    layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
+    return [layers] if isinstance(layers, int) else list(layers)

@@ -177,11 +177,12 @@ def _sides(value: Any, name: str, most: int) -> tuple[int, ...]:
 
 def input_like(encoder: Any) -> Tensor:
     """An empty tensor of an encoder's dtype, on the device that it computes on; on meta where it has no values yet."""
+    dtype = next(parameter.dtype for parameter in encoder.parameters() if parameter.is_floating_point())
     for parameter in encoder.parameters():
         if not parameter.is_meta:
-            return torch.empty(0, dtype=encoder.dtype, device=parameter.device)
+            return torch.empty(0, dtype=dtype, device=parameter.device)
     for module in encoder.modules():  # all offloaded: accelerate brings weights to this device
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
-            return torch.empty(0, dtype=encoder.dtype, device=device)
-    return torch.empty(0, dtype=encoder.dtype, device="meta")
+            return torch.empty(0, dtype=dtype, device=device)
+    return torch.empty(0, dtype=dtype, device="meta")

@@ -36,6 +36,7 @@ class LayerMerging:
             token_state.record_unchanged(self.merge_index, hidden_states)
             return hidden_states
         token_state.layer = self.merge_index
+        token_state.stack(self.merge_index, hidden_states)
         if token_state.finished:
             with open_scope(Scope(state=token_state, closed=True)):
                 return self.merged_forward(hidden_states, token_state, *args, **kwargs)
@@ -51,7 +52,8 @@ class LayerMerging:
         attended = getattr(self, parts.attention)(normed, attention_mask=bias, **kwargs)
         if isinstance(attended, tuple):
             attended = attended[0]
-        hidden_states = self.branch(attended, parts.branch1) + hidden_states
+        # The residual first, as sums keep the memory layout of their first term, and RMS norms round by it.
+        hidden_states = hidden_states + self.branch(attended, parts.branch1)
         if not state.method.between:
             hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         hidden_states = self.feed_forward(hidden_states, parts)
@@ -62,7 +64,7 @@ class LayerMerging:
     def feed_forward(self: Any, x: Tensor, parts: Anatomy) -> Tensor:
         """The layer behind attention and a merge: [B, n, D] -> [B, n, D]."""
         grown = getattr(self, parts.mlp)(getattr(self, parts.norm2)(x))
-        return self.branch(grown, parts.branch2) + x
+        return x + self.branch(grown, parts.branch2)
 
     def branch(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """Apply a branch's modules and multiply by its parameters, in order: [B, n, D] -> [B, n, D]."""

@@ -109,6 +109,21 @@ class GridReader(Reader):
             return stock()
 
 
+class RecordingGridReader(GridReader):
+    """A `GridReader` that records the hidden states of the encoder's layers itself."""
+
+    def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        with open_scope(Scope(reader=self.reader)) as scope:
+            output = stock()
+        if scope.state is None or not scope.state.changed:
+            return output
+        if isinstance(output, tuple):
+            return tuple(_unmerge_recorded(part, scope.state) for part in output)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = _unmerge_recorded(output["hidden_states"], scope.state)
+        return output
+
+
 READERS: Mapping[str, tuple[type, ...]] = {
     "tokens": (),
     "mean": (MeanReader,),
@@ -141,8 +156,10 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     output = with_last(output, last)
     if reader == "sized" and isinstance(output, dict) and output.get("hidden_states") is not None:
         states = output["hidden_states"]
+        kept = [state.num_active if i in state.stacked else state.num_active_after(i) for i in range(len(states))]
         output["hidden_states"] = tuple(
-            x if x is None else x[:, : state.num_active_after(i)] for i, x in enumerate(states)
+            x if x is None else state.stacked.get(i, x)[:, :number]
+            for i, (x, number) in enumerate(zip(states, kept, strict=True))
         )
     if unmerge and isinstance(output, tuple):
         return (last, *(_unmerge_recorded(part, state) for part in output[1:]))

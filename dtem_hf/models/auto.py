@@ -115,6 +115,7 @@ AutoModelForImageSegmentation = _merging("AutoModelForImageSegmentation")
 AutoModelForImageTextToText = _merging("AutoModelForImageTextToText")
 AutoModelForInstanceSegmentation = _merging("AutoModelForInstanceSegmentation")
 AutoModelForKeypointDetection = _merging("AutoModelForKeypointDetection")
+AutoModelForPoseEstimation = _merging("AutoModelForPoseEstimation")
 AutoModelForMaskedImageModeling = _merging("AutoModelForMaskedImageModeling")
 AutoModelForMultimodalLM = _merging("AutoModelForMultimodalLM")
 AutoModelForObjectDetection = _merging("AutoModelForObjectDetection")
@@ -171,6 +172,7 @@ _BY_PREFERENCE = (
     AutoModelForZeroShotObjectDetection,
     AutoModelForObjectDetection,
     AutoModelForKeypointDetection,
+    AutoModelForPoseEstimation,
     AutoModelForUniversalSegmentation,
     AutoModelForInstanceSegmentation,
     AutoModelForImageSegmentation,

@@ -70,8 +70,8 @@ class Merging:
     """How an encoder is merged: config, method, costs, and the plan for images of `num_tokens`, the model's own size.
 
     `reader` is the word for what reads the encoder's tokens, where no model of its family around it says. Another
-    amount of merging changes config and plan; geometry and costs stay. Layers from `layers_read` on are not run, as
-    nothing reads them.
+    amount of merging changes config and plan; geometry and costs stay. `states_read` are the hidden states that are
+    read, by index, the input first; layers behind the last of them are not run.
     """
 
     config: MergeConfig
@@ -82,7 +82,7 @@ class Merging:
     num_tokens: int
     reads_all: bool
     reader: str
-    layers_read: int
+    states_read: tuple[int, ...]
     plan: MergePlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,8 +96,8 @@ class Merging:
     def plan_for(self, num_tokens: int) -> MergePlan:
         """Raises ValueError where the config's r does not fit the encoder."""
         reductions = self.config.schedule.resolve(self.cost, num_tokens)
-        unread = [0] * (self.geometry.num_layers - self.layers_read)
-        return self.cost.plan(num_tokens, [*reductions[: self.layers_read], *unread])
+        last = max(self.states_read)
+        return self.cost.plan(num_tokens, [*reductions[:last], *[0] * (self.geometry.num_layers - last)])
 
     def reductions(self, num_tokens: int) -> Sequence[int]:
         """One r per layer for an image of `num_tokens` tokens."""
@@ -163,7 +163,7 @@ class EncoderMerging(Renamed, ScopedForward):
             masked=masked,
             sizes=merging.family.padding_sizes(self, inputs),  # type: ignore[arg-type]
             keep_sources=keep_sources,
-            layers_read=merging.layers_read,
+            states_read=merging.states_read,
             steps=options.steps,
         )
 

@@ -24,7 +24,7 @@ from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding
 from ..errors import BadValue, UnsupportedModelError
 from ..families import Place, find_encoder, find_place, input_like, serve_attention
-from ..families.containers import container_of
+from ..families.containers import container_of, states_read
 from ..families.layer import forget_keys, remember_keys
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
@@ -110,15 +110,15 @@ def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: 
     cost = family.encoder_cost(place.holder, encoder, method.metric_cost())
     cost = replace(cost, pairwise=method.pairwise, between=method.between)
     reader = _outer_reader(model, place, config)
-    layers_read = geometry.num_layers
+    read: tuple[int, ...] = (geometry.num_layers,)
     if reader == "sized" and container_of(type(model)).counts_placeholders:
-        layers_read = range(geometry.num_layers + 1)[getattr(model.config, "vision_feature_layer", -1)]
-        unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - layers_read)
-        cost = replace(cost, layers=(*cost.layers[:layers_read], *unread))
+        read = tuple(range(geometry.num_layers + 1)[index] for index in states_read(model.config))
+        unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - max(read))
+        cost = replace(cost, layers=(*cost.layers[: max(read)], *unread))
     reads_all = reader == "grid" or family.reads_grid(place.holder)
     if reads_all and config.unmerge is False:
         raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
-    return Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader, layers_read)
+    return Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader, read)
 
 
 def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
@@ -128,9 +128,6 @@ def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> 
     container = container_of(type(model))
     if config.unmerge is not False or not container.counts_placeholders:
         return container.reader
-    layers = getattr(model.config, "vision_feature_layer", -1)
-    if not isinstance(layers, int):
-        raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads several layers, {layers}")
     return "sized"
 
 

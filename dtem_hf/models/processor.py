@@ -55,10 +55,15 @@ class MergedPlaceholders:
 def count_read(model: Any, num_plain: int) -> int:
     """How many tokens of an image a merged model hands its language model, where a plain one hands `num_plain`."""
     encoder = find_place(model).encoder
-    merging, config = encoder.merging, model.config
+    merging = encoder.merging
     if merging.unmerge:
         return num_plain
-    dropped = 1 if getattr(config, "vision_feature_select_strategy", None) == "default" else 0  # the CLS token
-    num_tokens = num_plain + dropped
-    tokens = (num_tokens, *merging.plan_for(num_tokens).tokens)  # as the recorded hidden states: the input first
-    return tokens[getattr(config, "vision_feature_layer", -1)] - dropped
+    dropped = count_dropped(model)
+    tokens = merging.plan_for(num_plain + dropped).tokens  # behind the last layer that is read, they stay as many
+    return tokens[-1] - dropped
+
+
+def count_dropped(model: Any) -> int:
+    """How many of the encoder's tokens a vision-language model leaves out: its CLS token, or none."""
+    by_config = getattr(model.config, "vision_feature_select_strategy", None) == "default"
+    return int(by_config or container_of(type(model)).drops_first)

@@ -14,7 +14,7 @@ from ..errors import BadValue, UnsupportedModelError
 from ..families import find_encoder
 
 
-_SEEN = ("pixel_values", "input_values")
+_SEEN = ("pixel_values", "input_values", "pixel_values_videos")
 
 
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:

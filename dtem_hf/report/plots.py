@@ -173,16 +173,16 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     axis.axhline(1, color="0.45", linewidth=1, zorder=1)
     merged = [row for row in rows if row["method"] != _UNMERGED]
     amounts = list(dict.fromkeys((row["method"], str(row["r"])) for row in merged))
-    runtimes = list(dict.fromkeys(row["runtime"] for row in merged))
+    kinds = [f"{row['tokens_read']} tokens" if "tokens_read" in row else row["runtime"] for row in merged]
     colours = dict(zip(amounts, cycle([style for style, _ in (*_STYLES.values(), *_SPARE_STYLES)]), strict=False))
-    dashes = dict(zip(runtimes, cycle(["-", "--", ":", "-."]), strict=False))
+    dashes = dict(zip(dict.fromkeys(kinds), cycle(["-", "--", ":", "-."]), strict=False))
     drawn = set()
-    for row in merged:
+    for row, kind in zip(merged, kinds, strict=True):
         colour = colours[row["method"], str(row["r"])]
-        label = f"{method_name(row['method'])} {reduction_label(row['r'])}, {row['runtime']}"
+        label = f"{method_name(row['method'])} {reduction_label(row['r'])}, {kind}"
         x = [batch["batch_size"] for batch in row["batches"]]
         y = [batch["speedup"]["median"] for batch in row["batches"]]
-        axis.plot(x, y, dashes[row["runtime"]], color=colour, marker="o", markersize=4.5, label=label, zorder=3)
+        axis.plot(x, y, dashes[kind], color=colour, marker="o", markersize=4.5, label=label, zorder=3)
         ideal = row["ideal_speedup"]
         if ideal is not None and (colour, round(ideal, 3)) not in drawn:
             axis.axhline(ideal, color=colour, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)

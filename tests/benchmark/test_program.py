@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GitConfig, ViTConfig
+from transformers import AutoConfig, GitConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
 
 from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach, ops
 from dtem_hf.benchmark.breakdown import PARTS, MergingAlone, break_down
 from dtem_hf.benchmark.program import BenchmarkArguments, benchmark, main
+from dtem_hf.benchmark.rows import answering_entries
 from dtem_hf.benchmark.runtimes import load_peer
 from dtem_hf.benchmark.tables import markdown, print_benchmark
+from dtem_hf.evaluation.variants import make_variants
 
 
 PEERS = """
@@ -158,6 +160,68 @@ def test_captioning_from_pixels_to_text(tmp_path):
     assert "captions of 3 tokens" in markdown(result)
 
 
+@pytest.mark.parametrize("kind", ["llava", "vipllava", "paligemma"])
+def test_answering_with_all_tokens_and_with_merged_ones(kind, tmp_path, capsys):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 4, "num_hidden_layers": 3}
+    text = {**sizes, "num_key_value_heads": 1, "vocab_size": 30}
+    fields = {"image_token_index": 9}
+    if kind == "paligemma":
+        fields |= {"projection_dim": 16, "hidden_size": 16}
+        vision |= {"model_type": "siglip_vision_model", "projection_dim": 16, "vision_use_head": False}
+        text |= {"model_type": "gemma", "head_dim": 8}
+    else:
+        vision |= {"model_type": "clip_vision_model"}
+        text |= {"model_type": "llama"}
+        fields |= {"vision_feature_layer": -2} if kind == "llava" else {"vision_feature_layers": [-2, -3]}
+    AutoConfig.for_model(kind, vision_config=vision, text_config=text, **fields).save_pretrained(tmp_path / "config")
+    settings = "--methods tome --r 2 --batch_sizes 1 2 --rounds 2 --warmup 0 --prompt_tokens 5 --answer_tokens 3"
+    folders = ["--model", str(tmp_path / "config"), "--output_dir", str(tmp_path / "out")]
+    main([*folders, "--task", "answering", "--random_weights", "True", "--device", "cpu", *settings.split()])
+    result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [(row["method"], row["r"], row["tokens_read"]) for row in result["rows"]] == [
+        ("none", None, "all"),
+        ("tome", 2, "all"),
+        ("tome", 2, "merged"),
+    ]
+    plain, everywhere, merged = (row["multiply_adds"] for row in result["rows"])
+    assert plain > everywhere > merged  # the language model's prompt is shorter, too
+    for row in result["rows"]:
+        for batch in row["batches"]:
+            assert batch["prefill_seconds"]["median"] > 0 and "decoding_seconds" in batch
+    page = (tmp_path / "out" / "benchmark.md").read_text()
+    assert "answers of 3 tokens to prompts of 5 tokens and an image" in page and "tome, merged tokens" in page
+    assert re.search(r"prefill [\d.]+ ms, decoding -?[\d.]+ ms", page)
+    assert (tmp_path / "out" / "speedup.png").stat().st_size > 0 and "answers/s" in capsys.readouterr().out
+
+
+def test_what_a_language_model_reads_is_what_the_row_says(tmp_path):
+    """The lengths of the prompts of all rows, at the language model's first layer."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = LlavaConfig(
+        vision_config={**sizes, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4},
+        text_config={**sizes, "model_type": "llama", "num_key_value_heads": 1, "vocab_size": 30},
+        image_token_index=9,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    variants = make_variants(model, ["tome"], [2], [])
+    merged = make_variants(model, ["tome"], [2], [], unmerge=False)[1:]
+    entries = answering_entries(variants, merged, (3, 16, 16), prompt=5, length=3)
+    lengths = []
+    for entry in entries:
+        layer = entry.model.model.language_model.layers[0]
+        layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+        assert entry.run(torch.randn(2, 3, 16, 16)).shape == (2, lengths[-3] + 3)
+        entry.begin(torch.randn(1, 3, 16, 16))
+    # The last layer is not read: one layer merges two of 16 tokens.
+    assert lengths == [21, 1, 1, 21] * 2 + [19, 1, 1, 19]
+
+
+def test_answering_takes_a_model_that_can_be_handed_merged_tokens(vit_folder):
+    with pytest.raises(BadValue, match=r"task='answering'.*LLaVA.*not a ViTForImageClassification"):
+        benchmark(BenchmarkArguments(model=str(vit_folder), task="answering", r=["2"], batch_sizes=[1]))
+
+
 def test_captioning_takes_a_model_that_writes(vit_folder):
     with pytest.raises(BadValue, match=r"task='captioning'.*writes text"):
         benchmark(BenchmarkArguments(model=str(vit_folder), task="captioning", r=["2"], batch_sizes=[1]))
@@ -204,6 +268,9 @@ def test_a_config_is_enough_with_random_weights(tmp_path):
         ({"compile_mode": "fast"}, "compile_mode"),
         ({"rounds": 0}, "rounds"),
         ({"caption_tokens": 0}, "caption_tokens"),
+        ({"prompt_tokens": 0}, "prompt_tokens"),
+        ({"answer_tokens": 1}, "answer_tokens"),
+        ({"task": "answering", "image_size": 64}, "image_size"),
         ({"runtimes": ["onnxruntime"], "dtype": "bfloat16", "device": "cpu"}, "dtype"),
         ({"runtimes": ["openvino"], "dtype": "bfloat16"}, "openvino_bfloat16"),
         ({"peer_runtimes": ["mine"]}, "peer_runtimes"),

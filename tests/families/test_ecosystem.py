@@ -324,7 +324,8 @@ def make_merged(case: FamilyCase, model_class: Any, config: Any = MERGE, eager: 
 
 def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model(**inputs)[0]
+        first = model(**inputs)[0]
+    return first[0] if isinstance(first, tuple) else first  # of a backbone, the first feature map
 
 
 @by_exported

@@ -165,6 +165,15 @@ def zoedepth() -> tuple[Any, dict[str, Tensor]]:
     return tf.ZoeDepthForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 
+def vitpose() -> tuple[Any, dict[str, Tensor]]:
+    """Patches of more than 4 pixels: images are padded by 2 on every side."""
+    backbone = tf.VitPoseBackboneConfig(
+        **{**VIT, "image_size": [64, 48], "patch_size": [8, 8], "mlp_ratio": 2}, out_indices=[4]
+    )
+    model = tf.VitPoseForPoseEstimation(tf.VitPoseConfig(backbone_config=backbone, num_labels=5))
+    return model, {"pixel_values": torch.randn(2, 3, 64, 48)}
+
+
 def tiled(model_class: Any, num_image_tokens: int, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
     """An image of 64 x 64 pixels in four tiles and one view of the whole."""
     model, _ = llava(model_class, image_grid_pinpoints=[[64, 64]], **changes)
@@ -266,6 +275,7 @@ CONTAINERS = [
     dpt,
     upernet,
     zoedepth,
+    vitpose,
     llava,
     vipllava,
     llava_next,
@@ -302,7 +312,7 @@ def test_every_type_of_container_has_its_row_here() -> None:
 @torch.no_grad()
 def read(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     output = model(**inputs)
-    names = ("logits", "predicted_depth", "logits_per_image")
+    names = ("logits", "heatmaps", "predicted_depth", "logits_per_image")
     return next(output[name] for name in names if name in output)
 
 

@@ -41,7 +41,7 @@ def word_tokenizer() -> Any:
 
 def saved_processor(folder: Path, kind: str) -> None:
     size = {"height": 32, "width": 32}
-    if kind == "llava":
+    if kind != "paligemma":
         images = tf.CLIPImageProcessor(size=size, crop_size=size)
         processor: Any = tf.LlavaProcessor(
             images,
@@ -57,11 +57,14 @@ def saved_processor(folder: Path, kind: str) -> None:
     processor.save_pretrained(folder)
 
 
-@pytest.fixture(params=["llava", "paligemma"])
+BUILDS = {"llava": llava, "vipllava": vipllava, "paligemma": paligemma}
+
+
+@pytest.fixture(params=BUILDS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
     """A merged model that hands on merged tokens, and its processor."""
     saved_processor(tmp_path, request.param)
-    model, _ = built(llava if request.param == "llava" else paligemma)
+    model, _ = built(BUILDS[request.param])
     attach(model, ToMeConfig(r=5), unmerge=False)
     return model, dtem_hf.AutoProcessor.from_pretrained(tmp_path, merge=model)
 
@@ -75,9 +78,52 @@ def ask(processor: Any, images: list[Any], texts: list[str]) -> dict[str, Tensor
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-# LLaVA reads the input of the last of four layers, without its CLS token; PaliGemma the output of the last.
-def handed_on(model: Any, r: int) -> int:
-    return 64 - 3 * r if isinstance(model, tf.LlavaForConditionalGeneration) else 64 - 4 * r
+def reads_last(model: Any) -> bool:
+    """PaliGemma reads the output of the last of four layers; LLaVA its input; VipLLaVA that of the third, too."""
+    return isinstance(model, tf.PaliGemmaForConditionalGeneration)
+
+
+def handed_on(model: Any, r: int, num_patches: int = 64) -> int:
+    return num_patches - (4 if reads_last(model) else 3) * r
+
+
+@torch.no_grad()
+def features(model: Any, pixels: Tensor, **options: Any) -> Tensor:
+    """What the projector makes of images [B, C, H, W], of the outputs of the tower's layers by themselves."""
+    place, outputs = find_place(model), []
+    layers = place.encoder.encoder.layers
+    hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in layers]
+    with model.trace_merging() as trace:
+        last = place.holder(pixels, **options).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    if isinstance(model, tf.LlavaForConditionalGeneration):
+        read = outputs[2][:, 1:]
+    elif reads_last(model):
+        read = last
+    else:  # behind the third layer, and the means of the second one's tokens over the groups that the third makes
+        counts = trace.sizes[2].shape[1]
+        means = torch.zeros(len(pixels), counts, outputs[1].shape[2])
+        for image in range(len(pixels)):
+            second, third = trace.source_maps[1][image].tolist(), trace.source_maps[2][image].tolist()
+            for group in range(counts):
+                members = {second[patch] for patch in range(len(second)) if third[patch] == group}
+                weights = {member: float(trace.sizes[1][image, member]) for member in members}
+                mean = sum(weight * outputs[1][image, member] for member, weight in weights.items())
+                means[image, group] = mean / sum(weights.values())
+        read = torch.cat([outputs[2][:, 1:], means[:, 1:]], dim=-1)
+    return model.model.multi_modal_projector(read)
+
+
+def answered_by_hand(model: Any, inputs: dict[str, Tensor], images: list[Tensor]) -> Tensor:
+    """Logits where the features [n, D] of images stand in the places of their placeholders, in order."""
+    embeds, row = model.get_input_embeddings()(inputs["input_ids"]), torch.cat(images)
+    places = (inputs["input_ids"] == WORDS.index("<image>")).nonzero().tolist()
+    assert len(places) == len(row)
+    for (prompt, place), feature in zip(places, row, strict=True):
+        embeds[prompt, place] = feature
+    rest = {name: value for name, value in inputs.items() if name in ("attention_mask", "token_type_ids")}
+    return model(inputs_embeds=embeds, **rest).logits
 
 
 def test_an_image_gets_as_many_placeholders_as_tokens_are_handed_on(pair: tuple[Any, Any]) -> None:
@@ -127,16 +173,7 @@ def test_two_images_in_a_prompt_are_put_in_their_places(pair: tuple[Any, Any]) -
     """By hand: the features that the projector gives for each image, in the place of its placeholders."""
     model, processor = pair
     inputs = ask(processor, [pictures(2)], ["<image> and <image> what"])
-    inner, count = model.model, handed_on(model, 5)
-    assert (inputs["input_ids"] == WORDS.index("<image>")).sum() == 2 * count
-    tower = find_place(model).holder(inputs["pixel_values"], output_hidden_states=True)
-    is_llava = isinstance(model, tf.LlavaForConditionalGeneration)
-    features = inner.multi_modal_projector(tower.hidden_states[-2][:, 1:] if is_llava else tower.last_hidden_state)
-    embeds = inner.get_input_embeddings()(inputs["input_ids"])
-    places = (inputs["input_ids"][0] == WORDS.index("<image>")).nonzero().flatten()
-    embeds[0, places[:count]], embeds[0, places[count:]] = features[0], features[1]
-    rest = {name: value for name, value in inputs.items() if name in ("attention_mask", "token_type_ids")}
-    expected = model(inputs_embeds=embeds, **rest).logits
+    expected = answered_by_hand(model, inputs, list(features(model, inputs["pixel_values"])))
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -178,12 +215,6 @@ def test_a_processor_for_a_model_that_counts_no_placeholders_is_refused(tmp_path
     assert not hasattr(dtem_hf.AutoProcessor.from_pretrained(tmp_path), "merged_model")
 
 
-def test_what_reads_several_layers_gets_all_tokens_only() -> None:
-    model, _ = built(vipllava)
-    with pytest.raises(ValueError, match="unmerge=False"):
-        attach(model, ToMeConfig(r=3), unmerge=False)
-
-
 def test_soft_training_hands_on_as_many_tokens_as_the_plan(pair: tuple[Any, Any]) -> None:
     model, processor = pair
     attach(model.train(), DTEMConfig(r=5), unmerge=False)
@@ -212,12 +243,99 @@ def test_layers_behind_the_one_that_is_read_do_not_run(pair: tuple[Any, Any]) ->
     model.set_attn_implementation("eager")
     with counter:
         model.get_image_features(inputs["pixel_values"], return_dict=True)
-    is_llava = isinstance(model, tf.LlavaForConditionalGeneration)
-    assert ran == list(range(3 if is_llava else 4))
+    assert ran == list(range(4 if reads_last(model) else 3))
     projected = model.model.multi_modal_projector
     on_tokens = sum(m.in_features * m.out_features for m in projected.modules() if isinstance(m, torch.nn.Linear))
     plan = model.merge_plan()
     assert counter.get_total_flops() // 2 == plan.multiply_adds + on_tokens * handed_on(model, 5)
     # Back in all-tokens mode, all layers count and run again.
     attach(model, ToMeConfig(r=5))
-    assert (model.merge_plan().multiply_adds > plan.multiply_adds) is is_llava
+    assert (model.merge_plan().multiply_adds > plan.multiply_adds) is not reads_last(model)
+
+
+def test_softly_merged_layers_are_stacked_and_learn_with_recomputed_layers() -> None:
+    """Gradient checkpointing runs layers again: the same loss and gradients come out."""
+    model, _ = built(vipllava)
+    attach(model.train(), DTEMConfig(r=5), unmerge=False)
+    inputs = {"input_ids": torch.tensor([[7, *[5] * handed_on(model, 5), 8, 9]] * 2)}
+    inputs["pixel_values"] = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.merge_parameters())])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    assert sum(float(gradient.abs().sum()) for gradient in found[0][1:]) > 0
+
+
+# Numbers of pixels that no patch of 4 divides, one of them of as many patches as the model's own size, and no squares.
+SIZES = [(33, 34), (46, 31), (41, 41)]
+NUM_PATCHES = [64, 77, 100]
+
+
+@pytest.fixture(params=[llava, vipllava])
+def any_size(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
+    """A LLaVA that hands on merged tokens, and its processor, which leaves images in their size."""
+    saved_processor(tmp_path, "llava")
+    model, _ = built(request.param)
+    attach(model, ToMeConfig(r=5), unmerge=False)
+    processor = dtem_hf.AutoProcessor.from_pretrained(tmp_path, merge=model)
+    processor.image_processor.do_resize = processor.image_processor.do_center_crop = False
+    return model, processor
+
+
+ANY_SIZE = {"interpolate_pos_encoding": True, "return_dict": True}
+
+
+def given(model: Any, inputs: dict[str, Tensor], seen: list[Any]) -> Tensor:
+    """Logits from features that were computed before, of one image each."""
+    if "mm_encoder_outputs" not in signature(type(model.model).forward).parameters:
+        pytest.skip(f"transformers {tf.__version__} takes no mm_encoder_outputs")
+    rows = [each.pooler_output[0] for each in seen]
+    first = seen[0]
+    first.pooler_output = tuple(rows) if isinstance(first.pooler_output, (list, tuple)) else torch.cat(rows)[None]
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return model(**texts, mm_encoder_outputs={"image": first}).logits
+
+
+def pictures_of(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    return [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", range(3))
+def test_images_of_an_odd_size_get_the_placeholders_of_their_own_plan(any_size: tuple[Any, Any], which: int) -> None:
+    model, processor = any_size
+    inputs = ask(processor, pictures_of(SIZES[which : which + 1]), ["<image> what is this"])
+    count = handed_on(model, 5, NUM_PATCHES[which])
+    assert (inputs["input_ids"] == WORDS.index("<image>")).sum() == count
+    plan = model.merge_plan(image_size=SIZES[which])
+    assert plan.num_tokens == NUM_PATCHES[which] + 1 and plan.output_tokens == count + 1  # the CLS token
+    read = features(model, inputs["pixel_values"], interpolate_pos_encoding=True)
+    expected = answered_by_hand(model, inputs, list(read))
+    found = given(model, inputs, [model.get_image_features(inputs["pixel_values"], **ANY_SIZE)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if isinstance(model, tf.LlavaForConditionalGeneration):  # VipLLaVA's forward does not hand the option on
+        assert torch.equal(model(**inputs, interpolate_pos_encoding=True).logits, found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("together", [True, False], ids=["one prompt", "three prompts"])
+def test_images_of_several_sizes_each_get_their_own_placeholders(any_size: tuple[Any, Any], together: bool) -> None:
+    """A tower sees images of one size at once: the features of each are computed before and handed over."""
+    model, processor = any_size
+    images = pictures_of(SIZES)
+    texts = ["<image> and <image> and <image> what"] if together else ["<image> what", "<image>", "<image> is this"]
+    batch = processor(images=[images] if together else [[image] for image in images], text=texts, padding=True)
+    inputs = {name: torch.tensor(batch[name]) for name in ("input_ids", "attention_mask")}
+    counts = [handed_on(model, 5, number) for number in NUM_PATCHES]
+    found = (inputs["input_ids"] == WORDS.index("<image>")).sum(dim=1).tolist()
+    assert found == ([sum(counts)] if together else counts)
+    pixels = [torch.as_tensor(np.array(each)).unsqueeze(0) for each in batch["pixel_values"]]
+    read = [features(model, each, interpolate_pos_encoding=True)[0] for each in pixels]
+    expected = answered_by_hand(model, inputs, read)
+    seen = [model.get_image_features(each, **ANY_SIZE) for each in pixels]
+    torch.testing.assert_close(given(model, inputs, seen), expected, atol=1e-5, rtol=1e-5)

@@ -53,10 +53,13 @@ def models_of(case: FamilyCase) -> list[tuple[str, Any]]:
 
 def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
     """Every task of a family; of those that have none but to see, the features."""
+    if "pipelines" in case.lacking:
+        return []
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
     bare = [("image-feature-extraction", auto, each) for auto, each in models_of(case) if auto == "AutoModel"]
     takes_pixels = not case.rows[0].anatomy.whole  # and no rows of patches
-    return found or [each for each in bare if "image" in each[2].input_modalities and takes_pixels]
+    alone = [each for each in bare if "text_config" not in each[2].config_class.sub_configs]
+    return found or [each for each in alone if "image" in each[2].input_modalities and takes_pixels]
 
 
 def exported_models(case: FamilyCase) -> list[Any]:
@@ -114,6 +117,7 @@ def document() -> str:
     for case in CASES.values():
         tasks = ", ".join(dict.fromkeys(task for task, _, _ in tasks_of(case)))
         classes = ", ".join(dict.fromkeys(f"`{auto}`" for auto, _ in models_of(case)))
+        tasks = cell(case, "pipelines") if "pipelines" in case.lacking else tasks
         lines.append(" | ".join([case.family, tasks, classes, *(cell(case, column) for column in COLUMNS)]))
     table = "\n".join(f"| {line} |" for line in lines)
     numbered = "\n".join(f"[{number}] {reason}.  " for reason, number in notes.items())
@@ -125,8 +129,8 @@ CONTAINERS_PREFACE = """## Models around an encoder
 Any model with one of these encoders inside can be merged. `tests/models/test_containers.py` tests those below: with
 nothing merged it is the plain model bit for bit, detach restores it, an untrained DTEM is ToMe, eager attention is
 SDPA, saved and loaded it is merged again, the plan is the encoder's count, bfloat16 is finite. A type that is not
-listed reads all tokens, in place. With `unmerge=False`, LLaVA's and PaliGemma's language models get the merged tokens
-(`tests/models/test_processor.py`).
+listed reads all tokens, in place. With `unmerge=False`, the language models of LLaVA, VipLLaVA and
+PaliGemma get the merged tokens (`tests/models/test_processor.py`).
 """
 READ = {
     "grid": "all tokens, in place",

@@ -167,6 +167,10 @@ class FamilyCase:
         text = torch.tensor([[2, 7, 8, 9, 7, 11, 10, 3]] * count)
         takes = signature(model_class.forward).parameters
         words = {name: text for name in ("input_ids", "decoder_input_ids", "qformer_input_ids") if name in takes}
+        if "image_embeds_position_mask" in takes:  # of Kosmos-2, whose image takes the place of the first words
+            words["image_embeds_position_mask"] = (
+                (torch.arange(text.shape[1]) < self.whole["latent_query_num"]).long().expand(count, -1)
+            )
         return {**words, "attention_mask": torch.ones_like(text)} if "attention_mask" in takes else words
 
     def make_small(self, model_class: Any, attention: str | None = None) -> Any:

@@ -27,7 +27,7 @@ def merged(row: Row, merge: MergeConfig, attention: str = "sdpa", dtype: torch.d
 
 def as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """What a model sees in another precision."""
-    seen = ("pixel_values", "input_values")
+    seen = ("pixel_values", "input_values", "pixel_values_videos")
     return {name: value.to(dtype) if name in seen else value for name, value in inputs.items()}
 
 

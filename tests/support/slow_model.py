@@ -40,9 +40,11 @@ class Anatomy:
     """A family. `embed` makes the first tokens [N, D] of one image, `head` outputs of the last ones and their sizes.
 
     `layer` is what the weights of a layer begin with, its number in braces; the other names come behind it. `qkv` are
-    three linear maps or one. `tables` are those of relative position biases, with their whole names. `theta` is the
+    three linear maps or one. `gate` is a linear map whose activation multiplies what the first one of `mlp` gives.
+    `tables` are those of relative position biases, with their whole names. `theta` is the
     base of rotary positions. Where it or a table is given, `places` says where the patches of an image lie [N - P, 2].
-    With `whole`, `head` gets the token of every patch, in its place.
+    `turn` rotates keys and queries by places in another way than DINOv3's. With `whole`, `head` gets the token of
+    every patch, in its place.
     """
 
     embed: Callable[[Weights, Inputs], Tensor]
@@ -53,6 +55,7 @@ class Anatomy:
     qkv: tuple[str, ...]
     out: str
     mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2")
+    gate: str | None = None
     activation: Callable[[Tensor], Tensor] = gelu
     eps: float = 1e-12
     heads: int = 4
@@ -60,6 +63,7 @@ class Anatomy:
     tables: tuple[str, ...] = ()
     theta: float | None = None
     places: Callable[[Inputs], Tensor] | None = None
+    turn: Callable[[Tensor, Tensor, Anatomy], Tensor] | None = None
     whole: bool = False
 
 
@@ -104,7 +108,7 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     places = None
     if anatomy.places is not None:
         patches = anatomy.places(inputs).to(x.dtype)
-        places = torch.cat([patches.new_zeros(anatomy.prefix, 2), patches])
+        places = torch.cat([patches.new_zeros(anatomy.prefix, patches.shape[1]), patches])
     start = Tokens(x, sizes, places, [[i] for i in range(len(x))], len(x))
     trail = [start]
     for index in range(len(reduction.r or reduction.keep_rates or reduction.steps)):
@@ -145,7 +149,8 @@ def run_layer(
     if anatomy.tables:
         tables = [weights[name.format(index)] for name in anatomy.tables]
         bias = sum(relative_bias(table, tokens.places, start.places, anatomy.prefix) for table in tables)
-    turned = [rotate(part, tokens.places, anatomy) if anatomy.theta else part for part in (q, k)]
+    turn = anatomy.turn or (rotate if anatomy.theta else None)
+    turned = [part if turn is None else turn(part, tokens.places, anatomy) for part in (q, k)]
     scaling = (q.shape[1] // anatomy.heads) ** -0.5
     shares = slow.attention_weights(*turned, anatomy.heads, scaling, counted, bias)
     x = tokens.x + attend_scale * linear(weights, root + anatomy.out, slow.mix(shares, v))
@@ -165,7 +170,10 @@ def run_layer(
         merged = replace(merged, x=slow.lengthen(merged.x[:, :-1], merged.x[:, -1], share))
 
     h = layer_norm(weights, root + anatomy.norms[1], merged.x, anatomy.eps)
-    grown = linear(weights, root + anatomy.mlp[1], anatomy.activation(linear(weights, root + anatomy.mlp[0], h)))
+    grown = anatomy.activation(linear(weights, root + (anatomy.gate or anatomy.mlp[0]), h))
+    if anatomy.gate is not None:
+        grown = grown * linear(weights, root + anatomy.mlp[0], h)
+    grown = linear(weights, root + anatomy.mlp[1], grown)
     merged = replace(merged, x=merged.x + mlp_scale * grown)
     if not reduction.between or reduction.steps[index] is None:
         return merged
@@ -252,7 +260,9 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def layer_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
-    """Every token minus its mean, by its standard deviation."""
+    """Every token minus its mean, by its standard deviation; without a bias, by its root mean square alone."""
+    if f"{name}.bias" not in weights:
+        return x / ((x**2).mean(dim=-1, keepdim=True) + eps).sqrt() * weights[f"{name}.weight"]
     centred = x - x.mean(dim=-1, keepdim=True)
     variance = (centred**2).mean(dim=-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]

@@ -85,7 +85,9 @@ def assert_the_reader_gets_all_tokens(
         assert all(map(torch.equal, tensors(model(**inputs)), unmerged))
     for layer, given in zip(layers_of(plain), tokens[1:], strict=True):
         # In front of the hooks by which transformers records hidden states.
-        layer.register_forward_hook(lambda *_, given=given: given, prepend=True)
+        layer.register_forward_hook(
+            lambda *a, given=given: (given, *a[2][1:]) if isinstance(a[2], tuple) else given, prepend=True
+        )
     expected = tensors(plain(**inputs))
     torch.testing.assert_close(tensors(output), expected, atol=1e-4, rtol=1e-4)
     assert any(not torch.allclose(ours, other, atol=1e-3) for ours, other in zip(expected, unmerged, strict=True))

@@ -1,0 +1,139 @@
+"""V-JEPA 2: clips without a prefix token, rotated by frame, row and column; a predictor, and a pooler that attends.
+
+A merged token lies at the size-weighted mean of its patches. The predictor needs every token in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.vjepa2.modeling_vjepa2 import (
+    VJEPA2Encoder,
+    VJEPA2ForVideoClassification,
+    VJEPA2Model,
+    VJEPA2PoolerCrossAttention,
+    VJEPA2PoolerCrossAttentionLayer,
+    VJEPA2PoolerSelfAttention,
+    VJEPA2PoolerSelfAttentionLayer,
+)
+
+from ..scope import current_state
+from ..token_state import TokenState
+from .anatomy import Anatomy
+from .family import Family
+from .layer import LayerMerging
+from .masked_attention import attend
+from .readers import GridReader, RecordingGridReader
+
+
+class PlacedAttention:
+    """An encoder's attention, which takes no mask: its tokens lie where merging has put them, and count by size."""
+
+    def get_position_ids(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Frame, row and column of tokens [B, n, D]: three of [n], or of [B, 1, n] where tokens have merged."""
+        state = current_state()
+        positions = None if state is None else state.positions(state.layer)
+        if state is None or positions is None or not state.has_merged(state.layer):
+            return super().get_position_ids(x, masks)  # type: ignore[misc]
+        return positions.to(x.dtype).unsqueeze(1).unbind(-1)
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is None:
+            return super().forward(hidden_states)  # type: ignore[misc]
+        q, k, v = (
+            linear(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        places = self.get_position_ids(hidden_states)
+        q, k = (self.apply_rotary_embeddings(x, places) for x in (q, k))
+        dropout, eager = self.dropout_prob if self.training else 0.0, self.config._attn_implementation == "eager"
+        mixed, weights = attend(q, k, v, attention_mask, self.scaling, dropout, eager)
+        return self.proj(mixed), weights
+
+
+class VJEPA2Merging(LayerMerging):
+    """A `VJEPA2Layer` returns a tuple."""
+
+    def merged_forward(self, hidden_states: Tensor, state: TokenState, *args: Any, **kwargs: Any) -> Any:
+        return super().merged_forward(hidden_states, state, *args, **kwargs), None
+
+    def attention_inputs(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        if self.merge_index == 0:
+            places = torch.stack(self.attention.get_position_ids(hidden_states), dim=-1).float()
+            state.place(places.expand(hidden_states.shape[0], -1, -1))
+        return super().attention_inputs(hidden_states, attention_mask, state, kwargs)
+
+
+class WeighedPooling:
+    """A layer of the pooler: each token counts as many times as it stands for patches."""
+
+    def __call__(self, *tokens: Tensor, **kwargs: Any) -> Any:
+        # An argument, as gradient checkpointing runs the forward pass again outside of every scope.
+        state, keys = current_state(), tokens[-1]
+        if state is not None and (bias := state.returned_bias(keys.dtype)) is not None:
+            kwargs["attention_mask"] = bias.to(keys.device)
+        return super().__call__(*tokens, **kwargs)  # type: ignore[misc]
+
+
+class MaskedPooling:
+    """An attention of the pooler, which as "eager" takes no mask."""
+
+    def forward(self: Any, *tokens: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is None:
+            return super().forward(*tokens, **kwargs)  # type: ignore[misc]
+        queries, keys = tokens[:2] if tokens else [kwargs["hidden_states"]] * 2
+        q, k, v = (
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, keys))
+        )
+        dropout, eager = self.dropout if self.training else 0.0, self.config._attn_implementation == "eager"
+        mixed, weights = attend(q, k, v, attention_mask, self.scale, dropout, eager)
+        return (self.out_proj(mixed) if hasattr(self, "out_proj") else mixed), weights
+
+
+class VJEPA2Family(Family):
+    """The config counts frames, and calls the side of its images by another name."""
+
+    def input_sides(self, config: Any) -> tuple[int, ...]:
+        return config.frames_per_clip, config.crop_size, config.crop_size
+
+    def patch_sides(self, config: Any) -> tuple[int, ...]:
+        return (config.tubelet_size, *super().patch_sides(config))
+
+    def model_mixins(self, model_class: type) -> tuple[type, ...]:
+        mixins = super().model_mixins(model_class)
+        return tuple(RecordingGridReader if mixin is GridReader else mixin for mixin in mixins)
+
+    def parts(self, model: nn.Module, encoder: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+        yield from super().parts(model, encoder)
+        for module in model.modules():
+            if isinstance(module, (VJEPA2PoolerSelfAttentionLayer, VJEPA2PoolerCrossAttentionLayer)):
+                yield module, WeighedPooling
+            elif isinstance(module, (VJEPA2PoolerSelfAttention, VJEPA2PoolerCrossAttention)):
+                yield module, MaskedPooling
+
+
+FAMILY = VJEPA2Family(
+    encoders={VJEPA2Encoder: "layer"},
+    anatomy=Anatomy(
+        norm1="norm1",
+        attention="attention",
+        norm2="norm2",
+        mlp="mlp",
+        query="attention.query",
+        key="attention.key",
+        heads="attention.num_attention_heads",
+        branch1=("drop_path",),
+        branch2=("drop_path",),
+    ),
+    models={VJEPA2Model: "grid", VJEPA2ForVideoClassification: "weighed"},
+    num_prefix_tokens=0,
+    composites=(VJEPA2Model, VJEPA2ForVideoClassification),
+    layer_parts={"attention": PlacedAttention},
+    layer_merging=VJEPA2Merging,
+)
