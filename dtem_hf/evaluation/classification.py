@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ..data.classes import match_labels
-from ..data.images import ProcessedImages, collate, data_digest, load_images, load_processor
+from ..data.images import ProcessedImages, collate, data_digest, load_images
 from ..deploy.runtimes import RUNTIMES, check_runtime
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.folder_card import write_card
 from ..models.auto import load_trained_classifier
 from ..models.distances import kl_to
+from ..opening import load_processor
 from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, one_of, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest

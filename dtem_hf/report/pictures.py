@@ -17,12 +17,12 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.opening import as_rgb
 from ..errors import BadValue
 from ..families import find_encoder
 from ..models.attach import MergeMixin
 from ..models.install import merged_layers
 from ..models.vision import evaluating, run_on_pixels
+from ..opening import as_rgb
 from .plots import check_figure_format, save_figure
 
 

@@ -24,11 +24,12 @@ from dtem_hf import (
     attach,
 )
 from dtem_hf.cli import app
-from dtem_hf.data.images import ProcessedImages, load_images, load_processor
+from dtem_hf.data.images import ProcessedImages, load_images
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
 from dtem_hf.evaluation.variants import make_variants, run_in_turn
 from dtem_hf.models.copies import share_weights
+from dtem_hf.opening import load_processor
 
 
 ROOT = Path(__file__).parents[2]
