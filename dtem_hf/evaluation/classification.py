@@ -46,6 +46,9 @@ from .variants import Variant, median_speed, run_in_turn
 _RANKED = 5
 _BINS = 15
 
+# What to do with an encoder without a head.
+_HEADLESS = "`dtem-hf advise` measures an encoder without a head by the cosine of its features"
+
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ResumableArguments, ImageArguments):
@@ -94,7 +97,7 @@ def evaluate(
     """
     a, device = arguments, arguments.choose_device()
     adapters = a.load_adapters()
-    model = load_trained_classifier(a.model, merge=None, dtype=getattr(torch, a.dtype))
+    model = load_trained_classifier(a.model, _HEADLESS, merge=None, dtype=getattr(torch, a.dtype))
     variants = a.make_variants(model.to(device).eval(), adapters)
     images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
     classes = match_labels(images, model.config)

@@ -331,4 +331,5 @@ def test_a_head_that_would_be_random_is_refused_in_one_line(options, vit_folder,
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "a trained classifier, and this one lacks classifier.bias, which would be random" in line
+    assert "dtem-hf advise" in line
     assert not any("Traceback" in line for line in result.stderr.splitlines())
