@@ -52,7 +52,7 @@ model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ a
 ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the families in tests/families
 	$(BIN)/python -m tests.support.ecosystem
 
-performance: $(VENV)/.installed-onnx $(VENV)/.installed-openvino  ## Measure speed on a CPU and write the tables in docs/performance anew
+performance: $(addprefix $(VENV)/.installed-,evaluate train onnx openvino)  ## Measure speed on a CPU and write the tables in docs/performance anew
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --batch_sizes 16 --output_dir docs/performance/deit-small-compile
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --dtype bfloat16 --batch_sizes 16 --output_dir docs/performance/deit-small-bfloat16

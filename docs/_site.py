@@ -6,6 +6,7 @@ A hook of mkdocs and an extension of griffe in one file; `mkdocs.yml` names it f
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def on_files(files: Any, config: Any) -> Any:
         if page == "examples.md":
             for program in sorted(ROOT.glob("examples/*.py")):
                 text += f"\n## {program.name}\n\n```python\n{program.read_text(encoding='utf-8')}```\n"
+            text += "".join(map(_notebook, sorted(ROOT.glob("examples/notebooks/*.ipynb"))))
         files.append(File.generated(config, page, content=text))
     return files
 
@@ -42,6 +44,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri in PAGES.values():
         return markdown
     return _LINK.sub(lambda link: _relinked(link, Path("docs")) if link[2].startswith("../") else link[0], markdown)
+
+
+def _notebook(path: Path) -> str:
+    """A notebook as a section of a page: its text, with headings two levels lower, and its code."""
+    text = f"\n## {path.name}\n"
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        is_text = cell["cell_type"] == "markdown"
+        text += f"\n{re.sub('^#', '###', source)}\n" if is_text else f"\n```python\n{source}\n```\n"
+    return text
 
 
 def _relinked(link: re.Match[str], folder: Path) -> str:

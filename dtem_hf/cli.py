@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
-from .errors import BadValue
+from .errors import EXTRAS, BadValue, need
 from .version import __version__
 
 
@@ -239,10 +239,9 @@ def visualize(
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg dog.jpg --method tome --r 13
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
     """
-    from .data.images import load_processor
-    from .data.opening import open_image
     from .labels import method_name
     from .models.auto import auto_class
+    from .opening import load_processor, open_image
     from .report.pictures import draw_merged_layers, draw_merged_tokens
 
     if merge and method is not None:
@@ -289,6 +288,8 @@ def _add_program(name: str, module: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
     )
     def run(ctx: typer.Context) -> None:
+        if name in EXTRAS:
+            need(name, f"dtem-hf {name}")  # all that is missing, before the first import fails
         sys.argv = [ctx.command_path, *ctx.args]  # argparse shows the first, and records hold all
         import_module(f".{module}", __package__).main(ctx.args)
 

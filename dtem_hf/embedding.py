@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from . import ops
-from .errors import BadValue
+from .errors import BadValue, need
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class DecoupledEmbedding(nn.Module):
         for name in self.shape.tensors():
             module_name, _, parameter_name = _module_name(name).rpartition(".")
             module = self.get_submodule(module_name)
-            with align_module_device(module):
+            with _parameters_in_reach(module):
                 value: Tensor = module.get_parameter(parameter_name)
                 value = value.full_tensor() if isinstance(value, DTensor) else value
                 values[name] = value.detach().to("cpu", torch.float32, copy=True)
@@ -221,6 +222,17 @@ class DecoupledEmbedding(nn.Module):
         """Copy tensors with an adapter's names into the parameters. Raises KeyError for one that is missing."""
         for name, parameter in self.adapter_tensors().items():
             parameter.copy_(tensors[name])
+
+
+def _parameters_in_reach(module: nn.Module) -> AbstractContextManager[Any]:
+    """Accelerate keeps the parameters of an offloaded module elsewhere; without it, no module has its hook."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    need("train", "an offloaded model", "accelerate")
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[Any] = align_module_device(module)
+    return context
 
 
 def _module_name(adapter_name: str) -> str:

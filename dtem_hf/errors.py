@@ -1,7 +1,8 @@
-"""The errors that callers may want to catch, and the check of numbers that raises one of them."""
+"""The errors that callers may want to catch, the checks of numbers that raise one, and that of optional packages."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -9,6 +10,21 @@ from typing import Any
 MOST_LAYERS = 4096
 MOST_TOKENS = 1 << 20
 WIDEST = 1 << 20
+# The modules that each extra of pyproject.toml brings. Running a merged model takes none of them.
+_PROGRAMS = ("accelerate", "datasets", "psutil", "pyarrow")
+_TRAIN = (*_PROGRAMS, "kornia")
+_EVALUATE = (*_PROGRAMS, "evaluate", "matplotlib", "scipy")
+_OPENVINO = (*_PROGRAMS, "onnx", "onnxscript", "openvino")
+EXTRAS = {
+    "captions": (*_EVALUATE, "pycocoevalcap"),
+    "evaluate": _EVALUATE,
+    "int8": (*_OPENVINO, "nncf"),
+    "onnx": (*_PROGRAMS, "onnx", "onnxruntime", "onnxscript"),
+    "openvino": _OPENVINO,
+    "plots": ("matplotlib",),
+    "quickstart": (*dict.fromkeys(_TRAIN + _EVALUATE), "sklearn"),
+    "train": _TRAIN,
+}
 
 
 class BadValue(ValueError):
@@ -32,6 +48,16 @@ class UnsupportedModelError(ValueError):
 
 class AdapterError(ValueError):
     """An adapter cannot be read, or does not fit the backbone it is attached to."""
+
+
+def need(extra: str, what: str, *modules: str) -> None:
+    """Raise ImportError that names `what` lacks its packages and the line that installs them.
+
+    `modules`: those of the extra that are needed; all of them if left out.
+    """
+    missing = [module for module in modules or EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise ImportError(f'{what} needs {", ".join(missing)}: pip install "dtem-hf[{extra}]"')
 
 
 def check_whole(field: str, value: Any, low: int, high: int) -> None:

@@ -24,6 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from .configuration import ToMeConfig
 from .data.folders import LABELS_NAME
 from .data.images import ProcessedImages, collate, load_images
+from .errors import need
 from .evaluation.classification import EvaluateArguments, evaluate
 from .files import write_json, write_text
 from .hub.folder_card import write_card
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_digits(folder: Path) -> None:
     """Write scikit-learn's digits as PNGs with a labels.csv, split into train and test."""
+    need("quickstart", "the quickstart", "sklearn")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
 
 from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..data.images import ProcessedImages, collate, load_images
 from ..deploy.runtimes import COMPILE_MODES, RUNTIMES
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.distances import FEATURES
+from ..opening import load_processor
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.output import output_folder

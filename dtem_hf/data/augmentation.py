@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import BadValue
+from ..errors import BadValue, need
 
 
 # The last two are DeiT's: crop and flip, a policy (RandAugment or TrivialAugment), random erasing.
@@ -48,10 +48,9 @@ def check_augmentation(augmentation: str) -> None:
 
 def kornia(needed_by: str) -> Any:
     """The module `kornia.augmentation`. Raises ImportError that says how to install it."""
-    try:
-        import kornia.augmentation
-    except ImportError as error:
-        raise ImportError(f'{needed_by} needs kornia: pip install "dtem-hf[train]"') from error
+    need("train", needed_by, "kornia")
+    import kornia.augmentation
+
     return kornia.augmentation
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import BadValue
+from ..opening import files_digest, open_image
 from .augmentation import augmented_pixels
 from .captions import CaptionedImage
-from .opening import files_digest, open_image
 
 
 # The part of a batch that a captioning model reads.

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset
 
 from ..errors import BadValue
 from ..programs.processes import say
-from .opening import image_name
+from .folders import image_name
 
 
 _WNIDS = Path(__file__).with_name("imagenet_wnids.txt")

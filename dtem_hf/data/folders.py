@@ -20,9 +20,11 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from ..errors import BadValue
+from ..opening import row_name
 from ..programs.processes import say
 
 
+UNDECODED = ImageFeature(decode=False)
 LABELS_NAME = "labels.csv"
 LABEL_COLUMNS = ("label", "labels", "cls")
 # Value of the option label_column that leaves labels unread.
@@ -39,6 +41,11 @@ _SPLITS = {
     for word in words
 }
 _STREAMED_PARTS = 64
+
+
+def image_name(images: Dataset, index: int) -> str:
+    """The name of image `index` of a dataset."""
+    return row_name(images.select([index]).cast_column("image", UNDECODED)[0], index)
 
 
 def load_folder(folder: Path, split: str, streaming: bool, label_column: str | None = None) -> tuple[Any, str | None]:

@@ -11,14 +11,13 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
 from torch import Tensor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
 from ..errors import BadValue
+from ..opening import SHARD_KEY, files_digest, open_image, row_name
 from ..programs.processes import say
 from .augmentation import augmented_pixels, check_augmentation
 from .classes import AS_NUMBERS, ClassMap, bad_label
-from .folders import LABEL_COLUMNS, NO_LABELS, load_folder, named_labels, no_such_column
-from .opening import SHARD_KEY, UNDECODED, files_digest, image_name, open_image, row_name
+from .folders import LABEL_COLUMNS, NO_LABELS, UNDECODED, image_name, load_folder, named_labels, no_such_column
 
 
 _COLUMNS = Features({"image": ImageFeature(), "label": Value("int64")})
@@ -117,11 +116,6 @@ def _with_numbers(dataset: Any, data: str) -> Any:
         raise BadValue("data", data, f"a column of whole numbers as labels, not {dtype}")
     labels, feature = named_labels(dataset["label"])
     return dataset.remove_columns("label").add_column("label", labels, feature=feature)
-
-
-def load_processor(model: str) -> Any:
-    """The image processor of a model, on PIL, which needs no torchvision."""
-    return AutoImageProcessor.from_pretrained(model, backend="pil")
 
 
 @dataclass

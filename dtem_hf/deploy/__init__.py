@@ -1,1 +1,6 @@
 """Models as they are deployed: graphs for ONNX Runtime and AOTInductor, and what runs them."""
+
+from ..errors import need
+
+
+need("onnx", __name__, "accelerate", "datasets", "pyarrow")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..errors import BadValue
+from ..errors import BadValue, need
 from .graph import INPUT_NAME
 
 
@@ -19,8 +19,6 @@ from .graph import INPUT_NAME
 # more. The lowest that torch's exporter writes is 18.
 OPSET = 20
 LOWEST_OPSET = 18
-# The extras that bring packages; all others come with onnx.
-_EXTRAS = {"openvino": "openvino", "nncf": "int8"}
 
 
 def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
@@ -30,7 +28,7 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
     """
     if opset < LOWEST_OPSET:
         raise BadValue("opset", opset, f"{LOWEST_OPSET} or more")
-    need("onnx", "onnxscript")
+    need("onnx", "a graph in ONNX", "onnx", "onnxscript")
     torch.onnx.export(
         program,
         f=path,
@@ -52,7 +50,7 @@ def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
     `images`, batches of pixels [B, C, H, W], tell how large activations are. Products of two activations (attention,
     and the merge itself) stay in float32.
     """
-    need("onnx", "onnxruntime")
+    need("onnx", "int8 in ONNX", "onnx", "onnxruntime")
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -81,6 +79,7 @@ def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
 
 def written_opset(path: Path) -> int:
     """The opset that an ONNX file states."""
+    need("onnx", "a graph in ONNX", "onnx")
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -95,7 +94,7 @@ class OnnxRunner:
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
-        need("onnxruntime")
+        need("onnx", "ONNX Runtime", "onnxruntime")
         import onnxruntime
 
         provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
@@ -131,16 +130,6 @@ class OnnxRunner:
             binding.bind_output(output.name, self.device.type, self.device.index or 0)
         self.session.run_with_iobinding(binding)
         return [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
-
-
-def need(*modules: str) -> None:
-    """Raise ImportError that names what to install where one of the packages is absent."""
-    for module in modules:
-        try:
-            __import__(module)
-        except ImportError as error:
-            extra = _EXTRAS.get(module, "onnx")
-            raise ImportError(f"this takes the package {module}: pip install 'dtem-hf[{extra}]'") from error
 
 
 def _weight_bytes(program: ExportedProgram) -> int:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..errors import BadValue
+from ..errors import BadValue, need
 from .graph import INPUT_NAME
-from .onnx_runtime import need, write_onnx
+from .onnx_runtime import write_onnx
 
 
 # What OpenVINO may compute in: its names in hints, and among what a processor is capable of.
@@ -34,7 +34,7 @@ def write_openvino(
     The graph comes by way of ONNX, so that both runtimes get the same one. Returns both
     files.
     """
-    need("openvino", *(["nncf"] if images else []))
+    need("int8" if images else "openvino", "a graph in OpenVINO")
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ class OpenVinoRunner:
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
-        need("openvino")
+        need("openvino", "OpenVINO", "openvino")
         import openvino
 
         self._core = openvino.Core()
@@ -84,6 +84,7 @@ class OpenVinoRunner:
 
 
 def _quantise(model: Any, images: Sequence[Tensor]) -> Any:
+    need("int8", "int8", "nncf")
     import nncf
 
     batches = [pixels.numpy() for pixels in images]

@@ -29,8 +29,8 @@ from transformers import AutoConfig
 from .. import ops
 from ..configuration import MergeConfig
 from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, load_images, load_processor
-from ..errors import BadValue
+from ..data.images import ProcessedImages, load_images
+from ..errors import BadValue, need
 from ..families import find_encoder
 from ..files import replacing_together, write_json
 from ..models.attach import UNSET
@@ -38,12 +38,13 @@ from ..models.auto import auto_class
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.vision import image_part, image_shape
+from ..opening import load_processor
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.processes import say
 from .aot_inductor import PackageRunner, write_package
 from .graph import INPUT_NAME, attention_as, export_graph, output_names
-from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, need, quantise_onnx, write_onnx, written_opset
+from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, quantise_onnx, write_onnx, written_opset
 from .openvino_runtime import OpenVinoRunner, write_openvino
 from .parity import TOLERANCE, Runner, check_parity, measure_change
 
@@ -147,10 +148,10 @@ def _said(record: dict[str, Any]) -> str:
 
 def export(arguments: ExportArguments) -> list[dict[str, Any]]:
     """Write every format. Returns the records beside the files; a format that fails leaves no file."""
-    if set(arguments.formats) & {"onnx", "openvino"}:
-        need("onnx", "onnxscript")
-    if "onnx" in arguments.formats and not arguments.unchecked:
-        need("onnxruntime")
+    if "onnx" in arguments.formats:
+        need("onnx", "--formats onnx", *(["onnx", "onnxscript"] if arguments.unchecked else []))
+    if "openvino" in arguments.formats:
+        need("openvino" if arguments.int8 is None else "int8", "--formats openvino")
     device = arguments.choose_device()
     model = load_for_export(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     records = []

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import BadValue
+from ..errors import BadValue, need
 from ..models.vision import run_on_pixels
 from .graph import ImageGraph, attention_as, export_graph, output_names
-from .onnx_runtime import OnnxRunner, need, write_onnx
+from .onnx_runtime import OnnxRunner, write_onnx
 from .openvino_runtime import OpenVinoRunner, write_openvino
 
 
@@ -59,7 +59,7 @@ def make_run(
         return graph or partial(run_on_pixels, model)
     if runtime == "compile":
         return torch.compile(graph or ImageGraph(model), fullgraph=True, dynamic=True, mode=compile_mode)
-    need("onnx", "onnxscript", "openvino" if runtime.startswith("openvino") else "onnxruntime")
+    need("openvino" if runtime.startswith("openvino") else "onnx", f"runtime {runtime}")
     parameter = next(model.parameters())
     form = {"onnxruntime": "scatter", "onnxruntime_one_hot": "one_hot"}.get(runtime, "openvino")
     with ops.merge_form(form), attention_as(model, "eager"):

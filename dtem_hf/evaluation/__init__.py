@@ -1,1 +1,6 @@
 """Measure merged models: accuracy, agreement with the unmerged model, multiply-adds, speed."""
+
+from ..errors import need
+
+
+need("evaluate", __name__)

@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 
 from ..configuration import MergeConfig
 from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..data.images import ProcessedImages, collate, load_images
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
 from ..labels import method_name
 from ..models.attach import attach
 from ..models.auto import AutoModelForImageClassification
 from ..models.copies import share_weights
+from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.lock import only_run_in

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..configuration import MergeConfig
 from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..data.images import ProcessedImages, collate, load_images
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
@@ -26,6 +26,7 @@ from ..models.attach import attach
 from ..models.auto import AutoModel, load_trained_classifier
 from ..models.calibration import calibrate
 from ..models.distances import FEATURES
+from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, one_of, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.lock import only_run_in

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..data.captioned_images import MODEL_INPUTS, CaptionCollate, CaptionedImages, Images, hold_out
 from ..data.captions import read_annotations
-from ..data.images import load_processor
 from ..files import write_json
 from ..models.auto import auto_class
 from ..models.distances import caption_losses
+from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.output import output_folder

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..data.captioned_images import ImageFolder
 from ..data.captions import read_annotations, read_predictions, write_predictions
-from ..data.images import load_processor
 from ..errors import BadValue
 from ..files import write_json
 from ..models.auto import auto_class
+from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, data_name
 from ..programs.identity import digest

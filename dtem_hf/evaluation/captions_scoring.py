@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadValue
+from ..errors import BadValue, need
 
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
@@ -94,8 +94,7 @@ def unavailable(spice_jars: str | None = None) -> dict[str, str]:
 
     Raises ImportError without pycocoevalcap.
     """
-    if find_spec("pycocoevalcap") is None:
-        raise ImportError("captions are scored by pycocoevalcap: pip install 'dtem-hf[captions]'")
+    need("captions", "scoring captions", "pycocoevalcap")
     lacking = _tokenizer_lacks()
     reasons = {metric: lacking or scorer.missing() for scorer in _scorers(spice_jars) for metric in scorer.metrics}
     return {metric: reason for metric, reason in reasons.items() if reason is not None}
@@ -106,6 +105,7 @@ def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
 
     pycocoevalcap's class for it writes into its own folder, which may be read-only, so its jar is run here.
     """
+    need("captions", "scoring captions", "pycocoevalcap")
     tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer")
     jar = _package_folder("tokenizer") / tokenizer.STANFORD_CORENLP_3_4_1_JAR
     # One caption per line: Java takes more characters for line ends than Python's `\n`.

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ..data.classes import match_labels
-from ..data.images import ProcessedImages, collate, data_digest, load_images, load_processor
+from ..data.images import ProcessedImages, collate, data_digest, load_images
 from ..deploy.runtimes import RUNTIMES, check_runtime
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.folder_card import write_card
 from ..models.auto import load_trained_classifier
 from ..models.distances import kl_to
+from ..opening import load_processor
 from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, one_of, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
@@ -44,6 +45,9 @@ from .variants import Variant, median_speed, run_in_turn
 
 _RANKED = 5
 _BINS = 15
+
+# What to do with an encoder without a head.
+_HEADLESS = "`dtem-hf advise` measures an encoder without a head by the cosine of its features"
 
 
 @dataclass(kw_only=True)
@@ -93,7 +97,7 @@ def evaluate(
     """
     a, device = arguments, arguments.choose_device()
     adapters = a.load_adapters()
-    model = load_trained_classifier(a.model, merge=None, dtype=getattr(torch, a.dtype))
+    model = load_trained_classifier(a.model, _HEADLESS, merge=None, dtype=getattr(torch, a.dtype))
     variants = a.make_variants(model.to(device).eval(), adapters)
     images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
     classes = match_labels(images, model.config)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import KeepRateConfig
 from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, collate, load_images, load_processor
+from ..data.images import ProcessedImages, collate, load_images
 from ..errors import BadValue
 from ..files import write_json, write_text
 from ..hub.folder_card import write_card
@@ -36,6 +36,7 @@ from ..models.dense_head import DenseHead
 from ..models.distances import recorded_features
 from ..models.install import merging_of
 from ..models.vision import run_on_pixels
+from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.functions import load_function

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..data.images import load_processor
-from ..data.opening import open_image
 from ..errors import BadValue
 from ..families import find_encoder
 from ..files import write_json
 from ..models.auto import AutoModel
 from ..models.vision import run_on_pixels
+from ..opening import load_processor, open_image
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.lock import only_run_in

@@ -6,10 +6,10 @@ import os
 import platform
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
         "dtem_hf": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        "accelerate": version("accelerate"),
         "python": platform.python_version(),
     }
 

@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-from accelerate.utils import gather_object
-
-from ..errors import BadValue
+from ..errors import BadValue, need
 from .processes import known_processes
 
 
@@ -41,6 +38,8 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
         lock = _Lock(Path(folder))
         holder = lock.holder
     if state.num_processes > 1:
+        from accelerate.utils import gather_object
+
         holder = gather_object([holder])[0]
     if holder:
         raise BadValue("output_dir", str(folder), f"a folder that no other run is using; {holder} is using it")
@@ -102,6 +101,9 @@ def _lock(handle: int) -> str:
     number = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", named)
     if number is None:
         return named
+    need("train", "a lock on this file system", "psutil")
+    import psutil
+
     try:
         began = psutil.Process(int(number[1])).create_time()
     except psutil.Error:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+
+from ..errors import need
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 
 def known_processes() -> PartialState:
     """This process among those that were launched together. Raises RuntimeError where Accelerate sees fewer."""
+    need("train", "a program of dtem_hf", "accelerate")
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
@@ -25,6 +34,8 @@ def known_processes() -> PartialState:
 def processes() -> Accelerator:
     """As `known_processes`, with Accelerate's functions."""
     known_processes()
+    from accelerate import Accelerator
+
     return Accelerator()
 
 

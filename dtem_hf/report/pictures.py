@@ -17,12 +17,12 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.opening import as_rgb
 from ..errors import BadValue
 from ..families import find_encoder
 from ..models.attach import MergeMixin
 from ..models.install import merged_layers
 from ..models.vision import evaluating, run_on_pixels
+from ..opening import as_rgb
 from .plots import check_figure_format, save_figure
 
 
@@ -116,7 +116,7 @@ def draw_merged_tokens(
     _check_merged(models)
     rows = []
     for image in images:
-        drawn = [_draw(image, model, processor, None) for model in models.values()]
+        drawn = [panels_of(image, model, processor, None) for model in models.values()]
         rows.append([drawn[0][0], *(panels[0] for _, panels in drawn)])
     save_figure(_grid(rows, list(models), titles), path)
 
@@ -143,7 +143,7 @@ def draw_merged_layers(
         raise BadValue("layers", chosen, f"numbers from 1 to {depth}")
     rows = []
     for model in models.values():
-        seen, panels = _draw(image, model, processor, [layer - 1 for layer in chosen])
+        seen, panels = panels_of(image, model, processor, [layer - 1 for layer in chosen])
         rows.append([seen, *panels])
     save_figure(_grid(rows, [f"layer {layer}" for layer in chosen], list(models)), path)
 
@@ -190,7 +190,7 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
     return figure
 
 
-def _draw(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
+def panels_of(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
     """The pixels that a model sees of an image, and its tokens after each of some layers (None: the last)."""
     processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
     family, encoder = find_encoder(model)

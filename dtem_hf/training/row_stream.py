@@ -13,8 +13,8 @@ from datasets import IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Sampler
 
-from ..data.opening import row_name
 from ..errors import BadValue
+from ..opening import row_name
 
 
 # Batches whose image names are kept: those of a step, and those that workers have read ahead.

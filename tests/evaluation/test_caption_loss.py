@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, GitForCausalLM
 from dtem_hf import BadValue, DTEMConfig, MergeAdapter, attach
 from dtem_hf.data.captioned_images import hold_out
 from dtem_hf.data.captions import read_annotations
-from dtem_hf.data.images import load_processor
 from dtem_hf.evaluation.caption_loss import CaptionLossArguments, main, standard_error
+from dtem_hf.opening import load_processor
 from dtem_hf.training.small_git import SmallGitArguments, train_small_git
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, GitConfig, GitForCausalLM
 
 from dtem_hf import AutoModelForCausalLM, BadValue, ToMeConfig
-from dtem_hf.data.images import load_processor
 from dtem_hf.evaluation import captions
 from dtem_hf.evaluation.captions import EvaluateCaptionsArguments, evaluate_captions, main
 from dtem_hf.evaluation.captions_generation import count_generation
 from dtem_hf.evaluation.captions_scoring import METRICS
 from dtem_hf.evaluation.variants import make_variants
+from dtem_hf.opening import load_processor
 from dtem_hf.training.small_git import make_tokenizer
 
 

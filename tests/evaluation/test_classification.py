@@ -24,11 +24,12 @@ from dtem_hf import (
     attach,
 )
 from dtem_hf.cli import app
-from dtem_hf.data.images import ProcessedImages, load_images, load_processor
+from dtem_hf.data.images import ProcessedImages, load_images
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
 from dtem_hf.evaluation.variants import make_variants, run_in_turn
 from dtem_hf.models.copies import share_weights
+from dtem_hf.opening import load_processor
 
 
 ROOT = Path(__file__).parents[2]
@@ -330,4 +331,5 @@ def test_a_head_that_would_be_random_is_refused_in_one_line(options, vit_folder,
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "a trained classifier, and this one lacks classifier.bias, which would be random" in line
+    assert "dtem-hf advise" in line
     assert not any("Traceback" in line for line in result.stderr.splitlines())

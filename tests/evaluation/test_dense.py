@@ -11,8 +11,9 @@ import torch
 from transformers import ViTModel
 
 from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach
-from dtem_hf.data.images import ProcessedImages, load_images, load_processor
+from dtem_hf.data.images import ProcessedImages, load_images
 from dtem_hf.evaluation.dense import DenseArguments, cells, evaluate_dense, main, map_error, map_iou, markdown
+from dtem_hf.opening import load_processor
 
 
 HEADS = """

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from dtem_hf import ToMeConfig, attach
-from dtem_hf.data.images import load_processor
 from dtem_hf.deploy.graph import ImageGraph, output_names
 from dtem_hf.deploy.program import ExportArguments, export_format
+from dtem_hf.opening import load_processor
 
 
 SIZES = {

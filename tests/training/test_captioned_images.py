@@ -7,7 +7,7 @@ import pytest
 
 from dtem_hf.data.captioned_images import CaptionedImages, hold_out
 from dtem_hf.data.captions import read_annotations
-from dtem_hf.data.images import load_processor
+from dtem_hf.opening import load_processor
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.tasks.caption_task import load_captioned_images
 

@@ -13,7 +13,7 @@ from dtem_hf import (
     AutoModelForZeroShotImageClassification,
     MergeAdapter,
 )
-from dtem_hf.data.images import load_processor
+from dtem_hf.opening import load_processor
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 

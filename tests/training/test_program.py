@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
-from dtem_hf.data.images import ProcessedImages, collate, load_images, load_processor
+from dtem_hf.data.images import ProcessedImages, collate, load_images
+from dtem_hf.opening import load_processor
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.parameters import freeze_backbone
 from dtem_hf.training.program import train

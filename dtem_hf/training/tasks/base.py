@@ -13,9 +13,9 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor
 
-from ...data.images import load_processor
 from ...errors import BadValue
 from ...models.install import detach
+from ...opening import load_processor
 from ..task_arguments import TaskArguments
 
 

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from ...data.captioned_images import CaptionCollate, CaptionedImages, Images, hold_out
 from ...data.captions import has_splits, read_annotations
-from ...data.images import load_processor
 from ...errors import BadValue
+from ...opening import load_processor
 from ...programs.identity import digest
 from ..task_arguments import TaskArguments
 from .base import Task, TaskData

@@ -11,20 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.classes import AS_NUMBERS, ClassMap, match_labels
-from ...data.images import (
-    ProcessedImages,
-    collate,
-    data_digest,
-    first_rows,
-    load_images,
-    load_processor,
-    num_images,
-    stream_images,
-)
-from ...data.opening import files_digest
+from ...data.images import ProcessedImages, collate, data_digest, first_rows, load_images, num_images, stream_images
 from ...errors import BadValue
 from ...models.auto import AutoModelForImageClassification, load_trained_classifier
 from ...models.distances import kl_to
+from ...opening import files_digest, load_processor
 from ...programs.identity import digest
 from ..mixing import Mixed, mix
 from .base import Task, TaskData

@@ -1,4 +1,4 @@
-"""Opening images, alike in every program: upright, in RGB with 8 bits, and within a bound on pixels."""
+"""Opening images, alike in every program: upright, in RGB with 8 bits, within a bound on pixels; their processor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
-from ..errors import BadValue
+from .errors import BadValue, need
 
 
-UNDECODED = ImageFeature(decode=False)
 # WebDataset's name of an example.
 SHARD_KEY = "__key__"
 # 134 million: larger than any camera's, and half a gigabyte in RGB with alpha.
@@ -36,6 +34,11 @@ class UnreadableImage(ValueError):
     def __init__(self, message: str, name: str = "", index: int = -1) -> None:
         super().__init__(message)
         self.name, self.index = name, index
+
+
+def load_processor(model: str) -> Any:
+    """The image processor of a model, on PIL, which needs no torchvision."""
+    return AutoImageProcessor.from_pretrained(model, backend="pil")
 
 
 def open_image(source: Any, name: str, index: int = -1) -> Image.Image:
@@ -82,11 +85,6 @@ def row_name(row: dict[str, Any], index: int) -> str:
     return row.get(SHARD_KEY) or image.get("path") or str(index)
 
 
-def image_name(images: Dataset, index: int) -> str:
-    """The name of image `index` of a dataset."""
-    return row_name(images.select([index]).cast_column("image", UNDECODED)[0], index)
-
-
 @contextmanager
 def naming_unreadable(name: str, index: int = -1) -> Iterator[None]:
     """Any error inside the block becomes UnreadableImage: broken files make decoders raise all kinds of errors."""
@@ -105,7 +103,10 @@ def _opened(source: Any) -> Image.Image:
         return Image.open(BytesIO(source["bytes"]))
     if os.path.exists(source["path"]):
         return Image.open(Path(source["path"]))
-    return ImageFeature().decode_example(source)  # a file on the Hub, of a data set that is streamed
+    need("train", "an image of a data set on the Hub", "datasets")
+    import datasets
+
+    return datasets.Image().decode_example(source)
 
 
 def _eight_bit(values: Any, whites: tuple[float, ...]) -> Any:

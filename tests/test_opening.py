@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtem_hf.data import opening
+from dtem_hf import opening
 from dtem_hf.data.captioned_images import ImageFolder
 from dtem_hf.data.captions import CaptionedImage
 from dtem_hf.data.images import ProcessedImages, load_images
-from dtem_hf.data.opening import UnreadableImage, open_image
+from dtem_hf.opening import UnreadableImage, open_image
 
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
