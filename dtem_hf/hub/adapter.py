@@ -90,6 +90,9 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             if key not in own or own[key].shape != tensor.shape:
                 place = list(own[key].shape) if key in own else "no place for it"
                 raise AdapterError(f"{key}: the adapter's is {list(tensor.shape)}, and the model has {place}.")
+        lacking = sorted(key for key in own.keys() - self.tensors.keys() if key.startswith("shifts."))
+        if lacking and getattr(self.config, "learn_shifts", False):
+            raise AdapterError(f"{lacking[0]}: the model has it, and the adapter does not say how it moves.")
         embedding.load_adapter_tensors({**own, **self.tensors})
 
     def save_pretrained(
