@@ -109,9 +109,8 @@ def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
     for name, module, mixin in shiftable_modules(encoder, layers):
         if mixin is None:
             raise UnsupportedModelError(
-                f"learn_shifts=True: {name} is a {type(module).__name__}, and only the biases of torch's own Linear and "
-                "the parameters of its own LayerNorm can move. Load the model without quantisation, or take an adapter "
-                "without shifts."
+                f"learn_shifts=True: {name} is a {type(module).__name__}, and only parameters of torch's own Linear "
+                "and LayerNorm can move. Load the model without quantisation, or take an adapter without shifts."
             )
 
 

@@ -170,9 +170,10 @@ def test_a_run_that_learns_it_starts_from_an_adapter_without(options, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 0.0}, "lr=0.0: a number above 0; with learn_exponents or learn_norms also 0"),
+        ({"lr": 0.0}, "lr=0.0: a number above 0; with learn_exponents or learn_norms or learn_shifts also 0"),
         ({"lr": -1.0, **LEARN}, "lr=-1.0: a number above 0, or 0"),
         ({"aggregation_lr": 0.0}, "aggregation_lr=0.0: a number above 0"),
+        ({"shift_lr": 0.0}, "shift_lr=0.0: a number above 0"),
     ],
 )
 def test_rates_that_make_no_sense_are_refused(options, change, message):
