@@ -30,8 +30,8 @@ from .reading import read_adapter, split_reference, tensors_digest
 class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"], license="apache-2.0"):
     """A method's config, its learned tensors, and the backbone they were learned for.
 
-    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32, and the exponents and norms that
-    `DecoupledEmbedding` has beside them where the config says so.
+    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32, and the exponents, norms and shifts
+    that `DecoupledEmbedding` has beside them where the config says so.
     """
 
     def __init__(self, config: MergeConfig, tensors: dict[str, Tensor], backbone: BackboneFacts) -> None:

@@ -84,7 +84,7 @@ def test_all_norms_and_biases_of_the_layers_move_and_no_matrix(make_classifier: 
     assert shifts_of(model).keys() == wanted and len(wanted) == 4 * 10 + 2
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip2", "beit", "dinov3_vit", "deit", "videomae"])
+@pytest.mark.parametrize("family", ["clip", "siglip2", "beit-both", "dinov3_vit", "deit", "videomae"])
 def test_other_families_start_at_plain_merging_and_are_given_back(family: str) -> None:
     row = row_of(family)
     plain = row.make()
