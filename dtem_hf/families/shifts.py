@@ -48,7 +48,7 @@ class ShiftedLinear(Shifted, nn.Linear):
 
 def shiftable_modules(
     encoder: nn.Module, layers: Sequence[nn.Module]
-) -> Iterator[tuple[str, nn.Module, type[Shifted] | None]]:
+) -> Iterator[tuple[str, Any, type[ShiftedNorm] | type[ShiftedLinear] | None]]:
     """Names, modules and mixins: LayerNorms and linear maps with a bias in the layers, and LayerNorms behind them.
 
     Names are without LoRA's additions. The mixin is None for a kind that is not torch's own, as quantised ones are.

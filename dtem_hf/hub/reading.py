@@ -129,7 +129,9 @@ def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str
         getattr(config, "learn_norms", False),
         predictors,
         # Their names are the backbone's; whether it has them is checked where the adapter meets it.
-        tuple((name[1], _length(part, WIDEST)) for key, part in found.items() if (name := _SHIFT_NAME.fullmatch(key)))
+        tuple(
+            (known[1], _length(part, WIDEST)) for key, part in found.items() if (known := _SHIFT_NAME.fullmatch(key))
+        )
         if getattr(config, "learn_shifts", False)
         else (),
     )

@@ -190,10 +190,10 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
         if prepared.embedding.shifts is not None:
-            for name, module, mixin in shiftable_modules(encoder, merging.family.layers(encoder)):
-                assert mixin is not None  # `prepare` has checked
-                derive_class(module, mixin, Renamed)
-                module.merge_name = Shifts.key(*name.split("."))  # type: ignore[assignment]
+            for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
+                assert kind is not None  # `prepare` has checked
+                derive_class(shifting, kind, Renamed)
+                shifting.merge_name = Shifts.key(*name.split("."))
     _set_merging(model, encoder, merging)
 
 
