@@ -172,7 +172,7 @@ class ToMeConfig(MatchingConfig):
 
 
 # Fields of DTEMConfig that add to what is learned.
-LEARN_FIELDS = ("learn_exponents", "learn_norms")
+LEARN_FIELDS = ("learn_exponents", "learn_norms", "learn_shifts")
 _CHOICES = {"init": ("keys", "random"), "relaxation": ("auto", "straight_through", "soft", "hard")}
 
 
@@ -205,6 +205,11 @@ class DTEMConfig(MatchingConfig):
     )
     learn_norms: bool = _help(
         "learn for each layer how much of its length a merged token gets back, as a mean is shorter than its tokens",
+        default=False,
+        kw_only=True,
+    )
+    learn_shifts: bool = _help(
+        "learn by how much the backbone's LayerNorm parameters and biases move while tokens are merged",
         default=False,
         kw_only=True,
     )

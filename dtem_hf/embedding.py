@@ -18,13 +18,17 @@ from .errors import BadValue, need
 
 @dataclass(frozen=True)
 class Geometry:
-    """The widths and counts of an encoder that merging goes by; H = `num_heads`, d = `head_dim`, D = `hidden_size`."""
+    """The widths and counts of an encoder that merging goes by; H = `num_heads`, d = `head_dim`, D = `hidden_size`.
+
+    `shiftable`: names and lengths of the encoder's parameters that `DTEMConfig.learn_shifts` moves.
+    """
 
     num_layers: int
     hidden_size: int
     num_heads: int
     head_dim: int
     num_prefix_tokens: int
+    shiftable: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,16 @@ class KeyProjection:
 
 
 _SMALLEST_NORM = 1e-12
+_SHIFTS = "shifts."  # what the names of shifts begin with in an adapter
 
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and two options.
+    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and three options.
 
     `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that
+    has a share of the length that a mean of tokens loses and gets back. `shifts`: names and lengths of the backbone's
+    parameters that move while tokens are merged. `predictors`: the number of networks that
     score tokens, which dTPS has in the place of an embedding (`embed_dim` 0).
     """
 
@@ -58,6 +64,7 @@ class EmbeddingShape:
     exponent_heads: int = 0
     norms: bool = False
     predictors: int = 0
+    shifts: tuple[tuple[str, int], ...] = ()
 
     def tensors(self) -> dict[str, list[int]]:
         """Shapes by the names that tensors have in an adapter."""
@@ -76,7 +83,7 @@ class EmbeddingShape:
                 shapes[f"exponents.{i}"] = [self.exponent_heads]
             if self.norms:
                 shapes[f"norms.{i}"] = [1]
-        return shapes
+        return shapes | {f"{_SHIFTS}{name}": [length] for name, length in self.shifts}
 
 
 class Projection(nn.Module):
@@ -136,13 +143,37 @@ class LearnedVector(nn.Module):
         return self.value
 
 
+class Shifts(nn.Module):
+    """What is added to parameters of the backbone once all tokens are gone; before, that share of it which is gone.
+
+    Read by calling the module, which gives all of them by name.
+    """
+
+    def __init__(self, lengths: Sequence[tuple[str, int]], device: torch.device | None = None) -> None:
+        super().__init__()
+        for name, length in lengths:
+            self.register_parameter(self.key(*name.split(".")), nn.Parameter(torch.empty(length, device=device)))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self._parameters.items() if value is not None}
+
+    @staticmethod
+    def key(*name: str) -> str:
+        """The key of a parameter in what the module returns, from the parts of its name.
+
+        A module allows no dots, and transformers renames keys that look like a backbone's own when it loads some
+        checkpoints; its patterns are of small letters.
+        """
+        return "-".join(name).upper()
+
+
 # An adapter's name for a tensor, from its name in the module. The module has no child called `layers`: transformers
 # renames keys with that word when it loads some checkpoints.
 _MODULE_PREFIXES = {"layers": "projections", "exponents": "exponents", "norms": "norms"}
 
 
 class DecoupledEmbedding(nn.Module):
-    """The learned parameters of all layers of an encoder: `projections`, and `exponents`, `norms` and `predictors`.
+    """The learned parameters of an encoder: `projections`, and `exponents`, `norms`, `shifts` and `predictors`.
 
     Made without values (nothing is drawn): a method or an adapter fills it.
     """
@@ -159,6 +190,7 @@ class DecoupledEmbedding(nn.Module):
             LearnedVector(shape.exponent_heads, device) for _ in depth if shape.exponent_heads
         )
         self.norms = nn.ModuleList(LearnedVector(1, device) for _ in depth if shape.norms)
+        self.shifts = Shifts(shape.shifts, device) if shape.shifts else None
 
     @property
     def embed_dim(self) -> int:
@@ -192,12 +224,16 @@ class DecoupledEmbedding(nn.Module):
         yield from self.exponents.parameters()
         yield from self.norms.parameters()
 
+    def shift_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that say how the backbone's own move."""
+        return iter(()) if self.shifts is None else self.shifts.parameters()
+
     @torch.no_grad()
     def reset_aggregation(self) -> None:
-        """Set exponents to 1 and shares of lost length to 0, which is plain merging."""
+        """Set exponents to 1, shares of lost length and shifts to 0, which is plain merging."""
         for parameter in self.exponents.parameters():
             parameter.fill_(1)
-        for parameter in self.norms.parameters():
+        for parameter in (*self.norms.parameters(), *self.shift_parameters()):
             parameter.zero_()
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -239,6 +275,8 @@ def _module_name(adapter_name: str) -> str:
     kind, rest = adapter_name.split(".", 1)
     if kind == "predictors":
         return adapter_name
+    if adapter_name.startswith(_SHIFTS):
+        return _SHIFTS + Shifts.key(*rest.split("."))
     return f"{_MODULE_PREFIXES[kind]}.{rest}" if kind == "layers" else f"{_MODULE_PREFIXES[kind]}.{rest}.value"
 
 

@@ -78,6 +78,8 @@ class TokenState:
         self.method = method
         self.anatomy = anatomy
         self.embedding = embedding
+        # By how much parameters of the backbone move once all tokens are gone.
+        self._shifts = embedding.shifts() if embedding is not None and embedding.shifts is not None else {}
         self.steps = steps
         self.layers_read = None if states_read is None else max(states_read)
         self._stacks = set(states_read or ()) - {self.layers_read}
@@ -277,6 +279,15 @@ class TokenState:
         if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
             bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)
         return bias
+
+    def shifted(self, key: str, parameter: Tensor) -> Tensor:
+        """A parameter of the backbone, moved by the share of the tokens that are gone in front of the running layer.
+
+        Behind the last layer, as in the last layer.
+        """
+        gone = 1 - self._active[self.layer] / self._active[0] if self._active else 0.0
+        shift = self._shifts.get(key)
+        return parameter if shift is None or not gone else torch.add(parameter, shift.to(parameter), alpha=gone)
 
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""

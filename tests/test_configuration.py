@@ -96,6 +96,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         "relaxation": "auto",
         "learn_exponents": False,
         "learn_norms": False,
+        "learn_shifts": False,
         "unmerge": None,
         "part": None,
     }
@@ -217,6 +218,7 @@ BAD = [
     ("learn_exponents", None, "bool"),
     ("learn_norms", "yes", "bool"),
     ("learn_norms", 0, "bool"),
+    ("learn_shifts", "all", "bool"),
     ("unmerge", 1, "bool"),
     ("unmerge", "yes", "bool"),
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..embedding import KeyProjection
+from .shifts import ShiftedLinear
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def affine_map(module: Any, in_features: int, like: Tensor) -> tuple[Tensor, Ten
     A plain linear module's own tensors. Of any other (quantised, offloaded, sharded, with LoRA), its outputs for zero
     and for every unit vector, which are as exact as its arithmetic.
     """
-    if type(module) is nn.Linear and type(module.weight) is nn.Parameter and not module.weight.is_meta:
+    plain = type(module) is nn.Linear or isinstance(module, ShiftedLinear)
+    if plain and type(module.weight) is nn.Parameter and not module.weight.is_meta:
         return module.weight, module.bias
     training = module.training
     module.eval()

@@ -30,8 +30,8 @@ from .reading import read_adapter, split_reference, tensors_digest
 class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"], license="apache-2.0"):
     """A method's config, its learned tensors, and the backbone they were learned for.
 
-    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32, and the exponents and norms that
-    `DecoupledEmbedding` has beside them where the config says so.
+    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32, and the exponents, norms and shifts
+    that `DecoupledEmbedding` has beside them where the config says so.
     """
 
     def __init__(self, config: MergeConfig, tensors: dict[str, Tensor], backbone: BackboneFacts) -> None:
@@ -90,6 +90,9 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             if key not in own or own[key].shape != tensor.shape:
                 place = list(own[key].shape) if key in own else "no place for it"
                 raise AdapterError(f"{key}: the adapter's is {list(tensor.shape)}, and the model has {place}.")
+        lacking = sorted(key for key in own.keys() - self.tensors.keys() if key.startswith("shifts."))
+        if lacking and getattr(self.config, "learn_shifts", False):
+            raise AdapterError(f"{lacking[0]}: the model has it, and the adapter does not say how it moves.")
         embedding.load_adapter_tensors({**own, **self.tensors})
 
     def save_pretrained(

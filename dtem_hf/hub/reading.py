@@ -28,6 +28,9 @@ from .records import clean
 # Far more than any backbone needs: 48 layers of width 3,200 with an embedding of width 256 are 157 MB.
 _LARGEST_WEIGHTS = 1 << 28
 _LARGEST_HEADER = 1 << 20
+# Of a layer, in widths of the backbone: two norms, four projections and an MLP eight times as wide come to 17.
+_MOST_SHIFTS = 32
+_SHIFT_NAME = re.compile(r"shifts\.([a-z0-9_]+(?:\.[a-z0-9_]+)+)", re.ASCII)
 
 
 class AdapterConfig(NamedTuple):
@@ -41,8 +44,8 @@ class AdapterConfig(NamedTuple):
     def largest_weights(self) -> int:
         """The most bytes of a file of these tensors; an embedding is no wider than its backbone."""
         width = getattr(self.config, "embed_dim", None) or self.backbone.hidden_size
-        # An embedding, exponents for at most `hidden_size` heads, and one number for lengths.
-        numbers = self.backbone.num_layers * (width + 1) * (self.backbone.hidden_size + 1)
+        # An embedding, exponents for at most `hidden_size` heads, one number for lengths, and shifts of parameters.
+        numbers = self.backbone.num_layers * (width + 1 + _MOST_SHIFTS) * (self.backbone.hidden_size + 1)
         return min(_LARGEST_HEADER + 4 * numbers, _LARGEST_WEIGHTS)
 
 
@@ -125,6 +128,12 @@ def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str
         _length(found.get("exponents.0"), backbone.hidden_size) if getattr(config, "learn_exponents", False) else 0,
         getattr(config, "learn_norms", False),
         predictors,
+        # Their names are the backbone's; whether it has them is checked where the adapter meets it.
+        tuple(
+            (known[1], _length(part, WIDEST)) for key, part in found.items() if (known := _SHIFT_NAME.fullmatch(key))
+        )
+        if getattr(config, "learn_shifts", False)
+        else (),
     )
     expected = shape.tensors()
     if odd := found.keys() ^ expected.keys():

@@ -32,7 +32,8 @@ class DTEM(MatchingMethod[DTEMConfig]):
     def embedding_shape(self) -> EmbeddingShape:
         g, c = self.geometry, self.config
         heads = g.num_heads if c.learn_exponents else 0
-        return EmbeddingShape(g.num_layers, g.hidden_size, c.embed_dim or default_embed_dim(g), heads, c.learn_norms)
+        width, shifts = c.embed_dim or default_embed_dim(g), g.shiftable if c.learn_shifts else ()
+        return EmbeddingShape(g.num_layers, g.hidden_size, width, heads, c.learn_norms, shifts=shifts)
 
     def initialize(self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float) -> None:
         if self.config.init == "random":

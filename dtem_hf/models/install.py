@@ -19,13 +19,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..configuration import MergeConfig
+from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
-from ..embedding import DecoupledEmbedding
+from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
 from ..families import Place, find_encoder, find_place, input_like, serve_attention
 from ..families.containers import container_of, states_read
 from ..families.layer import forget_keys, remember_keys
+from ..families.shifts import Shifted, shiftable_modules, shiftable_parameters
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
@@ -80,11 +81,15 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     config = _with_part(config, place)
     serve_attention(encoder.config._attn_implementation)
     family.check(holder, encoder)
-    geometry = family.geometry(encoder)
+    layers = family.layers(encoder)
+    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(encoder, layers))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
     merging = _merging(model, place, config, method)
-    if method.embedding_shape() is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
+    shape = method.embedding_shape()
+    if shape is not None and shape.shifts:
+        _check_shiftable(encoder, layers)
+    if shape is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
         raise UnsupportedModelError(
             "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
             "no part of any shard, and processes would not share its gradients."
@@ -97,6 +102,16 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
         inference = torch.is_inference_mode_enabled()
         embedding = short_lived.submit(_make_embedding, encoder, merging, adapter, inference).result()
     return Prepared(place, merging, embedding)
+
+
+def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Raise UnsupportedModelError where a module is of a kind whose parameters cannot move."""
+    for name, module, mixin in shiftable_modules(encoder, layers):
+        if mixin is None:
+            raise UnsupportedModelError(
+                f"learn_shifts=True: {name} is a {type(module).__name__}, and only parameters of torch's own Linear "
+                "and LayerNorm can move. Load the model without quantisation, or take an adapter without shifts."
+            )
 
 
 def _with_part(config: MergeConfig, place: Place) -> MergeConfig:
@@ -171,6 +186,11 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
         derive_class(module, mixin, Renamed)
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
+        if prepared.embedding.shifts is not None:
+            for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
+                assert kind is not None  # `prepare` has checked
+                derive_class(shifting, kind, Renamed)
+                shifting.merge_name = Shifts.key(*name.split("."))
     _set_merging(model, encoder, merging)
 
 
@@ -193,6 +213,8 @@ def detach(model: PreTrainedModel) -> Any:
         del encoder.merging
         for module in inner.modules():
             forget_keys(module)
+            if isinstance(module, Shifted):
+                del module.merge_name
             restore_class(module)
     restore_class(inner)
     if hasattr(inner.config, "merge"):
@@ -241,7 +263,8 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
         raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
     if wanted.predictors != own.predictors:
         raise BadValue("layers", config.schedule, f"{own.predictors} layers, as many as have learned scores")
-    name = "learn_norms" if wanted.norms != own.norms else "learn_exponents"
+    differing = (wanted.exponent_heads != own.exponent_heads, wanted.norms != own.norms, True)
+    name = LEARN_FIELDS[differing.index(True)]
     raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
 
 

@@ -33,6 +33,7 @@ class TrainArguments(TaskArguments):
         "first learning rate of the embedding; 0 freezes the projections that tokens are compared by", default=5e-4
     )
     aggregation_lr: float = option("first learning rate of what learn_exponents and learn_norms add", default=2e-2)
+    shift_lr: float = option("first learning rate of what learn_shifts adds", default=1e-3)
     min_lr: float = option("learning rate at the end of the half cosine", default=1e-6)
     warmup_steps: int = option("steps of linear warm-up", default=0)
     weight_decay: float = option("AdamW's weight decay", default=1e-4)
@@ -78,7 +79,7 @@ class TrainArguments(TaskArguments):
         at_least(self, 1, "validate_every", "checkpoint_every", "keep_checkpoints")
         at_least(self, 0, "glance_every", "push_every", "num_workers", "warmup_steps")
         at_least(self, 0, "min_lr", "weight_decay", "backbone_lr", "backbone_weight_decay")
-        for name in ("epochs", "max_grad_norm", "aggregation_lr"):
+        for name in ("epochs", "max_grad_norm", "aggregation_lr", "shift_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BadValue(name, value, "a number above 0")

@@ -50,8 +50,8 @@ def dropout_drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> It
 
 
 def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser: projections with `lr`, exponents and norms with `aggregation_lr`, and the
-    backbone, where it learns, with `backbone_lr`.
+    """Parameter groups of an optimiser: projections with `lr`, exponents and norms with `aggregation_lr`, shifts with
+    `shift_lr`, and the backbone, where it learns, with `backbone_lr`.
 
     With `layer_decay` d, the learning rate of layer i of L (from 1) is d^(L + 1 - i) of the backbone's, that of the
     patch and position embeddings d^(L + 1), and that of all behind the layers 1 (BEiT, arXiv 2106.08254). Weights of
@@ -59,12 +59,15 @@ def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, An
     """
     a = arguments
     embedding = list(model.merge_parameters())
-    aggregation = list(find_encoder(model)[1].merge_embedding.aggregation_parameters())
-    others = {id(parameter) for parameter in aggregation}
+    learned = find_encoder(model)[1].merge_embedding
+    aggregation, shifts = list(learned.aggregation_parameters()), list(learned.shift_parameters())
+    others = {id(parameter) for parameter in (*aggregation, *shifts)}
     projections = [parameter for parameter in embedding if id(parameter) not in others]
     result = [{"name": "embedding", "params": projections, "lr": a.lr, "weight_decay": a.weight_decay}]
     if aggregation:
         result.append({"name": "aggregation", "params": aggregation, "lr": a.aggregation_lr, "weight_decay": 0.0})
+    if shifts:
+        result.append({"name": "shifts", "params": shifts, "lr": a.shift_lr, "weight_decay": 0.0})
     if not a.train_backbone:
         return result
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

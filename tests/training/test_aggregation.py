@@ -170,9 +170,10 @@ def test_a_run_that_learns_it_starts_from_an_adapter_without(options, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 0.0}, "lr=0.0: a number above 0; with learn_exponents or learn_norms also 0"),
+        ({"lr": 0.0}, "lr=0.0: a number above 0; with learn_exponents or learn_norms or learn_shifts also 0"),
         ({"lr": -1.0, **LEARN}, "lr=-1.0: a number above 0, or 0"),
         ({"aggregation_lr": 0.0}, "aggregation_lr=0.0: a number above 0"),
+        ({"shift_lr": 0.0}, "shift_lr=0.0: a number above 0"),
     ],
 )
 def test_rates_that_make_no_sense_are_refused(options, change, message):
@@ -183,3 +184,21 @@ def test_rates_that_make_no_sense_are_refused(options, change, message):
 def test_the_task_that_teaches_merges_alone_says_where_to_learn_it(options):
     with pytest.raises(BadValue, match=r"learn_norms=True: False with task fisher: .*distillation, with start_from"):
         train(TrainArguments(**{**options, "task": "fisher", "learn_norms": True}))
+
+
+def test_shifts_are_learned_behind_an_adapter_without_them(options, vit_folder, tmp_path):
+    """Through the hard merge, at a rate of their own; the backbone stays, and so does what tokens are compared by."""
+    attach(AutoModelForImageClassification.from_pretrained(vit_folder), DTEMConfig(r=5)).save_merge_adapter(
+        tmp_path / "first"
+    )
+    run = {"learn_shifts": True, "lr": 0.0, "shift_lr": 0.003, "relaxation": "hard", "r": "5", "sample_r": [3, 5]}
+    steps = {"steps": 24, "validate_every": 6, "start_from": str(tmp_path / "first")}
+    train(TrainArguments(**{**options, **run, **steps}))
+    first = MergeAdapter.from_pretrained(tmp_path / "first")
+    learned = MergeAdapter.from_pretrained(Path(options["output_dir"], "adapter"))
+    assert all(torch.equal(learned.tensors[key], tensor) for key, tensor in first.tensors.items())
+    moved = {key for key in learned.tensors.keys() - first.tensors.keys() if learned.tensors[key].any()}
+    assert moved == {key for key in learned.tensors if key.startswith("shifts.") and ".0." not in key}
+    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    kl = [line["validation"]["kl"] for line in lines if "validation" in line]
+    assert min(kl) < 0.95 * kl[0]

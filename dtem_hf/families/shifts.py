@@ -1,0 +1,76 @@
+"""Parameters of a backbone that move while it merges tokens: those of LayerNorms, and biases of linear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..embedding import Shifts
+from ..scope import current_state
+
+
+class Shifted:
+    """Mixed into a module of a merged encoder, whose name there is `merge_name`.
+
+    A pass adds to its parameters what is learned of them, times the share of the tokens that are gone. The parameters
+    themselves stay, and where no token is gone they are used as they are.
+    """
+
+    merge_name: str
+    moving: ClassVar[tuple[str, ...]]
+
+    def shifted(self: Any, name: str) -> Tensor:
+        """A parameter of the module as the pass that runs uses it."""
+        state, parameter = current_state(), getattr(self, name)
+        return parameter if state is None else state.shifted(Shifts.key(self.merge_name, name), parameter)
+
+
+class ShiftedNorm(Shifted, nn.LayerNorm):
+    """A LayerNorm whose weight and bias move."""
+
+    moving = ("weight", "bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.shifted("weight"), self.shifted("bias"), self.eps)
+
+
+class ShiftedLinear(Shifted, nn.Linear):
+    """A linear map whose bias moves."""
+
+    moving = ("bias",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.shifted("bias"))
+
+
+def shiftable_modules(
+    encoder: nn.Module, layers: Sequence[nn.Module]
+) -> Iterator[tuple[str, Any, type[ShiftedNorm] | type[ShiftedLinear] | None]]:
+    """Names, modules and mixins: LayerNorms and linear maps with a bias in the layers, and LayerNorms behind them.
+
+    Names are without LoRA's additions. The mixin is None for a kind that is not torch's own, as quantised ones are.
+    """
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    begun = False
+    for name, module in encoder.named_modules():
+        begun = begun or id(module) in inside
+        is_map = isinstance(module, nn.Linear) and id(module) in inside and module.bias is not None
+        is_norm = isinstance(module, nn.LayerNorm) and begun and module.elementwise_affine
+        if (is_map or is_norm) and not name.startswith("merge_embedding."):
+            mixin = ShiftedNorm if is_norm else ShiftedLinear
+            own = isinstance(module, mixin) or type(module) in (nn.LayerNorm, nn.Linear)
+            yield name.replace(".base_layer", ""), module, mixin if own else None
+
+
+def shiftable_parameters(encoder: nn.Module, layers: Sequence[nn.Module]) -> tuple[tuple[str, int], ...]:
+    """Names and lengths of all parameters that can move, by declared sizes: weights may be packed or elsewhere."""
+    return tuple(
+        (f"{name}.{parameter}", module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[0])
+        for name, module, mixin in shiftable_modules(encoder, layers)
+        if mixin is not None
+        for parameter in mixin.moving
+        if getattr(module, parameter) is not None
+    )
