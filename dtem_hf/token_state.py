@@ -281,13 +281,15 @@ class TokenState:
         return bias
 
     def shifted(self, key: str, parameter: Tensor) -> Tensor:
-        """A parameter of the backbone, moved by the share of the tokens that are gone in front of the running layer.
+        """A parameter of the backbone, moved by the share of the tokens that are gone behind the running layer.
 
-        Behind the last layer, as in the last layer.
+        In the first layer it stays; behind the last one, it is moved as in the last layer.
         """
-        gone = 1 - self._active[self.layer] / self._active[0] if self._active else 0.0
         shift = self._shifts.get(key)
-        return parameter if shift is None or not gone else torch.add(parameter, shift.to(parameter), alpha=gone)
+        if shift is None or self.layer == 0:
+            return parameter
+        gone = 1 - (self._active[self.layer] - self._reductions[self.layer]) / self._active[0]
+        return torch.add(parameter, shift.to(parameter), alpha=gone) if gone else parameter
 
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
