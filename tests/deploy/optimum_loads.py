@@ -53,7 +53,13 @@ def test_an_encoder_gives_its_features(count):
 
 @pytest.mark.parametrize("kind, options", [(ORTModelForCustomTasks, {}), (OVModelForCustomTasks, EXACT)])
 @pytest.mark.parametrize(
-    "name, keys", [("encoder", ["last_hidden_state", "pooler_output"]), ("clip", ["image_embeds"])]
+    "name, keys",
+    [
+        ("encoder", ["last_hidden_state", "pooler_output"]),
+        ("clip", ["image_embeds"]),
+        ("dense", ["last_hidden_state"]),
+        ("git", ["last_hidden_state"]),
+    ],
 )
 def test_all_outputs_by_name(kind, options, name, keys):
     pixels, outputs = expected(name)

@@ -56,7 +56,7 @@ def shifts_of(model: Any) -> dict[str, Tensor]:
 def test_a_pass_equals_that_of_a_copy_whose_parameters_were_changed_by_hand(
     make_classifier: Make, pixels: Tensor, r: Any
 ) -> None:
-    """The share of the tokens that are gone behind each layer, of 65 tokens; none in the first; the norm as the last."""
+    """The share of the tokens that are gone behind each layer, of 65 tokens; none in the first."""
     model = shifted(attach(make_classifier(), CONFIG))
     model.set_reduction(r)
     by_layer = [r] * 4 if isinstance(r, int) else r

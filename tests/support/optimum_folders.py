@@ -14,6 +14,10 @@ from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    GitConfig,
+    GitForCausalLM,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -35,6 +39,7 @@ SIZES = {
     "intermediate_size": 64,
     "initializer_range": 0.2,
 }
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
 
 
 def write(folder: Path) -> None:
@@ -44,6 +49,8 @@ def write(folder: Path) -> None:
         "classifier": ViTForImageClassification(ViTConfig(**SIZES, num_labels=5)),
         "encoder": ViTModel(ViTConfig(**SIZES)),
         "clip": CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, projection_dim=16)),
+        "dense": Dinov2Model(Dinov2Config(**{k: v for k, v in SIZES.items() if k != "intermediate_size"})),
+        "git": GitForCausalLM(GitConfig(vision_config=SIZES, **TEXT)),
     }
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     for name, model in models.items():
@@ -51,7 +58,7 @@ def write(folder: Path) -> None:
         model.save_pretrained(plain)
         size, crop = {"shortest_edge": 36}, {"height": 32, "width": 32}
         ViTImageProcessorPil(size=size, crop_size=crop, do_center_crop=True).save_pretrained(plain)
-        merged = attach(model.eval(), ToMeConfig(r=3))
+        merged = attach(model.eval(), ToMeConfig(r=3, unmerge=True if name == "dense" else None))
         arguments = ExportArguments(model=str(plain), output_dir=str(out), device="cpu")
         for kind in ("onnx", "openvino"):
             export_format(arguments, merged, kind, torch.device("cpu"))
