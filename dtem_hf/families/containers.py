@@ -81,7 +81,7 @@ COUNTING = Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, c
 CONTAINERS: Mapping[str, Container] = {
     **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "vitpose", "zoedepth"), GRID),
     **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision"), GRID),
-    **dict.fromkeys(("idefics2", "idefics3", "internvl", "qwen2_vl", "qwen3_vl", "smolvlm"), GRID),
+    **dict.fromkeys(("idefics2", "idefics3", "internvl", "janus", "qwen2_vl", "qwen3_vl", "smolvlm"), GRID),
     **dict.fromkeys(("llava", "paligemma"), COUNTING),
     "vipllava": replace(COUNTING, drops_first=True),
     "vision-encoder-decoder": Container("sized", (CrossAttendingModel,), {"decoder": SizedDecoder}),

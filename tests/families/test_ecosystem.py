@@ -451,7 +451,7 @@ def test_other_methods_are_exported(config: Any, tmp_path: Path) -> None:
 def test_the_documented_table_is_what_is_tested_here() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document()
     columns = {column for case in CASES.values() for column in (*case.lacking, *case.eager_only)}
-    assert columns <= {"bfloat16", "compile", "export", "onnx"}
+    assert columns <= {"pipelines", "bfloat16", "compile", "export", "onnx"}
 
 
 def test_all_holds_for_the_families_that_most_people_use() -> None:

@@ -267,6 +267,18 @@ def aya_vision() -> tuple[Any, dict[str, Tensor]]:
     return tf.AyaVisionForConditionalGeneration(config), prompt(16)
 
 
+def janus() -> tuple[Any, dict[str, Tensor]]:
+    """With the part that writes images, which takes nothing from the vision tower."""
+    painter = {"embed_dim": 4, "num_embeddings": 16, "latent_channels": 8, "channel_multiplier": [1, 1]}
+    config = tf.JanusConfig(
+        vision_config={**VIT, "mlp_ratio": 2.0, "projection_dim": 32},
+        text_config=LLAMA,
+        vq_config={**painter, "base_channels": 32, "num_res_blocks": 1, "projection_dim": 32},
+        image_token_id=IMAGE,
+    )
+    return tf.JanusForConditionalGeneration(config), prompt(64)
+
+
 CONTAINERS = [
     trocr,
     dual_encoder,
@@ -287,6 +299,7 @@ CONTAINERS = [
     idefics3,
     smolvlm,
     aya_vision,
+    janus,
     qwen2_vl,
     qwen3_vl,
 ]

@@ -57,7 +57,7 @@ def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
         return []
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
     bare = [("image-feature-extraction", auto, each) for auto, each in models_of(case) if auto == "AutoModel"]
-    takes_pixels = not case.rows[0].anatomy.whole  # and no rows of patches
+    takes_pixels = not any(row.anatomy.whole for row in case.rows)  # and no rows of patches
     alone = [each for each in bare if "text_config" not in each[2].config_class.sub_configs]
     return found or [each for each in alone if "image" in each[2].input_modalities and takes_pixels]
 
