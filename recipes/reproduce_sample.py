@@ -44,9 +44,7 @@ class ReproduceArguments:
     model: str = option("DeiT-tiny: Hub id or local folder", default="../shared/assets/deit_tiny")
     train: str = option("images to learn from", default="../shared/assets/images/train")
     dev: str = option("labelled images to measure on", default="../shared/assets/images/dev")
-    published: str = option(
-        "adapter to compare with", default=str(RECIPES.parent / "model_cards" / "deit-tiny-sample")
-    )
+    published: str = option("adapter to compare with: local folder", default="model_cards/deit-tiny-sample")
     output_dir: str = option("folder for the runs, the adapter and reproduction.json", default="runs/reproduce-sample")
     steps: int | None = option("steps of each training; left out: those of the recipes", default=None)
     limit: int | None = option("images to validate and to measure on; left out: those of the recipes", default=None)

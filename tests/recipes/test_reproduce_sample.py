@@ -44,6 +44,7 @@ def kept(model_folder: Path, merge: Any, r: int, images: Any) -> dict[str, float
     return {"kl": float((p.exp() * (p - q)).sum(-1).mean()), "top1": 100 * float(hits.double().mean())}
 
 
+@pytest.mark.usefixtures("any_precision")
 def test_it_trains_measures_writes_the_card_and_resumes(
     recipe: Any, make_classifier: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

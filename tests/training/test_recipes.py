@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -114,13 +113,13 @@ def words(**options):
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+@pytest.mark.usefixtures("any_precision")
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_training_recipe_takes_a_step(
     name, models, labelled_folder, captioned_folder, karpathy, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])  # of the head in recipes/
     monkeypatch.setenv("DINOV2_SALIENCY", str(models["dinov2"]))
-    AcceleratorState._reset_state(True)  # which remembers the precision of earlier runs
     asked, model = CONFIGS[name], models[family_of(name)]
     small = {"batch_size": 4, "validation_size": 4, "validate_every": 1, "num_workers": 0, "glance_every": 0}
     changed = {"model": model, "data": labelled_folder, "output_dir": tmp_path / "run", **small}
