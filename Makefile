@@ -22,7 +22,7 @@ VIDEO := --model recipes/configs/videomae_base --random_weights True --device cp
 TINY := --model recipes/configs/deit_tiny $(MEASURED)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-family test-oldest test-optimum model-cards ecosystem pictures performance docs quality style build
+.PHONY: help quickstart test test-family test-oldest test-optimum model-cards reproduce-sample ecosystem pictures performance docs quality style build
 .SECONDARY:
 
 help:  ## Show the targets
@@ -48,6 +48,13 @@ test-optimum: $(VENV)/.installed-test .venv-optimum/.installed  ## Load exported
 
 model-cards: $(VENV)/.installed-quickstart  ## Write the cards in model_cards/ anew from the JSON beside them
 	$(BIN)/python recipes/model_cards.py
+
+# STEPS and LIMIT shorten a trial. A run that was stopped goes on when the same command is given again.
+ASSETS ?= ../shared/assets
+SAMPLE = --model $(ASSETS)/deit_tiny --train $(ASSETS)/images/train --dev $(ASSETS)/images/dev
+
+reproduce-sample: $(VENV)/.installed-quickstart  ## Train, measure and describe the sample adapter again: make reproduce-sample ASSETS=path/to/assets
+	$(BIN)/python recipes/reproduce_sample.py $(SAMPLE) $(if $(STEPS),--steps $(STEPS)) $(if $(LIMIT),--limit $(LIMIT))
 
 ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the families in tests/families
 	$(BIN)/python -m tests.support.ecosystem

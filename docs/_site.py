@@ -21,6 +21,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "examples/README.md": "examples.md",
+    "recipes/paper/README.md": "paper.md",
     "tests/README.md": "tests.md",
 }
 _LINK = re.compile(r"\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")

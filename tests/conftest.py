@@ -170,6 +170,16 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """Runs in this process may ask for any mixed precision, and later ones do not take theirs over."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def _hub_server() -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:

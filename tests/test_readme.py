@@ -14,6 +14,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "README.md",
+    ROOT / "recipes" / "paper" / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]
 # A table stands below the name of its JSON, and of its columns if not all of them are shown.

@@ -56,6 +56,10 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
 
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
     label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
+    proportional_attention: bool | None = option(
+        "whether sizes weigh attention, in all methods; left out, what the adapter and each method's config say",
+        default=None,
+    )
     runtime: str = option(f"what runs every row: {', '.join(RUNTIMES)}", default="eager")
     output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
     write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
@@ -98,7 +102,8 @@ def evaluate(
     a, device = arguments, arguments.choose_device()
     adapters = a.load_adapters()
     model = load_trained_classifier(a.model, _HEADLESS, merge=None, dtype=getattr(torch, a.dtype))
-    variants = a.make_variants(model.to(device).eval(), adapters)
+    weighing = {"proportional_attention": a.proportional_attention}
+    variants = a.make_variants(model.to(device).eval(), adapters, **weighing)
     images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
     classes = match_labels(images, model.config)
     processed = ProcessedImages(images, processor, num_labels=model.config.num_labels, classes=classes)
@@ -107,7 +112,7 @@ def evaluate(
     if a.runtime != "eager":
         variants = [variant.in_runtime(a.runtime, shape) for variant in variants]
     read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
-    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime)
+    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime, **weighing)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(
@@ -134,6 +139,7 @@ def evaluate(
         "threads": torch.get_num_threads(),
         "dtype": a.dtype,
         "runtime": a.runtime,
+        **weighing,
         "rows": rows,
     }
     parts.finish(lambda: keep(result))

@@ -106,7 +106,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def wide_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per method, a column per amount of merging (the layout of the paper's Table 1), as Markdown."""
+    """A line per method, a column per amount of merging, as Markdown."""
     measure = measure_of(rows)
     amounts = list(dict.fromkeys(amount_name(row["r"]) for row in rows if row["method"] != UNMERGED))
     plain = rows[0]
@@ -124,7 +124,7 @@ def wide_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def long_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per row with cost, speed and accuracy (the layout of the paper's Table 4), as Markdown."""
+    """A line per row with cost, speed and accuracy, as Markdown."""
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
     cost = ["Multiply-adds", "Share", "Images/s", "Speed-up", "Ideal"]
     with_intervals = "kl_interval" in rows[-1]

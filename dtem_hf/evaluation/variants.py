@@ -149,14 +149,15 @@ def make_variants(
     shares: Sequence[float],
     adapters: dict[str, MergeAdapter] | None = None,
     image_size: tuple[int, int] | None = None,
+    proportional_attention: bool | None = None,
     **options: Any,
 ) -> list[Variant]:
     """The unmerged model, then every method at every r and every share of multiply-adds.
 
     A method that learns has its rows once for each of `adapters` that is of this method, by name. `model` is plain;
-    all rows share its weights. Costs are for images of `image_size`, None for the model's own. `options` are
-    `attach`'s. Raises ValueError for an unknown method, for no amount of merging, and for a method that needs an
-    adapter and has none.
+    all rows share its weights. Costs are for images of `image_size`, None for the model's own.
+    `proportional_attention` overrides that field of every config; `options` are `attach`'s. Raises ValueError for an
+    unknown method, for no amount of merging, and for a method that needs an adapter and has none.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
@@ -170,6 +171,8 @@ def make_variants(
             continue
         method = METHODS[name]
         for adapter_name, merge in method.sources(adapters or {}).items():
+            if proportional_attention is not None:
+                merge = _weighing(merge, proportional_attention)
             merged = attach(share_weights(model), merge, **options)
             amounts = method.amounts(reductions, shares)
             if not amounts:
@@ -178,6 +181,13 @@ def make_variants(
                 merged.set_reduction(amount)
                 rows.append(Variant(name, amount, merged, method.plan(merged, image_size), adapter_name))
     return rows
+
+
+def _weighing(merge: Any, proportional_attention: bool) -> Any:
+    """A config, or an adapter, with another value of this field."""
+    if isinstance(merge, MergeAdapter):
+        return MergeAdapter(_weighing(merge.config, proportional_attention), merge.tensors, merge.backbone)
+    return replace(merge, proportional_attention=proportional_attention)
 
 
 def run_in_turn(

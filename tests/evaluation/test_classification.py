@@ -102,6 +102,19 @@ def test_rows_equal_a_brute_force(options, vit_folder, image_folder, adapter):
     }
 
 
+def test_attention_without_sizes_is_asked_for_in_all_methods(options, vit_folder, image_folder, adapter):
+    result = evaluate(EvaluateArguments(**{**options, "r": ["3"], "flops": []}, proportional_attention=False))
+    weighed = evaluate(EvaluateArguments(**{**options, "r": ["3"], "flops": []}))
+    learned = MergeAdapter.from_pretrained(adapter)
+    config = DTEMConfig(r=3, proportional_attention=False)
+    merges = [ToMeConfig(r=3, proportional_attention=False), MergeAdapter(config, learned.tensors, learned.backbone)]
+    for row, with_sizes, merge in zip(result["rows"][1:], weighed["rows"][1:], merges, strict=True):
+        expected = brute_force(vit_folder, image_folder, merge)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert abs(row["kl"] - with_sizes["kl"]) > 1e-4
+    assert result["proportional_attention"] is False and weighed["proportional_attention"] is None
+
+
 @pytest.mark.parametrize("runtime, package", [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
 def test_another_runtime_gives_the_figures_of_eager(options, runtime, package):
     pytest.importorskip(package)

@@ -35,7 +35,10 @@ PUBLISHED = {
         f"deit_{size}_end_to_end.yaml": {**IMAGENET, "train_backbone": True, "r": "16", "epochs": 100}
         for size in ("tiny", "small")
     },
-    **{f"mae_{size}_imagenet1k.yaml": {**IMAGENET, "epochs": 30} for size in ("base", "large")},
+    **{
+        f"mae_{size}_imagenet1k.yaml": {**IMAGENET, "epochs": 30, "proportional_attention": False}
+        for size in ("base", "large")
+    },
     **{
         f"git_{size}_coco.yaml": {
             **EMBEDDING,
