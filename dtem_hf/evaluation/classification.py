@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ _BINS = 15
 class ClassifierArguments(ResumableArguments, ImageArguments):
     """An image classifier under several methods and amounts of merging."""
 
+    # What becomes of a model whose head would be random.
+    headless: ClassVar[str] = "`dtem-hf evaluate` measures an encoder without a head by its features"
+
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
     label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
     runtime: str = option(f"what runs every row: {', '.join(RUNTIMES)}", default="eager")
@@ -69,14 +72,15 @@ class ClassifierArguments(ResumableArguments, ImageArguments):
 
     def open(self) -> Measure:
         """The model, and how it is measured. Raises NoTrainedHead where its head would be random."""
-        instead = "`dtem-hf evaluate` measures an encoder without a head by its features"
-        model = load_trained_classifier(self.model, instead, merge=None, dtype=getattr(torch, self.dtype))
+        model = load_trained_classifier(self.model, self.headless, merge=None, dtype=getattr(torch, self.dtype))
         return Measure(model, model.config.num_labels, measure_batch, partial(make_rows, metrics=load_metrics()), {})
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ClassifierArguments):
     """Evaluate a classifier, or an encoder by its features, under several methods and amounts of merging."""
+
+    headless: ClassVar[str] = "its features are measured instead"
 
     features: str = option(
         f"features to measure a model by, in place of classes: {', '.join(POOLED_FEATURES[1:])}; auto: only where it "
@@ -96,7 +100,7 @@ class EvaluateArguments(ClassifierArguments):
             try:
                 return super().open()
             except NoTrainedHead as error:
-                say(f"features are measured, and no classes: {error}")
+                say(str(error))
         if self.runtime != "eager":
             raise BadValue("runtime", self.runtime, "eager, where features of an encoder are measured")
         return Measure(
