@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
@@ -147,14 +148,18 @@ def test_rows_equal_loops_over_images(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "config", "tower"),
-    [(CLIPModel, CLIPConfig, CLIPVisionModel), (SiglipModel, SiglipConfig, SiglipVisionModel)],
-    ids=["clip", "siglip"],
+    ("make", "tower"),
+    [
+        (lambda: CLIPModel(CLIPConfig(vision_config=SMALL, text_config=TEXT)), CLIPVisionModel),
+        (lambda: SiglipModel(SiglipConfig(vision_config=SMALL, text_config=TEXT)), SiglipVisionModel),
+        (lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL)), CLIPVisionModel),
+    ],
+    ids=["clip", "siglip", "clip's tower alone"],
 )
 def test_the_image_tower_of_a_dual_encoder(
-    whole: Any, config: Any, tower: Any, options: dict[str, Any], vit_folder: Path, tmp_path: Path
+    make: Any, tower: Any, options: dict[str, Any], vit_folder: Path, tmp_path: Path
 ) -> None:
-    folder = saved(whole(config(vision_config=SMALL, text_config=TEXT)), tmp_path / "dual", vit_folder)
+    folder = saved(make(), tmp_path / "dual", vit_folder)
     options = {**options, "model": str(folder)}
     row = evaluate(EvaluateArguments(**options))["rows"][1]
     plain, labels = features_of(tower.from_pretrained(folder), options, lambda out: out.pooler_output)
