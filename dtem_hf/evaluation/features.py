@@ -53,16 +53,16 @@ def feature_rows(
 
     `same_nearest` of the images have the nearest other image that they have in row 0 (None of one image). `knn_top1`
     have the label that most of their `neighbours` nearest others have, of several such labels the nearest one's; only
-    images whose label another image has are counted, and it is None where there are none, or too few images.
+    images whose label another image has are counted; None where there are none, a single label, or too few images.
     `change_interval` is that of the change of `knn_top1` from row 0.
     """
     labels = np.concatenate([part["labels"] for part in parts])
     known = labels >= 0
     _, place, counts = np.unique(labels[known], return_inverse=True, return_counts=True)
     shared = counts[place] > 1
-    votes = shared.any() and len(place) > neighbours
+    votes = shared.any() and len(counts) > 1 and len(place) > neighbours
     if known.any() and not votes:
-        say(f"no k-NN top-1: it takes more than {neighbours} images with labels, and two with the same label")
+        say(f"no k-NN top-1: it takes more than {neighbours} labelled images, two labels, and one label of two images")
     rows: list[dict[str, Any]] = []
     for i, variant in enumerate(variants):
         features = torch.from_numpy(np.concatenate([part["features"][i] for part in parts]))

@@ -185,7 +185,17 @@ def test_too_few_labels_for_a_vote_are_said(
 ) -> None:
     rows = evaluate(EvaluateArguments(**options, limit=limit, neighbours=neighbours))["rows"]
     assert all(row["knn_top1"] is None and row["same_nearest"] is not None for row in rows)
-    assert f"no k-NN top-1: it takes more than {neighbours} images with labels" in capsys.readouterr().err
+    assert f"no k-NN top-1: it takes more than {neighbours} labelled images" in capsys.readouterr().err
+
+
+def test_a_single_label_is_no_vote(options: dict[str, Any], image_folder: Path, tmp_path: Path) -> None:
+    """As of the first images of a data set that is sorted by class."""
+    (tmp_path / "data").mkdir()
+    for i in range(8):
+        (tmp_path / "data" / f"{i}.png").write_bytes((image_folder / f"{i}.png").read_bytes())
+    (tmp_path / "data" / "labels.csv").write_text("file,label\n" + "".join(f"{i}.png,2\n" for i in range(8)))
+    result = evaluate(EvaluateArguments(**{**options, "data": str(tmp_path / "data")}))
+    assert result["data"]["labelled"] and result["rows"][1]["knn_top1"] is None
 
 
 def test_one_image_has_no_neighbour(options: dict[str, Any]) -> None:
