@@ -272,7 +272,7 @@ def visualize(
 _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
     "train": ("training", "Learn a merge embedding for a frozen backbone."),
-    "evaluate": ("evaluation.classification", "Measure accuracy and speed with and without merging."),
+    "evaluate": ("evaluation.classification", "Measure accuracy, or features, and speed with and without merging."),
     "evaluate-dense": ("evaluation.dense", "Compare a dense head's maps with and without merging."),
     "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
     "advise": ("benchmark.advise", "Say which r to take on this machine for your images, and whether it pays."),

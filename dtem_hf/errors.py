@@ -42,6 +42,10 @@ class BadValue(ValueError):
         return type(self), (self.field, self.value, self.expected)
 
 
+class NoTrainedHead(BadValue):
+    """A checkpoint is of an encoder alone: the classification head of a model made from it would be random."""
+
+
 class UnsupportedModelError(ValueError):
     """No family is known for a model, or the way it is set up cannot be merged."""
 

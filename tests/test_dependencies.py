@@ -120,6 +120,7 @@ def test_merged_models_run_are_saved_and_published_without_any_extra(
         "dtem-hf quickstart": "quickstart",
         "dtem-hf train": "train",
         "dtem-hf evaluate": "evaluate",
+        "dtem-hf evaluate-dense": "evaluate",
         "dtem-hf benchmark": "evaluate",
         "dtem-hf advise": "evaluate",
         "dtem-hf export": "onnx",

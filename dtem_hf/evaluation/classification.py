@@ -1,8 +1,9 @@
-"""Image classification: what merging costs in accuracy and saves in time, in one pass over the images.
+"""What merging costs in accuracy and saves in time, in one pass over the images; without a head, in features.
 
 python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
 python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
 python recipes/evaluate.py --model ... --data ... --runtime openvino_bfloat16    # as it is deployed
+python recipes/evaluate.py --model facebook/dinov2-small --data path/to/images    # no head: cosine, nearest neighbours
 accelerate launch recipes/evaluate.py --model ... --data imagenet-1k --batch_size 256    # every GPU of the machine
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- recipes/evaluate.py --model ... --data ...    # two on a CPU
 """
@@ -13,46 +14,48 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.classes import match_labels
+from ..data.classes import AS_NUMBERS, match_labels
 from ..data.images import ProcessedImages, collate, data_digest, load_images
 from ..deploy.runtimes import RUNTIMES, check_runtime
-from ..errors import BadValue
+from ..errors import BadValue, NoTrainedHead
 from ..files import write_json
 from ..hub.folder_card import write_card
-from ..models.auto import load_trained_classifier
-from ..models.distances import kl_to
+from ..models.auto import load_encoder, load_trained_classifier
+from ..models.distances import POOLED_FEATURES, kl_to
 from ..opening import load_processor
-from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, one_of, option, parse_arguments
+from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, at_least, one_of, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
 from ..programs.lock import only_run_in
 from ..programs.output import output_folder
-from ..programs.processes import processes
-from ..report.plots import plot_accuracy
+from ..programs.processes import processes, say
+from ..report.plots import picture_name, plot_accuracy
 from ..report.tables import print_table
 from .arguments import ResumableArguments
+from .features import feature_rows, measure_features
 from .metrics import Metrics, bootstrap_interval, load_metrics
-from .parts import Columns, Parts, batches_of
+from .parts import Columns, Measure, Parts, batches_of
 from .variants import Variant, median_speed, run_in_turn
 
 
 _RANKED = 5
 _BINS = 15
 
-# What to do with an encoder without a head.
-_HEADLESS = "`dtem-hf advise` measures an encoder without a head by the cosine of its features"
-
 
 @dataclass(kw_only=True)
-class EvaluateArguments(ResumableArguments, ImageArguments):
-    """Evaluate an image classifier under several methods and amounts of merging."""
+class ClassifierArguments(ResumableArguments, ImageArguments):
+    """An image classifier under several methods and amounts of merging."""
+
+    # What becomes of a model whose head would be random.
+    headless: ClassVar[str] = "`dtem-hf evaluate` measures an encoder without a head by its features"
 
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
     label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
@@ -61,7 +64,7 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
         default=None,
     )
     runtime: str = option(f"what runs every row: {', '.join(RUNTIMES)}", default="eager")
-    output_dir: str = option("folder for evaluation.json and accuracy.png", default="runs/evaluate")
+    output_dir: str = option("folder for evaluation.json and a plot", default="runs/evaluate")
     write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,47 @@ class EvaluateArguments(ResumableArguments, ImageArguments):
         check_runtime(self, self.runtime)
         if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
             raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
+
+    def open(self) -> Measure:
+        """The model, and how it is measured. Raises NoTrainedHead where its head would be random."""
+        model = load_trained_classifier(self.model, self.headless, merge=None, dtype=getattr(torch, self.dtype))
+        return Measure(model, model.config.num_labels, measure_batch, partial(make_rows, metrics=load_metrics()), {})
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(ClassifierArguments):
+    """Evaluate a classifier, or an encoder by its features, under several methods and amounts of merging."""
+
+    headless: ClassVar[str] = "its features are measured instead"
+
+    features: str = option(
+        f"features to measure a model by, in place of classes: {', '.join(POOLED_FEATURES[1:])}; auto: only where it "
+        "has no trained head, and then the first of these that its checkpoint surely has",
+        default="auto",
+    )
+    neighbours: int = option("nearest images by features that vote for a label", default=5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "neighbours")
+        one_of(self, "features", POOLED_FEATURES)
+
+    def open(self) -> Measure:
+        """As above; features are measured where they are asked for, or the head would be random, which is said."""
+        if self.features == "auto":
+            try:
+                return super().open()
+            except NoTrainedHead as error:
+                say(str(error))
+        if self.runtime != "eager":
+            raise BadValue("runtime", self.runtime, "eager, where features of an encoder are measured")
+        return Measure(
+            load_encoder(self.model, self.features, dtype=getattr(torch, self.dtype)),
+            None,
+            partial(measure_features, kind=self.features),
+            partial(feature_rows, device=self.choose_device(), neighbours=self.neighbours),
+            {"task": "image-feature-extraction", "features": self.features, "neighbours": self.neighbours},
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,18 +125,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def keep(result: dict[str, Any]) -> None:
             write_json(output / "evaluation.json", result)
-            plot_accuracy(result["rows"], output / "accuracy.png", title=result["model"]["name"])
+            plot_accuracy(result["rows"], output / picture_name(result["rows"]), title=result["model"]["name"])
             if arguments.write_card:
                 write_card(output, overwrite=True)
 
         result = evaluate(arguments, keep)
         if processes().is_main_process:
             print_table(result)
-            print(f"written: {output / 'evaluation.json'}, {output / 'accuracy.png'}")
+            print(f"written: {output / 'evaluation.json'}, {output / picture_name(result['rows'])}")
 
 
 def evaluate(
-    arguments: EvaluateArguments, keep: Callable[[dict[str, Any]], None] = lambda result: None
+    arguments: ClassifierArguments, keep: Callable[[dict[str, Any]], None] = lambda result: None
 ) -> dict[str, Any]:
     """Measure every row on every image; the images are decoded once. Returns what is written to `evaluation.json`.
 
@@ -101,35 +145,36 @@ def evaluate(
     """
     a, device = arguments, arguments.choose_device()
     adapters = a.load_adapters()
-    model = load_trained_classifier(a.model, _HEADLESS, merge=None, dtype=getattr(torch, a.dtype))
+    model, num_labels, measure, make, facts = a.open()
     weighing = {"proportional_attention": a.proportional_attention}
-    variants = a.make_variants(model.to(device).eval(), adapters, **weighing)
     images, processor = load_images(a.data, a.split, a.limit, a.label_column), load_processor(a.model)
-    classes = match_labels(images, model.config)
-    processed = ProcessedImages(images, processor, num_labels=model.config.num_labels, classes=classes)
-    metrics = load_metrics()
+    classes = AS_NUMBERS if num_labels is None else match_labels(images, model.config)
+    processed = ProcessedImages(images, processor, num_labels=num_labels, classes=classes)
     shape = tuple(processed[0]["pixel_values"].shape)
+    variants = a.make_variants(model.to(device).eval(), adapters, image_size=shape[-2:], **weighing)
     if a.runtime != "eager":
         variants = [variant.in_runtime(a.runtime, shape) for variant in variants]
     read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
-    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime, **weighing)
+    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime, **facts, **weighing)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     batches = batches_of(len(images), a.batch_size)
     parts.measure(
         processed,
         batches,
-        lambda batch, number: measure_batch(variants, batch, device, first=number % len(variants)),
+        lambda batch, number: measure(variants, batch, device, first=number % len(variants)),
         "evaluate",
         a.num_workers,
         collate,
     )
-    rows = make_rows(variants, parts.read(len(batches)), metrics)
+    columns = parts.read(len(batches))
+    rows = make(variants, columns)
     result = {
         **a.facts(model, device),
+        **facts,
         "data": {
             "name": data_name(a.data),
             "num_images": len(images),
-            "labelled": rows[0]["top1"] is not None,
+            "labelled": any((part["labels"] >= 0).any() for part in columns),
             "labels": classes.how,
         },
         "image_size": list(shape[-2:]),

@@ -22,7 +22,7 @@ from ..report.plots import measure_of, plot_pareto, series_name
 from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP
-from .classification import EvaluateArguments, evaluate
+from .classification import ClassifierArguments, evaluate
 from .variants import METHODS, UNMERGED
 
 
@@ -36,7 +36,7 @@ _ABLATION_TEXT = (
 
 
 @dataclass(kw_only=True)
-class CompareArguments(EvaluateArguments):
+class CompareArguments(ClassifierArguments):
     """Compare methods at the same amounts of merging."""
 
     methods: list[str] = option(

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,20 @@ from ..programs.processes import processes
 
 Columns = dict[str, NDArray[Any]]
 _RUN_NAME = "run.json"
+
+
+class Measure(NamedTuple):
+    """A model, and how it is measured: by its classes, or by its features.
+
+    `batch` takes variants, a batch, the device and the row that runs first; `rows` takes variants and the columns of
+    all batches. Labels are below `num_labels`, or any for None. `facts` tell a run and its result apart.
+    """
+
+    model: Any
+    num_labels: int | None
+    batch: Callable[..., Columns]
+    rows: Callable[..., list[dict[str, Any]]]
+    facts: dict[str, Any]
 
 
 class Parts:

@@ -27,9 +27,20 @@ _AUTO_CLASSES = {
     "image-to-text": "AutoModelForImageTextToText",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
-# Title, entry of a row, and format of the columns that say how much merging changes.
-_CLASSIFIER_COLUMNS = [("Agreement (%)", "agreement", ".2f"), ("KL", "kl", ".4f")]
-_DENSE_COLUMNS = [("Map error", "map_error", ".4f"), ("IoU", "iou", ".3f")]
+# By what is compared: title, entry of a row, and format of the columns that say how much merging changes.
+_COLUMNS = {
+    "classes": [("Agreement (%)", "agreement", ".2f"), ("KL", "kl", ".4f")],
+    "maps": [("Map error", "map_error", ".4f"), ("IoU", "iou", ".3f")],
+    "features": [("Cosine", "cosine", ".4f")],
+}
+# Absent where there were no labels, too few images to time or to compare, or others of these are measured.
+_OPTIONAL = ("top1", "top5", "same_nearest", "knn_top1", "images_per_second", "speedup")
+_OPTIONAL_COLUMNS = [
+    ("Top-1 (%)", "top1", ".2f"),
+    ("Top-5 (%)", "top5", ".2f"),
+    ("Same nearest (%)", "same_nearest", ".2f"),
+    ("k-NN top-1 (%)", "knn_top1", ".2f"),
+]
 
 
 def card_of(
@@ -153,15 +164,19 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         checked: dict[str, Any] = {"method": entry(row, where, "method", str), "r": row.get("r")}
         if not re.fullmatch(r"[a-z0-9_]{1,32}", checked["method"]):
             raise BadValue(f"{where}.method", checked["method"], "the name of a method, like dtem")
-        # Of a dense head, its maps are compared.
-        compared = ("map_error", "iou") if "map_error" in row else ("agreement", "kl")
+        compared = [name for _, name, _ in _COLUMNS[_compared([row])]]
         for name in (*compared, "multiply_adds", "ratio"):
             checked[name] = entry(row, where, name, float)
-        # Absent where there were no labels, or too few images to time.
-        for name in ("top1", "top5", "images_per_second", "speedup"):
+        for name in _OPTIONAL:
             checked[name] = entry(row, where, name, float, None)
         rows.append(checked)
     return rows
+
+
+def _compared(rows: list[dict[str, Any]]) -> str:
+    """What the rows of an evaluation compare: a dense head's maps, features, or classes."""
+    names = {name for row in rows for name in row}
+    return "maps" if "map_error" in names else "features" if "cosine" in names else "classes"
 
 
 def _evaluation_text(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,13 +204,12 @@ def _evaluation_text(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Header and cells: the unmerged model first, then by falling multiply-adds, methods of the same r together."""
-    labelled = any(row["top1"] is not None for row in rows)
-    dense = any("map_error" in row for row in rows)
-    columns = [("Top-1 (%)", "top1", ".2f"), ("Top-5 (%)", "top5", ".2f")] if labelled else []
-    columns += _DENSE_COLUMNS if dense else _CLASSIFIER_COLUMNS
+    compared = _compared(rows)
+    measured = [column for column in _OPTIONAL_COLUMNS if any(row[column[1]] is not None for row in rows)]
+    columns = [*measured, *_COLUMNS[compared]]
     factor, unit = multiply_adds_unit(max((row["multiply_adds"] for row in rows), default=0))
     header = ["Method", "Reduction", *(title for title, _, _ in columns), f"Multiply-adds ({unit})"]
-    header += [] if dense else ["Images/s"]
+    header += [] if compared == "maps" else ["Images/s"]
     most: dict[str, float] = {}
     for row in rows:
         label = reduction_label(row["r"])
@@ -212,11 +226,11 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
             as_text(reduction_label(row["r"])),
             *(_figure(row[name], form) for _, name, form in columns),
             f"{row['multiply_adds'] / factor:.3f} ({row['ratio']:.2f}×)",
-            *([] if dense else [_speed(row)]),
+            *([] if compared == "maps" else [_speed(row)]),
         ]
         for row in sorted(rows, key=place)
     ]
-    return {"labelled": labelled, "dense": dense, "header": header, "rows": cells}
+    return {"compared": compared, "measured": [name for _, name, _ in measured], "header": header, "rows": cells}
 
 
 def _speed(row: dict[str, Any]) -> str:

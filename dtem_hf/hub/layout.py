@@ -8,6 +8,7 @@ TRAINING_NAME = "training.json"
 PICTURES = {
     "maps.jpg": "Maps of a dense head, unmerged and merged",
     "accuracy.png": "Accuracy against multiply-adds",
+    "features.png": "Cosine with the unmerged model's features against multiply-adds",
     "merged_tokens.png": "Merged tokens: each token that is left has one colour and one outline",
 }
 LARGEST_CARD = 1 << 20

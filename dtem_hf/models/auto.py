@@ -13,8 +13,8 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 
-from ..errors import AdapterError, BadValue
-from ..families import SUPPORTED, unsupported
+from ..errors import AdapterError, BadValue, NoTrainedHead
+from ..families import SUPPORTED, find_place, unsupported
 from ..families.containers import CONTAINERS
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
@@ -129,14 +129,41 @@ AutoModelForZeroShotObjectDetection = _merging("AutoModelForZeroShotObjectDetect
 
 
 def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any:
-    """Load a classifier. Raises BadValue where its head is not in the checkpoint, and so would be random.
+    """Load a classifier. Raises NoTrainedHead where its head is not in the checkpoint, and so would be random.
 
     `instead` ends the message: what to do with an encoder that has no head.
     """
+    with _adapters_named("AutoModelForImageClassification", name):
+        config = AutoConfig.from_pretrained(name)
+    ending = f"{instead and '; '}{instead}"
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        raise NoTrainedHead("model", name, f"an image classifier, and {config.model_type} is none{ending}")
     model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **options)
     if info["missing_keys"]:
         lacks = f"a trained classifier, and this one lacks {min(info['missing_keys'])}, which would be random"
-        raise BadValue("model", name, f"{lacks}{instead and '; '}{instead}")
+        raise NoTrainedHead("model", name, f"{lacks}{ending}")
+    return model
+
+
+def load_encoder(name: str, features: str, **options: Any) -> Any:
+    """Load a model for the features (as in `recorded_features`) of its encoder.
+
+    Raises BadValue where what they are computed with is not in the checkpoint, or is no function of one image.
+    """
+    model, info = AutoModel.from_pretrained(name, output_loading_info=True, merge=None, **options)
+    place = find_place(model)
+    encoder = place.encoder
+    prefix = next(path for path, module in model.named_modules() if module is encoder)
+    missing = [key for key in info["missing_keys"] if key.startswith(prefix and f"{prefix}.")]
+    # `auto` passes over a pooler like ViT's.
+    missing = [key for key in missing if features == "pooled" or ".pooler.dense." not in f".{key}"]
+    if missing:
+        raise BadValue("model", name, f"a trained encoder, and this one lacks {min(missing)}, which would be random")
+    if len(place.family.input_shape(encoder)) != 3 or getattr(encoder.config, "mask_ratio", None):
+        kind = (
+            f"an encoder of whole images, and {type(encoder).__name__} takes clips, sound or a random part of an image"
+        )
+        raise BadValue("model", name, kind)
     return model
 
 

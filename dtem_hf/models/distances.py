@@ -16,7 +16,8 @@ from ..scope import Scope, open_scope
 from .vision import run_on_pixels
 
 
-FEATURES = ("auto", "pooled", "cls", "patches", "grid")
+POOLED_FEATURES = ("auto", "pooled", "cls", "patches")
+FEATURES = (*POOLED_FEATURES, "grid")
 FEATURE_LOSSES = ("cosine", "mse")
 
 

@@ -17,7 +17,7 @@ from ..errors import BadValue
 from ..files import read_json, write_text
 from ..labels import reduction_label
 from ..programs.arguments import option, parse_arguments
-from .tables import COLUMNS, cells
+from .tables import cells, columns_of
 
 
 _LARGEST_RECORD = 1 << 24
@@ -109,7 +109,7 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
 
 
 def _evaluation_tables(record: dict[str, Any]) -> list[Table]:
-    return [Table(COLUMNS, [cells(row) for row in record["rows"]])]
+    return [Table(columns_of(record["rows"]), [cells(row) for row in record["rows"]])]
 
 
 def _benchmark_tables(record: dict[str, Any]) -> list[Table]:

@@ -31,8 +31,8 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     """Plot top-1 accuracy against multiply-adds: a line per method, r at its points, and the unmerged model.
 
     `rows` are those of an evaluation's JSON; where one has no top-1 (there were no labels), agreement with the
-    unmerged model is drawn. The suffix of `path` is the format; the file is written whole or not at all. Raises
-    ValueError where there are no rows.
+    unmerged model is drawn, and of features the cosine with the unmerged ones. The suffix of `path` is the format; the
+    file is written whole or not at all. Raises ValueError where there are no rows.
     """
     figure, (axis,) = _figure(rows, path, (6.4, 4.2))
     measure = measure_of(rows)
@@ -40,7 +40,7 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     for row in rows:
         if row["method"] == _UNMERGED:
             axis.axhline(row[measure], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
-            label = f"{method_name(_UNMERGED)} ({row[measure]:.1f} %)"
+            label = method_name(_UNMERGED) + ("" if measure == "cosine" else f" ({row[measure]:.1f} %)")
             axis.plot(
                 row["multiply_adds"] / factor, row[measure], "*", color="0.2", markersize=13, label=label, zorder=3
             )
@@ -127,8 +127,13 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
 
 
 def measure_of(rows: Sequence[dict[str, Any]]) -> str:
-    """The figure that rows are compared by: top-1, or agreement with the unmerged model where labels are missing."""
-    return "top1" if all(row["top1"] is not None for row in rows) else "agreement"
+    """The figure that rows are compared by: top-1, agreement where labels are missing, of features the cosine."""
+    return next(name for name in _MEASURES if all(row.get(name) is not None for row in rows))
+
+
+def picture_name(rows: Sequence[dict[str, Any]]) -> str:
+    """The file of `plot_accuracy` in the folder of an evaluation."""
+    return "features.png" if measure_of(rows) == "cosine" else "accuracy.png"
 
 
 def series_name(row: dict[str, Any]) -> str:

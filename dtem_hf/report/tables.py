@@ -12,13 +12,19 @@ from rich.table import Table
 from ..labels import reduction_label
 
 
-COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", "M mult-adds", "share", "images/s", "speed-up")
+_COSTS = ("M mult-adds", "share", "images/s", "speed-up")
+COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", *_COSTS)
+FEATURE_COLUMNS = ("method", "r", "cosine", "cosine, 95 %", "same nearest", "k-NN top-1", *_COSTS)
 
 
-# What readers of COLUMNS may not know.
+# What readers of COLUMNS and FEATURE_COLUMNS may not know.
 LEGEND = (
     "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
     "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
+)
+_FEATURE_LEGEND = (
+    "cosine: with the unmerged model's features; same nearest: images whose nearest other image stays the same, in "
+    "percent; k-NN top-1: images whose label their nearest others vote for, in percent; share: of its multiply-adds"
 )
 
 
@@ -57,15 +63,24 @@ def about(result: dict[str, Any]) -> str:
     return f"{result['model']['name']} on {data['num_images']} images of {data['name']}"
 
 
+def columns_of(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
+    """The columns of the rows of `evaluation.json`: those of classes, or of features."""
+    return FEATURE_COLUMNS if "cosine" in rows[0] else COLUMNS
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of `evaluation.json` under COLUMNS, as text."""
+    """One row of `evaluation.json` under COLUMNS or FEATURE_COLUMNS, as text."""
     r = row["r"]
+    if "cosine" in row:
+        figures = [f"{row['cosine']:.4f}", "{:.4f} to {:.4f}".format(*row["cosine_interval"])]
+        figures += [shown(row[name], ".1f") for name in ("same_nearest", "knn_top1")]
+    else:
+        figures = [shown(row.get(name), ".1f") for name in ("top1", "top5", "calibration_error")]
+        figures += [f"{row['agreement']:.1f}", f"{row['kl']:.4f}"]
     return [
         row["method"],
         json.dumps(r) if isinstance(r, (int, list)) else shown_r(r),
-        *(shown(row.get(name), ".1f") for name in ("top1", "top5", "calibration_error")),
-        f"{row['agreement']:.1f}",
-        f"{row['kl']:.4f}",
+        *figures,
         f"{row['multiply_adds'] / 1e6:.1f}",
         f"{row['ratio']:.3f}",
         shown(row["images_per_second"], ".0f"),
@@ -75,4 +90,6 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
-    print_rows(about(result), COLUMNS, [cells(row) for row in result["rows"]], legend=LEGEND)
+    columns = columns_of(result["rows"])
+    legend = LEGEND if columns is COLUMNS else _FEATURE_LEGEND
+    print_rows(about(result), columns, [cells(row) for row in result["rows"]], legend=legend)
