@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images
-from ..deploy.runtimes import COMPILE_MODES, RUNTIMES
+from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime, need_runtime
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.distances import FEATURES
@@ -72,6 +72,10 @@ class AdviseArguments(ModelArguments):
         one_of(self, "dtype", DTYPES)
         one_of(self, "compile_mode", COMPILE_MODES)
         one_of(self, "features", FEATURES)
+        one_of(self, "runtimes", RUNTIMES)
+        check_runtime(self, *self.runtimes)
+        for name in self.runtimes:
+            need_runtime(name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

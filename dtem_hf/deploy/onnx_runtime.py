@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,17 +31,22 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
     if opset < LOWEST_OPSET:
         raise BadValue("opset", opset, f"{LOWEST_OPSET} or more")
     need("onnx", "a graph in ONNX", "onnx", "onnxscript")
-    torch.onnx.export(
-        program,
-        f=path,
-        input_names=[INPUT_NAME],
-        output_names=names,
-        opset_version=opset,
-        # A protocol buffer ends at 2 GiB.
-        external_data=_weight_bytes(program) > 1 << 30,
-        dynamo=True,
-        verbose=False,
-    )
+    # Of torchvision's operators, which no graph here has.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # torch's own exporter copies trees in a way that torch deprecates.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        torch.onnx.export(
+            program,
+            f=path,
+            input_names=[INPUT_NAME],
+            output_names=names,
+            opset_version=opset,
+            # A protocol buffer ends at 2 GiB.
+            external_data=_weight_bytes(program) > 1 << 30,
+            dynamo=True,
+            verbose=False,
+        )
     beside = path.with_name(f"{path.name}.data")
     return [path, *([beside] if beside.is_file() else [])]
 

@@ -32,6 +32,12 @@ def is_exported(runtime: str) -> bool:
     return runtime.startswith(("onnxruntime", "openvino"))
 
 
+def need_runtime(runtime: str) -> None:
+    """Raise ImportError that names the line which installs what a runtime lacks."""
+    if is_exported(runtime):
+        need("openvino" if runtime.startswith("openvino") else "onnx", f"runtime {runtime}")
+
+
 def check_runtime(arguments: Any, *runtimes: str) -> None:
     """Raise ValueError naming `dtype` where a runtime that is asked for does not compute in it."""
     if arguments.dtype != "float32" and any(name.startswith("openvino") for name in runtimes):
@@ -59,7 +65,7 @@ def make_run(
         return graph or partial(run_on_pixels, model)
     if runtime == "compile":
         return torch.compile(graph or ImageGraph(model), fullgraph=True, dynamic=True, mode=compile_mode)
-    need("openvino" if runtime.startswith("openvino") else "onnx", f"runtime {runtime}")
+    need_runtime(runtime)
     parameter = next(model.parameters())
     form = {"onnxruntime": "scatter", "onnxruntime_one_hot": "one_hot"}.get(runtime, "openvino")
     with ops.merge_form(form), attention_as(model, "eager"):

@@ -77,6 +77,7 @@ def card_of(
         template_path=str(_TEMPLATE),
         method=method_name(config.method),
         by_share=isinstance(config, KeepRateConfig),
+        shifts=getattr(config, "learn_shifts", False),
         backbone=name or f"a {as_code(backbone.model_type)} backbone",
         facts={
             "Backbone": name or "not recorded",
@@ -140,7 +141,7 @@ def _eval_results(task: str, evaluation: dict[str, Any], rows: list[dict[str, An
             dataset_type=dataset_type,
             dataset_name=name,
             metric_type="accuracy",
-            metric_value=row[key],
+            metric_value=round(row[key], 4),
             metric_name=f"{title}, {reduction_label(row['r'])} (%)",
             metric_args={"r": row["r"], "top_k": top_k},
         )

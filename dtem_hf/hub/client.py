@@ -327,7 +327,7 @@ def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
 
 def _not_cached(error: LocalEntryNotFoundError, repo_id: str, at: str) -> OSError:
     """Why the client, which found nothing in its cache, has nothing from the Hub either."""
-    cause, site = error.__cause__, constants.ENDPOINT
+    cause, site, at = error.__cause__, constants.ENDPOINT, f"there is no folder {repo_id} here, and on the Hub {at}"
     if cause is None or constants.is_offline_mode():
         return FileNotFoundError(
             f"{at} is not in the cache, and the Hub was not asked (offline): load it once with a connection."

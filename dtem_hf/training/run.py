@@ -336,6 +336,11 @@ class Run:
             + (f", the whole model in {self.results.model}" if self.arguments.train_backbone else "")
             + (f"; {skipped} unreadable images were left out" if skipped else "")
         )
+        if self.best["step"] == 0:
+            self.accelerator.print(
+                "Training did not help: no later step was better than the start, so the adapter is what it started "
+                "from. Try more steps, or a lower --lr."
+            )
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
             self.publication.push(self.best["step"])
