@@ -63,9 +63,7 @@ class MergeConfig(ABC):
 
     def check(self) -> None:
         """Raise ValueError for the first field whose value makes no sense."""
-        self._check_flags("proportional_attention")
-        if self.unmerge is not None:
-            self._check_flags("unmerge")
+        self._check_flags("proportional_attention", *(() if self.unmerge is None else ("unmerge",)))
         if not isinstance(self.part, (str, type(None))) or self.part == "":
             raise BadValue("part", self.part, "the dotted name of a module, or none")
 
