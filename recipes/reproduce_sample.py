@@ -12,7 +12,6 @@ given again.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,4 +129,4 @@ def side_by_side(rows: Sequence[dict[str, Any]], sides: dict[str, str]) -> list[
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]))
+    run_script(main)

@@ -49,7 +49,7 @@ def test_it_loads_by_its_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // facts.embed_dim,
-        intermediate_size=width,
+        intermediate_size=4 * width,
         image_size=64,
         patch_size=8,
     )

@@ -141,7 +141,7 @@ def _eval_results(task: str, evaluation: dict[str, Any], rows: list[dict[str, An
             dataset_type=dataset_type,
             dataset_name=name,
             metric_type="accuracy",
-            metric_value=round(row[key], 4),
+            metric_value=round(row[key], 9),
             metric_name=f"{title}, {reduction_label(row['r'])} (%)",
             metric_args={"r": row["r"], "top_k": top_k},
         )

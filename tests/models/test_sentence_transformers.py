@@ -38,7 +38,9 @@ def clip_folder(tmp_path: Path) -> Iterator[Path]:
     unregister()
 
 
-def test_embeddings_are_those_of_the_merged_model_and_a_saved_one_comes_back(clip_folder: Path, tmp_path: Path) -> None:
+def test_embeddings_are_those_of_the_merged_model_and_a_saved_one_comes_back(
+    clip_folder: Path, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     config = ToMeConfig(r=9)
