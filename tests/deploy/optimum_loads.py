@@ -58,7 +58,6 @@ def test_an_encoder_gives_its_features(count):
         ("encoder", ["last_hidden_state", "pooler_output"]),
         ("clip", ["image_embeds"]),
         ("dense", ["last_hidden_state"]),
-        ("git", ["last_hidden_state"]),
     ],
 )
 def test_all_outputs_by_name(kind, options, name, keys):

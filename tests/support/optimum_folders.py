@@ -16,8 +16,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
-    GitConfig,
-    GitForCausalLM,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -39,7 +37,6 @@ SIZES = {
     "intermediate_size": 64,
     "initializer_range": 0.2,
 }
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
 
 
 def write(folder: Path) -> None:
@@ -50,7 +47,6 @@ def write(folder: Path) -> None:
         "encoder": ViTModel(ViTConfig(**SIZES)),
         "clip": CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, projection_dim=16)),
         "dense": Dinov2Model(Dinov2Config(**{k: v for k, v in SIZES.items() if k != "intermediate_size"})),
-        "git": GitForCausalLM(GitConfig(vision_config=SIZES, **TEXT)),
     }
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     for name, model in models.items():
