@@ -72,6 +72,8 @@ performance: $(addprefix $(VENV)/.installed-,evaluate train onnx openvino)  ## M
 	$(BIN)/python recipes/benchmark_training.py $(TINY) --output_dir docs/performance/training-step
 	$(BIN)/python recipes/benchmark.py --task captioning --model recipes/configs/git_base --random_weights True --device cpu \
 		--methods tome --r 4 8 12 --batch_sizes 1 4 --rounds 5 --warmup 1 --output_dir docs/performance/git-base
+	$(BIN)/python recipes/benchmark.py --task answering --model recipes/configs/llava_half_billion --random_weights True --device cpu \
+		--methods tome --r 8 16 --batch_sizes 1 --answer_tokens 10 --rounds 5 --warmup 1 --output_dir docs/performance/llava
 
 # scikit-learn comes with two photographs. MODEL may be a folder, too.
 MODEL ?= facebook/deit-tiny-patch16-224
