@@ -17,6 +17,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from .. import ops
 from ..errors import UnsupportedModelError
+from ..scope import current_state
 
 
 # Implementations that add a float mask to their scores themselves.
@@ -45,9 +46,10 @@ class _WithBias:
         is_bias = (
             isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.is_floating_point()
         )
-        if not is_bias:
+        by_query = is_bias and attention_mask.shape[2] > 1 and attention_mask.stride(2) > 0  # 0: one row, expanded
+        if not is_bias or (by_query and current_state() is None):  # a mask of another model's own
             return self.function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        if attention_mask.shape[2] > 1 and attention_mask.stride(2) > 0:  # 0: one row that was expanded
+        if by_query:
             raise UnsupportedModelError(
                 f"attn_implementation={module.config._attn_implementation!r}: {type(module).__name__} has a bias for "
                 "every query and key, which no features of the keys can hold; use sdpa."

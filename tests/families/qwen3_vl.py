@@ -19,11 +19,11 @@ from tests.support.packed_rows import (
     assert_an_image_alone_is_the_same_among_others,
     assert_merged_tokens_and_mixed_traces_are_refused,
     assert_segments_equal_the_slow_reference,
+    assert_sizes_are_rounded_as_the_processor_does,
     assert_sizes_that_differ_are_the_plain_model_where_nothing_merges,
     cells,
     merger,
     packed,
-    rounds_sizes,
     rows_of,
     tower,
 )
@@ -100,7 +100,7 @@ def test_merged_tokens_and_mixed_traces_are_refused() -> None:
 
 
 def test_sizes_are_rounded_as_the_processor_does() -> None:
-    rounds_sizes(CASE)
+    assert_sizes_are_rounded_as_the_processor_does(CASE)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

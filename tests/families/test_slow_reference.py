@@ -105,7 +105,7 @@ def assert_same_tokens(trace: Any, image: int, trail: list[Tokens]) -> None:
 def assert_same_outputs(output: Any, image: int, outputs: dict[str, Tensor], last: Tokens) -> None:
     for name, theirs in outputs.items():
         ours = of_image(output[name], image, 2).double()
-        if name == "last_hidden_state" and len(ours) == last.active:  # what padding says is nobody's business
+        if name == "last_hidden_state" and len(ours) == last.active:  # what stands in padding is read by no part
             real = last.sizes[: last.active] > 0
             ours, theirs = ours[real], theirs[real]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6, msg=partial("{}: {}".format, name))

@@ -19,6 +19,8 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from dtem_hf.errors import UnsupportedModelError
 from dtem_hf.families import serve_attention
+from dtem_hf.scope import Scope, open_scope
+from dtem_hf.token_state import TokenState
 
 
 FLASH = ("flash_attention_2", "flash_attention_3", "someone/flash-kernel")
@@ -123,14 +125,22 @@ def test_padded_tokens_stay_left_out() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_bias_for_every_query_is_refused() -> None:
-    serve_attention("flash_attention_2")
-    function = AttentionInterface()["flash_attention_2"]
-    module = torch.nn.Linear(1, 1)
-    module.config = type("Config", (), {"_attn_implementation": "flash_attention_2"})()
-    states = [torch.randn(1, 2, 5, 8) for _ in range(3)]
-    with pytest.raises(UnsupportedModelError, match=r"attn_implementation='flash_attention_2'.*every query.*sdpa"):
-        function(module, *states, torch.randn(1, 2, 5, 5))
+def test_a_bias_for_every_query_is_refused_in_a_merged_model_alone() -> None:
+    """Elsewhere it is a mask that the model gives FlexAttention itself, which adds it."""
+    serve_attention("flex_attention")
+    function = AttentionInterface()["flex_attention"]
+    module = torch.nn.Linear(1, 1).eval()
+    module.config = type("Config", (), {"_attn_implementation": "flex_attention"})()
+    query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    bias = torch.randn(1, 1, 5, 5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    found = function(module, query, key, value, bias, scaling=8**-0.5)[0]
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+    with (
+        open_scope(Scope(state=TokenState(lambda count: [0], 1))),
+        pytest.raises(UnsupportedModelError, match=r"attn_implementation='flex_attention'.*every query.*sdpa"),
+    ):
+        function(module, query, key, value, bias)
 
 
 @pytest.mark.parametrize("name", ["paged|sdpa", "own_attention"])

@@ -98,7 +98,7 @@ def tower(
     )
 
 
-def rounds_sizes(case: FamilyCase) -> None:
+def assert_sizes_are_rounded_as_the_processor_does(case: FamilyCase) -> None:
     """A plan is for the image that the processor makes."""
     model, side = attach(case.make(case.encoder), ToMeConfig(r=3)), PATCH * SQUARE
     for size in ((32, 32), (33, 27), (45, 51), (5, 60)):
