@@ -145,11 +145,7 @@ def evaluate_captions(
         columns, rows = parts.read(len(batches)), list[dict[str, Any]]()
         references = {image_id: image.captions for image_id, image in annotated.items()}
         for i, variant in enumerate(variants):
-            predictions = {
-                int(image_id): str(text)
-                for part in columns
-                for image_id, text in zip(part["image_id"], part["captions"][i], strict=True)
-            }
+            predictions = _predictions(columns, i)
             file_name = f"results_{re.sub(r'[^A-Za-z0-9.]+', '-', variant.label).strip('-')}.json"
             write_predictions(Path(a.output_dir) / file_name, predictions)
             scores = score_captions(references, predictions, a.spice_jars)
@@ -179,6 +175,15 @@ def evaluate_captions(
         }
     parts.finish(lambda: keep(result))
     return result
+
+
+def _predictions(columns: Sequence[dict[str, Any]], row: int) -> dict[int, str]:
+    """A row's caption of every image, from all finished batches."""
+    return {
+        int(image_id): str(text)
+        for part in columns
+        for image_id, text in zip(part["image_id"], part["captions"][row], strict=True)
+    }
 
 
 def print_scores(scores: CaptionScores) -> None:
