@@ -1,14 +1,14 @@
 """All measurements on an accelerator in one call: DeiT-S to DINOv2-L at batch 1, 32 and 256 in bfloat16.
 
 python recipes/benchmark_device.py --output_dir runs/device
-python recipes/benchmark_device.py --models vit-large --attentions flex_attention --minutes 4
+python recipes/benchmark_device.py --models deit-small --runtimes reduce-overhead --batch_sizes 32 --minutes 4
 python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # in small, on a laptop
 
 Plain and merged models with random weights, eager and compiled, by each attention implementation; what share of a
-compiled step matching and merging take; whether attention is faster with the sizes as a mask or as extra features of
-the keys; and, on CUDA, how far the Triton kernels are from the plain path and how much time they save. One folder for
-each model, mode and implementation, written when it is done. The most telling ones come first; those that would start
-after --minutes are left out, and named.
+step matching and merging take; whether attention is faster with the sizes as a mask or as extra features of the keys;
+and, on CUDA, how far the Triton kernels are from the plain path and how much time they save. device.json is written
+anew after every measurement, and a folder for each. Eager models come first: to compile one takes a minute or more.
+Measurements that would start after --minutes are left out, and named.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ _ARCHITECTURES: dict[Callable[..., PretrainedConfig], str] = {
     CLIPVisionConfig: "CLIPVisionModel",
 }
 SHAPES = {
-    "vit-large": _Shape(ViTConfig, 1024, 24, 16, 8),
     "deit-small": _Shape(ViTConfig, 384, 12, 6, 16),
-    "dinov2-large-518": _Shape(Dinov2Config, 1024, 24, 16, 50, 518, 14),
+    "vit-large": _Shape(ViTConfig, 1024, 24, 16, 8),
     "clip-large": _Shape(CLIPVisionConfig, 1024, 24, 16, 10, 224, 14),
+    "dinov2-large-518": _Shape(Dinov2Config, 1024, 24, 16, 50, 518, 14),
 }
 _TINY_SHAPES = {"tiny": _Shape(ViTConfig, 32, 2, 2, 8, 32, 4)}
 
@@ -86,8 +87,9 @@ class DeviceArguments:
 
     models: list[str] = option(f"some of {', '.join(SHAPES)}", default_factory=lambda: list(SHAPES))
     batch_sizes: list[int] = option("images per batch", default_factory=lambda: [1, 32, 256])
-    modes: list[str] = option(
-        f"torch.compile's: some of {', '.join(COMPILE_MODES)}", default_factory=lambda: ["reduce-overhead", "default"]
+    runtimes: list[str] = option(
+        f"some of eager, and modes of torch.compile: {', '.join(COMPILE_MODES)}",
+        default_factory=lambda: ["eager", "reduce-overhead", "default"],
     )
     attentions: list[str] = option(
         "attn_implementation of the models; flash_attention_2 needs its package, or the kernels package and the Hub",
@@ -98,85 +100,97 @@ class DeviceArguments:
     rounds: int = option("timed rounds", default=30)
     device: str = option("where to run", default="cuda")
     tiny: bool = option("a tiny model at batch 1 and 2 in one round, to test the program", default=False)
-    output_dir: str = option("folder for device.json and one folder per model and mode", default="runs/device")
+    output_dir: str = option("folder for device.json and one folder per measurement", default="runs/device")
 
     def __post_init__(self) -> None:
         one_of(self, "models", SHAPES)
+        one_of(self, "runtimes", ("eager", *COMPILE_MODES))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BadValue("device", self.device, "cpu: torch sees no CUDA device here")
         if self.tiny:
-            self.batch_sizes, self.modes, self.attentions, self.rounds = [1, 2], ["default"], ["sdpa"], 1
+            self.batch_sizes, self.runtimes, self.attentions, self.rounds = [1, 2], ["eager", "default"], ["sdpa"], 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write the result of every model and mode, and a summary."""
     arguments = parse_arguments(DeviceArguments, argv, __doc__ or "")
     device = choose_device(arguments.device)
+    shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
     started = time.monotonic()
     with only_run_in(arguments.output_dir) as folder:
-        shapes = _TINY_SHAPES if arguments.tiny else {name: SHAPES[name] for name in arguments.models}
-        summary: dict[str, Any] = {
-            **conditions(device),
-            "kernels": compare_kernels(device),
-            "attention": [
+        summary: dict[str, Any] = {**conditions(device), "rows": [], "left_out": []}
+
+        def note(name: str, found: Any) -> None:
+            summary[name] = found
+            write_json(folder / "device.json", summary)
+
+        note("kernels", [compare_kernels(device, batch_size) for batch_size in arguments.batch_sizes])
+        forms = product(shapes.items(), arguments.batch_sizes)
+        note(
+            "attention",
+            [
                 {"model": name, **compare_bias_forms(batch_size, shape, device, arguments.dtype, arguments.rounds)}
-                for name, shape in shapes.items()
-                for batch_size in arguments.batch_sizes
+                for (name, shape), batch_size in forms
             ],
-            "rows": [],
-            "left_out": [],
-        }
-        for attention in arguments.attentions:
-            for mode in arguments.modes:
-                for name, shape in shapes.items():
-                    label = f"{name}-{mode}-{attention}"
-                    if time.monotonic() - started > 60 * arguments.minutes:
-                        summary["left_out"].append(label)
-                        continue
-                    config = folder / "configs" / name
-                    shape.save(config)
-                    result = benchmark(
-                        BenchmarkArguments(
-                            model=str(config),
-                            random_weights=True,
-                            methods=["tome"],
-                            r=[str(shape.r)],
-                            runtimes=["eager", "compile"],
-                            compile_mode=mode,
-                            attention=attention,
-                            breakdown=True,
-                            batch_sizes=arguments.batch_sizes,
-                            rounds=arguments.rounds,
-                            device=arguments.device,
-                            dtype=arguments.dtype,
-                        )
-                    )
-                    write_json(folder / label / "benchmark.json", result)
-                    write_text(folder / label / "benchmark.md", markdown(result))
-                    print_benchmark(result)
-                    summary["rows"] += summarize(result, name, mode)
-                    write_json(folder / "device.json", summary)
-        write_json(folder / "device.json", summary)
+        )
+        for runtime, attention, batch_size, name in product(
+            arguments.runtimes, arguments.attentions, reversed(arguments.batch_sizes), shapes
+        ):
+            label = f"{name}-{runtime}-{attention}-{batch_size}"
+            if time.monotonic() - started > 60 * arguments.minutes:
+                note("left_out", [*summary["left_out"], label])
+                continue
+            config = folder / "configs" / name
+            shapes[name].save(config)
+            torch._dynamo.reset()  # a second batch size would be compiled for all sizes, which takes twice as long
+            begun = time.monotonic()
+            result = benchmark(_benchmark_arguments(arguments, config, shapes[name].r, runtime, attention, batch_size))
+            write_json(folder / label / "benchmark.json", result)
+            write_text(folder / label / "benchmark.md", markdown(result))
+            print_benchmark(result)
+            note("rows", summary["rows"] + summarize(result, name, runtime, time.monotonic() - begun))
         for label in summary["left_out"]:
             print(f"left out, as --minutes {arguments.minutes:g} had passed: {label}")
-        print(f"written: {folder / 'device.json'}, and a folder for each model, mode and attention")
+        print(f"written: {folder / 'device.json'}, and a folder for each model, runtime, attention and batch size")
 
 
-def summarize(result: dict[str, Any], model: str, mode: str) -> list[dict[str, Any]]:
-    """The merged, compiled rows of a benchmark: speed-up, its share of the ideal, and that of matching and merging."""
+def _benchmark_arguments(
+    arguments: DeviceArguments, config: Path, r: int, runtime: str, attention: str, batch_size: int
+) -> BenchmarkArguments:
+    is_eager = runtime == "eager"
+    return BenchmarkArguments(
+        model=str(config),
+        random_weights=True,
+        methods=["none", "tome"],
+        r=[str(r)],
+        runtimes=["eager" if is_eager else "compile"],
+        compile_mode="default" if is_eager else runtime,
+        attention=attention,
+        breakdown=True,
+        batch_sizes=[batch_size],
+        rounds=arguments.rounds,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+
+
+def summarize(result: dict[str, Any], model: str, runtime: str, seconds: float) -> list[dict[str, Any]]:
+    """The merged rows of a benchmark: speed-up, its share of the ideal, and what the measurement took."""
     return [
         {
             "model": model,
-            "compile_mode": mode,
+            "runtime": runtime,
             "attention": result["attention"],
             "batch_size": batch["batch_size"],
+            "images_per_second": batch["images_per_second"],
             "speedup": batch["speedup"]["median"],
             "ideal_speedup": row["ideal_speedup"],
             "of_ideal": batch["of_ideal"],
-            "merging_share": batch["merging"]["share"],
+            "merging": batch["merging"] if runtime != "eager" else batch["breakdown"],
+            "measured_in_seconds": round(seconds, 1),
         }
         for row in result["rows"]
-        if row["runtime"] == "compile" and row["method"] != "none"
+        if row["method"] != "none"
         for batch in row["batches"]
     ]
 
@@ -218,19 +232,19 @@ def compare_bias_forms(
 
 
 @torch.inference_mode()
-def compare_kernels(device: torch.device, rounds: int = 30) -> dict[str, Any] | None:
+def compare_kernels(device: torch.device, batch_size: int, rounds: int = 30) -> dict[str, Any] | None:
     """The Triton kernels beside the plain path on the same device, by dtype; None where they do not run.
 
     Whether they match the same tokens, how far the merged tokens are apart, and median seconds of both.
     """
     if device.type not in kernels.devices:
         return None
-    found = {}
+    found: dict[str, Any] = {"batch_size": batch_size}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         draw = torch.Generator().manual_seed(0)
         # Signs: every score is exact, and ties are many.
-        metric = (torch.randint(0, 2, (8, 197, 16), generator=draw) * 2.0 - 1).to(device, dtype)
-        x = torch.randn(8, 197, 384, generator=draw).to(device, dtype)
+        metric = (torch.randint(0, 2, (batch_size, 197, 16), generator=draw) * 2.0 - 1).to(device, dtype)
+        x = torch.randn(batch_size, 197, 384, generator=draw).to(device, dtype)
 
         def run() -> tuple[Any, Tensor, Tensor]:
             matching = ops.bipartite_soft_matching(metric, 16)  # noqa: B023 (run at once)

@@ -11,8 +11,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .splitting import split_counts
-
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The types of the devices that the kernels run on. find_spec does not import Triton, which takes a while.
@@ -31,7 +29,7 @@ def disabled() -> Iterator[None]:
 
 
 def can_match(metric: Tensor) -> bool:
-    """Whether `best_partner` runs on a metric that lies on one of `devices`. An exported graph holds no kernel."""
+    """Whether `match` runs on a metric that lies on one of `devices`. An exported graph holds no kernel."""
     return metric.dtype in _DTYPES and not torch.compiler.is_exporting()
 
 
@@ -42,13 +40,10 @@ def can_merge(x: Tensor, sizes: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and (x.requires_grad or (sizes is not None and sizes.requires_grad)))
 
 
-def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """The highest cosine of every A token and the first B token that has it: metric [B, N, d] -> two of [B, a].
-
-    Float32 and int64; the similarity matrix is never stored.
-    """
-    run = _best_partner_op if torch.compiler.is_compiling() else _best_partner
-    return run(metric.detach(), num_prefix_tokens)
+def match(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `ops.bipartite_soft_matching` returns, for r above 0; the similarity matrix is never stored."""
+    run = _match_op if torch.compiler.is_compiling() else _match
+    return run(metric.detach(), r, num_prefix_tokens)
 
 
 def merge_tokens(
@@ -59,11 +54,11 @@ def merge_tokens(
     return run(x, sizes, leaving, joined, staying)
 
 
-def _best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+def _match(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_kernels
 
     with _on(metric):
-        return triton_kernels.best_partner(metric, num_prefix_tokens)
+        return triton_kernels.match(metric, r, num_prefix_tokens)
 
 
 def _merge_tokens(
@@ -81,14 +76,16 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 # Opaque to torch.compile, which needs only the shapes of what they return.
-_best_partner_op = torch.library.custom_op("dtem_hf::best_partner", _best_partner, mutates_args=())
+_match_op = torch.library.custom_op("dtem_hf::match", _match, mutates_args=())
 _merge_tokens_op = torch.library.custom_op("dtem_hf::merge_tokens", _merge_tokens, mutates_args=())
 
 
-@_best_partner_op.register_fake
-def _(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    shape = metric.shape[0], split_counts(metric.shape[1], num_prefix_tokens)[0]
-    return metric.new_empty(shape, dtype=torch.float32), metric.new_empty(shape, dtype=torch.int64)
+@_match_op.register_fake
+def _(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_tokens = metric.shape[:2]
+    lengths = r, r, num_tokens - r
+    leaving, joined, staying = (metric.new_empty(batch, n, dtype=torch.int64) for n in lengths)
+    return leaving, joined, staying
 
 
 @_merge_tokens_op.register_fake

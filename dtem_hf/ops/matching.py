@@ -73,8 +73,6 @@ def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
 
 def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) -> tuple[Tensor, Tensor]:
     """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
-    if metric.device.type in kernels.devices and empty is None and kernels.can_match(metric):
-        return kernels.best_partner(metric, num_prefix_tokens)
     with without_autocast(metric.device.type):
         if torch.compiler.is_exporting():  # normalize computes shapes to expand the lengths
             normed = metric.float() / metric.float().norm(dim=-1, keepdim=True).clamp(min=_SHORTEST)
@@ -107,6 +105,8 @@ def bipartite_soft_matching(
             f"r={r} does not fit {metric.shape[1]} tokens of which {num_prefix_tokens} are prefix: "
             f"0 to {largest} would."
         )
+    if r and empty is None and metric.device.type in kernels.devices and kernels.can_match(metric):
+        return Matching(*kernels.match(metric, r, num_prefix_tokens))
     positions = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
     prefix, (a, b) = positions[:, :num_prefix_tokens], split_even_odd(positions, num_prefix_tokens)
     if r == 0:  # also where there is nothing to compare with

@@ -72,6 +72,55 @@ def _best_partner_kernel(
 
 
 @triton.jit
+def _order_kernel(
+    best,
+    partner,
+    leaving,
+    joined,
+    staying,
+    num_tokens,
+    num_prefix_tokens,
+    num_a,
+    num_leaving,
+    first_a,
+    first_b,
+    BLOCK_A: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+):
+    """All of one image: the rank of each A token by its score decides whether it leaves, and where it is written."""
+    image = tl.program_id(0).to(tl.int64)
+    scores = best + image * num_a
+    rows = tl.arange(0, BLOCK_A)
+    is_a = rows < num_a
+    own = tl.load(scores + rows, mask=is_a, other=float("-inf"))
+    own = tl.where(own == own, own, float("inf"))  # every token gets a rank of its own, NaN or not
+    rank = tl.zeros([BLOCK_A], tl.int32)
+    for first in range(0, num_a, BLOCK_OTHERS):
+        others = first + tl.arange(0, BLOCK_OTHERS)
+        theirs = tl.load(scores + others, mask=others < num_a, other=float("-inf"))
+        theirs = tl.where(theirs == theirs, theirs, float("inf"))
+        higher = theirs[None, :] > own[:, None]
+        equal_before = (theirs[None, :] == own[:, None]) & (others[None, :] < rows[:, None])
+        rank += tl.sum(((higher | equal_before) & (others < num_a)[None, :]).to(tl.int32), axis=1)
+    leaves = is_a & (rank < num_leaving)
+    stays = is_a & (rank >= num_leaving)
+    first_of_b = num_prefix_tokens + num_a - num_leaving  # in the output
+    joins = tl.load(partner + image * num_a + rows, mask=leaves, other=0) + first_of_b
+    tl.store(leaving + image * num_leaving + rank, (first_a + 2 * rows).to(tl.int64), mask=leaves)
+    tl.store(joined + image * num_leaving + rank, joins, mask=leaves)
+    outputs = staying + image * (num_tokens - num_leaving)
+    place = num_prefix_tokens + tl.cumsum(stays.to(tl.int32), axis=0) - 1
+    tl.store(outputs + place, (first_a + 2 * rows).to(tl.int64), mask=stays)
+    for first in range(0, num_prefix_tokens, BLOCK_A):
+        prefix = first + rows
+        tl.store(outputs + prefix, prefix.to(tl.int64), mask=prefix < num_prefix_tokens)
+    num_b = num_tokens - num_prefix_tokens - num_a
+    for first in range(0, num_b, BLOCK_A):
+        b = first + rows
+        tl.store(outputs + first_of_b + b, (first_b + 2 * b).to(tl.int64), mask=b < num_b)
+
+
+@triton.jit
 def _merge_kernel(
     x,
     sizes,
@@ -144,6 +193,31 @@ def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor
         WIDEN=not metric.is_cuda,  # Triton's interpreter, which runs there, multiplies the bits of bfloat16
     )
     return best, partner
+
+
+def match(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `ops.bipartite_soft_matching` returns, in two launches: metric [B, N, d] -> [B, r], [B, r], [B, N - r]."""
+    best, partner = best_partner(metric, num_prefix_tokens)
+    batch, num_tokens, _ = metric.shape
+    num_a = best.shape[1]
+    leaving, joined, staying = (partner.new_empty(batch, n) for n in (r, r, num_tokens - r))
+    block = max(16, triton.next_power_of_2(num_a))
+    _order_kernel[(batch,)](
+        best,
+        partner,
+        leaving,
+        joined,
+        staying,
+        num_tokens,
+        num_prefix_tokens,
+        num_a,
+        r,
+        num_prefix_tokens + num_prefix_tokens % 2,
+        num_prefix_tokens + 1 - num_prefix_tokens % 2,
+        BLOCK_A=block,
+        BLOCK_OTHERS=max(1, min(64, 8192 // block)),
+    )
+    return leaving, joined, staying
 
 
 def merge_tokens(

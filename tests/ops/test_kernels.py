@@ -12,6 +12,8 @@ from dtem_hf.ops.matching import cosine_scores, split_even_odd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton is not installed: its wheels are for Linux")
+from dtem_hf.ops.triton_kernels import best_partner  # noqa: E402 (needs Triton)
+
 
 # P and N, odd and even; and more tokens than one tile of the kernel has.
 SPLITS = [*product((0, 1, 2, 5), (16, 17)), (1, 197), (5, 300)]
@@ -38,7 +40,7 @@ def plain_merge(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Te
 @pytest.mark.parametrize(("prefix", "tokens"), SPLITS)
 def test_best_partner_on_random_tokens(prefix, tokens, dtype):
     metric = torch.randn(2, tokens, 24, device=DEVICE).to(dtype)
-    best, partner = kernels.best_partner(metric, prefix)
+    best, partner = best_partner(metric, prefix)
     scores = cosine_scores(*split_even_odd(metric, prefix))
     torch.testing.assert_close(best, scores.max(dim=-1).values, atol=2e-6, rtol=0)
     # The chosen partner has the highest score, up to what two orders of adding differ by.
@@ -53,7 +55,7 @@ def test_ties_go_to_the_same_tokens(prefix, tokens, dtype):
     metric = (torch.randint(0, 2, (2, tokens, 4), device=DEVICE) * 2.0 - 1).to(dtype)
     scores = cosine_scores(*split_even_odd(metric, prefix))
     assert ((scores == scores.amax(dim=-1, keepdim=True)).sum(dim=-1) > 1).any()
-    best, partner = kernels.best_partner(metric, prefix)
+    best, partner = best_partner(metric, prefix)
     expected_best, expected_partner = plain_best_partner(metric, prefix)
     assert torch.equal(best, expected_best) and torch.equal(partner, expected_partner)
 
@@ -61,7 +63,7 @@ def test_ties_go_to_the_same_tokens(prefix, tokens, dtype):
 def test_tokens_of_no_length_and_wide_metrics():
     metric = torch.randn(1, 20, 200, device=DEVICE)  # wider than one tile
     metric[:, 3:7] = 0
-    best, partner = kernels.best_partner(metric, 1)
+    best, partner = best_partner(metric, 1)
     expected_best, expected_partner = plain_best_partner(metric, 1)
     torch.testing.assert_close(best, expected_best, atol=2e-6, rtol=0)
     assert torch.equal(partner, expected_partner)
@@ -69,7 +71,27 @@ def test_tokens_of_no_length_and_wide_metrics():
 
 def test_a_metric_that_is_a_view():
     whole = torch.randn(2, 30, 64, device=DEVICE)
-    assert torch.equal(kernels.best_partner(whole[:, :, 16:40], 1)[1], plain_best_partner(whole[:, :, 16:40], 1)[1])
+    assert torch.equal(best_partner(whole[:, :, 16:40], 1)[1], plain_best_partner(whole[:, :, 16:40], 1)[1])
+
+
+@pytest.mark.parametrize("r", [1, 5, "all"])
+@pytest.mark.parametrize(("prefix", "tokens"), SPLITS)
+def test_a_matching_is_that_of_tensor_operations(prefix, tokens, r):
+    """Signs: every score is exact, and many are equal."""
+    metric = torch.randint(0, 2, (3, tokens, 6), device=DEVICE) * 2.0 - 1
+    r = (tokens - prefix) // 2 if r == "all" else r
+    expected = bipartite_soft_matching(metric.cpu(), r, prefix)
+    for found, plain in zip(kernels.match(metric, r, prefix), expected, strict=True):
+        assert torch.equal(found.cpu(), plain)
+
+
+def test_positions_stay_positions_where_scores_are_not_numbers():
+    metric = torch.randn(2, 41, 8, device=DEVICE)
+    metric[:, ::3] = torch.nan
+    leaving, joined, staying = kernels.match(metric, 12, 1)
+    for image in range(2):
+        assert sorted([*leaving[image].tolist(), *staying[image].tolist()]) == list(range(41))
+    assert ((joined >= 1 + 20 - 12) & (joined < 29)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -119,13 +141,13 @@ def test_operators_are_registered_as_torch_wants_them():
     metric = torch.randn(2, 17, 16, device=DEVICE)
     matching = bipartite_soft_matching(metric, 4)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels._best_partner_op, (metric, 1), test_utils=checks)
+    torch.library.opcheck(kernels._match_op, (metric, 4, 1), test_utils=checks)
     torch.library.opcheck(kernels._merge_tokens_op, (metric, None, *matching), test_utils=checks)
 
 
 def test_the_cpu_never_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 9, 4)
-    for name in ("best_partner", "merge_tokens"):
+    for name in ("match", "merge_tokens"):
         monkeypatch.setattr(kernels, name, lambda *args: pytest.fail("a kernel ran on the CPU"))
     merged, _ = merge_tokens(x, None, bipartite_soft_matching(x, 2))
     assert merged.shape == (1, 7, 4)
