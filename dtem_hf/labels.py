@@ -39,3 +39,9 @@ def reduction_label(r: Any) -> str:
 def multiply_adds_unit(largest: float) -> tuple[float, str]:
     """The unit for multiply-adds up to `largest`: its factor and its letter."""
     return (1e9, "G") if largest >= 1e9 else (1e6, "M")
+
+
+def series_name(row: dict[str, Any]) -> str:
+    """The line that a row belongs to: its method, and the adapter where there are several."""
+    name = method_name(row["method"])
+    return f"{name} ({row['adapter']})" if row.get("adapter") else name

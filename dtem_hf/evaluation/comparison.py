@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json, write_text
-from ..labels import multiply_adds_unit, reduction_label
+from ..labels import multiply_adds_unit, reduction_label, series_name
 from ..programs.arguments import option, parse_arguments
 from ..programs.lock import only_run_in
 from ..programs.processes import processes
-from ..report.plots import measure_of, plot_pareto, series_name
+from ..report.plots import measure_of, plot_pareto
 from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP

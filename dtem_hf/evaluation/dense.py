@@ -28,7 +28,7 @@ from ..data.images import ProcessedImages, collate, load_images
 from ..errors import BadValue
 from ..files import write_json, write_text
 from ..hub.folder_card import write_card
-from ..labels import reduction_label
+from ..labels import reduction_label, series_name
 from ..models.attach import attach
 from ..models.auto import AutoModel
 from ..models.copies import share_weights
@@ -43,19 +43,11 @@ from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 from ..programs.output import output_folder
 from ..report.pictures import displayed_pixels, draw_maps
-from ..report.plots import series_name
-from ..report.tables import about, as_markdown, print_rows
+from ..report.tables import MAP_COLUMNS, MAP_LEGEND, as_markdown, cells, print_table
 from ..schedule import FlopsSchedule
 from .arguments import METHODS_HELP, RowArguments
 from .metrics import bootstrap_interval
 from .variants import METHODS, Variant, make_variants
-
-
-COLUMNS = ("method", "r", "error", "error, 95 %", "IoU", "IoU, 95 %", "M mult-adds", "share")
-LEGEND = (
-    "error: mean absolute difference of a map from the unmerged model's; IoU: intersection over union of the pixels "
-    "above the threshold with the unmerged model's; both are means over images. share: of the unmerged multiply-adds"
-)
 
 
 @dataclass(kw_only=True)
@@ -119,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments.pictures:
                 shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
             write_card(card, overwrite=True)
-        print_rows(about(result), COLUMNS, cells(result["rows"]), legend=LEGEND)
+        print_table(result)
         print(f"written: dense.json, dense.md{' and maps.jpg' if arguments.pictures else ''} in {folder}")
 
 
@@ -195,28 +187,6 @@ def map_iou(maps: Tensor, reference: Tensor, threshold: float) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The rows under COLUMNS, as text."""
-    return [
-        [
-            series_name(row),
-            reduction_label(row["r"]),
-            f"{row['map_error']:.4f}",
-            "{:.4f} to {:.4f}".format(*row["map_error_interval"]),
-            f"{row['iou']:.3f}",
-            "{:.3f} to {:.3f}".format(*row["iou_interval"]),
-            f"{row['multiply_adds'] / 1e6:.1f}",
-            f"{row['ratio']:.3f}",
-        ]
-        for row in rows
-    ]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    return as_markdown(COLUMNS, cells(rows))
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, and how it was made."""
     size = "×".join(str(extent) for extent in result["image_size"])
@@ -224,8 +194,8 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [
         f"# {result['model']['name']}: maps from merged tokens",
         f"{data['num_images']:,} images of {data['name']}, {size} pixels, head `{result['head']}`, threshold "
-        f"{result['threshold']:g}. Below, {LEGEND}.",
-        table(result["rows"]),
+        f"{result['threshold']:g}. Below, {MAP_LEGEND}.",
+        as_markdown(MAP_COLUMNS, [cells(row) for row in result["rows"]]),
         f"Made by `{result['command']}`.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -91,7 +91,7 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
     """The records known by name and all pictures of a folder. Raises FileNotFoundError where it has none."""
     folder = Path(folder)
     section = Section(folder.name)
-    for name, tables_of in _RECORDS.items():
+    for name, tables_of in KNOWN_RECORDS.items():
         if (folder / name).is_file():
             record = read_json(folder / name, _LARGEST_RECORD)
             if not isinstance(record, dict):
@@ -104,7 +104,7 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
         if path.suffix.lower() in _PICTURES:
             section.pictures[path.stem.replace("_", " ")] = path
     if not section.tables and not section.pictures:
-        raise FileNotFoundError(f"{folder} has no picture and none of {', '.join(_RECORDS)}")
+        raise FileNotFoundError(f"{folder} has no picture and none of {', '.join(KNOWN_RECORDS)}")
     return section
 
 
@@ -141,9 +141,10 @@ def _plain_tables(record: dict[str, Any]) -> list[Table]:
 
 
 # Which files are read, in the order of the page, and how they become tables.
-_RECORDS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
+KNOWN_RECORDS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "comparison.json": _evaluation_tables,
     "evaluation.json": _evaluation_tables,
+    "dense.json": _evaluation_tables,
     "benchmark.json": _benchmark_tables,
     "correlation.json": _plain_tables,
     "captions.json": _plain_tables,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..errors import BadValue
 from ..files import replacing
-from ..labels import method_name, multiply_adds_unit, reduction_label
+from ..labels import method_name, multiply_adds_unit, reduction_label, series_name
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.
@@ -134,12 +134,6 @@ def measure_of(rows: Sequence[dict[str, Any]]) -> str:
 def picture_name(rows: Sequence[dict[str, Any]]) -> str:
     """The file of `plot_accuracy` in the folder of an evaluation."""
     return "features.png" if measure_of(rows) == "cosine" else "accuracy.png"
-
-
-def series_name(row: dict[str, Any]) -> str:
-    """The line that a row belongs to: its method, and the adapter where there are several."""
-    name = method_name(row["method"])
-    return f"{name} ({row['adapter']})" if row.get("adapter") else name
 
 
 def _series_styles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:

@@ -9,15 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..labels import reduction_label
+from ..labels import reduction_label, series_name
 
 
 _COSTS = ("M mult-adds", "share", "images/s", "speed-up")
 COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", *_COSTS)
 FEATURE_COLUMNS = ("method", "r", "cosine", "cosine, 95 %", "same nearest", "k-NN top-1", *_COSTS)
+MAP_COLUMNS = ("method", "r", "error", "error, 95 %", "IoU", "IoU, 95 %", *_COSTS[:2])
 
-
-# What readers of COLUMNS and FEATURE_COLUMNS may not know.
+# What readers of these columns may not know.
 LEGEND = (
     "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
     "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
@@ -25,6 +25,10 @@ LEGEND = (
 _FEATURE_LEGEND = (
     "cosine: with the unmerged model's features; same nearest: images whose nearest other image stays the same, in "
     "percent; k-NN top-1: images whose label their nearest others vote for, in percent; share: of its multiply-adds"
+)
+MAP_LEGEND = (
+    "error: mean absolute difference of a map from the unmerged model's; IoU: intersection over union of the pixels "
+    "above the threshold with the unmerged model's; both are means over images. share: of the unmerged multiply-adds"
 )
 
 
@@ -64,32 +68,35 @@ def about(result: dict[str, Any]) -> str:
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
-    """The columns of the rows of `evaluation.json`: those of classes, or of features."""
-    return FEATURE_COLUMNS if "cosine" in rows[0] else COLUMNS
+    """The columns of the rows of an evaluation: those of classes, of features, or of maps."""
+    return FEATURE_COLUMNS if "cosine" in rows[0] else MAP_COLUMNS if "map_error" in rows[0] else COLUMNS
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of `evaluation.json` under COLUMNS or FEATURE_COLUMNS, as text."""
-    r = row["r"]
-    if "cosine" in row:
-        figures = [f"{row['cosine']:.4f}", "{:.4f} to {:.4f}".format(*row["cosine_interval"])]
-        figures += [shown(row[name], ".1f") for name in ("same_nearest", "knn_top1")]
-    else:
-        figures = [shown(row.get(name), ".1f") for name in ("top1", "top5", "calibration_error")]
-        figures += [f"{row['agreement']:.1f}", f"{row['kl']:.4f}"]
-    return [
-        row["method"],
-        json.dumps(r) if isinstance(r, (int, list)) else shown_r(r),
-        *figures,
+    """One row of an evaluation under its columns, as text."""
+    r, name = row["r"], row["method"]
+    amount = json.dumps(r) if isinstance(r, (int, list)) else shown_r(r)
+    costs = [
         f"{row['multiply_adds'] / 1e6:.1f}",
         f"{row['ratio']:.3f}",
-        shown(row["images_per_second"], ".0f"),
-        shown(row["speedup"], ".2f", "×"),
+        shown(row.get("images_per_second"), ".0f"),
+        shown(row.get("speedup"), ".2f", "×"),
     ]
+    if "map_error" in row:
+        name, amount, costs = series_name(row), reduction_label(r), costs[:2]
+        figures = [f"{row['map_error']:.4f}", "{:.4f} to {:.4f}".format(*row["map_error_interval"])]
+        figures += [f"{row['iou']:.3f}", "{:.3f} to {:.3f}".format(*row["iou_interval"])]
+    elif "cosine" in row:
+        figures = [f"{row['cosine']:.4f}", "{:.4f} to {:.4f}".format(*row["cosine_interval"])]
+        figures += [shown(row[key], ".1f") for key in ("same_nearest", "knn_top1")]
+    else:
+        figures = [shown(row.get(key), ".1f") for key in ("top1", "top5", "calibration_error")]
+        figures += [f"{row['agreement']:.1f}", f"{row['kl']:.4f}"]
+    return [name, amount, *figures, *costs]
 
 
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
     columns = columns_of(result["rows"])
-    legend = LEGEND if columns is COLUMNS else _FEATURE_LEGEND
+    legend = {COLUMNS: LEGEND, FEATURE_COLUMNS: _FEATURE_LEGEND, MAP_COLUMNS: MAP_LEGEND}[tuple(columns)]
     print_rows(about(result), columns, [cells(row) for row in result["rows"]], legend=legend)

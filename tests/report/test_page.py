@@ -4,12 +4,13 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dtem_hf import BadValue
-from dtem_hf.report.page import Section, Table, main, read_section, write_report
+from dtem_hf.report.page import KNOWN_RECORDS, Section, Table, main, read_section, write_report
 
 
 EVIL = '<script>alert("x")</script>&"\''
@@ -102,3 +103,18 @@ def test_a_folder_without_results_and_a_page_without_folders_are_refused(tmp_pat
     with pytest.raises(BadValue, match="a JSON object"):
         read_section(tmp_path)
     assert not (tmp_path / "page.html").exists()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = sorted({path.parent for top in ("docs", "model_cards") for path in (ROOT / top).rglob("*.json")})
+
+
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_records_of_the_repository_become_tables(folder):
+    """Those that have a known name: every row is one row of the page, under all columns."""
+    known = [name for name in KNOWN_RECORDS if (folder / name).is_file()]
+    if known:
+        section = read_section(folder)
+        counted = [len(json.loads((folder / name).read_text())["rows"]) for name in known]
+        assert [len(table.rows) for table in section.tables] == counted
+        assert all(len(row) == len(table.header) for table in section.tables for row in table.rows)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtem_hf.report.plots import pareto_front, plot_accuracy, plot_pareto, plot_training, series_name
+from dtem_hf.labels import series_name
+from dtem_hf.report.plots import pareto_front, plot_accuracy, plot_pareto, plot_training
 
 
 SVG = "{http://www.w3.org/2000/svg}"
