@@ -83,8 +83,12 @@ def test_int8_says_what_it_changed(vit_folder, image_folder, tmp_path, kind, met
     assert [file["name"] for file in record["files"]] == ["model.onnx"]
 
 
-def test_a_runtime_runs_a_merged_model_and_leaves_it_as_it_was(make_classifier):
-    model = attach(make_classifier(num_hidden_layers=2), DTEMConfig(r=6))
+@pytest.mark.parametrize("shifts", [False, True])
+def test_a_runtime_runs_a_merged_model_and_leaves_it_as_it_was(make_classifier, shifts):
+    model = attach(make_classifier(num_hidden_layers=2), DTEMConfig(r=6, learn_shifts=shifts, relaxation="hard"))
+    for name, parameter in model.named_parameters():
+        if ".shifts." in name:
+            parameter.data.normal_(0, 0.3)
     run = make_run("openvino", model, (3, 32, 32))
     pixels = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)

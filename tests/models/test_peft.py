@@ -33,9 +33,10 @@ def logits(model: Any, pixels: Tensor) -> Tensor:
         return model.eval()(pixel_values=pixels).logits
 
 
-@pytest.fixture
-def adapter(make_classifier: Make, tmp_path: Path) -> Path:
-    model = with_noise(attach(make_classifier(), DTEMConfig(r=9)), "merge_embedding")
+@pytest.fixture(params=[False, True], ids=["embedding", "shifts"])
+def adapter(make_classifier: Make, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    config = DTEMConfig(r=9, learn_shifts=request.param, relaxation="hard" if request.param else "auto")
+    model = with_noise(attach(make_classifier(), config), "merge_embedding")
     model.save_merge_adapter(tmp_path / "merge")
     return tmp_path / "merge"
 
