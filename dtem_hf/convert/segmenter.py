@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import SegformerImageProcessorPil
+from transformers import BeitImageProcessorPil
+from transformers.image_utils import PILImageResampling
 
 from ..extra_models.segmenter import SegmenterConfig, SegmenterForSemanticSegmentation
 from ..programs.arguments import parse_arguments
@@ -90,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tensors = read_checkpoint(Path(arguments.checkpoint), output)
     config = segmenter_config(tensors, arguments.num_attention_heads)
     name_labels(config, arguments.labels)
-    processor = SegformerImageProcessorPil(
+    processor = BeitImageProcessorPil(
         size={"height": config.image_size, "width": config.image_size},
+        do_center_crop=False,
+        resample=PILImageResampling.BILINEAR,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
         do_reduce_labels=config.num_labels == _ADE20K_CLASSES,

@@ -51,6 +51,9 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class SegmentationArguments(RowArguments):
     """Measure mIoU under several amounts of merging, by a linear head on patches or a model's own segmentation."""
 
+    r: list[str] = option(
+        "tokens merged per layer, one row each; left out, 4, 8 and 12 if there are no flops", default_factory=list
+    )
     train: str | None = option(
         "images and masks that a linear head learns from: folder, or Hub dataset id; left out, the model has its own",
         default=None,
@@ -77,6 +80,8 @@ class SegmentationArguments(RowArguments):
         at_least(self, 1, "steps", "batch_size", "limit", "num_classes", "window_stride")
         if self.num_classes is not None and self.num_classes > IGNORED:
             raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
+        if not self.r and not self.flops:
+            self.r = ["4", "8", "12"]
 
 
 @dataclass
@@ -213,12 +218,7 @@ def _by_own_head(
     _, height, width = image_shape(model)
     if height != width:
         raise BadValue("model", arguments.model, f"a model of square images, not {height}×{width}")
-    resize: dict[str, Any] = {
-        "do_resize": True,
-        "size": {"shortest_edge": height},
-        "do_center_crop": False,
-        "do_reduce_labels": False,
-    }
+    resize: dict[str, Any] = {"do_resize": True, "size": {"shortest_edge": height}, "do_center_crop": False}
     for i in tqdm(range(len(test)), desc="measure", unit="image"):
         image, mask = test[i]
         if getattr(processor, "do_reduce_labels", False):

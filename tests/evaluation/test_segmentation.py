@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SegformerImageProcessorPil, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import BeitImageProcessorPil, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from dtem_hf import BadValue
 from dtem_hf.errors import NoTrainedHead
@@ -164,7 +164,8 @@ def segmenter(squares):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = SegmenterConfig(**sizes, image_size=16, patch_size=4, num_labels=3, initializer_range=0.3)
     SegmenterForSemanticSegmentation(config).save_pretrained(squares / "segmenter")
-    processor = SegformerImageProcessorPil(size={"height": 16, "width": 16}, do_reduce_labels=True)
+    size = {"height": 16, "width": 16}
+    processor = BeitImageProcessorPil(size=size, do_center_crop=False, do_reduce_labels=True)
     processor.save_pretrained(squares / "segmenter")
     return squares / "segmenter"
 
@@ -182,7 +183,7 @@ def test_a_models_own_segmentation_is_measured_on_windows(squares, segmenter, tm
         mask[0, :5] = 255
         Image.fromarray(picture).save(tmp_path / "images" / f"{i}.png")
         Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
-        pixels = (picture / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        pixels = picture / 127.5 - 1
         halves = torch.from_numpy(pixels).float().permute(2, 0, 1).split(16, dim=2)
         with torch.no_grad():
             best = torch.cat([model(half[None]).logits[0] for half in halves], dim=2).argmax(0)
@@ -201,7 +202,7 @@ def test_a_models_own_segmentation_is_measured_on_windows(squares, segmenter, tm
 
 def test_a_model_without_a_trained_segmentation_is_refused(squares, segmenter, tmp_path):
     SegmenterForSemanticSegmentation.from_pretrained(segmenter).vit.save_pretrained(tmp_path)
-    SegformerImageProcessorPil().save_pretrained(tmp_path)
+    BeitImageProcessorPil().save_pretrained(tmp_path)
     arguments = SegmentationArguments(**options(squares, model=str(tmp_path), train=None))
     with pytest.raises(NoTrainedHead, match=r"lacks decoder\.class_embeddings, which would be random; .* --train"):
         evaluate_segmentation(arguments)
