@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import BeitImageProcessorPil
-from transformers.image_utils import PILImageResampling
 
 from ..extra_models.segmenter import SegmenterConfig, SegmenterForSemanticSegmentation
 from ..programs.arguments import parse_arguments
@@ -35,6 +34,7 @@ from .checkpoint import (
 # The width of a head in all published sizes.
 _HEAD_DIM = 64
 _ADE20K_CLASSES = 150
+_BILINEAR = 2  # as Pillow numbers it, which is an extra
 _NAMES = (
     (r"^vit\.embeddings\.position_embeddings", "encoder.pos_embed"),
     (r"^vit\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processor = BeitImageProcessorPil(
         size={"height": config.image_size, "width": config.image_size},
         do_center_crop=False,
-        resample=PILImageResampling.BILINEAR,
+        resample=_BILINEAR,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
         do_reduce_labels=config.num_labels == _ADE20K_CLASSES,
