@@ -55,7 +55,7 @@ class SegmenterDecoder(nn.Module):
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Tokens [B, n, D] -> masks [B, n, classes]; the additive mask is for tokens and classes."""
         number = tokens.shape[1]
-        x = torch.cat([self.projection(tokens), self.class_embeddings.expand(len(tokens), -1, -1)], dim=1)
+        x = torch.cat([self.projection(tokens), self.class_embeddings.expand(tokens.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
             x = layer(x, attention_mask)
         x = self.layernorm(x)

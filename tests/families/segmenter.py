@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dtem_hf import MergeConfig, attach
+from dtem_hf import MergeConfig, ToMeConfig, attach
 from dtem_hf.extra_models import SegmenterForSemanticSegmentation, SegmenterModel
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Row
@@ -91,8 +91,12 @@ def test_labels_make_a_loss_that_passes_over_what_is_ignored() -> None:
 
 @torch.no_grad()
 def test_the_whole_model_is_one_graph() -> None:
+    """Compiled, and exported for any batch."""
     torch._dynamo.reset()
-    model, inputs = attach(CASE.make_small(SegmenterForSemanticSegmentation), METHODS["tome"]), CASE.small_inputs(2)
-    model.set_reduction(6)
+    model = attach(CASE.make_small(SegmenterForSemanticSegmentation), ToMeConfig(r=6))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    batch = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(model, (), CASE.small_inputs(2), dynamic_shapes=batch)
+    expected = model(**CASE.small_inputs(3)).logits
+    torch.testing.assert_close(compiled(**CASE.small_inputs(3)).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(program.module()(**CASE.small_inputs(3)).logits, expected, atol=1e-5, rtol=1e-5)
