@@ -57,8 +57,9 @@ class LayerCost:
 class EncoderCost:
     """Multiply-adds of a model, in its encoder's layers and around them.
 
-    `stem` per patch, `head` per image, `tail` per output token. `pairwise`: a layer can merge at most half of its free
-    tokens, as each of them needs a partner that stays. `between`: tokens are merged between layers, not inside.
+    `stem` per patch, `head` per image, `tail` per output token, `tail_pairs` per pair of them. `pairwise`: a layer can
+    merge at most half of its free tokens, as each of them needs a partner that stays. `between`: tokens are merged
+    between layers, not inside.
     """
 
     layers: tuple[LayerCost, ...]
@@ -66,6 +67,7 @@ class EncoderCost:
     head: int
     num_prefix_tokens: int
     tail: int = 0
+    tail_pairs: int = 0
     pairwise: bool = True
     between: bool = False
 
@@ -85,10 +87,13 @@ class EncoderCost:
             reductions=list(reductions),
             tokens=tokens,
             layer_multiply_adds=costs,
-            multiply_adds=around + self.tail * n + sum(costs),
-            unmerged_multiply_adds=around + self.tail * num_tokens + plain,
+            multiply_adds=around + self._behind(n) + sum(costs),
+            unmerged_multiply_adds=around + self._behind(num_tokens) + plain,
             output_tokens=n,
         )
+
+    def _behind(self, num_tokens: int) -> int:
+        return num_tokens * (self.tail + num_tokens * self.tail_pairs)
 
 
 @dataclass(frozen=True)

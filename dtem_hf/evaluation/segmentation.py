@@ -1,9 +1,13 @@
-"""Semantic segmentation by a linear head on patch tokens: what merging costs in a task that reads every patch.
+"""Semantic segmentation, by a linear head on patch tokens or a model's own: what merging costs where all are read.
 
 python recipes/evaluate_segmentation.py --model facebook/dinov2-small --train path/to/train --test path/to/test --r 4 8
 python recipes/evaluate_segmentation.py --model ... --train ... --test ... --limit 50 --steps 200    # a laptop's CPU
+python recipes/evaluate_segmentation.py --model checkpoints/segmenter-small --test path/to/test --flops 0.65 0.5
 
-A folder holds `images/NAME.jpg` (or .png) and `masks/NAME.png`, whose pixels are classes; 255 is ignored.
+A folder holds `images/NAME.jpg` (or .png) and `masks/NAME.png`, whose pixels are classes; 255 is ignored. Without
+`--train`, the model's own segmentation is measured: the shorter side of an image is resized to the model's size,
+windows of that size are cut out, and where they overlap, logits are averaged. If the processor has `do_reduce_labels`,
+as for ADE20k, a mask's 0 is ignored, too, and its c is class c − 1.
 """
 
 from __future__ import annotations
@@ -23,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..errors import BadValue
+from ..errors import BadValue, NoTrainedHead
 from ..families import find_encoder
 from ..files import write_json
-from ..models.auto import AutoModel
-from ..models.vision import run_on_pixels
+from ..models.auto import AutoModel, AutoModelForSemanticSegmentation
+from ..models.vision import image_shape, run_on_pixels
 from ..opening import load_processor, open_image
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
@@ -45,10 +49,19 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(kw_only=True)
 class SegmentationArguments(RowArguments):
-    """Train a linear head on the unmerged backbone's patches, and measure mIoU under several amounts of merging."""
+    """Measure mIoU under several amounts of merging, by a linear head on patches or a model's own segmentation."""
 
-    train: str = option("images and masks that the head learns from: folder, or Hub dataset id")
+    r: list[str] = option(
+        "tokens merged per layer, one row each; left out, 4, 8 and 12 if there are no flops", default_factory=list
+    )
+    train: str | None = option(
+        "images and masks that a linear head learns from: folder, or Hub dataset id; left out, the model has its own",
+        default=None,
+    )
     test: str = option("images and masks to measure with: folder, or Hub dataset id")
+    window_stride: int | None = option(
+        "pixels between the windows of a model's own segmentation; left out, their size", default=None
+    )
     train_split: str = option("split of a Hub dataset", default="train")
     test_split: str = option("split of a Hub dataset", default="validation")
     image_column: str = option("column of a Hub dataset that holds the image", default="image")
@@ -64,9 +77,11 @@ class SegmentationArguments(RowArguments):
     output_dir: str = option("folder for segmentation.json", default="runs/segmentation")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "batch_size", "limit", "num_classes")
+        at_least(self, 1, "steps", "batch_size", "limit", "num_classes", "window_stride")
         if self.num_classes is not None and self.num_classes > IGNORED:
             raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
+        if not self.r and not self.flops:
+            self.r = ["4", "8", "12"]
 
 
 @dataclass
@@ -131,23 +146,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
-    """Train the head once, on unmerged patches, and measure every row with it; returns `segmentation.json`."""
+    """Measure every row with a head that was trained on unmerged patches, or the model's own: `segmentation.json`."""
     device = arguments.choose_device()
     columns = (arguments.image_column, arguments.mask_column, arguments.limit)
-    train = load_segmentation(arguments.train, arguments.train_split, *columns)
     test = load_segmentation(arguments.test, arguments.test_split, *columns)
-    model = AutoModel.from_pretrained(arguments.model, merge=None).to(device).eval()
-    variants = arguments.make_variants(model, arguments.load_adapters(), unmerge=True)
-    reader = PatchReader(load_processor(arguments.model), find_encoder(model)[1].config, device)
-    num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
-    head = train_head(variants[0], train, reader, num_classes, arguments)
+    processor = load_processor(arguments.model)
+    if arguments.train is None:
+        model = _load_segmenter(arguments.model).to(device).eval()
+        variants = arguments.make_variants(model, arguments.load_adapters())
+        num_classes, learned = model.config.num_labels, dict[str, Any]()
+        predictions = _by_own_head(test, variants, processor, arguments)
+    else:
+        train = load_segmentation(arguments.train, arguments.train_split, *columns)
+        model = AutoModel.from_pretrained(arguments.model, merge=None).to(device).eval()
+        variants = arguments.make_variants(model, arguments.load_adapters(), unmerge=True)
+        reader = PatchReader(processor, find_encoder(model)[1].config, device)
+        num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
+        head = train_head(variants[0], train, reader, num_classes, arguments)
+        predictions = _by_linear_head(test, variants, reader, head, arguments)
+        learned = {"training_data": {"name": data_name(arguments.train), "num_images": len(train)}}
+        learned |= {"steps": arguments.steps}
     matrices = [np.zeros((num_classes, num_classes), dtype=np.int64) for _ in variants]
-    for pixels, masks in _batches(test, reader, arguments.batch_size, "measure"):
-        for variant, matrix in zip(variants, matrices, strict=True):
-            with torch.inference_mode():  # [B, rows, columns, D] -> [B, classes, rows, columns]
-                logits = head(patch_features(variant, pixels, reader)).permute(0, 3, 1, 2)
-            for scores, mask in zip(logits, masks, strict=True):
-                matrix += confusion(upsampled_classes(scores, mask.shape), mask, num_classes)
+    for row, scores, mask in predictions:
+        matrices[row] += confusion(upsampled_classes(scores, mask.shape), mask, num_classes)
     rows = [
         {
             **variant.facts(),
@@ -160,11 +181,77 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
     return {
         **arguments.facts(model, device),
         "data": {"name": data_name(arguments.test), "num_images": len(test)},
-        "training_data": {"name": data_name(arguments.train), "num_images": len(train)},
+        **learned,
         "num_classes": num_classes,
-        "steps": arguments.steps,
         "rows": rows,
     }
+
+
+# Of one row, by its number, for one image: logits [classes, rows, columns] of any resolution, and the mask.
+Prediction = tuple[int, Tensor, NDArray[np.uint8]]
+
+
+def _by_linear_head(
+    test: SegmentationImages, variants: Sequence[Variant], reader: PatchReader, head: nn.Linear, arguments: Any
+) -> Iterator[Prediction]:
+    for pixels, masks in _batches(test, reader, arguments.batch_size, "measure"):
+        for row, variant in enumerate(variants):
+            with torch.inference_mode():  # [B, rows, columns, D] -> [B, classes, rows, columns]
+                logits = head(patch_features(variant, pixels, reader)).permute(0, 3, 1, 2)
+            for scores, mask in zip(logits, masks, strict=True):
+                yield row, scores, mask
+
+
+def _load_segmenter(name: str) -> Any:
+    """A model with its own segmentation. Raises NoTrainedHead where a part of it would be random."""
+    model, info = AutoModelForSemanticSegmentation.from_pretrained(name, merge=None, output_loading_info=True)
+    if info["missing_keys"]:
+        lacks = f"a trained segmentation model, and this one lacks {min(info['missing_keys'])}, which would be random"
+        raise NoTrainedHead("model", name, f"{lacks}; for a linear head on its patches, pass --train")
+    return model
+
+
+def _by_own_head(
+    test: SegmentationImages, variants: Sequence[Variant], processor: Any, arguments: Any
+) -> Iterator[Prediction]:
+    model = variants[0].model
+    _, height, width = image_shape(model)
+    if height != width:
+        raise BadValue("model", arguments.model, f"a model of square images, not {height}×{width}")
+    resize: dict[str, Any] = {"do_resize": True, "size": {"shortest_edge": height}, "do_center_crop": False}
+    for i in tqdm(range(len(test)), desc="measure", unit="image"):
+        image, mask = test[i]
+        if getattr(processor, "do_reduce_labels", False):
+            mask = np.where((mask == 0) | (mask == IGNORED), IGNORED, mask - 1)
+        pixels = processor(images=[image], return_tensors="pt", **resize).pixel_values.to(model.device)
+        for row, variant in enumerate(variants):
+            with variant.ready() as ready:
+                stride = arguments.window_stride or height
+                yield row, window_logits(ready, pixels[0], height, stride, arguments.batch_size), mask
+
+
+@torch.inference_mode()
+def window_logits(model: Any, pixels: Tensor, window: int, stride: int, batch_size: int) -> Tensor:
+    """Logits from windows of an image that is as large as one or larger, averaged: [C, H, W] -> [classes, H, W].
+
+    Windows begin every `stride` pixels; the last of a row, or of a column, ends at the image's edge. A model's logits
+    [B, classes, h, w] that are smaller than its windows are enlarged.
+    """
+    starts = [[*range(0, side - window, stride), side - window] for side in pixels.shape[1:]]
+    corners = [(top, left) for top in starts[0] for left in starts[1]]
+    total: Tensor | None = None
+    for numbers in batches_of(len(corners), batch_size):
+        chosen = [corners[i] for i in numbers]
+        cut = torch.stack([pixels[:, top : top + window, left : left + window] for top, left in chosen])
+        logits = model(pixel_values=cut).logits.float()
+        logits = F.interpolate(logits, size=(window, window), mode="bilinear", align_corners=False)
+        if total is None:
+            total = logits.new_zeros(logits.shape[1] + 1, *pixels.shape[1:])  # the last is how often a pixel was seen
+        for (top, left), scores in zip(chosen, logits, strict=True):
+            total[:-1, top : top + window, left : left + window] += scores
+            total[-1, top : top + window, left : left + window] += 1
+    assert total is not None
+    return total[:-1] / total[-1]
 
 
 @dataclass

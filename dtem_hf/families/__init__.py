@@ -37,9 +37,10 @@ def unsupported(name: str, model_type: str = "") -> UnsupportedModelError:
 
 def find_family(model_class: type) -> Family:
     """The family whose models a class belongs to. Raises UnsupportedModelError, listing what is known."""
-    for family in FAMILIES:
-        if issubclass(model_class, tuple(family.models)):
-            return family
+    for base in model_class.__mro__:  # the nearest: a family's models may be subclasses of another's
+        for family in FAMILIES:
+            if base in family.models:
+                return family
     raise unsupported(model_class.__name__, getattr(getattr(model_class, "config_class", None), "model_type", ""))
 
 

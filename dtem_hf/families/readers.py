@@ -98,6 +98,12 @@ class WeighedReader(Reader):
     scoped = ("forward", "generate", "get_image_features", "get_qformer_features")
 
 
+class MasksReader(Reader):
+    """A model whose decoder makes a mask of each merged token, and puts the masks in the places of the patches."""
+
+    reader = "masks"
+
+
 class GridReader(Reader):
     """A model that needs all tokens in place, and makes the encoder's mask of the one that it is given, or of none."""
 
@@ -129,6 +135,7 @@ READERS: Mapping[str, tuple[type, ...]] = {
     "mean": (MeanReader,),
     "masked_mean": (MaskedMeanReader,),
     "weighed": (WeighedReader,),
+    "masks": (MasksReader,),
     "grid": (GridReader,),
     "rows": (),
 }

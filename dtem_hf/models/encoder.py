@@ -114,7 +114,7 @@ class EncoderMerging(Renamed, ScopedForward):
         wanted = Scope(reader=self.merging.reader) if outer is None or outer.closed else outer
         unmerge = self.merging.unmerge or wanted.reader in RETURN_ALL
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
-        state = self._new_token_state(inputs, unmerge, masked)
+        state = self._new_token_state(inputs, unmerge or wanted.reader == "masks", masked)
         with open_scope(Scope(state=state, closed=True)):
             output = stock()
         if state is not None:

@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_original(checkpoint: Checkpoint, pixels: Tensor
 
 def test_in_training_mode_it_draws_nothing(pixels: Tensor) -> None:
     tensors = random_checkpoint()
-    model = convert_mae(tensors, mae_config({name: x.shape for name, x in tensors.items()}, HEADS))
+    model = convert_mae(tensors, mae_config(tensors, HEADS))
     assert not model.training
     with torch.no_grad():
         assert torch.equal(model.train()(pixels).logits, model.eval()(pixels).logits)
@@ -185,14 +185,15 @@ def published_shapes(width: int, layers: int, patch: int) -> dict[str, tuple[int
 )
 def test_published_sizes_are_read_off_shapes(width: int, layers: int, patch: int, heads: int, millions: float) -> None:
     shapes = published_shapes(width, layers, patch)
-    config = mae_config(shapes)
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    config = mae_config(tensors)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
     assert (config.patch_size, config.image_size, config.intermediate_size) == (patch, 224, 4 * width)
     assert (config.num_labels, config.layer_norm_eps) == (1000, 1e-6)
     assert config.use_mean_pooling and config.use_absolute_position_embeddings
     assert type(config.layer_scale_init_value) is float and config.layer_scale_init_value == 0.0
-    with torch.device("meta"):
-        model = convert_mae({name: torch.empty(shape) for name, shape in shapes.items()}, config)
+    model = convert_mae(tensors, config)
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert model.num_parameters() == count - layers * width  # but for the keys' biases
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
@@ -269,9 +270,8 @@ def test_what_is_missing_or_odd_is_named(damage: Callable[[Checkpoint], Any], me
     ],
 )
 def test_heads_that_do_not_fit(heads: int | None, message: str) -> None:
-    shapes = {name: tensor.shape for name, tensor in random_checkpoint().items()}
     with pytest.raises(BadValue) as raised:
-        mae_config(shapes, heads)
+        mae_config(random_checkpoint(), heads)
     assert message in str(raised.value)
 
 

@@ -1,14 +1,16 @@
 """Segmentation: mIoU against a count of pixels, and a head that learns synthetic masks."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import BeitImageProcessorPil, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from dtem_hf import BadValue
+from dtem_hf.errors import NoTrainedHead
 from dtem_hf.evaluation.segmentation import (
     SegmentationArguments,
     class_shares,
@@ -17,7 +19,9 @@ from dtem_hf.evaluation.segmentation import (
     load_segmentation,
     main,
     mean_iou,
+    window_logits,
 )
+from dtem_hf.extra_models import SegmenterConfig, SegmenterForSemanticSegmentation
 
 
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], dtype=np.uint8)
@@ -125,3 +129,80 @@ def test_what_is_no_pair_of_image_and_mask_is_named(tmp_path):
         load_segmentation(str(folder), "train")
     with pytest.raises(BadValue, match="steps=0"):
         SegmentationArguments(model="m", train="a", test="b", steps=0)
+
+
+@pytest.mark.parametrize("shape, stride", [((8, 8), 8), ((8, 13), 8), ((11, 17), 5), ((9, 8), 1)])
+def test_windows_cover_the_image_and_overlaps_are_averaged(shape, stride):
+    """Against every pixel's own list of the windows that it is in; the model marks each of its pixels by its place."""
+    window = 8
+
+    class Model:
+        def __call__(self, pixel_values):
+            weights = torch.arange(window * window).reshape(window, window) / 7
+            return SimpleNamespace(logits=torch.cat([pixel_values[:, :1] * weights, pixel_values[:, :1] + 1], dim=1))
+
+    pixels = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = window_logits(Model(), pixels, window, stride, batch_size=3)
+    assert found.shape == (2, *shape)
+    tops, lefts = ([*range(0, side - window, stride), side - window] for side in shape)
+    for y in range(shape[0]):
+        for x in range(shape[1]):
+            seen = [
+                float(pixels[0, y, x] * ((y - top) * window + x - left) / 7)
+                for top in tops
+                for left in lefts
+                if top <= y < top + window and left <= x < left + window
+            ]
+            assert seen and found[0, y, x].item() == pytest.approx(np.mean(seen), abs=1e-5)
+            assert found[1, y, x].item() == pytest.approx(float(pixels[0, y, x]) + 1, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def segmenter(squares):
+    """A random Segmenter of 3 classes, whose processor takes a mask's 0 for none."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = SegmenterConfig(**sizes, image_size=16, patch_size=4, num_labels=3, initializer_range=0.3)
+    SegmenterForSemanticSegmentation(config).save_pretrained(squares / "segmenter")
+    size = {"height": 16, "width": 16}
+    processor = BeitImageProcessorPil(size=size, do_center_crop=False, do_reduce_labels=True)
+    processor.save_pretrained(squares / "segmenter")
+    return squares / "segmenter"
+
+
+def test_a_models_own_segmentation_is_measured_on_windows(squares, segmenter, tmp_path):
+    """Of images twice as wide as high: two windows, side by side, are those that the plain model gets by hand."""
+    draw = np.random.default_rng(5)
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    total = np.zeros((3, 3), dtype=np.int64)
+    model = SegmenterForSemanticSegmentation.from_pretrained(segmenter).eval()
+    for i in range(3):
+        picture = draw.integers(0, 256, (16, 32, 3), dtype=np.uint8)
+        mask = draw.integers(0, 4, (16, 32)).astype(np.uint8)
+        mask[0, :5] = 255
+        Image.fromarray(picture).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+        pixels = picture / 127.5 - 1
+        halves = torch.from_numpy(pixels).float().permute(2, 0, 1).split(16, dim=2)
+        with torch.no_grad():
+            best = torch.cat([model(half[None]).logits[0] for half in halves], dim=2).argmax(0)
+        for y in range(16):
+            for x in range(32):
+                if mask[y, x] not in (0, 255):
+                    total[mask[y, x] - 1, best[y, x]] += 1
+    arguments = options(squares, model=str(segmenter), train=None, test=str(tmp_path), r=["0", "4"])
+    result = evaluate_segmentation(SegmentationArguments(**arguments))
+    none, zero, merged = result["rows"]
+    assert none["pixel_accuracy"] == pytest.approx(100 * np.trace(total) / total.sum(), abs=1e-9)
+    assert none["miou"] == zero["miou"] == pytest.approx(100 * mean_iou(total), abs=1e-9)
+    assert merged["miou"] != none["miou"] and merged["tokens"] == 17 - 4 - 4
+    assert result["num_classes"] == 3 and "training_data" not in result
+
+
+def test_a_model_without_a_trained_segmentation_is_refused(squares, segmenter, tmp_path):
+    SegmenterForSemanticSegmentation.from_pretrained(segmenter).vit.save_pretrained(tmp_path)
+    BeitImageProcessorPil().save_pretrained(tmp_path)
+    arguments = SegmentationArguments(**options(squares, model=str(tmp_path), train=None))
+    with pytest.raises(NoTrainedHead, match=r"lacks decoder\.class_embeddings, which would be random; .* --train"):
+        evaluate_segmentation(arguments)

@@ -135,6 +135,7 @@ READERS: dict[str, tuple[str, Check]] = {
     "masked_mean": ("tokens", equals_the_slow_reference),
     "grid": ("tokens", lays_all_tokens_on_their_grid),
     "weighed": ("tokens", weighs_tokens_by_their_sizes),
+    "masks": ("tokens", equals_the_slow_reference),
     "rows": ("tokens", returns_as_many_tokens_as_planned),
 }
 PARTS = (equals_the_slow_reference, weighs_tokens_by_their_sizes, counts_visual_tokens)

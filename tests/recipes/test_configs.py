@@ -39,6 +39,8 @@ PUBLISHED = {
         f"mae_{size}_imagenet1k.yaml": {**IMAGENET, "epochs": 30, "proportional_attention": False}
         for size in ("base", "large")
     },
+    "lv_vit_small_imagenet1k.yaml": {**IMAGENET, "epochs": 30},
+    "segmenter_small_ade20k.yaml": EMBEDDING,
     **{
         f"git_{size}_coco.yaml": {
             **EMBEDDING,

@@ -75,7 +75,7 @@ def mean(x: Tensor, sizes: Tensor) -> Tensor:
 
 
 def vit_like(
-    root: str, head: Callable[..., Outputs], specials: tuple[str, ...] = ("cls_token",), **changes: Any
+    root: str, head: Callable[..., Outputs] | None, specials: tuple[str, ...] = ("cls_token",), **changes: Any
 ) -> Anatomy:
     """ViT, and what is built like it: special tokens, then patches, with or without absolute positions."""
     begin = root + "embeddings."

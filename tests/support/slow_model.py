@@ -44,11 +44,12 @@ class Anatomy:
     `tables` are those of relative position biases, with their whole names. `theta` is the
     base of rotary positions. Where it or a table is given, `places` says where the patches of an image lie [N - P, 2].
     `turn` rotates keys and queries by places in another way than DINOv3's. With `whole`, `head` gets the token of
-    every patch, in its place.
+    every patch, in its place. `reader` takes the place of `head` where sizes alone do not say which tokens it reads.
+    `residual` multiplies what attention and MLP add, where `scales` are not given.
     """
 
     embed: Callable[[Weights, Inputs], Tensor]
-    head: Callable[[Weights, Tensor, Tensor], Outputs]
+    head: Callable[[Weights, Tensor, Tensor], Outputs] | None
     prefix: int
     layer: str
     norms: tuple[str, str]
@@ -60,11 +61,13 @@ class Anatomy:
     eps: float = 1e-12
     heads: int = 4
     scales: tuple[str, str] | None = None
+    residual: float = 1.0
     tables: tuple[str, ...] = ()
     theta: float | None = None
     places: Callable[[Inputs], Tensor] | None = None
     turn: Callable[[Tensor, Tensor, Anatomy], Tensor] | None = None
     whole: bool = False
+    reader: Callable[[Weights, Tokens], Outputs] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
         trail.append(run_layer(weights, anatomy, index, trail[-1], start, reduction))
     if anatomy.whole:
         return anatomy.head(weights, in_place(trail[-1]), sizes), trail[1:]
+    if anatomy.reader is not None:
+        return anatomy.reader(weights, trail[-1]), trail[1:]
     outputs = anatomy.head(weights, trail[-1].x, trail[-1].sizes)
     if "last_hidden_state" in outputs:  # a soft merge keeps what it merges away, at the end
         outputs["last_hidden_state"] = outputs["last_hidden_state"][: trail[-1].active]
@@ -134,7 +139,9 @@ def run_layer(
 ) -> Tokens:
     """One layer: attention, the reduction, the MLP."""
     root = anatomy.layer.format(index)
-    attend_scale, mlp_scale = (weights[root + name] for name in anatomy.scales) if anatomy.scales else (1.0, 1.0)
+    attend_scale = mlp_scale = anatomy.residual
+    if anatomy.scales:
+        attend_scale, mlp_scale = (weights[root + name] for name in anatomy.scales)
     h = layer_norm(weights, root + anatomy.norms[0], tokens.x, anatomy.eps)
     if len(anatomy.qkv) == 1:
         q, k, v = linear(weights, root + anatomy.qkv[0], h).chunk(3, dim=1)

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     BeitConfig,
     BeitForImageClassification,
+    BeitImageProcessorPil,
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
@@ -29,8 +30,14 @@ from transformers import (
 )
 
 from dtem_hf import DTEMConfig, attach
-from dtem_hf.convert import mae
-from dtem_hf.evaluation import analyze, calibrate, captions, comparison, training_table
+from dtem_hf.convert import checkpoint, lv_vit
+from dtem_hf.evaluation import analyze, calibrate, captions, comparison, segmentation, training_table
+from dtem_hf.extra_models import (
+    LVViTConfig,
+    LVViTForImageClassification,
+    SegmenterConfig,
+    SegmenterForSemanticSegmentation,
+)
 from dtem_hf.models.auto import auto_class
 from dtem_hf.programs.arguments import parse_arguments
 from dtem_hf.training.arguments import TrainArguments
@@ -89,7 +96,15 @@ def models(vit_folder, git_folder, tmp_path_factory):
         tensors |= {f"upconv{i}.{name}": value for name, value in up.state_dict().items()}
         tensors |= {f"bn{i}.{name}": value for name, value in norm.state_dict().items()}
     save_file(tensors, folder / "dinov2" / "decoder.safetensors")
-    return {"deit": vit_folder, "mae": folder / "mae", "dinov2": folder / "dinov2", "git": git_folder}
+    lv_vit = LVViTConfig(**sizes, image_size=32, patch_size=8, stem_width=8, num_labels=5)
+    LVViTForImageClassification(lv_vit).save_pretrained(folder / "lv")
+    ViTImageProcessorPil(size=SIZE).save_pretrained(folder / "lv")
+    segmenter = SegmenterConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
+    SegmenterForSemanticSegmentation(segmenter).save_pretrained(folder / "segmenter")
+    processor = BeitImageProcessorPil(size=SIZE, do_center_crop=False, do_reduce_labels=True)
+    processor.save_pretrained(folder / "segmenter")
+    made = {name: folder / name for name in ("mae", "dinov2", "lv", "segmenter")}
+    return {"deit": vit_folder, "git": git_folder, **made}
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +203,23 @@ def test_a_measuring_recipe_measures(
             assert [row["ratio"] for row in rows] == pytest.approx(amounts, abs=0.06), method
 
 
+def test_the_recipe_of_a_models_own_segmentation_measures(models, tmp_path):
+    folder, draw = models["segmenter"], np.random.default_rng(0)
+    for part, shape in (("images", (36, 48, 3)), ("masks", (36, 48))):
+        (tmp_path / part).mkdir()
+        for i in range(3):
+            Image.fromarray(draw.integers(0, 6, shape, dtype=np.uint8)).save(tmp_path / part / f"{i}.png")
+    adapter = attach(SegmenterForSemanticSegmentation.from_pretrained(folder), DTEMConfig())
+    adapter.save_merge_adapter(tmp_path / "adapter")
+    changed = {"model": folder, "test": tmp_path, "adapter": tmp_path / "adapter", "output_dir": tmp_path / "out"}
+    config = ROOT / "recipes/configs/ade20k_comparison.yaml"
+    segmentation.main(["--config", str(config), *words(**changed)])
+    rows = json.loads((tmp_path / "out" / "segmentation.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["none", "tome", "tome", "dtem", "dtem"]
+    assert rows[0]["ratio"] == 1 > rows[1]["ratio"] > rows[2]["ratio"]
+    assert all(0 <= row["miou"] <= 100 for row in rows)
+
+
 def test_the_rows_of_the_training_table_are_options_of_its_programs():
     values = CONFIGS["training_table.yaml"]
     names = {
@@ -201,7 +233,7 @@ def test_the_rows_of_the_training_table_are_options_of_its_programs():
 
 
 def test_every_file_is_started_here():
-    assert set(CONFIGS) == {*TRAINED, *PROGRAMS, "training_table.yaml"}
+    assert set(CONFIGS) == {*TRAINED, *PROGRAMS, "ade20k_comparison.yaml", "training_table.yaml"}
 
 
 def test_every_command_of_the_papers_tables_is_one_that_its_program_takes():
@@ -214,7 +246,10 @@ def test_every_command_of_the_papers_tables_is_one_that_its_program_takes():
         "compare.py": comparison.CompareArguments,
         "analyze.py": analyze.AnalyzeArguments,
         "evaluate_captions.py": captions.EvaluateCaptionsArguments,
-        "convert_mae.py": mae.ConvertArguments,
+        "evaluate_segmentation.py": segmentation.SegmentationArguments,
+        "convert_mae.py": checkpoint.ConvertArguments,
+        "convert_lv_vit.py": lv_vit.ConvertLVViTArguments,
+        "convert_segmenter.py": checkpoint.ConvertArguments,
     }
     used = set()
     for command in commands:
@@ -225,4 +260,5 @@ def test_every_command_of_the_papers_tables_is_one_that_its_program_takes():
             used.add(Path(options[place]).name)
             options[place] = str(ROOT / options[place])
         parse_arguments(kinds[Path(command[program]).name], options, "")
-    assert used == {name for name in CONFIGS if "imagenet1k" in name or "coco" in name or "end_to_end" in name}
+    tables = ("imagenet1k", "coco", "end_to_end", "ade20k")
+    assert used == {name for name in CONFIGS if any(word in name for word in tables)}

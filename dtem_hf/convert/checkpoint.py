@@ -1,0 +1,178 @@
+"""What converters share: reading a checkpoint in its authors' layout, renaming its tensors, writing the model."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import BitImageProcessorPil
+
+from ..errors import BadValue
+from ..files import replacing_folder
+from ..programs.arguments import option
+
+
+# One line of Python that unpickles tensors and the options of the training program, but no code.
+_TO_SAFETENSORS = (
+    "import argparse, sys, torch; from safetensors.torch import save_file; "
+    "torch.serialization.add_safe_globals([argparse.Namespace]); "
+    "state = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "state = state.get('model', state.get('state_dict', state)); "
+    "save_file({k: v.contiguous() for k, v in state.items()}, sys.argv[2])"
+)
+# The names of a ViT block's parts in timm's layout, by transformers' names of them.
+_BLOCK = (
+    (r"layernorm_before\.", "norm1."),
+    (r"layernorm_after\.", "norm2."),
+    (r"attention\.o_proj\.", "attn.proj."),
+    (r"attention\.([qkv])_proj\.", r"attn.qkv:\1."),
+)
+
+
+@dataclass(kw_only=True)
+class ConvertArguments:
+    """Convert a checkpoint to a model of transformers with the same outputs."""
+
+    checkpoint: str = option("model in its authors' layout, as safetensors; a .pth gets its conversion command shown")
+    output_dir: str = option("folder for the converted model and its image processor; must not exist, or be empty")
+    num_attention_heads: int | None = option(
+        "heads per layer; needed only where the widths are not those of a published size", default=None
+    )
+    labels: str | None = option("text file with the name of a class per line, in the head's order", default=None)
+
+
+def read_checkpoint(path: Path, output: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, once `output` is found to be free. Raises ValueError that names the file."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise BadValue("output_dir", str(output), "a folder that is empty or does not exist")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no such file")
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
+        line = shlex.join(["python", "-c", _TO_SAFETENSORS, str(path), str(path.with_suffix(".safetensors"))])
+        raise BadValue("checkpoint", str(path), f"safetensors, which holds no code; this line makes it: {line}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise BadValue("checkpoint", str(path), f"a readable safetensors file ({error})") from error
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, expected: Sequence[int | None]) -> tuple[int, ...]:
+    """A tensor's shape, in which None fits any number. Raises ValueError that names it where it does not fit."""
+    shown = "×".join("any" if size is None else str(size) for size in expected)
+    if name not in tensors:
+        raise BadValue(name, None, f"a tensor of shape {shown}; the checkpoint has none of that name")
+    found = tuple(tensors[name].shape)
+    fits = len(found) == len(expected) and all(
+        size == wanted or (wanted is None and size > 0) for size, wanted in zip(found, expected, strict=True)
+    )
+    if not fits:
+        raise BadValue(name, list(found), f"a tensor of shape {shown}")
+    return found
+
+
+def side_of_grid(tensors: Mapping[str, Tensor], name: str, width: int) -> int:
+    """Patches in a row of the square that positions are for, CLS in front of them: [1, 1 + side², width]."""
+    num_patches = shape_of(tensors, name, (1, None, width))[1] - 1
+    side = math.isqrt(num_patches)
+    if side < 1 or side**2 != num_patches:
+        found = list(tensors[name].shape)
+        raise BadValue(name, found, "one position for CLS and a square of them for patches")
+    return side
+
+
+def count_blocks(tensors: Mapping[str, Tensor], root: str) -> int:
+    """How many numbers follow the name `root`. Raises ValueError where there is none."""
+    found = {match[1] for name in tensors if (match := re.match(rf"{re.escape(root)}(\d+)\.", name))}
+    if not found:
+        raise BadValue(f"{root}0.norm1.weight", None, "a tensor; the checkpoint has no blocks")
+    return len(found)
+
+
+def check_heads(width: int, heads: int) -> int:
+    """The number of heads, if it divides the width. Raises ValueError."""
+    if heads < 1 or width % heads:
+        raise BadValue("num_attention_heads", heads, f"a number that divides the width, {width}")
+    return heads
+
+
+def load_renamed(
+    model_class: Any,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    names: Sequence[tuple[str, str]],
+    kind: str,
+    transposed: Sequence[str] = (),
+    unread: Sequence[str] = (),
+) -> Any:
+    """A model, in float32 and in `.eval()`, with a checkpoint's tensors, each of them used.
+
+    `names` are pairs for `re.sub`, applied in turn to the model's own names to get those of the checkpoint; those of a
+    ViT block come of themselves. `kind` names such a checkpoint in errors. Tensors `transposed` are stored the other
+    way round, and `unread` may be left over.
+    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    state, used = {}, set(unread)
+    for key, like in model.state_dict().items():
+        name = key
+        for ours, theirs in (*names, *_BLOCK):
+            name = re.sub(ours, theirs, name)
+        name, _, part = name.partition(":")  # "….attn.qkv:q.weight"
+        expected = [*like.shape]
+        if part:
+            projection, _, ending = part.partition(".")
+            name, expected[0] = f"{name}.{ending}", 3 * expected[0]
+        shape_of(tensors, name, expected[::-1] if name in transposed else expected)
+        tensor = tensors[name].T if name in transposed else tensors[name]
+        tensor = tensor.chunk(3)["qkv".index(projection)] if part else tensor
+        state[key] = tensor.to(like.dtype).contiguous()
+        used.add(name)
+    for name in sorted(tensors.keys() - used):
+        raise BadValue("checkpoint", name, f"tensors of {kind} only; it has no place for this one")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def imagenet_processor(image_size: int, kept: float) -> BitImageProcessorPil:
+    """Bicubic, ImageNet's mean and deviation, a centre crop that keeps a share of the shortest edge."""
+    return BitImageProcessorPil(
+        size={"shortest_edge": int(image_size / kept)},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+
+
+def name_labels(config: Any, labels: str | None) -> None:
+    """Give the classes the names in a text file, a line each. Raises ValueError where their number is another one."""
+    if labels is None:
+        return
+    lines = [line.strip() for line in Path(labels).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(lines) != config.num_labels:
+        fits = f"{config.num_labels} lines, one per class of the head; it has {len(lines)}"
+        raise BadValue("labels", labels, fits)
+    config.id2label = dict(enumerate(lines))
+    config.label2id = {label: i for i, label in enumerate(lines)}
+
+
+def save_converted(model: Any, processor: Any, output: Path, name: str, reads: str) -> None:
+    """Write model and processor into a folder, whole or not at all, and say what they are."""
+    with replacing_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    config = model.config
+    print(
+        f"{output}: {name} of {config.num_hidden_layers} layers and width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} pixels, "
+        f"{config.num_labels} classes {reads}; {model.num_parameters() / 1e6:.1f} M parameters"
+    )

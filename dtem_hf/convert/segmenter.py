@@ -1,0 +1,103 @@
+"""Convert a Segmenter with a mask transformer, in its authors' layout, to one of this package with the same masks.
+
+python recipes/convert_segmenter.py --checkpoint seg_small_mask.safetensors --output_dir segmenter-small
+
+The layout is timm's under `encoder.`, and under `decoder.`: `proj_dec`, `cls_emb`, `blocks.{i}`, `decoder_norm`,
+`proj_patch`, `proj_classes`, `mask_norm`. `encoder.head`, the classifier that the encoder was trained with, makes no
+masks and is left out. A model of 150 classes is one for ADE20k, in whose masks 0 is no class: its processor says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import BeitImageProcessorPil
+
+from ..extra_models.segmenter import SegmenterConfig, SegmenterForSemanticSegmentation
+from ..programs.arguments import parse_arguments
+from .checkpoint import (
+    ConvertArguments,
+    check_heads,
+    count_blocks,
+    load_renamed,
+    name_labels,
+    read_checkpoint,
+    save_converted,
+    shape_of,
+    side_of_grid,
+)
+
+
+# The width of a head in all published sizes.
+_HEAD_DIM = 64
+_ADE20K_CLASSES = 150
+_BILINEAR = 2  # as Pillow numbers it, which is an extra
+_NAMES = (
+    (r"^vit\.embeddings\.position_embeddings", "encoder.pos_embed"),
+    (r"^vit\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
+    (r"^vit\.embeddings\.", "encoder."),
+    (r"^vit\.layernorm\.", "encoder.norm."),
+    (r"^vit\.layers\.", "encoder.blocks."),
+    (r"^decoder\.layers\.", "decoder.blocks."),
+    (r"^decoder\.layernorm\.", "decoder.decoder_norm."),
+    (r"^decoder\.projection\.", "decoder.proj_dec."),
+    (r"^decoder\.class_embeddings", "decoder.cls_emb"),
+    (r"^decoder\.patch_projection\.weight", "decoder.proj_patch"),
+    (r"^decoder\.class_projection\.weight", "decoder.proj_classes"),
+)
+
+
+def segmenter_config(tensors: Mapping[str, Tensor], num_attention_heads: int | None = None) -> Any:
+    """The config of a checkpoint, from the names and shapes of its tensors. Raises ValueError that names one."""
+    width, channels, patch_size, _ = shape_of(tensors, "encoder.patch_embed.proj.weight", (None, None, None, None))
+    heads = width // _HEAD_DIM if num_attention_heads is None else num_attention_heads
+    return SegmenterConfig(
+        hidden_size=width,
+        num_hidden_layers=count_blocks(tensors, "encoder.blocks."),
+        num_decoder_layers=count_blocks(tensors, "decoder.blocks."),
+        num_attention_heads=check_heads(width, heads),
+        intermediate_size=shape_of(tensors, "encoder.blocks.0.mlp.fc1.weight", (None, width))[0],
+        image_size=side_of_grid(tensors, "encoder.pos_embed", width) * patch_size,
+        patch_size=patch_size,
+        num_channels=channels,
+        num_labels=shape_of(tensors, "decoder.cls_emb", (1, None, width))[1],  # type: ignore[call-arg]
+    )
+
+
+def convert_segmenter(tensors: Mapping[str, Tensor], config: Any) -> SegmenterForSemanticSegmentation:
+    """The model with a checkpoint's tensors, in float32 and in `.eval()`; `config` is `segmenter_config`'s.
+
+    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
+    """
+    model: SegmenterForSemanticSegmentation = load_renamed(
+        SegmenterForSemanticSegmentation,
+        config,
+        tensors,
+        _NAMES,
+        "a Segmenter with a mask transformer",
+        transposed=("decoder.proj_patch", "decoder.proj_classes"),
+        unread=("encoder.head.weight", "encoder.head.bias"),
+    )
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, convert, save, and describe the model."""
+    arguments = parse_arguments(ConvertArguments, argv, __doc__ or "")
+    output = Path(arguments.output_dir)
+    tensors = read_checkpoint(Path(arguments.checkpoint), output)
+    config = segmenter_config(tensors, arguments.num_attention_heads)
+    name_labels(config, arguments.labels)
+    processor = BeitImageProcessorPil(
+        size={"height": config.image_size, "width": config.image_size},
+        do_center_crop=False,
+        resample=_BILINEAR,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        do_reduce_labels=config.num_labels == _ADE20K_CLASSES,
+    )
+    save_converted(convert_segmenter(tensors, config), processor, output, "a Segmenter", "with a mask each")
+    print(f'dtem_hf.AutoModelForSemanticSegmentation.from_pretrained("{output}", merge=...) merges it')

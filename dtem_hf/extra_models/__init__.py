@@ -1,0 +1,23 @@
+"""Models of the paper that transformers lacks, one file each; its Auto classes know them once this is imported."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
+
+from .lv_vit import LVViTConfig, LVViTForImageClassification, LVViTModel
+from .segmenter import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterModel
+
+
+AutoConfig.register(LVViTConfig.model_type, LVViTConfig)
+AutoModel.register(LVViTConfig, LVViTModel)
+AutoModelForImageClassification.register(LVViTConfig, LVViTForImageClassification)
+AutoConfig.register(SegmenterConfig.model_type, SegmenterConfig)
+AutoModel.register(SegmenterConfig, SegmenterModel)
+AutoModelForSemanticSegmentation.register(SegmenterConfig, SegmenterForSemanticSegmentation)
+
+__all__ = [
+    "LVViTConfig",
+    "LVViTForImageClassification",
+    "LVViTModel",
+    "SegmenterConfig",
+    "SegmenterForSemanticSegmentation",
+    "SegmenterModel",
+]
