@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText as StockModel
-from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
+from transformers import CLIPVisionModel, LlavaNextImageProcessorPil, SiglipVisionModel, ViTModel
 
 from dtem_hf import AutoModelForImageTextToText, BadValue, DTEMConfig, MergeAdapter, attach
 from dtem_hf.models.distances import feature_distance, recorded_features
 from dtem_hf.training.parameters import freeze_backbone, relax
 from dtem_hf.training.tasks.feature_distillation import nearest
-from tests.models.test_containers import built, llava, paligemma, prompt, qwen2_vl, vipllava
+from tests.models.test_containers import built, llava, llava_next, paligemma, prompt, qwen2_vl, vipllava
 from tests.models.test_processor import saved_processor
 
 
@@ -195,6 +195,21 @@ def test_an_adapter_of_a_tower_fits_the_whole_vision_language_model(task, option
     assert all(torch.equal(x, learned.tensors[name]) for name, x in whole.to_merge_adapter().tensors.items())
     inputs = prompt(64 - 3 * 5)
     assert whole.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@torch.no_grad()
+def test_of_an_image_in_tiles_the_first_is_seen(options, make_run, tmp_path):
+    folder = saved_container(llava_next, tmp_path / "model")
+    size = {"height": 32, "width": 32}
+    points = [[64, 64], [32, 64]]
+    tiles = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=size, image_grid_pinpoints=points)
+    tiles.save_pretrained(folder)
+    run = make_run({**options, "model": folder, "task": "feature_distillation", "r": "5"})
+    batch = run.data.collate([run.data.train[0, i] for i in range(3)])
+    for i in range(3):
+        seen = tiles(run.data.train.open(i), return_tensors="pt")["pixel_values"]
+        assert seen.shape[1:] == (5, 3, 32, 32) and torch.equal(batch["pixel_values"][i], seen[0, 0])
+    assert run.task.loss(run.model, run.model, batch) > 0
 
 
 def test_what_a_vision_language_model_does_not_read_is_refused(options, make_run, tmp_path):
