@@ -17,6 +17,7 @@ from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detac
 from dtem_hf.families import find_place
 from dtem_hf.families.containers import CONTAINERS as TYPES
 from dtem_hf.models.auto import auto_class
+from dtem_hf.scope import Scope, open_scope
 
 
 VIT = {
@@ -482,6 +483,32 @@ def test_a_decoder_attends_to_a_merged_token_as_often_as_it_stands_for_patches()
         encoder_hidden_states=model.encoder(inputs["pixel_values"]).last_hidden_state,
     ).logits
     assert (unweighed - everywhere).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_softly_merged_tokens_in_their_places_are_weighed_too() -> None:
+    """By hand: a mask of the logarithm of every token's size."""
+    model, inputs = built(trocr)
+    attach(model, DTEMConfig(r=6, relaxation="soft"), unmerge=True)
+    with model.trace_merging() as trace:
+        found = read(model, inputs)
+        states = model.encoder(inputs["pixel_values"]).last_hidden_state
+    mask = trace.sizes[-1].gather(1, trace.source_maps[-1]).clamp(min=1e-8).log()[:, None, None].expand(-1, -1, 4, -1)
+    words = {"input_ids": inputs["decoder_input_ids"], "encoder_hidden_states": states}
+    torch.testing.assert_close(found, model.decoder(**words, encoder_attention_mask=mask).logits, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found, model.decoder(**words).logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_reader_weighs_by_the_sizes_of_the_last_pass() -> None:
+    model, inputs = built(trocr)
+    attach(model, ToMeConfig(r=6))
+    with open_scope(Scope(reader="sized")) as scope:
+        model.encoder(inputs["pixel_values"])
+        assert scope.sizes is not None and scope.sizes.sum(dim=1).tolist() == [65, 65]
+        with model.unmerged():
+            model.encoder(inputs["pixel_values"])
+        assert scope.sizes is None
 
 
 @pytest.mark.parametrize("decoder", [None, tf.BertConfig, tf.GPT2Config], ids=["trocr", "bert", "gpt2"])
