@@ -30,15 +30,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--dtype", default="bfloat16", help="in float16, as LLaVA is saved, gradients may vanish")
     parser.add_argument("--output", type=Path, default=Path("my-adapter"))
     args = parser.parse_args()
 
     # The language model reads merged tokens, in training as in use.
     merge = DTEMConfig(r=args.r, unmerge=False)
-    model: Any = AutoModelForImageTextToText.from_pretrained(args.model, merge=merge, dtype="auto")
+    model: Any = AutoModelForImageTextToText.from_pretrained(args.model, merge=merge, dtype=args.dtype)
     for parameter in model.requires_grad_(False).merge_parameters():
         parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()  # half precision would lose small steps
+        parameter.data = parameter.data.float()  # bfloat16 would lose small steps
     processor = AutoProcessor.from_pretrained(args.model, merge=model)
     processor.tokenizer.padding_side = "right"
 

@@ -166,7 +166,9 @@ def test_train_llava(run: Any, pictures: Path, tmp_path: Path) -> None:
     answers = ["image,question,answer", "a.png,what is,this and that", "b.jpg,what is,that", "c.png,what is,is this"]
     (pictures / "answers.csv").write_text("\n".join(answers) + "\n")
     options = ("--r", 15, "--steps", 16, "--batch_size", 3, "--lr", 0.001, "--output", tmp_path / "out")
-    printed = run("train_llava", pictures / "answers.csv", "--model", tmp_path / "llava", *options)
+    printed = run(
+        "train_llava", pictures / "answers.csv", "--model", tmp_path / "llava", "--dtype", "float32", *options
+    )
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
     assert len(losses) == 16 and sum(losses[-4:]) < sum(losses[:4]) - 0.02
     learned = MergeAdapter.from_reference(tmp_path / "out")
