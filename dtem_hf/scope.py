@@ -25,8 +25,8 @@ class Scope:
     token state of the encoder that runs, or of the last one that ran inside. `masked` says whether the user gave a
     mask over patches, where the encoder gets one that the model made itself; None: the encoder's own arguments tell.
     `num_tokens` adds up the tokens that the encoders inside have returned. An encoder's own scope is `closed`: models
-    that run inside it (a teacher in a hook, say) are not read by the models around it. `sizes` [B, n] are
-    those of the tokens that the encoder has returned, in this pass or an earlier one; None: each stands for one patch.
+    that run inside it (a teacher in a hook, say) are not read by the models around it. `sizes` [B, n] are those of the
+    tokens that the reader got from the encoder, in this pass or an earlier one; None: each of them counts once.
     """
 
     reader: str = "tokens"

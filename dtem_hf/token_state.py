@@ -88,10 +88,10 @@ class TokenState:
         self.projected: tuple[nn.Module, Tensor] | None = None
         # By which keys and queries were rotated in it, in a family that rotates them.
         self.rotation: Any = None
+        # Whether the encoder has returned all tokens, each in its place.
+        self.unmerged = False
         # Set when the encoder has returned: a layer that runs after that is run again by gradient checkpointing.
         self.finished = False
-        # Set when all tokens were put back in place for the reader.
-        self.unmerged = False
         # Of packed images: the rows [S, N] of those that have N tokens each, with a state of their own.
         self.parts: list[tuple[Tensor, TokenState]] = []
         self._masked = masked
@@ -125,12 +125,6 @@ class TokenState:
     def final_sizes(self) -> Tensor | None:
         """Sizes of the tokens that the encoder returns: [B, n] float32, or None where nothing was merged."""
         return None if self._first_merge is None else self._sizes[-1]
-
-    @property
-    def live_sizes(self) -> Tensor | None:
-        """Of the tokens that the encoder returns, the sizes of those that still take part."""
-        sizes = self.final_sizes
-        return None if sizes is None else sizes[:, : self.num_active]
 
     def source(self, layer: int) -> Tensor:
         """Where the original tokens are behind a layer (-1: the last), if source maps are kept: int64 [B, N]."""
@@ -267,9 +261,7 @@ class TokenState:
         # An exported model makes a mask in which all tokens see all tokens, which no longer fits their number.
         if not wanted and not self._padded:
             return None
-        device = sizes.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = ops.attention_dtype(dtype, sizes.device.type)
         exponents = None
         # A pooling head behind the last layer has no exponents.
         if wanted and self.embedding is not None and layer < self.embedding.shape.num_layers:
@@ -294,15 +286,6 @@ class TokenState:
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
         return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True)
-
-    def returned_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask for attention over the tokens as the reader gets them; None where none is needed."""
-        bias = self.final_bias(dtype)
-        if bias is None or not self.unmerged:
-            return bias
-        if bias.shape[-1] < self.num_tokens:  # back in place, hard-merged tokens are there as often as they count
-            return None
-        return bias.gather(-1, self.source(-1)[:, None, None, :])
 
 
 def _identity(x: Tensor) -> Tensor:

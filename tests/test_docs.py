@@ -1,6 +1,7 @@
 """The tables in docs are what their JSON holds, by the code that wrote them; the Python in docs runs as it stands."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from dtem_hf import DTEMConfig, MergeConfig, attach
 from dtem_hf.benchmark import tables as benchmark_tables
 from dtem_hf.evaluation import dense
 from dtem_hf.evaluation.comparison import csv_table, markdown
+from dtem_hf.families.containers import CONTAINERS
 from tests.models.test_containers import built, llava
 from tests.models.test_processor import saved_processor
 from tests.support import documents
+from tests.support.families import CASES
 from tests.support.hub_client import client_process, hub_environment
 
 
@@ -92,6 +95,12 @@ def owner(_hub_server, tmp_path_factory):
     """Calls functions in a process that knows the loopback Hub, and the token of `me`."""
     with client_process(hub_environment(_hub_server.endpoint, tmp_path_factory.mktemp("owner"), "hf_me")) as call:
         yield call
+
+
+def test_the_page_on_readers_names_every_family_and_container():
+    page = re.sub(r"[\W_]", "", (DOCS / "which-model.md").read_text(encoding="utf-8")).lower()
+    names = {name.removesuffix("_backbone") for name in (*CASES, *CONTAINERS)}
+    assert not [name for name in names if re.sub(r"[\W_]", "", name) not in page]
 
 
 LOADED = (

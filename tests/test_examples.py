@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from dtem_hf import DTEMConfig, MergeAdapter, attach
+from dtem_hf import AutoModelForImageTextToText, AutoProcessor, DTEMConfig, MergeAdapter, attach
 from tests.models.test_containers import TEXT, VIT, built, llava
 from tests.models.test_processor import saved_processor, word_tokenizer
 from tests.support.hub_client import hub_environment
@@ -153,6 +153,34 @@ def test_llava_merged_tokens(run: Any, pictures: Path, tmp_path: Path) -> None:
     lengths = [int(count) for count in re.findall(r"a prompt of (\d+) tokens", run("llava_merged_tokens", *asked))]
     # LLaVA reads the output of the last layer but one: three of four layers merge before.
     assert len(lengths) == 2 and lengths[1] - lengths[0] == 3 * 5
+
+
+def test_train_llava(run: Any, pictures: Path, tmp_path: Path) -> None:
+    """The language model's loss falls; with the adapter, the whole model hands on merged tokens."""
+    model, _ = built(llava)
+    for parameter in model.model.language_model.parameters():  # so that it looks at the image
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "llava")
+    saved_processor(tmp_path / "llava", "llava")
+    answers = ["image,question,answer", "a.png,what is,this and that", "b.jpg,what is,that", "c.png,what is,is this"]
+    (pictures / "answers.csv").write_text("\n".join(answers) + "\n")
+    options = ("--r", 15, "--steps", 16, "--batch_size", 3, "--lr", 0.001, "--output", tmp_path / "out")
+    printed = run(
+        "train_llava", pictures / "answers.csv", "--model", tmp_path / "llava", "--dtype", "float32", *options
+    )
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(losses) == 16 and sum(losses[-4:]) < sum(losses[:4]) - 0.02
+    learned = MergeAdapter.from_reference(tmp_path / "out")
+    start = attach(model, DTEMConfig(r=15, unmerge=False)).to_merge_adapter()
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", merge=str(tmp_path / "out")).eval()
+    for name, tensor in merged.to_merge_adapter().tensors.items():
+        assert torch.equal(tensor, learned.tensors[name])
+    assert not torch.equal(learned.tensors["layers.0.weight"], start.tensors["layers.0.weight"])
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava", merge=merged)
+    inputs = processor(images=Image.open(pictures / "a.png"), text="<image> what is this", return_tensors="pt")
+    assert (inputs["input_ids"] == 5).sum() == 64 - 3 * 15
+    assert merged.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_publish_adapter_only_shows(run: Any, adapter: Path) -> None:

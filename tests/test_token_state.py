@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
+from dtem_hf import ToMeConfig, attach
 from dtem_hf.errors import UnsupportedModelError
+from dtem_hf.models.install import merged_layers
+from dtem_hf.scope import current_state
 from dtem_hf.token_state import MergeTrace, TokenState
+from tests.support.families import CASES
 
 
 def state(reductions: list[int], trace: MergeTrace | None = None, masked: bool = False) -> TokenState:
@@ -97,6 +105,30 @@ def test_positions_are_carried_along_and_stay_where_nothing_merges() -> None:
     )
     assert ours.positions(2).tolist() == [[[0.5], [1.5]]]
     assert ours.has_merged(2) and not ours.has_merged(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["dinov3_vit", "vjepa2", "qwen2_vl"])
+def test_what_travels_with_tokens_moves_before_the_first_merge(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer merges nothing, and all others lie on another device: "meta", which computes shapes alone."""
+    case = CASES[family]
+    model = attach(case.make(case.encoder), ToMeConfig(r=[0, 3, 3, 3], unmerge=True))
+    layers, states = merged_layers(model), []
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # torch knows no autocast there
+
+    def move(layer: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
+
+    for layer in layers[1:]:
+        layer.to("meta").register_forward_pre_hook(move, with_kwargs=True)
+    layers[-1].register_forward_hook(lambda *_: states.append(current_state()))
+    with contextlib.suppress(RuntimeError):  # what stands behind the layers lies on the CPU
+        model(**case.inputs(2))
+    for state in [part for _, part in states[0].parts] or states:
+        for index in range(1, len(layers) + 1):
+            positions = state.positions(index)
+            assert positions.shape[1] == state.num_tokens - 3 * (index - 1)
+            assert positions.is_meta and state.source(index - 1).is_meta
 
 
 def test_padding_is_left_out_of_attention_as_the_model_leaves_it_out() -> None:

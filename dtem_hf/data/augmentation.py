@@ -75,6 +75,7 @@ def _processed(image: Image.Image, processor: Any, augmentation: str, key: Seque
     crops = augmentation == "crop_flip" and getattr(processor, "do_center_crop", False)
     options = {"do_center_crop": False} if crops else {}
     pixels = processor(image, return_tensors="pt", **options).pixel_values[0]
+    pixels = pixels[0] if pixels.dim() == 4 else pixels  # of an image in tiles, the first
     if augmentation == "none":
         return pixels
     draw = np.random.default_rng(tuple(key))

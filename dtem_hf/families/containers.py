@@ -6,13 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from .. import ops
-from ..scope import Scope, current_scope, open_scope
-from .readers import TOKEN_SIZES, ScopedForward
-from .unmasked_attention import serve_attention
+from ..scope import Scope, open_scope
+from .readers import TOKEN_SIZES, ScopedForward, WeighedCrossAttention
 
 
 class CrossAttendingModel(ScopedForward):
@@ -23,25 +20,6 @@ class CrossAttendingModel(ScopedForward):
         sizes = given.get(TOKEN_SIZES) if isinstance(given, ModelOutput) else None
         with open_scope(Scope(reader="sized", sizes=sizes)):
             return stock()
-
-
-class SizedDecoder:
-    """A decoder that attends to merged tokens: each counts as many times as it stands for patches."""
-
-    def forward(
-        self, input_ids: Tensor | None = None, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        scope = current_scope()
-        sizes = None if scope is None else scope.sizes
-        text = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if sizes is not None and encoder_hidden_states is not None and text is not None:
-            serve_attention(self.config._attn_implementation)  # type: ignore[attr-defined]
-            bias = ops.size_bias(sizes.to(encoder_hidden_states.device), encoder_hidden_states.dtype)
-            # A row for every token of the text: decoders take such a mask as it is.
-            kwargs["encoder_attention_mask"] = bias.expand(-1, -1, text.shape[1], -1)
-        return super().forward(  # type: ignore[misc]
-            input_ids, *args, encoder_hidden_states=encoder_hidden_states, **kwargs
-        )
 
 
 class PlaceholderCheck:
@@ -84,7 +62,7 @@ CONTAINERS: Mapping[str, Container] = {
     **dict.fromkeys(("idefics2", "idefics3", "internvl", "janus", "qwen2_vl", "qwen3_vl", "smolvlm"), GRID),
     **dict.fromkeys(("llava", "paligemma"), COUNTING),
     "vipllava": replace(COUNTING, drops_first=True),
-    "vision-encoder-decoder": Container("sized", (CrossAttendingModel,), {"decoder": SizedDecoder}),
+    "vision-encoder-decoder": Container("sized", (CrossAttendingModel,), {"decoder": WeighedCrossAttention}),
     "vision-text-dual-encoder": Container("tokens"),
 }
 

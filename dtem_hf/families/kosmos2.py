@@ -13,18 +13,17 @@ from transformers.models.kosmos2.modeling_kosmos2 import (
     Kosmos2VisionTransformer,
 )
 
-from ..scope import current_state
 from .clip import CLIP_LAYER
 from .family import Family
+from .readers import read_bias
 
 
 class WeighedResampler:
     """The attention of the queries to the tokens and, behind these, to themselves."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        state = current_state()
-        if state is not None and (bias := state.returned_bias(encoder_hidden_states.dtype)) is not None:
-            kwargs["attention_mask"] = F.pad(bias.to(hidden_states.device), (0, hidden_states.shape[1]))
+        if (bias := read_bias(encoder_hidden_states, hidden_states.dtype)) is not None:
+            kwargs["attention_mask"] = F.pad(bias, (0, hidden_states.shape[1]))
         return super().forward(  # type: ignore[misc]
             hidden_states, encoder_hidden_states=encoder_hidden_states, **kwargs
         )

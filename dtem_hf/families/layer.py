@@ -32,6 +32,7 @@ class LayerMerging:
     def forward(self, hidden_states: Tensor, *args: Any, token_state: TokenState | None = None, **kwargs: Any) -> Any:
         if token_state is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        token_state.move_to(self.merge_index, hidden_states.device)
         if token_state.layers_read is not None and self.merge_index >= token_state.layers_read:
             token_state.record_unchanged(self.merge_index, hidden_states)
             return hidden_states
@@ -76,13 +77,11 @@ class LayerMerging:
     def attention_inputs(
         self, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The additive mask for the layer's attention; what belongs to the tokens moves to the layer's device.
+        """The additive mask for the layer's attention.
 
         `kwargs` are the other arguments of the attention; a family may change them.
         """
         index = self.merge_index
-        if state.has_merged(index):
-            state.move_to(index, hidden_states.device)
         return state.attention_bias(index, hidden_states.dtype, attention_mask, state.method.wants_bias(self.training))
 
     def keys(self: Any, normed: Tensor, state: TokenState) -> Tensor:

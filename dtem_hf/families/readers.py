@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..scope import Scope, current_state, is_traced, open_scope
+from ..scope import Scope, current_scope, current_state, is_traced, open_scope
 from ..token_state import TokenState
 from .unmasked_attention import serve_attention
 
@@ -144,6 +144,8 @@ READERS: Mapping[str, tuple[type, ...]] = {
 TOKEN_SIZES = "token_sizes"
 # The readers that get all tokens back in place.
 RETURN_ALL = ("grid", "masked_mean", "rows")
+# Those that get the tokens that still take part: a soft merge keeps those that it merges away, behind all others.
+HANDED_ON = ("tokens", "sized")
 
 
 def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
@@ -156,7 +158,7 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
     state.move_to(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
-    elif reader in ("tokens", "sized"):  # a soft merge keeps the tokens that it merges away, behind all others
+    elif reader in HANDED_ON:
         last = last[:, : state.num_active]
     if reader in ("mean", "masked_mean"):
         last = weigh_tokens(last, state, unmerge)
@@ -245,12 +247,37 @@ class WeighedAttention:
 
 
 class WeighedCrossAttention:
-    """A decoder that cross-attends to merged tokens, and takes a mask for them: it gets the log of their sizes."""
+    """A Q-Former or decoder that cross-attends to merged tokens: each counts as often as it stands for patches.
+
+    The scope holds their sizes, of the encoder that has run inside or, in generation, of the one that ran before.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = current_state()
         tokens: Tensor | None = kwargs.get("encoder_hidden_states")
-        if state is not None and tokens is not None and (bias := state.returned_bias(self.dtype)) is not None:
+        if tokens is not None and (bias := read_bias(tokens, self.dtype)) is not None:
             serve_attention(self.config._attn_implementation)
-            kwargs["encoder_attention_mask"] = bias.to(tokens.device)
+            words = next(
+                (kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
+            )
+            if words is not None and "query_embeds" not in kwargs:  # some decoders want a row for every word
+                bias = bias.expand(-1, -1, words.shape[1], -1)
+            kwargs["encoder_attention_mask"] = bias
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def read_bias(tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The additive mask for attention to tokens that a reader got, [B, n, D]: [B, 1, 1, n]; None: all count alike."""
+    scope = current_scope()
+    if scope is None or scope.sizes is None:
+        return None
+    return ops.size_bias(scope.sizes.to(tokens.device), ops.attention_dtype(dtype, tokens.device.type))
+
+
+def read_sizes(state: TokenState, reader: str, unmerge: bool) -> Tensor | None:
+    """Sizes of the tokens as the reader gets them: [B, n] float32; None where each of them counts once."""
+    sizes = state.final_sizes
+    if sizes is None or (unmerge and sizes.shape[1] < state.num_tokens):
+        return None  # back in place, hard-merged tokens are there as often as they count
+    if unmerge:
+        return sizes.gather(1, state.source(-1))
+    return sizes[:, : state.num_active] if reader in HANDED_ON else sizes

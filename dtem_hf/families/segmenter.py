@@ -14,6 +14,7 @@ from ..extra_models import SegmenterForSemanticSegmentation, SegmenterModel
 from ..scope import current_state
 from .anatomy import linear_cost
 from .family import Family
+from .readers import read_bias
 from .vit import VIT_LAYER
 
 
@@ -24,9 +25,9 @@ class MergedMasks:
         state = current_state()
         if state is None or not state.changed:
             return super().forward(tokens, attention_mask)  # type: ignore[misc]
-        prefix, bias = state.num_prefix_tokens, state.returned_bias(tokens.dtype)
+        prefix, bias = state.num_prefix_tokens, read_bias(tokens, tokens.dtype)
         if bias is not None:  # each class counts once
-            bias = F.pad(bias[..., prefix:], (0, self.class_embeddings.shape[1])).to(tokens.device)
+            bias = F.pad(bias[..., prefix:], (0, self.class_embeddings.shape[1]))
         masks: Tensor = super().forward(tokens, bias)  # type: ignore[misc]
         return masks if state.unmerged else ops.unmerge_tokens(masks, state.source(-1)[:, prefix:] - prefix)
 

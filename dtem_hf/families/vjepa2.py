@@ -26,7 +26,7 @@ from .anatomy import Anatomy
 from .family import Family
 from .layer import LayerMerging
 from .masked_attention import attend
-from .readers import GridReader, RecordingGridReader
+from .readers import GridReader, RecordingGridReader, read_bias
 
 
 class PlacedAttention:
@@ -74,9 +74,8 @@ class WeighedPooling:
 
     def __call__(self, *tokens: Tensor, **kwargs: Any) -> Any:
         # An argument, as gradient checkpointing runs the forward pass again outside of every scope.
-        state, keys = current_state(), tokens[-1]
-        if state is not None and (bias := state.returned_bias(keys.dtype)) is not None:
-            kwargs["attention_mask"] = bias.to(keys.device)
+        if (bias := read_bias(tokens[-1], tokens[-1].dtype)) is not None:
+            kwargs["attention_mask"] = bias
         return super().__call__(*tokens, **kwargs)  # type: ignore[misc]
 
 

@@ -27,6 +27,12 @@ _AUTO_CLASSES = {
     "image-to-text": "AutoModelForImageTextToText",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
+# Of an adapter that was not evaluated: by the task that it was trained with.
+_TRAINED_FOR = {
+    **dict.fromkeys(("feature_distillation", "feature_fisher"), "image-feature-extraction"),
+    **dict.fromkeys(("captioning", "caption_fisher"), "image-text-to-text"),
+    "contrastive": "zero-shot-image-classification",
+}
 # By what is compared: title, entry of a row, and format of the columns that say how much merging changes.
 _COLUMNS = {
     "classes": [("Agreement (%)", "agreement", ".2f"), ("KL", "kl", ".4f")],
@@ -60,7 +66,11 @@ def card_of(
     if repo_id is not None and not is_repo_id(repo_id):
         raise BadValue("repo_id", repo_id, "a Hub id like user/repo")
     record = evaluation or {}
-    task = entry(record, "evaluation", "task", str, "image-classification")
+    learned = entry(entry(training or {}, "training", "arguments", dict, {}), "training.arguments", "task", str, "")
+    default = _TRAINED_FOR.get(learned, "image-classification")
+    if default == "image-feature-extraction" and config.unmerge is False:  # said where a language model reads them
+        default = "image-text-to-text"
+    task = entry(record, "evaluation", "task", str, default)
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", task):
         raise BadValue("evaluation.task", task, "a pipeline tag like image-classification")
     base_model = backbone.base_model if is_repo_id(backbone.base_model) and _is_public(backbone.base_model) else None

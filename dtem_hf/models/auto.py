@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import transformers
@@ -145,13 +146,13 @@ def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any
     return model
 
 
-def load_encoder(name: str, features: str, **options: Any) -> Any:
-    """Load a model for the features (as in `recorded_features`) of its encoder.
+def load_encoder(name: str, features: str, part: str | None = None, **options: Any) -> Any:
+    """Load a model for the features (as in `recorded_features`) of its encoder; of several, of the one in `part`.
 
     Raises BadValue where what they are computed with is not in the checkpoint, or is no function of one image.
     """
     model, info = AutoModel.from_pretrained(name, output_loading_info=True, merge=None, **options)
-    place = find_place(model)
+    place = find_place(model, part)
     encoder = place.encoder
     prefix = next(path for path, module in model.named_modules() if module is encoder)
     missing = [key for key in info["missing_keys"] if key.startswith(prefix and f"{prefix}.")]
@@ -159,11 +160,10 @@ def load_encoder(name: str, features: str, **options: Any) -> Any:
     missing = [key for key in missing if features == "pooled" or ".pooler.dense." not in f".{key}"]
     if missing:
         raise BadValue("model", name, f"a trained encoder, and this one lacks {min(missing)}, which would be random")
-    if len(place.family.input_shape(encoder)) != 3 or getattr(encoder.config, "mask_ratio", None):
-        kind = (
-            f"an encoder of whole images, and {type(encoder).__name__} takes clips, sound or a random part of an image"
-        )
-        raise BadValue("model", name, kind)
+    in_rows = "grid_thw" in signature(encoder.forward).parameters
+    if in_rows or len(place.family.input_shape(encoder)) != 3 or getattr(encoder.config, "mask_ratio", None):
+        takes = f"{type(encoder).__name__} takes clips, sound, rows of patches or a random part of an image"
+        raise BadValue("model", name, f"an encoder of whole images, and {takes}")
     return model
 
 

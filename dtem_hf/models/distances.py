@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,13 +59,14 @@ def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
+def recorded_features(model: Any, kind: str, states: Sequence[int] = (-1,)) -> Iterator[Callable[[], Tensor]]:
     """`with recorded_features(model, kind) as features:` run the model, then `features()` is [B, D] of that pass.
 
     `pooled` is the encoder's own pooled output, `cls` its first final token, `patches` the mean of its final patch
     tokens, weighted by their sizes. `grid` is all N of these, back in place: [B, N, D]. `auto` is the first of the
-    other three that there is; it passes over a pooler like ViT's, whose weights many checkpoints lack. Raises
-    ValueError where an encoder lacks it.
+    other three that there is; it passes over a pooler like ViT's, whose weights many checkpoints lack. With other
+    `states`, `grid` is of these hidden states (the input first), side by side: run the model with
+    output_hidden_states=True. Raises ValueError where an encoder lacks what is asked for.
     """
     family, encoder = find_encoder(model)
     prefix = family.geometry(encoder).num_prefix_tokens
@@ -77,14 +78,14 @@ def recorded_features(model: Any, kind: str) -> Iterator[Callable[[], Tensor]]:
         # Asked to prepare for a plain mean, a merged encoder hands on tokens that are weighed by their sizes.
         reader = "mean" if kind == "patches" or not prefix else "tokens"
         with open_scope(Scope(reader="grid" if kind == "grid" else reader)):
-            yield lambda: _pool(encoder, outputs[-1], kind, prefix)
+            yield lambda: _pool(encoder, outputs[-1], kind, prefix, states)
     finally:
         handle.remove()
 
 
-def _pool(encoder: Any, output: Any, kind: str, num_prefix_tokens: int) -> Tensor:
+def _pool(encoder: Any, output: Any, kind: str, num_prefix_tokens: int, states: Sequence[int]) -> Tensor:
     pooled: Any = getattr(output, "pooler_output", None)
-    tokens = output[0]
+    tokens = output[0] if tuple(states) == (-1,) else torch.cat([output.hidden_states[i] for i in states], dim=-1)
     if kind == "pooled" and pooled is None:
         raise BadValue("features", kind, f"cls or patches, as {type(encoder).__name__} has no pooled output")
     trusted = pooled is not None and not hasattr(getattr(encoder, "pooler", None), "dense")

@@ -17,7 +17,7 @@ from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, serve_attention
-from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, returned, with_last
+from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
 from ..token_state import MergeStep, MergeTrace, TokenState
@@ -117,11 +117,12 @@ class EncoderMerging(Renamed, ScopedForward):
         state = self._new_token_state(inputs, unmerge or wanted.reader == "masks", masked)
         with open_scope(Scope(state=state, closed=True)):
             output = stock()
+        wanted.sizes = None
         if state is not None:
             state.finished = True
             if state.changed:
                 output = returned(output, state, wanted.reader, unmerge)
-                wanted.sizes = None if unmerge else state.live_sizes
+                wanted.sizes = read_sizes(state, wanted.reader, unmerge)
                 if self.merging.reader == "sized" and wanted.sizes is not None and isinstance(output, dict):
                     output[TOKEN_SIZES] = wanted.sizes
             output = self._reaching_all(output, state)

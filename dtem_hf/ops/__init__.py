@@ -1,6 +1,6 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
-from .attention import SMALLEST_SIZE, extend_keys, size_bias
+from .attention import SMALLEST_SIZE, attention_dtype, extend_keys, size_bias
 from .damage import first_order_change
 from .forms import MERGE_FORMS, exports_one_hot, exports_openvino, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
@@ -25,6 +25,7 @@ __all__ = [
     "MERGE_FORMS",
     "SMALLEST_SIZE",
     "Matching",
+    "attention_dtype",
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",

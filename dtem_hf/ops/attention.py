@@ -35,6 +35,11 @@ def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None
     return bias.to(dtype)
 
 
+def attention_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype that attention computes in, of tokens of `dtype` on a kind of device: autocast's, where it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+
+
 def extend_keys(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:

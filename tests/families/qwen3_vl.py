@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from tests.support.family_case import FamilyCase, Inputs, Row
-from tests.support.packed_rows import (
-    NOT_EXPORTED,
-    PROMPTS,
-    assert_a_prompt_generates,
-    assert_an_image_alone_is_the_same_among_others,
-    assert_merged_tokens_and_mixed_traces_are_refused,
-    assert_segments_equal_the_slow_reference,
-    assert_sizes_are_rounded_as_the_processor_does,
-    assert_sizes_that_differ_are_the_plain_model_where_nothing_merges,
-    cells,
-    merger,
-    packed,
-    rows_of,
-    tower,
-)
+from tests.support.packed_rows import NOT_EXPORTED, cells, merger, packed, rows_of, tower
 from tests.support.slow_model import Weights, tanh_gelu
 
 
@@ -80,29 +63,3 @@ CASE = FamilyCase(
 
 def tap(weights: Weights, index: int, x: Tensor) -> Tensor:
     return merger(weights, f"deepstack_merger_list.{index}", x, *NAMES, after=True)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_images_of_several_sizes_equal_the_slow_reference(attention: str) -> None:
-    assert_segments_equal_the_slow_reference(CASE, attention, tap)
-
-
-def test_an_image_alone_is_the_same_among_others() -> None:
-    assert_an_image_alone_is_the_same_among_others(CASE)
-
-
-def test_sizes_that_differ_are_the_plain_model_where_nothing_merges() -> None:
-    assert_sizes_that_differ_are_the_plain_model_where_nothing_merges(CASE)
-
-
-def test_merged_tokens_and_mixed_traces_are_refused() -> None:
-    assert_merged_tokens_and_mixed_traces_are_refused(CASE)
-
-
-def test_sizes_are_rounded_as_the_processor_does() -> None:
-    assert_sizes_are_rounded_as_the_processor_does(CASE)
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_prompt_generates(prompt: str, tmp_path: Path) -> None:
-    assert_a_prompt_generates(CASE, Qwen3VLForConditionalGeneration, prompt, tmp_path)

@@ -15,10 +15,9 @@ import pytest
 
 from dtem_hf import ToMeConfig
 from dtem_hf.families import FAMILIES, Family
-from tests.families import test_promises, test_registry, test_slow_reference, test_unmerging
+from tests.families import test_packed_rows, test_promises, test_registry, test_slow_reference, test_unmerging
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
-from tests.support.packed_rows import assert_sizes_are_rounded_as_the_processor_does
 
 
 def family_of(case: FamilyCase) -> Family:
@@ -120,7 +119,7 @@ def refuses_what_cannot_be_merged(case: FamilyCase, folder: Path) -> None:
 
 def rounds_sizes_as_the_processor(case: FamilyCase, folder: Path) -> None:
     if case.rows[0].anatomy.whole:
-        assert_sizes_are_rounded_as_the_processor_does(case)
+        test_packed_rows.test_sizes_are_rounded_as_the_processor_does(case)
 
 
 LAYER = Family.__dataclass_fields__["layer_merging"].default  # the one for layers that need nothing of their own

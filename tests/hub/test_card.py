@@ -239,6 +239,21 @@ def test_the_task_of_the_evaluation_is_the_pipeline_tag(tmp_path, task, auto_cla
     assert hasattr(dtem_hf, auto_class)
 
 
+@pytest.mark.parametrize(
+    ("task", "unmerge", "auto_class"),
+    [
+        ("fisher", None, "AutoModelForImageClassification"),
+        ("feature_fisher", None, "AutoModel"),
+        ("feature_fisher", False, "AutoModelForImageTextToText"),
+        ("captioning", None, "AutoModelForImageTextToText"),
+        ("contrastive", None, "AutoModelForZeroShotImageClassification"),
+    ],
+)
+def test_without_an_evaluation_the_training_says_what_a_model_is_for(task, unmerge, auto_class):
+    card = card_of(dtem_hf.DTEMConfig(unmerge=unmerge), facts(), None, training={"arguments": {"task": task}})
+    assert f"from dtem_hf import {auto_class}\n" in card.text
+
+
 def test_an_adapter_that_was_not_evaluated_says_so(tmp_path):
     card = saved(card_of(dtem_hf.DTEMConfig(), facts(), None), tmp_path)
     assert "\nNot evaluated.\n" in card.text and "\nNot recorded.\n" in card.text

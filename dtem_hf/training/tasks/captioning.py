@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from ...errors import BadValue
+from ...families import find_place
 from ...models.auto import auto_class
 from ...models.distances import kl_to
 from .caption_task import CaptionTask
@@ -31,8 +32,9 @@ class Captioning(CaptionTask):
         a = self.arguments
         config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
         model = auto_class(config).from_pretrained(a.model, merge=a.merge_config())
-        if not model.can_generate():
-            raise BadValue("model", a.model, f"a model that writes captions (GIT, BLIP), not {type(model).__name__}")
+        if not model.can_generate() or find_place(model).part:
+            right = f"a model that writes captions (GIT, BLIP), not {type(model).__name__}; for one with a vision "
+            raise BadValue("model", a.model, f"{right}tower inside, see examples/train_llava.py")
         return model
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:

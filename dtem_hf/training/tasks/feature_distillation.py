@@ -1,18 +1,28 @@
-"""Task `feature_distillation`: an encoder without a head (CLIP's, SigLIP's, DINOv2 …) keeps its unmerged features."""
+"""Task `feature_distillation`: an encoder without a head (CLIP's, SigLIP's, DINOv2 …) keeps its unmerged features.
+
+A vision-language model's keeps those that its language model reads, and its adapter fits the whole model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
 
-from ...models.auto import AutoModel
+from ...errors import BadValue
+from ...families import find_place
+from ...families.containers import container_of, states_read
+from ...hub.client import cached_commit
+from ...models.attach import attach
+from ...models.auto import load_encoder
 from ...models.dense_head import DenseHead
 from ...models.distances import feature_distance, recorded_features
+from ...models.vision import image_part
 from ...programs.functions import load_function
 from ..task_arguments import TaskArguments
 from .image_task import ImageTask
@@ -21,7 +31,7 @@ from .image_task import ImageTask
 class FeatureDistillation(ImageTask):
     """The loss is the distance to the unmerged features; options `features` and `feature_loss` choose both.
 
-    With a `head`, features are its maps.
+    With a `head`, features are its maps. `states` are the hidden states that features are made of.
     """
 
     name: ClassVar[str] = "feature_distillation"
@@ -31,24 +41,33 @@ class FeatureDistillation(ImageTask):
         super().__init__(arguments)
         name = arguments.head
         self.head = None if name is None else DenseHead(load_function("head", name), name)
+        self.kind = arguments.features if name is None else "grid"
+        self.states: tuple[int, ...] = (-1,)
 
     def load_model(self) -> Any:
         """The encoder; of a model that also reads text, its vision part."""
         a = self.arguments
-        config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
-        vision = getattr(config, "vision_config", config)
-        return AutoModel.from_pretrained(a.model, merge=a.merge_config(), config=vision)
+        whole = load_encoder(a.model, a.features, a.part)
+        place = find_place(whole, a.part)
+        if place.part and container_of(type(whole)).reader == "grid":
+            if a.features not in ("auto", "grid"):
+                raise BadValue("features", a.features, f"auto or grid: {type(whole).__name__} reads every patch")
+            self.kind, self.states = "grid", tuple(states_read(whole.config))
+        # In float32, as vision-language models are saved in half precision, in which small steps are lost.
+        model: Any = image_part(place.holder, place.encoder).float()
+        model.name_or_path, model.config._commit_hash = whole.name_or_path, cached_commit(a.model)
+        return attach(model, replace(a.merge_config(), part=None))
 
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        a, pixels = self.arguments, self.mixed(batch).pixel_values
+        pixels = self.mixed(batch).pixel_values
         reference = self._unmerged_features(plain_model, pixels)
-        features = self.features(plain_model, pixels, lambda: model(pixel_values=pixels))
-        return feature_distance(reference, features, a.feature_loss).mean()
+        features = self.features(plain_model, pixels, model)
+        return feature_distance(reference, features, self.arguments.feature_loss).mean()
 
-    def features(self, model: Any, pixels: Tensor, run: Callable[[], Any]) -> Tensor:
+    def features(self, model: Any, pixels: Tensor, run: Callable[..., Any]) -> Tensor:
         """The features of a model that `run` runs on pixels: [B, D] or [B, N, D]."""
-        with recorded_features(model, self.arguments.features if self.head is None else "grid") as recorded:
-            run()
+        with recorded_features(model, self.kind, self.states) as recorded:
+            run(pixel_values=pixels, **({} if self.states == (-1,) else {"output_hidden_states": True}))
             features = recorded()
         return features if self.head is None else self.head(model, features, pixels).flatten(1)
 
@@ -61,7 +80,7 @@ class FeatureDistillation(ImageTask):
         `retrieval`: whether merged and unmerged features of an image have the same nearest other image of the batch.
         """
         pixels = batch["pixel_values"]
-        features = self.features(model, pixels, lambda: model(pixel_values=pixels))
+        features = self.features(model, pixels, model)
         flat = reference.flatten(1)
         same = nearest(features.flatten(1), flat) == nearest(flat, flat)
         return {
@@ -71,10 +90,7 @@ class FeatureDistillation(ImageTask):
         }
 
     def _unmerged_features(self, plain_model: Any, pixel_values: Tensor) -> Tensor:
-        def run() -> Any:
-            return self.unmerged(plain_model, pixel_values=pixel_values)
-
-        return self.features(self.teacher(plain_model), pixel_values, run)
+        return self.features(self.teacher(plain_model), pixel_values, partial(self.unmerged, plain_model))
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> Tensor:

@@ -65,8 +65,7 @@ class FeatureFisher(_HardMerging, FeatureDistillation):
 
     def output(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Features [B, D] or [B, N, D]."""
-        pixels = self.mixed(batch).pixel_values
-        return self.features(plain_model, pixels, lambda: model(pixel_values=pixels))
+        return self.features(plain_model, self.mixed(batch).pixel_values, model)
 
 
 class CaptionFisher(_HardMerging, Captioning):

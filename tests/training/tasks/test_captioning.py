@@ -12,6 +12,7 @@ from dtem_hf.models.distances import caption_losses
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from dtem_hf.training.tasks.captioning import word_divergence
+from tests.models.test_containers import built, llava
 
 
 CLASSES = {"git_folder": GitForCausalLM, "blip_folder": BlipForConditionalGeneration}
@@ -93,3 +94,9 @@ def test_bad_data_is_named(caption_options, git_folder, change, message, make_ru
 def test_model_that_writes_nothing_is_refused(caption_options, clip_folder, make_run):
     with pytest.raises(BadValue, match="a model that writes captions"):
         make_run({**caption_options, "model": str(clip_folder), "task": "captioning"})
+
+
+def test_a_model_around_a_tower_is_refused_with_what_trains_it(caption_options, tmp_path, make_run):
+    built(llava)[0].save_pretrained(tmp_path / "llava")
+    with pytest.raises(BadValue, match=r"not LlavaForConditionalGeneration; .*examples/train_llava.py"):
+        make_run({**caption_options, "model": str(tmp_path / "llava"), "task": "captioning"})

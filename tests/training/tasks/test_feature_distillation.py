@@ -3,12 +3,15 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
+from transformers import AutoModelForImageTextToText as StockModel
+from transformers import CLIPVisionModel, LlavaNextImageProcessorPil, SiglipVisionModel, ViTModel
 
-from dtem_hf import BadValue, DTEMConfig, attach
+from dtem_hf import AutoModelForImageTextToText, BadValue, DTEMConfig, MergeAdapter, attach
 from dtem_hf.models.distances import feature_distance, recorded_features
 from dtem_hf.training.parameters import freeze_backbone, relax
 from dtem_hf.training.tasks.feature_distillation import nearest
+from tests.models.test_containers import built, llava, llava_next, paligemma, prompt, qwen2_vl, vipllava
+from tests.models.test_processor import saved_processor
 
 
 CASES = [
@@ -145,3 +148,74 @@ def test_encoder_without_a_head_is_sent_here(options, make_run, tmp_path):
     ViTModel.from_pretrained(options["model"]).save_pretrained(tmp_path / "bare")
     with pytest.raises(BadValue, match=r"lacks classifier.*feature_distillation"):
         make_run({**options, "model": str(tmp_path / "bare")})
+
+
+def saved_container(build, folder):
+    model, _ = built(build)
+    model.save_pretrained(folder)
+    saved_processor(folder, "paligemma" if build is paligemma else "llava")
+    return str(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [llava, vipllava, paligemma])
+def test_of_a_vision_language_model_what_its_language_model_reads_is_compared(build, options, make_run, tmp_path):
+    """Unmerged features are what the stock model's projector gets; merged ones, those of the merged whole."""
+    folder = saved_container(build, tmp_path / "model")
+    run = make_run({**options, "model": folder, "task": "feature_distillation", "r": "5"})
+    batch = run.data.collate([run.data.train[0, i] for i in range(3)])
+    read = []
+
+    def look(model):
+        model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        model.eval()(**{**prompt(64, 3), "pixel_values": batch["pixel_values"]})
+        return read[-1].unflatten(-1, (-1, 32)).flatten(2)
+
+    reference = run.task.reference(run.model, batch)
+    torch.testing.assert_close(reference, look(StockModel.from_pretrained(folder)))
+    relax(run.model, False)
+    merged = look(AutoModelForImageTextToText.from_pretrained(folder, merge=DTEMConfig(r=5)))
+    distances = feature_distance(reference, merged, "cosine")
+    torch.testing.assert_close(run.task.figures(run.model, batch, reference)["distance"], distances)
+    assert distances.min() > 1e-3
+
+
+@pytest.mark.parametrize("task", ["feature_distillation", "feature_fisher"])
+def test_an_adapter_of_a_tower_fits_the_whole_vision_language_model(task, options, make_run, tmp_path):
+    """Trained from the saved whole, with an option that says how its language model reads the tokens."""
+    folder = saved_container(llava, tmp_path / "model")
+    changes = {"model": folder, "task": task, "unmerge": False, "part": "vision_tower", "steps": 2, "r": "5"}
+    run = make_run({**options, **changes})
+    start = run.model.to_merge_adapter().tensors
+    run.train()
+    assert not torch.equal(run.model.to_merge_adapter().tensors["layers.0.weight"], start["layers.0.weight"])
+    learned = MergeAdapter.from_reference(tmp_path / "run" / "adapter")
+    whole = AutoModelForImageTextToText.from_pretrained(folder, merge=str(tmp_path / "run" / "adapter")).eval()
+    assert whole.merge_config.part == "model.vision_tower" and whole.merge_config.unmerge is False
+    assert all(torch.equal(x, learned.tensors[name]) for name, x in whole.to_merge_adapter().tensors.items())
+    inputs = prompt(64 - 3 * 5)
+    assert whole.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@torch.no_grad()
+def test_of_an_image_in_tiles_the_first_is_seen(options, make_run, tmp_path):
+    folder = saved_container(llava_next, tmp_path / "model")
+    size = {"height": 32, "width": 32}
+    points = [[64, 64], [32, 64]]
+    tiles = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=size, image_grid_pinpoints=points)
+    tiles.save_pretrained(folder)
+    run = make_run({**options, "model": folder, "task": "feature_distillation", "r": "5"})
+    batch = run.data.collate([run.data.train[0, i] for i in range(3)])
+    for i in range(3):
+        seen = tiles(run.data.train.open(i), return_tensors="pt")["pixel_values"]
+        assert seen.shape[1:] == (5, 3, 32, 32) and torch.equal(batch["pixel_values"][i], seen[0, 0])
+    assert run.task.loss(run.model, run.model, batch) > 0
+
+
+def test_what_a_vision_language_model_does_not_read_is_refused(options, make_run, tmp_path):
+    folder = saved_container(llava, tmp_path / "llava")
+    with pytest.raises(BadValue, match="features='cls': auto or grid: LlavaModel reads every patch"):
+        make_run({**options, "model": folder, "task": "feature_distillation", "features": "cls"})
+    folder = saved_container(qwen2_vl, tmp_path / "qwen2_vl")
+    with pytest.raises(BadValue, match=r"an encoder of whole images, and Qwen2Vision\w+ takes .*rows of patches"):
+        make_run({**options, "model": folder, "task": "feature_distillation"})
