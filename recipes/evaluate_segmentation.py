@@ -4,9 +4,8 @@ python recipes/evaluate_segmentation.py --model facebook/dinov2-small --train pa
 python recipes/evaluate_segmentation.py --model ... --train ... --test ... --limit 50 --steps 200    # a laptop's CPU
 """
 
-from dtem_hf.evaluation.segmentation import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.segmentation")
