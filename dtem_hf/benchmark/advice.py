@@ -274,8 +274,10 @@ def _time(
         began = time.monotonic()
         budget = max(0.0, end - began) / (len(batch_sizes) - place)
         for later in batch_sizes[place:]:
+            a_round = guess * max(later, 8)
             compiling = _COMPILE * sum(row["runtime"] == "compile" for row in rows)
-            seconds[f"batches of {later}"] = compiling + min(budget, (rounds + _WARMUP) * guess * max(later, 8))
+            longest = max(budget, (_LEAST_ROUNDS + _WARMUP) * a_round)
+            seconds[f"batches of {later}"] = compiling + min(longest, (rounds + _WARMUP) * a_round)
         show(f"batches of {size}")
         batch = pixels[torch.arange(size, device=pixels.device) % len(pixels)]
         known: set[int] = set()
