@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,9 +160,11 @@ def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
         merged.set_reduction(r)
         return merged.merge_plan(shape[-2:]).ratio
 
-    most = merged.merge_plan(shape[-2:]).num_tokens
-    for share in _SHARES:
-        found += [next((r for r in range(found[-1] + 1, most) if ratio(r) <= share), most)]
+    most = merged.merge_plan(shape[-2:]).num_tokens // 2 + 1  # a layer merges fewer
+    with warnings.catch_warnings():  # of an r that is too large for images of the model's own size
+        warnings.simplefilter("ignore")
+        for share in _SHARES:
+            found += [next((r for r in range(found[-1] + 1, most) if ratio(r) <= share), most)]
     return [r for r in found[1:] if r < most] or [1]
 
 

@@ -199,8 +199,9 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
 def _warn_of_an_r_that_is_too_large(merging: Merging) -> None:
     """An r that was written down is lowered where a layer has too few tokens; no layer can merge the one warned of."""
     schedule, patches = merging.config.schedule, merging.num_tokens - merging.cost.num_prefix_tokens
+    written = isinstance(schedule, ConstantSchedule | ListSchedule) and schedule != type(merging.config)().schedule
     largest = max(schedule.resolve(merging.cost, merging.num_tokens), default=0)
-    if isinstance(schedule, ConstantSchedule | ListSchedule) and merging.cost.pairwise and largest > patches // 2:
+    if written and merging.cost.pairwise and largest > patches // 2:
         warnings.warn(
             f"r={largest}: an image of the model's own size has {patches} patches, of which a layer can merge half, "
             f"{patches // 2}, at most; r is lowered to that, layer by layer. set_reduction(flops=0.5) finds an r.",

@@ -23,8 +23,7 @@ FEATURE_COLUMNS = ("method", "r", "cosine", "cosine, 95 %", "same nearest", "k-N
 # What readers of COLUMNS and FEATURE_COLUMNS may not know.
 LEGEND = (
     "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
-    "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds; "
-    "speed-up: ratio of the images/s"
+    "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
 )
 # Of tables with both.
 SPEEDUP_LEGEND = (
@@ -33,8 +32,7 @@ SPEEDUP_LEGEND = (
 )
 _FEATURE_LEGEND = (
     "cosine: with the unmerged model's features; same nearest: images whose nearest other image stays the same, in "
-    "percent; k-NN top-1: images whose label their nearest others vote for, in percent; share: of its multiply-adds; "
-    "speed-up: ratio of the images/s"
+    "percent; k-NN top-1: images whose label their nearest others vote for, in percent; share: of its multiply-adds"
 )
 
 
@@ -121,4 +119,5 @@ def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
     columns = columns_of(result["rows"])
     legend = LEGEND if columns is COLUMNS else _FEATURE_LEGEND
+    legend += "; speed-up: ratio of the images/s"
     print_rows(about(result), columns, [cells(row) for row in result["rows"]], legend=legend)
