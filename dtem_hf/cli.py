@@ -300,7 +300,7 @@ def visualize(
 # Programs that read their own arguments, `--help` included: the module whose `main` runs, and what it does.
 _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
-    "train": ("training", "Learn a merge embedding for a frozen backbone."),
+    "train": ("training.program", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy, or features, and speed with and without merging."),
     "evaluate-dense": ("evaluation.dense", "Compare a dense head's maps with and without merging."),
     "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),

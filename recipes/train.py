@@ -8,4 +8,4 @@ from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script("training")
+    run_script("training.program")

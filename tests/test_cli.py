@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class TestPlan:
         assert plan["tokens"][-1] < 17
 
     def test_takes_the_class_and_the_merge_that_a_checkpoint_was_saved_with(self, tmp_path):
-        attach(ViTForImageClassification(TINY), ToMeConfig(r=2)).save_pretrained(tmp_path)
+        attach(ViTForImageClassification(deepcopy(TINY)), ToMeConfig(r=2)).save_pretrained(tmp_path)
 
         plan = run_json("plan", tmp_path)
 
@@ -187,7 +188,7 @@ class TestInfo:
         assert run_json("info", adapter_folder)["results"] == []
 
     def test_of_a_merged_model_shows_how_it_is_merged(self, tmp_path):
-        attach(ViTForImageClassification(TINY), ToMeConfig(r=2)).save_pretrained(tmp_path)
+        attach(ViTForImageClassification(deepcopy(TINY)), ToMeConfig(r=2)).save_pretrained(tmp_path)
 
         result = run("info", tmp_path)
 
@@ -219,7 +220,7 @@ class TestPush:
         assert result.exit_code == 1 and "holds a model that is not merged, and no adapter" in result.stderr
 
     def test_a_merged_model_publishes_itself(self, tmp_path):
-        attach(ViTForImageClassification(TINY), ToMeConfig(r=2)).save_pretrained(tmp_path)
+        attach(ViTForImageClassification(deepcopy(TINY)), ToMeConfig(r=2)).save_pretrained(tmp_path)
 
         result = run("push", tmp_path, "user/tiny", "--dry-run")
 
@@ -321,7 +322,7 @@ class TestErrors:
 @pytest.mark.parametrize(
     ("command", "target"),
     [
-        ("train", "dtem_hf.training.main"),
+        ("train", "dtem_hf.training.program.main"),
         ("evaluate", "dtem_hf.evaluation.classification.main"),
         ("benchmark", "dtem_hf.benchmark.program.main"),
         ("advise", "dtem_hf.benchmark.advise.main"),

@@ -205,7 +205,7 @@ def _warn_of_an_r_that_is_too_large(merging: Merging) -> None:
         warnings.warn(
             f"r={largest}: an image of the model's own size has {patches} patches, of which a layer can merge half, "
             f"{patches // 2}, at most; r is lowered to that, layer by layer. set_reduction(flops=0.5) finds an r.",
-            stacklevel=4,
+            stacklevel=5,  # who called attach or set_reduction
         )
 
 
