@@ -14,7 +14,7 @@ LINES = [["onnxruntime", "tome", *(f"{i}21.5 (1.0{i}×)" for i in range(8))] for
 
 
 @pytest.mark.parametrize("width", [60, 80, 300, None])
-def test_a_narrow_terminal_gets_several_tables(width: int | None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_gets_some_tables(width: int | None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has the names of its rows; a file (None) gets one table, however wide."""
     monkeypatch.delenv("COLUMNS", raising=False)
     if width is not None:
