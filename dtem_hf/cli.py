@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +35,9 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_note  # type: ignore[assignment]
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except (ValueError, OSError, ImportError) as error:
@@ -45,6 +46,11 @@ class OneLineErrors(TyperGroup):
             message = " ".join(str(error).split()) or type(error).__name__
             typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def _show_note(message: Warning, *_: Any) -> None:
+    """A warning as one line, without the place in the code."""
+    typer.secho(f"Note: {message}", fg=typer.colors.YELLOW, err=True)
 
 
 app = typer.Typer(
@@ -113,13 +119,10 @@ def plan(
       dtem-hf plan facebook/deit-small-patch16-224 --method tome --r 13
       dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5 --json
     """
-    import torch
-
-    from .models.auto import auto_class
+    from .labels import reduction_label
 
     config = _read_config(model)
-    with torch.device("meta"):
-        merged = auto_class(config).from_config(config, merge=_merge_of(config, method))
+    merged = _without_weights(config, _merge_of(config, method))
     _set_reduction(merged, r, flops)
     merge_plan = merged.merge_plan(image_size)
     if as_json:
@@ -127,30 +130,53 @@ def plan(
         typer.echo(json.dumps(found, indent=2))
         return
 
+    default = "" if method or r or flops or hasattr(config, "merge") else ": the default; --method and --r choose"
     tokens = [merge_plan.num_tokens, *merge_plan.tokens]
     layers = zip(tokens, merge_plan.reductions, tokens[1:], merge_plan.layer_multiply_adds, strict=False)
     rows = [(i, *layer[:-1], f"{layer[-1] / 1e6:.1f}") for i, layer in enumerate(layers)]
-    typer.echo(f"{model} ({type(merged).__name__}), {merged.merge_config.method}")
+    typer.echo(
+        f"{model} ({type(merged).__name__}), {merged.merge_config.method}, "
+        f"{reduction_label(merged.merge_config.schedule)}{default}"
+    )
     _print_table(("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
     typer.echo(str(merge_plan).splitlines()[-1])
 
 
 @app.command()
 def info(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, Hub id, or id@revision.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="An adapter's folder, Hub id, or id@revision; a merged model's folder."
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show an adapter's method, backbone, size and results.
+    """Show an adapter's method, backbone, size and results; of a merged model's folder, how it is merged.
 
     \b
     Examples:
-      dtem-hf info runs/deit_tiny
+      dtem-hf info runs/deit_tiny/adapter
       dtem-hf info user/dtem-deit-small@main --json
     """
+    from .files import check_is_there
     from .hub.adapter import MergeAdapter
     from .hub.publishing import card_results
+    from .hub.reading import recorded_merge
     from .hub.records import clean
+    from .models.attach import UNSET
 
+    check_is_there(adapter)
+    if (merge := recorded_merge(adapter)) is not None:
+        config = _read_config(adapter)
+        plan = _without_weights(config, UNSET).merge_plan()
+        if as_json:
+            typer.echo(json.dumps({"model": adapter, "merge": merge, "plan": plan.to_dict()}, indent=2))
+            return
+        typer.echo(f"{adapter}: a merged model ({', '.join(config.architectures or [config.model_type])})")
+        _print_table((), [(name, clean(value)) for name, value in merge.items() if value is not None])
+        typer.echo(str(plan).splitlines()[-1])
+        return
     loaded = MergeAdapter.from_reference(adapter)
     found: dict[str, Any] = {
         "adapter": adapter,
@@ -178,7 +204,10 @@ def info(
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter's folder.")],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository, made if it is not there.")],
+    repo_id: Annotated[
+        str | None,
+        typer.Argument(metavar="USER/REPO", help="The repository, made if it is not there; --dry-run needs none."),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make it private; refused where it is public.")] = False,
     branch: Branch = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")] = False,
@@ -188,7 +217,7 @@ def push(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be published.")] = False,
 ) -> None:
-    """Publish an adapter on the Hub, in one commit.
+    """Publish an adapter on the Hub, in one commit. A merged model is published by its own push_to_hub.
 
     It publishes config, tensors, card with pictures, and the records of training and evaluation without the folders
     of this machine; nothing else of the folder. The token is that of `hf auth login`, or HF_TOKEN.
@@ -203,21 +232,21 @@ def push(
 
     if dry_run:
         files = sorted(published_files(folder, repo_id).items())
+        where = "no repository is named" if repo_id is None else f"https://huggingface.co/{repo_id}"
+        typer.echo(f"Nothing is sent. To be published: {where}{f', branch {branch}' if branch else ''}")
         _print_table(("file", "bytes"), [(name, f"{len(data):,}") for name, data in files])
         return
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        commit = publish_folder(
-            folder,
-            repo_id,
-            private=private or None,
-            branch=branch,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            overwrite_card=overwrite_card,
-        )
-    for warning in caught:
-        typer.secho(f"Note: {warning.message}", fg=typer.colors.YELLOW, err=True)
+    if repo_id is None:
+        raise BadValue("repo_id", repo_id, "USER/REPO, the repository to publish to")
+    commit = publish_folder(
+        folder,
+        repo_id,
+        private=private or None,
+        branch=branch,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        overwrite_card=overwrite_card,
+    )
     typer.echo(f"published: {commit.pr_url or commit}")
 
 
@@ -271,7 +300,7 @@ def visualize(
 # Programs that read their own arguments, `--help` included: the module whose `main` runs, and what it does.
 _PROGRAMS = {
     "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
-    "train": ("training", "Learn a merge embedding for a frozen backbone."),
+    "train": ("training.program", "Learn a merge embedding for a frozen backbone."),
     "evaluate": ("evaluation.classification", "Measure accuracy, or features, and speed with and without merging."),
     "evaluate-dense": ("evaluation.dense", "Compare a dense head's maps with and without merging."),
     "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
@@ -288,10 +317,12 @@ def _add_program(name: str, module: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
     )
     def run(ctx: typer.Context) -> None:
-        if name in EXTRAS:
+        from .programs.arguments import load_program
+
+        if name in EXTRAS and not {"-h", "--help"} & set(ctx.args):
             need(name, f"dtem-hf {name}")  # all that is missing, before the first import fails
         sys.argv = [ctx.command_path, *ctx.args]  # argparse shows the first, and records hold all
-        import_module(f".{module}", __package__).main(ctx.args)
+        load_program(module, ctx.args)()
 
 
 for _name, (_module, _summary) in _PROGRAMS.items():
@@ -301,7 +332,20 @@ for _name, (_module, _summary) in _PROGRAMS.items():
 def _read_config(model: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    from .files import check_is_there
+
+    check_is_there(model)
     return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def _without_weights(config: PretrainedConfig, merge: Any) -> Any:
+    """A merged model on torch's meta device."""
+    import torch
+
+    from .models.auto import auto_class
+
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, merge=merge)
 
 
 def _merge_of(config: PretrainedConfig, method: str | None) -> Any:

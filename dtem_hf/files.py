@@ -179,3 +179,10 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON, links: 
         if not level:
             return value
     raise BadValue(name, "deeply nested", f"a JSON file of at most {_DEEPEST_JSON} levels")
+
+
+def check_is_there(name: str) -> None:
+    """Raise FileNotFoundError for the path of a folder that does not exist, before a Hub is asked for it."""
+    is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
+    if (is_path or ("/" in name and Path(name).parent.is_dir())) and not os.path.exists(name):
+        raise FileNotFoundError(f"there is no folder {name}")

@@ -246,14 +246,21 @@ def _checked_list(field: str, values: Any, most: int) -> tuple[int, ...]:
     return tuple(values)
 
 
+R_EXPECTED = "a whole number, or a list with one for each layer, or a schedule such as " + (
+    '{"kind": "linear", "r": 13, "slope": 0.5}'
+)
+
+
 def as_schedule(r: Any) -> Schedule:
     """Read what a user may give for r: an int, a list with one int per layer, a schedule, or a schedule's JSON."""
     if isinstance(r, Schedule):
         return r
     if isinstance(r, (list, tuple)):
         return ListSchedule(tuple(r))
-    if not isinstance(r, dict):
+    if isinstance(r, int) and not isinstance(r, bool):
         return ConstantSchedule(r)
+    if not isinstance(r, dict):
+        raise BadValue("r", r, R_EXPECTED)
     known = Schedule._kinds.get(str(r.get("kind")))
     if known is None:
         raise BadValue("r", r, f"a schedule of a kind among {', '.join(sorted(Schedule._kinds))}")

@@ -4,9 +4,8 @@ python recipes/analyze.py --model facebook/deit-small-patch16-224 --data path/to
 python recipes/analyze.py --model ... --data ... --adapter ... --limit 16    # a laptop's CPU
 """
 
-from dtem_hf.evaluation.analyze import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.analyze")

@@ -4,9 +4,8 @@ python recipes/benchmark.py --model facebook/deit-small-patch16-224 --methods to
 python recipes/benchmark.py --model path/to/config --random_weights True --rounds 5    # a laptop's CPU
 """
 
-from dtem_hf.benchmark.program import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("benchmark.program")

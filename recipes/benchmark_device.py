@@ -5,9 +5,8 @@ python recipes/benchmark_device.py --models vit-large --attentions flex_attentio
 python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # in small, on a laptop
 """
 
-from dtem_hf.benchmark.device import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("benchmark.device")

@@ -3,9 +3,8 @@
 python recipes/benchmark_training.py --model facebook/deit-tiny-patch16-224 --batch_size 32
 """
 
-from dtem_hf.benchmark.training_step import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("benchmark.training_step")

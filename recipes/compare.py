@@ -4,9 +4,8 @@ python recipes/compare.py --model facebook/deit-small-patch16-224 --data imagene
 python recipes/compare.py --model ... --data path/to/images --limit 200 --flops 0.65 0.5    # a laptop's CPU
 """
 
-from dtem_hf.evaluation.comparison import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.comparison")

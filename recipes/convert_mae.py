@@ -4,9 +4,8 @@ python recipes/convert_mae.py --checkpoint mae_finetuned_vit_base.safetensors --
 dtem-hf plan mae-base --method tome --r 16   # and then as any other model
 """
 
-from dtem_hf.convert.mae import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("convert.mae")

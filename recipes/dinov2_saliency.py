@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from dtem_hf.errors import BadValue
+from dtem_hf.errors import BadValue, need
 from dtem_hf.files import replacing_folder
 from dtem_hf.programs.arguments import option, parse_arguments, run_script
 
@@ -64,6 +64,7 @@ class SaliencyArguments:
 def main() -> None:
     """Download the package, and write what its ONNX file holds as a model of transformers and a decoder."""
     arguments = parse_arguments(SaliencyArguments, None, __doc__ or "")
+    need("onnx", "recipes/dinov2_saliency.py", "onnx")
     if Path(arguments.output_dir).exists():
         raise BadValue("output_dir", arguments.output_dir, "a folder that is not there yet")
     with replacing_folder(Path(arguments.output_dir)) as folder, tempfile.TemporaryDirectory() as downloads:

@@ -4,9 +4,8 @@ python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/t
 python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
 """
 
-from dtem_hf.evaluation.classification import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.classification")

@@ -4,9 +4,8 @@ python recipes/evaluate_caption_loss.py --model runs/small-git --images path/to/
     --hold_out 200 --r 4 8 12 --adapter runs/small-git-dtem/adapter
 """
 
-from dtem_hf.evaluation.caption_loss import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.caption_loss")

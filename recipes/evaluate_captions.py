@@ -5,9 +5,8 @@ python recipes/evaluate_captions.py --model microsoft/git-base-coco --images coc
 python recipes/evaluate_captions.py --annotations captions_val2014.json --predictions results.json --output scores.json
 """
 
-from dtem_hf.evaluation.captions import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.captions")

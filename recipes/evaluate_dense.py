@@ -4,9 +4,8 @@ python recipes/evaluate_dense.py --model facebook/dinov2-small --head my_heads:d
 python recipes/evaluate_dense.py --model ... --head ... --data ... --methods tome --r 8 16 --limit 50  # a laptop's CPU
 """
 
-from dtem_hf.evaluation.dense import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.dense")

@@ -5,9 +5,8 @@ python recipes/evaluate_segmentation.py --model ... --train ... --test ... --lim
 python recipes/evaluate_segmentation.py --model checkpoints/segmenter-small --test path/to/test --flops 0.65 0.5
 """
 
-from dtem_hf.evaluation.segmentation import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.segmentation")

@@ -5,9 +5,8 @@ python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem
 python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 """
 
-from dtem_hf.deploy.program import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("deploy.program")

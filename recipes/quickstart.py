@@ -5,8 +5,7 @@ python recipes/quickstart.py --output_dir runs/quickstart
 """
 
 from dtem_hf.programs.arguments import run_script
-from dtem_hf.quickstart import main
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("quickstart")

@@ -4,8 +4,7 @@ python recipes/report.py --folders runs/compare runs/analysis --output runs/repo
 """
 
 from dtem_hf.programs.arguments import run_script
-from dtem_hf.report.page import main
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("report.page")

@@ -5,8 +5,7 @@ python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/im
 """
 
 from dtem_hf.programs.arguments import run_script
-from dtem_hf.training import main
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("training.program")

@@ -4,8 +4,7 @@ python recipes/train_small_git.py --images path/to/flickr8k --captions captions.
 """
 
 from dtem_hf.programs.arguments import run_script
-from dtem_hf.training.small_git import main
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("training.small_git")

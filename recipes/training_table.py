@@ -3,9 +3,8 @@
 python recipes/training_table.py --rows FILE --model M --train IMAGES --dev LABELLED_IMAGES
 """
 
-from dtem_hf.evaluation.training_table import main
 from dtem_hf.programs.arguments import run_script
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script("evaluation.training_table")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,20 @@ class TestPlan:
         assert "ViTForImageClassification" in result.stdout
         assert result.stdout.splitlines()[-1].startswith("17 -> 11 tokens;")
 
-    def test_method_defaults_to_dtem(self, config_folder):
+    def test_method_defaults_to_dtem_and_says_so(self, config_folder):
         plan = run_json("plan", config_folder)
 
         assert (plan["merge"]["method"], plan["merge"]["r"]) == ("dtem", 16)
+        assert "dtem, r=16: the default; --method and --r choose" in run("plan", config_folder).stdout
+        assert ": the default" not in run("plan", config_folder, "--method", "tome", "--r", "2").stdout
+        assert "tome, r=2" in run("plan", config_folder, "--method", "tome", "--r", "2").stdout
+
+    def test_warnings_are_one_line(self, config_folder):
+        result = run("plan", config_folder, "--r", 200)
+
+        assert result.exit_code == 0
+        assert result.stderr.startswith("Note: r=200: an image of the model's own size has 16 patches")
+        assert len(result.stderr.splitlines()) == 1
 
     def test_takes_one_r_per_layer_and_an_image_size(self, config_folder):
         plan = run_json("plan", config_folder, "--r", "[0, 20]", "--image-size", 64)
@@ -125,7 +136,7 @@ class TestPlan:
         assert plan["tokens"][-1] < 17
 
     def test_takes_the_class_and_the_merge_that_a_checkpoint_was_saved_with(self, tmp_path):
-        attach(ViTForImageClassification(TINY), ToMeConfig(r=2)).save_pretrained(tmp_path)
+        attach(ViTForImageClassification(deepcopy(TINY)), ToMeConfig(r=2)).save_pretrained(tmp_path)
 
         plan = run_json("plan", tmp_path)
 
@@ -175,6 +186,45 @@ class TestInfo:
             (adapter_folder / "README.md").write_text(card)
 
         assert run_json("info", adapter_folder)["results"] == []
+
+    def test_of_a_merged_model_shows_how_it_is_merged(self, tmp_path):
+        attach(ViTForImageClassification(deepcopy(TINY)), ToMeConfig(r=2)).save_pretrained(tmp_path)
+
+        result = run("info", tmp_path)
+
+        assert result.exit_code == 0, result.output
+        assert "a merged model (ViTForImageClassification)" in result.stdout and "tome" in result.stdout
+        assert result.stdout.splitlines()[-1].startswith("17 -> 13 tokens;")
+        found = run_json("info", tmp_path)
+        assert (found["merge"]["method"], found["merge"]["r"], found["plan"]["tokens"]) == ("tome", 2, [15, 13])
+
+
+class TestPush:
+    def test_a_dry_run_names_the_repository_and_the_files(self, adapter_folder):
+        result = run("push", adapter_folder, "user/tiny-adapter", "--dry-run", "--branch", "next")
+
+        assert result.exit_code == 0, result.output
+        assert (
+            "Nothing is sent. To be published: https://huggingface.co/user/tiny-adapter, branch next" in result.stdout
+        )
+        assert "merge_adapter.safetensors" in result.stdout
+
+    def test_a_dry_run_without_a_repository_says_so(self, adapter_folder):
+        assert "no repository is named" in run("push", adapter_folder, "--dry-run").stdout
+        result = run("push", adapter_folder)
+        assert result.exit_code == 2 and "repo_id=None: USER/REPO" in result.stderr
+
+    @pytest.mark.parametrize("command", ["push", "info"])
+    def test_a_plain_model_is_no_adapter(self, model_folder, command):
+        result = run(command, model_folder, *(["a/b", "--dry-run"] if command == "push" else []))
+        assert result.exit_code == 1 and "holds a model that is not merged, and no adapter" in result.stderr
+
+    def test_a_merged_model_publishes_itself(self, tmp_path):
+        attach(ViTForImageClassification(deepcopy(TINY)), ToMeConfig(r=2)).save_pretrained(tmp_path)
+
+        result = run("push", tmp_path, "user/tiny", "--dry-run")
+
+        assert result.exit_code == 1 and "its own save_pretrained and push_to_hub" in result.stderr
 
 
 class TestVisualize:
@@ -239,7 +289,7 @@ class TestErrors:
     def test_model_that_cannot_be_merged(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')
 
-        self.check(run("plan", tmp_path), 2, "'bert'", "ViTForImageClassification")
+        self.check(run("plan", tmp_path), 2, "'bert' cannot be merged: ")
 
     def test_config_without_a_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
@@ -247,7 +297,7 @@ class TestErrors:
         self.check(run("plan", tmp_path), 2, "model_type")
 
     def test_no_such_model(self, tmp_path):
-        self.check(run("plan", tmp_path / "nothing"), 1, "nothing")
+        self.check(run("plan", tmp_path / "nothing"), 1, f"there is no folder {tmp_path / 'nothing'}")
 
     def test_no_such_adapter(self, tmp_path):
         self.check(run("info", tmp_path), 1, "merge_config.json")
@@ -272,7 +322,7 @@ class TestErrors:
 @pytest.mark.parametrize(
     ("command", "target"),
     [
-        ("train", "dtem_hf.training.main"),
+        ("train", "dtem_hf.training.program.main"),
         ("evaluate", "dtem_hf.evaluation.classification.main"),
         ("benchmark", "dtem_hf.benchmark.program.main"),
         ("advise", "dtem_hf.benchmark.advise.main"),

@@ -365,3 +365,9 @@ def test_deit_small_at_r_16_costs_what_the_authors_count() -> None:
     assert [plan.num_tokens, *plan.tokens] == [197, 181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]
     assert plan.multiply_adds == pytest.approx(2.294e9, rel=0.0005)
     assert plan.layer_multiply_adds[-1] == 21 * 4 * 384**2 + 2 * 21**2 * 384 + 11 * 8 * 384**2 + 10 * 10 * 64
+
+
+@pytest.mark.parametrize("r", ["16", 1.5, True, None])
+def test_what_r_may_be_is_said_in_full(r):
+    with pytest.raises(BadValue, match="a whole number, or a list with one for each layer, or a schedule such as"):
+        as_schedule(r)

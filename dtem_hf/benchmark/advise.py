@@ -4,13 +4,14 @@ dtem-hf advise facebook/deit-small-patch16-224 path/to/images
 dtem-hf advise MODEL IMAGES --adapter user/dtem-deit-small --runtimes eager onnxruntime --max_loss 0.05
 
 For a handful of r: how many answers of the model change, how fast it is in every runtime, and a sentence that takes
-the largest r within the loss. All rows run in turn within every round, so that other load falls on all of them.
+the largest r within the loss. All rows run in turn within every round, so that other load falls on all of them. What
+was measured is written after every round, so a run that is stopped leaves it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,14 +23,15 @@ from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images
 from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime, need_runtime
 from ..files import write_json, write_text
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_encoder
 from ..models.distances import FEATURES
 from ..opening import load_processor
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.output import output_folder
+from ..programs.processes import say
 from ..report.plots import plot_advice
-from ..report.tables import print_rows
+from ..report.tables import SPEEDUP_LEGEND, print_rows
 from .advice import METHODS, advise
 from .tables import advice_cells, advice_page
 
@@ -47,7 +49,8 @@ class AdviseArguments(ModelArguments):
         f"some of {', '.join(METHODS)}; left out: tome, and the adapter's", default_factory=list
     )
     r: list[int] = option(
-        "tokens merged per layer, one row each; left out: four that leave 0.8 to 0.4 of the multiply-adds",
+        "tokens merged per layer, one row each; left out: three that leave 0.75, 0.6 and 0.5 of the "
+        "multiply-adds, and only the one that is taken runs in other runtimes than the first",
         default_factory=list,
     )
     runtimes: list[str] = option(
@@ -62,17 +65,21 @@ class AdviseArguments(ModelArguments):
         default=None,
     )
     features: str = option(f"of a model without classes: {', '.join(FEATURES)}", default="auto")
-    rounds: int = option("timed rounds, in each of which every row runs", default=10)
+    rounds: int = option(
+        "most timed rounds; a row leaves them when its speed-up is known to within 2 percent", default=10
+    )
+    minutes: float = option("start no round after these, once every row had four", default=3.0)
     dtype: str = option(", ".join(DTYPES), default="float32")
     output_dir: str = option("folder for advice.json, advice.md and advice.png", default="runs/advise")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_images", "rounds")
-        at_least(self, 0, "max_loss")
+        at_least(self, 0, "max_loss", "minutes")
         one_of(self, "dtype", DTYPES)
         one_of(self, "compile_mode", COMPILE_MODES)
         one_of(self, "features", FEATURES)
-        one_of(self, "runtimes", RUNTIMES)
+        if self.runtimes:
+            one_of(self, "runtimes", RUNTIMES)
         check_runtime(self, *self.runtimes)
         for name in self.runtimes:
             need_runtime(name)
@@ -82,31 +89,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write JSON, page and picture; print the table and the sentence."""
     arguments = parse_arguments(AdviseArguments, argv, __doc__ or "", leading=("model", "data"))
     folder = output_folder(arguments.output_dir)
-    result = advise_on(arguments)
-    write_json(folder / "advice.json", result)
-    write_text(folder / "advice.md", advice_page(result))
-    plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
-    print_rows(f"{result['model']['name']}: images/s (speed-up)", *advice_cells(result["rows"]))
+    result: dict[str, Any] = {}
+
+    def write(advice: dict[str, Any]) -> None:
+        result.update(advice)
+        write_json(folder / "advice.json", result)
+        write_text(folder / "advice.md", advice_page(result))
+
+    try:
+        write(advise_on(arguments, write))
+    except KeyboardInterrupt:
+        if not result:
+            raise
+    if result["rows"][0]["batches"]:
+        plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
+    title = f"{result['model']['name']}: images/s (speed-up)"
+    print_rows(title, *advice_cells(result["rows"]), names=2, legend=SPEEDUP_LEGEND)
     for runtime, reason in result["left_out"].items():
         print(f"not measured: {runtime} ({reason})")
     print(result["sentence"])
     print(f"written: {folder / 'advice.json'}, advice.md and advice.png")
+    if not result["finished"]:
+        print("stopped: this is what was measured until then; the same command starts over")
+        raise SystemExit(130)
 
 
-def advise_on(arguments: AdviseArguments) -> dict[str, Any]:
-    """Load model and images, and measure. Returns what is written to `advice.json`."""
+def advise_on(
+    arguments: AdviseArguments, report: Callable[[dict[str, Any]], Any] = lambda result: None
+) -> dict[str, Any]:
+    """Load model and images, and measure. Returns what is written to `advice.json`; `report` gets it as it grows."""
     a, device = arguments, arguments.choose_device()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before there is this program's own
     kind = auto_class(AutoConfig.from_pretrained(a.model, trust_remote_code=False))
-    model = kind.from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device)
+    options = {"merge": None, "dtype": getattr(torch, a.dtype)}
+    model, loaded = kind.from_pretrained(a.model, output_loading_info=True, **options)
+    if loaded["missing_keys"]:
+        say(f"{min(loaded['missing_keys'])} is not in the checkpoint and would be random: features are compared")
+        model = load_encoder(a.model, a.features, dtype=options["dtype"])
+    model = model.to(device)
     images = load_images(a.data, a.split, label_column=NO_LABELS)
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
     processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
     pixels = torch.cat([batch["pixel_values"] for batch in DataLoader(processed, 16, collate_fn=collate)])
-    options = ("adapter", "methods", "r", "runtimes", "compile_mode", "batch_sizes", "max_loss")
-    given = {name: getattr(a, name) for name in options}
-    advice = advise(model, pixels, **given, features=a.features, rounds=a.rounds)
-    return {
+    names = ("adapter", "methods", "r", "runtimes", "compile_mode", "batch_sizes", "max_loss", "features", "rounds")
+    facts = {
         **conditions(device),
         "load_average": load,
         "model": describe_model(a.model, model),
@@ -115,9 +141,16 @@ def advise_on(arguments: AdviseArguments) -> dict[str, Any]:
         "image_size": list(pixels.shape[-2:]),
         "features": a.features,
         "rounds": a.rounds,
+        "minutes": a.minutes,
         "compile_mode": a.compile_mode,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "dtype": a.dtype,
-        **asdict(advice),
     }
+    advice = advise(
+        model,
+        pixels,
+        **{name: getattr(a, name) for name in (*names, "minutes")},
+        report=lambda found: report({**facts, **asdict(found)}),
+    )
+    return {**facts, **asdict(advice)}

@@ -67,8 +67,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Any) -> Spread:
-        """Median and quartiles of some numbers."""
-        low, median, high = np.quantile(np.asarray(values), (0.25, 0.5, 0.75))
+        """Median and quartiles of some numbers; NaN is none."""
+        low, median, high = np.nanquantile(np.asarray(values), (0.25, 0.5, 0.75))
         return cls(float(median), float(low), float(high))
 
     def to_json(self) -> dict[str, float]:

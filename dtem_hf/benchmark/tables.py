@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report.tables import as_markdown, print_rows, shown, shown_r
+from ..report.tables import SPEEDUP_LEGEND, as_markdown, print_rows, shown, shown_r
 from .verdict import is_same
 
 
@@ -18,7 +18,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
     measured = "answers" if result.get("task") == "answering" else "images"
     title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: {measured}/s (quartiles), speed-up"
     columns, lines = _cells(result)
-    print_rows(title, columns, _broken_at_commas(lines, 5), names=2)
+    print_rows(title, columns, _broken_at_commas(lines, 5), names=2, legend=SPEEDUP_LEGEND)
     for columns, lines in _breakdowns(result):
         print_rows("where the time goes", columns, _broken_at_commas(lines, 3))
 
@@ -107,8 +107,12 @@ def advice_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
     columns += [f"{runtime}, {size} {'image' if size == 1 else 'images'}" for runtime in runtimes for size in sizes]
     lines = []
     for row in first:
-        cells = [cell for other in rows if is_same(other, row) for cell in other["batches"]]
-        speeds = [f"{cell['images_per_second']['median']:.1f} ({cell['speedup']['median']:.2f}×)" for cell in cells]
+        batches = {other["runtime"]: other["batches"] for other in rows if is_same(other, row)}
+        cells = [cell for runtime in runtimes for cell in batches.get(runtime) or [None] * len(sizes)]
+        speeds = [
+            "–" if cell is None else f"{cell['images_per_second']['median']:.1f} ({cell['speedup']['median']:.2f}×)"
+            for cell in cells
+        ]
         figures = [shown(row[name], digits) for name, digits in measures]
         lines.append([row["method"], str(row["r"]), f"{row['ratio']:.3f}", *figures, *speeds])
     return columns, lines
@@ -122,8 +126,8 @@ def advice_page(result: dict[str, Any]) -> str:
         f"{result['hardware']}, load average {load} before the run, {result['dtype']}, {data['num_images']} images of "
         f"{data['name']}, {'×'.join(map(str, result['image_size']))} pixels. share: of the unmerged model's "
         "multiply-adds; agreement in percent of the images, KL in nats. Images per second are medians of "
-        f"{result['rounds']} interleaved rounds; in brackets the median ratio within rounds to the unmerged model in "
-        "the same runtime."
+        f"{result['rounds']} interleaved rounds{' or fewer' if 'minutes' in result else ''}; in brackets the median "
+        "ratio within rounds to the unmerged model in the same runtime."
     )
     parts = [
         f"# {result['model']['name']}: which r",
@@ -131,6 +135,7 @@ def advice_page(result: dict[str, Any]) -> str:
         as_markdown(*advice_cells(result["rows"])),
         conditions,
         *left_out,
+        *([] if result.get("finished", True) else ["The run was stopped, or still runs: speeds are lacking."]),
         f"`{result['command']}`",
         "![What is kept against speed](advice.png)",
     ]

@@ -19,6 +19,11 @@ def pick(rows: Sequence[Row], max_loss: float) -> Row | None:
     return max(allowed, key=lambda row: (row["r"], -row["loss"]), default=None)
 
 
+def least(rows: Sequence[Row]) -> Row:
+    """The merged row that loses least."""
+    return min((row for row in rows if row["r"]), key=lambda row: row["loss"])
+
+
 def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
     """What a picked method and r give at one batch size (the one at `place`), in the runtime where they are fastest.
 
@@ -67,10 +72,10 @@ def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
 def sentence(rows: Sequence[Row], picked: Row | None, verdicts: Sequence[dict[str, Any]], max_loss: float) -> str:
     """The advice: what to take and what it gives at every batch size, or why merging does not pay."""
     if picked is None:
-        least = min((row for row in rows if row["r"]), key=lambda row: row["loss"])
-        return (
-            f"It does not pay here, because even {_name(least)} {_cost(least)}, and max_loss={max_loss:g} allows less."
-        )
+        row = least(rows)
+        return f"It does not pay here, because even {_name(row)} {_cost(row)}, and max_loss={max_loss:g} allows less."
+    if not verdicts:
+        return f"The largest r within the loss is {_name(picked)}: it {_cost(picked)}. No speed was measured."
     gains = [_gain(verdict) for verdict in verdicts if verdict["pays"]]
     reasons = {_batch(verdict): verdict["because"] for verdict in verdicts if not verdict["pays"]}
     if not gains:
@@ -99,9 +104,11 @@ def _batch(verdict: dict[str, Any]) -> str:
 
 
 def _cost(row: Row) -> str:
+    low, high = row["loss_interval"]
     if row["cosine"] is not None:
-        return f"turns the features to a cosine of {row['cosine']:.3f}"
-    return f"changes the class of {100 * row['loss']:.1f} % of the images"
+        return f"turns the features to a cosine of {row['cosine']:.3f} (95 % interval {1 - high:.3f} to {1 - low:.3f})"
+    within = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+    return f"changes the class of {100 * row['loss']:.1f} % of the images ({within})"
 
 
 def _gain(verdict: dict[str, Any]) -> str:

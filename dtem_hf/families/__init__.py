@@ -29,14 +29,16 @@ _REASONS = {
 
 
 def unsupported(name: str, model_type: str = "") -> UnsupportedModelError:
-    """The error for a model that belongs to no known family: why, where that is known, and which models do."""
-    supported = sorted({cls.__name__ for family in FAMILIES for cls in family.models})
-    why = f": {_REASONS[model_type]}" if model_type in _REASONS else ""
-    return UnsupportedModelError(f"{name} cannot be merged{why}; supported are {', '.join(supported)}.")
+    """The error for a model that belongs to no known family: why, and where those that can be merged are listed."""
+    why = _REASONS.get(model_type, "none of the encoders that dtem_hf knows is in it")
+    return UnsupportedModelError(
+        f"{name} cannot be merged: {why}. Supported are vision transformers of {len(FAMILIES)} families, such as ViT, "
+        "DeiT, DINOv2, CLIP and SigLIP, and models around them; docs/ecosystem.md lists all."
+    )
 
 
 def find_family(model_class: type) -> Family:
-    """The family whose models a class belongs to. Raises UnsupportedModelError, listing what is known."""
+    """The family whose models a class belongs to. Raises UnsupportedModelError."""
     for base in model_class.__mro__:  # the nearest: a family's models may be subclasses of another's
         for family in FAMILIES:
             if base in family.models:

@@ -45,7 +45,10 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
     ) -> MergeAdapter:
         """Copy the learned embedding of a merged model, in float32. Raises AdapterError where there is none."""
         if embedding is None:
-            raise AdapterError(f"method={config.method!r} learns nothing, so there is no adapter; use method 'dtem'.")
+            raise AdapterError(
+                f"method={config.method!r} learns nothing, so there is no adapter: the merged model's own "
+                "save_pretrained and push_to_hub save and publish it, or attach method 'dtem', which learns."
+            )
         return cls(config, embedding.adapter_values(), backbone)
 
     @property

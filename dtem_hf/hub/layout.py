@@ -4,6 +4,7 @@ WEIGHTS_NAME = "merge_adapter.safetensors"
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
 TRAINING_NAME = "training.json"
+MODEL_CONFIG_NAME = "config.json"
 # Pictures that a card shows where they are in the folder, with their captions.
 PICTURES = {
     "maps.jpg": "Maps of a dense head, unmerged and merged",

@@ -15,8 +15,8 @@ from ..errors import BadValue
 from ..files import read_bytes, read_text
 from .client import download, publish
 from .folder_card import folder_card, is_made
-from .layout import CARD_NAME, EVALUATION_NAME, LARGEST_CARD, TRAINING_NAME, WEIGHTS_NAME
-from .reading import parse_tensors, read_config, split_reference
+from .layout import CARD_NAME, EVALUATION_NAME, LARGEST_CARD, MODEL_CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
+from .reading import check_is_adapter, parse_tensors, read_config, split_reference
 from .records import clean, read_record, without_private
 
 
@@ -61,6 +61,7 @@ def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) 
     is not sound, and for links, pipes, devices and files of no reasonable size.
     """
     folder = Path(folder)
+    check_is_adapter(folder)
     files = {}
     for name in (CONFIG_NAME, EVALUATION_NAME, TRAINING_NAME):
         if name == CONFIG_NAME or os.path.lexists(folder / name):
@@ -76,7 +77,7 @@ def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) 
     for path in sorted(folder.iterdir()):
         if path.suffix in _PICTURE_SUFFIXES and f"({path.name})" in card:
             files[path.name] = read_bytes(path, _LARGEST_PICTURE, links=False)
-    files["config.json"] = _json({"model_type": MODEL_TYPE})
+    files[MODEL_CONFIG_NAME] = _json({"model_type": MODEL_TYPE})
     return files
 
 

@@ -21,7 +21,7 @@ from ..errors import WIDEST, AdapterError, BadValue
 from ..files import LARGEST_JSON, read_bytes, read_json
 from .client import download, drop_cached
 from .facts import BackboneFacts
-from .layout import WEIGHTS_NAME
+from .layout import MODEL_CONFIG_NAME, WEIGHTS_NAME
 from .records import clean
 
 
@@ -57,6 +57,7 @@ def read_adapter(
     Raises FileNotFoundError, PermissionError, or AdapterError for an adapter that is not sound.
     """
     if os.path.isdir(name):
+        check_is_adapter(name)
         adapter = read_config(Path(name, CONFIG_NAME), name)
         weights = Path(name, WEIGHTS_NAME)
         return adapter.config, adapter.backbone, read_tensors(weights, adapter, name)
@@ -67,6 +68,37 @@ def read_adapter(
     weights, _ = download(name, WEIGHTS_NAME, adapter.largest_weights, commit, **options)
     with _dropped_if_damaged(path, weights):
         return adapter.config, adapter.backbone, read_tensors(weights, adapter, name)
+
+
+def recorded_merge(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """How the model in a folder, or its part, was merged when it was saved; None for any other folder.
+
+    Raises ValueError for a `config.json` that cannot be read.
+    """
+    if not Path(folder, MODEL_CONFIG_NAME).is_file() or os.path.lexists(Path(folder, CONFIG_NAME)):
+        return None
+    configs = [read_json(Path(folder, MODEL_CONFIG_NAME))]
+    while configs:
+        config = configs.pop()
+        merge = config.get("merge") if isinstance(config, dict) else None
+        if isinstance(merge, dict) and "method" in merge:
+            return merge
+        configs += [part for part in config.values() if isinstance(part, dict)] if isinstance(config, dict) else []
+    return None
+
+
+def check_is_adapter(folder: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError for a folder that holds a model and no adapter, saying what to do with it."""
+    if not Path(folder, MODEL_CONFIG_NAME).is_file() or os.path.lexists(Path(folder, CONFIG_NAME)):
+        return
+    if recorded_merge(folder) is None:
+        raise FileNotFoundError(
+            f"{folder} holds a model that is not merged, and no adapter: there is no {CONFIG_NAME}"
+        )
+    raise FileNotFoundError(
+        f"{folder} holds a merged model, and no adapter: dtem_hf's Auto classes load it merged by "
+        "from_pretrained(folder), and its own save_pretrained and push_to_hub save and publish it"
+    )
 
 
 def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ gives the classes back.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from ..families.shifts import Shifted, shiftable_modules, shiftable_parameters
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
+from ..schedule import ConstantSchedule, ListSchedule
 from ..token_state import MergeStep
 from .derived import Renamed, derive_class, restore_class
 from .encoder import EncoderMerging, Merging, embedding_of, pass_options
@@ -194,7 +196,21 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
     _set_merging(model, encoder, merging)
 
 
+def _warn_of_an_r_that_is_too_large(merging: Merging) -> None:
+    """An r that was written down is lowered where a layer has too few tokens; no layer can merge the one warned of."""
+    schedule, patches = merging.config.schedule, merging.num_tokens - merging.cost.num_prefix_tokens
+    written = isinstance(schedule, ConstantSchedule | ListSchedule) and schedule != type(merging.config)().schedule
+    largest = max(schedule.resolve(merging.cost, merging.num_tokens), default=0)
+    if written and merging.cost.pairwise and largest > patches // 2:
+        warnings.warn(
+            f"r={largest}: an image of the model's own size has {patches} patches, of which a layer can merge half, "
+            f"{patches // 2}, at most; r is lowered to that, layer by layer. set_reduction(flops=0.5) finds an r.",
+            stacklevel=5,  # who called attach or set_reduction
+        )
+
+
 def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
+    _warn_of_an_r_that_is_too_large(merging)
     encoder.merging = merging
     model.config.merge = merging.config.to_dict()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +20,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..errors import AdapterError, BadValue, UnsupportedModelError
+from ..files import check_is_there
+from ..schedule import R_EXPECTED
 from .processes import choose_device
 
 
@@ -79,30 +85,81 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str,
     argv = list(sys.argv[1:] if argv is None else argv)
     bare = list(takewhile(lambda word: not word.startswith("-"), argv))[: len(leading)]
     argv = [*(f"--{name}={word}" for name, word in zip(leading, bare, strict=False)), *argv[len(bare) :]]
+    names = [name.upper() for name in leading]
     parser = HfArgumentParser(
         kind,  # type: ignore[arg-type]
+        usage=" ".join(["%(prog)s", *names, "[--OPTION VALUE ...]"]),
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{' and '.join(f'--{name}' for name in leading)} may stand first, without the name."
+        if leading
+        else "",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     first, _ = _only_config().parse_known_args(argv)
     if first.config is not None:
         argv = [*_yaml_as_options(Path(first.config), {f.name for f in dataclasses.fields(kind)}), *argv]  # type: ignore[arg-type]
-    parsed = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown, parser._option_string_actions)}"
+        )
+    parsed = vars(found)
+    for name in ("model", "adapter"):
+        if isinstance(parsed.get(name), str):
+            check_is_there(parsed[name].partition("@")[0])
     return kind(**{f.name: parsed[f.name] for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script; an error that its user can repair is one line on stderr.
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and the default of every option that has one."""
 
-    The exit code is 2 for a bad value, 1 for something missing or a file that cannot be written (a full disk).
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
+        return action.help if action.default in (None, [], "") else super()._get_help_string(action)
+
+
+def _suggestion(unknown: Sequence[str], options: Collection[str]) -> str:
+    """What a mistyped option may have meant; "" where nothing is like it."""
+    near = [
+        match
+        for word in unknown
+        if word.startswith("-")
+        for match in get_close_matches(word.partition("=")[0], [name for name in options if "-" not in name[2:]], 1)
+    ]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def run_script(program: str | Callable[[], None]) -> None:
+    """Run a script: a function, or the module of dtem_hf whose `main` runs.
+
+    An error that its user can repair is one line on stderr. The exit code is 2 for a bad value, 1 for something
+    missing or a file that cannot be written (a full disk).
     """
     try:
-        main()
+        (load_program(program) if isinstance(program, str) else program)()
     except (BadValue, UnsupportedModelError, AdapterError, OSError, ImportError) as error:
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[], None]:
+    """The `main` of a module of dtem_hf, with the arguments of a command line (left out: the process's).
+
+    Raises ImportError where its packages are missing, but for `--help`: that is then what the module says of itself.
+    """
+    wanted = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return partial(import_module(f"dtem_hf.{module}").main, argv)
+    except ImportError as error:
+        if not {"-h", "--help"} & set(wanted):
+            raise
+        path = Path(__file__).parents[1].joinpath(*module.split("."))
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+        return partial(print, f"{text}\n\nIts options are shown once its packages are there. {error}")
 
 
 def _only_config() -> argparse.ArgumentParser:
@@ -123,7 +180,11 @@ def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
     options: list[str] = []
     for name, value in values.items():
         if name not in known:
-            raise BadValue("config", str(path), f"it sets {name!r}, which is not an option; known: {sorted(known)}")
+            raise BadValue(
+                "config",
+                str(path),
+                f"it sets {name!r}, which is no option{_suggestion([f'--{name}'], [f'--{each}' for each in known])}",
+            )
         if value is None:
             continue
         options.append(f"--{name}")
@@ -139,6 +200,4 @@ def parse_reduction(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise BadValue(
-            "r", text, 'an int, a JSON list, or a JSON schedule like {"kind": "linear", "r": 13}'
-        ) from error
+        raise BadValue("r", text, R_EXPECTED) from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +25,11 @@ LEGEND = (
     "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
     "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
 )
+# Of tables with both.
+SPEEDUP_LEGEND = (
+    "images/s: median over the rounds; speed-up: median of the ratios within rounds to the unmerged model in the same "
+    "runtime, which other load changes less than the ratio of the two medians"
+)
 _FEATURE_LEGEND = (
     "cosine: with the unmerged model's features; same nearest: images whose nearest other image stays the same, in "
     "percent; k-NN top-1: images whose label their nearest others vote for, in percent; share: of its multiply-adds"
@@ -35,13 +43,32 @@ MAP_LEGEND = (
 def print_rows(
     title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], names: int = 1, legend: str | None = None
 ) -> None:
-    """Show a table in the terminal; the first `names` columns are text, the others are numbers."""
-    table = Table(title=title, caption=legend)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < names else "right")
-    for line in lines:
-        table.add_row(*line)
-    Console(width=max(120, min(170, 20 * len(columns)))).print(table)
+    """Show a table in the terminal; the first `names` columns are text, the others are numbers.
+
+    Where a terminal is too narrow, the columns come in several tables, each with the first `names` ones, so that no
+    figure is parted from its unit.
+    """
+    console = Console()
+    widths = [
+        max(cell_len(part) for part in f"{column}\n{chr(10).join(cells)}".splitlines())
+        for column, *cells in zip(columns, *lines, strict=True)
+    ]
+    room = console.width if console.is_terminal or "COLUMNS" in os.environ else math.inf
+    groups: list[list[int]] = [[]]
+    for number in range(names, len(columns)):
+        shown = [*range(names), *groups[-1], number]
+        if groups[-1] and sum(widths[i] + 3 for i in shown) >= room:
+            groups.append([])
+        groups[-1].append(number)
+    for place, group in enumerate(groups):
+        chosen = [*range(names), *group]
+        last = place == len(groups) - 1
+        table = Table(title=None if place else title, caption=legend if last else None)
+        for number in chosen:
+            table.add_column(columns[number], justify="left" if number < names else "right", no_wrap=True)
+        for line in lines:
+            table.add_row(*(line[number] for number in chosen))
+        Console(width=max(console.width, sum(widths[i] + 3 for i in chosen) + 1)).print(table)
 
 
 def as_markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], alignment: str = "---:") -> str:
@@ -99,4 +126,6 @@ def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
     columns = columns_of(result["rows"])
     legend = {COLUMNS: LEGEND, FEATURE_COLUMNS: _FEATURE_LEGEND, MAP_COLUMNS: MAP_LEGEND}[tuple(columns)]
+    if "speed-up" in columns:
+        legend += "; speed-up: ratio of the images/s"
     print_rows(about(result), columns, [cells(row) for row in result["rows"]], legend=legend)

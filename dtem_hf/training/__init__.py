@@ -1,17 +1,6 @@
-"""Training of merge embeddings; `main` is the program behind `recipes/train.py`."""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
+"""Training of merge embeddings; `training.program` is behind `recipes/train.py`."""
 
 from ..errors import need
 
 
 need("train", __name__)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run training with command-line arguments (None: those of the process)."""
-    from .program import main as run
-
-    run(argv)

@@ -4,7 +4,8 @@
     python spaces/demo/app.py                      # then open http://127.0.0.1:7860
 
 Without network it runs on the built-in model, a ViT that reads handwritten digits. DEMO_FOLDER says where that is:
-the output of `make quickstart`, whose adapter is then offered, too. Where there is none, it is trained at the start.
+the output of `make quickstart`, whose adapter is then offered, too. Where there is none, it is trained at the first
+use, which takes a minute or two.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import gradio as gr
 import numpy as np
-import sklearn
 import torch
 from PIL import Image
 
@@ -28,8 +28,16 @@ from dtem_hf.models.copies import share_weights
 from dtem_hf.models.install import merged_layers
 from dtem_hf.models.timing import time_interleaved
 from dtem_hf.opening import load_processor, open_image
-from dtem_hf.quickstart import QuickstartArguments, train_backbone, write_digits
-from dtem_hf.report.pictures import panels_of
+
+
+try:
+    import gradio as gr
+    import sklearn
+
+    from dtem_hf.quickstart import QuickstartArguments, train_backbone, write_digits
+    from dtem_hf.report.pictures import panels_of
+except ImportError as error:
+    raise SystemExit(f'Error: {error}. The demo needs: pip install "dtem-hf[demo]"') from None
 
 
 FOLDER = Path(os.environ.get("DEMO_FOLDER", "runs/quickstart"))
@@ -43,6 +51,7 @@ CONFIGS = {
     for _, config in sorted(MergeConfig._methods.items(), reverse=True)
     if issubclass(config, MatchingConfig) and not config.learns
 }
+_training = Lock()
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto }
 #layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important }
@@ -69,6 +78,14 @@ def load(name: str) -> tuple[Any, Any]:
     return load_trained_classifier(name, merge=None).eval(), load_processor(name)
 
 
+def train_built_in() -> None:
+    """Train the built-in model, unless it is there."""
+    with _training:
+        if not Path(DIGITS, "preprocessor_config.json").is_file():  # the last file that is written
+            gr.Info("The built-in model is trained first, once. This takes a minute or two.", duration=None)
+            train_backbone(FOLDER, QuickstartArguments(output_dir=str(FOLDER)))
+
+
 def picked(file: str) -> Image.Image:
     """The uploaded picture, as every program of dtem_hf opens it."""
     try:
@@ -77,7 +94,14 @@ def picked(file: str) -> Image.Image:
         raise gr.Error(str(error).replace(f"{Path(file).parent}{os.sep}", "")) from error
 
 
-def compare(picture: Image.Image | None, model_name: str, method: str, adapter: str, r: int) -> tuple[Any, ...]:
+def compare(
+    picture: Image.Image | None,
+    model_name: str,
+    method: str,
+    adapter: str,
+    r: int,
+    progress: Any = gr.Progress(track_tqdm=True),  # noqa: B008 (so the page finds it)
+) -> tuple[Any, ...]:
     """Run a picture through the plain and the merged model: the two lists of classes, figures, the line, layers."""
     if picture is None:
         raise gr.Error("Upload a picture, or take a sample.")
@@ -91,6 +115,9 @@ def compare(picture: Image.Image | None, model_name: str, method: str, adapter: 
 def compared(picture: Image.Image, model_name: str, method: str, adapter: str, r: int) -> tuple[Any, ...]:
     """As `compare`. Raises what dtem_hf raises."""
     name = DIGITS if model_name == BUILT_IN else model_name
+    if model_name == BUILT_IN:
+        with torch.inference_mode(False):
+            train_built_in()
     plain, processor = load(name)
     merge: Any = MergeAdapter.from_reference(adapter) if method == LEARNED else CONFIGS[method](r=r)
     merged = attach(share_weights(plain), merge).eval()
@@ -182,7 +209,6 @@ def page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    if not Path(DIGITS, "config.json").is_file():
+    if not (FOLDER / "digits" / "test").is_dir():
         write_digits(FOLDER / "digits")
-        train_backbone(FOLDER, QuickstartArguments(output_dir=str(FOLDER)))
     page().launch(css=CSS, show_error=True, allowed_paths=[sklearn.__path__[0], str(FOLDER)])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(
 def test_an_unsupported_model_stays_as_it_was() -> None:
     model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"supported are .*ViTForImageClassification, .*ViTModel"):
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged: none of the encoders"):
         attach(model, DTEMConfig(r=1))
     assert_unchanged(model, before)
 
@@ -246,6 +247,20 @@ def test_a_share_of_flops_is_met(make_classifier: Make) -> None:
     assert 0.5 < model.merge_plan().ratio <= 0.6
     model.set_reduction(flops=0.8)
     assert 0.7 < model.merge_plan().ratio <= 0.8
+
+
+@pytest.mark.parametrize("r", [33, [0, 200]])
+def test_an_r_that_no_layer_can_merge_is_lowered_and_named(make_classifier: Make, r: Any) -> None:
+    """Of 64 patches a layer can merge half; fewer tokens further on are as usual, and give no warning."""
+    largest = max(r) if isinstance(r, list) else r
+    with pytest.warns(UserWarning, match=rf"r={largest}: .* 64 patches, .* half, 32, at most"):
+        model = attach(make_classifier(num_hidden_layers=2), ToMeConfig(r=r))
+    assert max(model.merge_plan().reductions) == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_reduction(8)
+        model.set_reduction(flops=0.8)
+        attach(make_classifier(), DTEMConfig())  # its r of 16 was not asked for
 
 
 @pytest.mark.parametrize(

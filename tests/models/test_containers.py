@@ -467,7 +467,7 @@ def test_of_several_encoders_one_is_chosen_by_name() -> None:
 
 
 def test_a_model_without_a_vision_transformer_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged; supported are"):
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged: none of the encoders"):
         attach(tf.BertModel(tf.BertConfig(**TEXT)), ToMeConfig(r=3))
 
 

@@ -1,12 +1,15 @@
 """Command lines and YAML files make the same arguments; what is wrong is named."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dtem_hf import BadValue
-from dtem_hf.programs.arguments import option, parse_arguments, parse_reduction, run_script
+from dtem_hf.errors import EXTRAS
+from dtem_hf.programs.arguments import ModelArguments, option, parse_arguments, parse_reduction, run_script
 
 
 @dataclass(kw_only=True)
@@ -39,7 +42,7 @@ def test_leading_options_need_no_name():
 def test_unknown_key_and_missing_file_are_named(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("name: x\nsizze: 5\n")
-    with pytest.raises(BadValue, match=r"sizze.*known: \['fast', 'limit', 'name', 'rates', 'size'\]"):
+    with pytest.raises(BadValue, match=r"sizze.*is no option; did you mean --size\?"):
         parse_arguments(Options, ["--config", str(config)], "")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         parse_arguments(Options, ["--config", str(tmp_path / "nowhere.yaml")], "")
@@ -48,12 +51,56 @@ def test_unknown_key_and_missing_file_are_named(tmp_path):
         parse_arguments(Options, ["--config", str(config)], "")
 
 
-def test_help_shows_every_option_with_its_text(capsys):
+def test_help_shows_every_option_with_its_text_and_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse_arguments(Options, ["--help"], "An example:\n    command --name x")
+        parse_arguments(Options, ["--help"], "An example:\n    command --name x", leading=("name",))
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert all(text in shown for text in ("--config", "--rates", "a size", "command --name x"))
+    assert all(text in shown for text in ("--config", "--rates", "a size (default: 3)", "command --name x"))
+    assert "NAME [--OPTION VALUE ...]" in shown and "--name may stand first" in shown and "(required)" in shown
+    assert "None" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(["--siz", "4"], "--size"), (["--rats=1"], "--rates"), (["--limits", "--nam"], "--limit, --name")],
+)
+def test_a_mistyped_option_is_answered_with_the_one_that_is_meant(given, meant, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(Options, ["--name", "x", *given], "")
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr().err.rstrip().endswith(f"unrecognized arguments: {' '.join(given)}; did you mean {meant}?")
+    )
+
+
+def test_an_option_like_no_other_is_named_alone(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Options, ["--name", "x", "--zzz"], "")
+    assert capsys.readouterr().err.rstrip().endswith("unrecognized arguments: --zzz")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "runs/a/model", "tests/nowhere"])
+def test_a_folder_that_is_not_there_is_no_hub_id(name, monkeypatch):
+    """`tests` is a folder here, so `tests/nowhere` is no user's repository."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        parse_arguments(ModelArguments, ["--model", name], "")
+    assert parse_arguments(ModelArguments, ["--model", "user/model"], "").model == "user/model"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_a_program_whose_packages_are_missing_says_so_in_a_line_and_helps_without_them(arguments):
+    """In a process that has none of the extras."""
+    absent = sorted({module for modules in EXTRAS.values() for module in modules})
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.argv[1:] = {arguments!r}; "
+    program += "from dtem_hf.programs.arguments import run_script; run_script('evaluation.classification')"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert 'pip install "dtem-hf[evaluate]"' in run.stdout + run.stderr and "Traceback" not in run.stderr
+    if arguments:
+        assert run.returncode == 0 and "python recipes/evaluate.py --model" in run.stdout
+    else:
+        assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -92,5 +139,5 @@ def test_what_a_scripts_user_can_mend_is_one_line(capsys):
 
 def test_every_recipe_with_options_runs_so():
     recipes = {path.stem: path.read_text() for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.py")}
-    others = {name for name, text in recipes.items() if "run_script(main)" not in text}
+    others = {name for name, text in recipes.items() if "run_script(" not in text}
     assert others == {"model_cards", "peers"} and len(recipes) > 15

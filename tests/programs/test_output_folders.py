@@ -11,7 +11,7 @@ from dtem_hf import BadValue
 from dtem_hf.programs.lock import LOCK_NAME, only_run_in
 
 
-NOWHERE = "./nowhere"
+NOWHERE = "nowhere"
 IMAGES = ["--model", NOWHERE, "--data", NOWHERE]
 CAPTIONED = ["--images", NOWHERE, "--captions", NOWHERE]
 PROGRAMS = {

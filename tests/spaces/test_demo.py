@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vit_folder: Path, image_fol
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
     """The Space as a server without network."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -66,6 +67,26 @@ def address(folder: Path) -> Iterator[str]:
                 time.sleep(0.1)
         yield url
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with served(folder) as url:
+        yield url
+
+
+def test_the_page_opens_before_the_built_in_model_is_trained(tmp_path: Path) -> None:
+    """Its digits are there to be picked."""
+    with served(tmp_path):
+        assert not (tmp_path / "vit").exists()
+    assert len(list((tmp_path / "digits" / "test").glob("*.png"))) == 450
+
+
+def test_a_machine_without_gradio_is_told_what_to_install() -> None:
+    program = f"import runpy, sys; sys.modules['gradio'] = None; runpy.run_path({str(SPACE / 'app.py')!r})"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=SPACE.parents[1])
+    assert run.returncode == 1 and run.stderr.startswith("Error: ")
+    assert run.stderr.endswith('pip install "dtem-hf[demo]"\n') and len(run.stderr.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
