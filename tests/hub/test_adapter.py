@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import signal
 import struct
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +28,8 @@ from dtem_hf import (
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.hub.facts import BackboneFacts
 from dtem_hf.hub.layout import WEIGHTS_NAME
+from tests.support.children import run_python
+from tests.support.full_disk import full_disk
 
 
 Make = Callable[..., Any]
@@ -459,9 +458,7 @@ def test_an_adapter_can_be_read_whenever_its_writer_is_killed(folder: Path, mode
     for parameter in model.merge_parameters():
         parameter.data += 1
     model.save_merge_adapter(tmp_path / "new", base_model="google/vit-tiny")
-    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "new"), str(tmp_path / "written")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python(["-c", KILLED, folder, tmp_path / "new", tmp_path / "written"], check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
     killed = [line[1:] for line in lines if line[0] == str(-signal.SIGKILL)]
     assert len(lines) == 10 and 3 <= len(killed) < 10 and lines[-1] == ["0", "True", "False"]
@@ -471,15 +468,8 @@ def test_an_adapter_can_be_read_whenever_its_writer_is_killed(folder: Path, mode
 def test_a_full_disk_leaves_the_adapter_that_was_there(folder: Path, make_classifier: Make) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     wide = attach(make_classifier(), DTEMConfig(r=9, embed_dim=24, init="random"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file too large is an error then, as a full disk is
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError) as raised:
-            wide.save_merge_adapter(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(), pytest.raises(OSError) as raised:
+        wide.save_merge_adapter(folder)
     assert raised.value.filename == str(folder / WEIGHTS_NAME) and len(str(raised.value).splitlines()) == 1
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

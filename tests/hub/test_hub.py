@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -402,23 +403,22 @@ class TestFaults:
         if fault.path == "/commit/":  # what has arrived is not sent again
             assert not hub.requests("PUT")
 
-    def test_a_killed_upload_leaves_nothing_half_published_and_a_rerun_completes(self, hub, folder, tmp_path):
+    def test_a_killed_upload_leaves_nothing_half_published_and_a_rerun_completes(self, hub, client, folder):
         fault = Fault("PUT", "/lfs/", delay=5.0)
         hub.faults.append(fault)
-        environment = hub_environment(hub.endpoint, tmp_path / "home", "hf_me")
-        command = [sys.executable, "-m", "dtem_hf", "push", str(folder), "me/a"]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = (f"{CLIENT}:run_command", "push", str(folder), "me/a")
+        process = client(f"{CLIENT}:start", *command, token="hf_me")
         deadline = time.monotonic() + 120
-        while fault.times and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        while fault.times and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(client("os:waitpid", process, 0)[1]) == -signal.SIGKILL
         assert fault.times == 0, "the upload did not begin"
         assert hub.files("me/a") == {}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        code, out, err = client(*command, token="hf_me")
+        assert code == 0, err
         assert set(hub.files("me/a")) == PUBLISHED
-        assert done.stdout.strip() == f"published: {hub.endpoint}/me/a/commit/{hub.repos['me/a'].refs['main']}"
+        assert out.strip() == f"published: {hub.endpoint}/me/a/commit/{hub.repos['me/a'].refs['main']}"
 
     def test_a_download_that_is_cut_is_asked_for_again(self, hub, client, cache, folder):
         client(PUBLISH, str(folder), "me/a", **ME)

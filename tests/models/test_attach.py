@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from dtem_hf import (
     attach,
     detach,
 )
+from tests.support.children import run_python
 
 
 Make = Callable[..., Any]
@@ -193,11 +192,7 @@ def test_a_pickled_model_runs_in_another_process(make_classifier: Make, pixels: 
         "with torch.no_grad():\n"
         "    torch.save(loaded['model'](loaded['pixels']).logits, sys.argv[2])\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model.pt"), str(tmp_path / "logits.pt")],
-        cwd=Path(__file__).parents[2],
-        check=True,
-    )
+    run_python(["-c", program, tmp_path / "model.pt", tmp_path / "logits.pt"], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, pixels), atol=1e-6, rtol=1e-6)
 
 

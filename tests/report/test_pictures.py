@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import matplotlib
 import numpy as np
 import pytest
@@ -22,6 +18,7 @@ from dtem_hf.report.pictures import (
     merged_token_image,
     token_groups,
 )
+from tests.support.children import run_python
 
 
 def random_map(rows: int, columns: int, tokens: int, prefix: int, seed: int = 0) -> np.ndarray:
@@ -323,7 +320,7 @@ def test_models_and_matplotlib_are_left_as_they_were(make_classifier, tmp_path):
 
 def test_pyplot_and_its_global_state_stay_out():
     code = "import sys, dtem_hf.report.pictures; assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    run_python(["-c", code], check=True)
 
 
 def test_what_cannot_be_drawn_is_named_and_nothing_is_written(make_classifier, tmp_path):
