@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--family", help="run what tests this family alone: a file's name in tests/families")
+
+
+def pytest_configure() -> None:
+    """Collect garbage less often: compilers and exporters make so many objects that it took a third of their time."""
+    gc.set_threshold(50_000, 20, 20)
+    torch._dynamo.config.run_gc_after_compile = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
