@@ -141,16 +141,13 @@ def pixels() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(scope="session")
-def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT with random weights and its processor: 32×32 pixels, 17 tokens of 4 layers."""
-    folder = tmp_path_factory.mktemp("vit")
+def _save_vit(folder: Path, num_layers: int) -> Path:
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=32,
         patch_size=8,
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         intermediate_size=64,
         num_labels=5,
@@ -160,6 +157,18 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT with random weights and its processor: 32×32 pixels, 17 tokens of 4 layers."""
+    return _save_vit(tmp_path_factory.mktemp("vit"), 4)
+
+
+@pytest.fixture(scope="session")
+def shallow_vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 2 layers, for what exports and compiles: the second layer sees tokens that are merged."""
+    return _save_vit(tmp_path_factory.mktemp("shallow"), 2)
 
 
 @pytest.fixture(scope="session")
