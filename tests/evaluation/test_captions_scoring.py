@@ -42,6 +42,12 @@ def no_jars(monkeypatch, tmp_path):
     monkeypatch.setenv(SPICE_VARIABLE, str(tmp_path / "empty"))
 
 
+@pytest.fixture(autouse=True)
+def _java_starts_quickly(monkeypatch):
+    """Programs of some seconds are compiled no further than they need, and clean up in one thread."""
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+
+
 def ngrams(words, n):
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
