@@ -37,7 +37,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one family's tests: those in its own file, and all that have its case, a row or a model as a parameter."""
+    """Keep one family's tests: those in its own files, and all that have its case, a row or a model as a parameter."""
     family = config.getoption("family")
     if family is None:
         return
@@ -50,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def belongs(item: pytest.Item) -> bool:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         found = any(id(getattr(value, "case", value)) in own for value in values)
-        return found or item.path == ROOT / "tests" / "families" / f"{family}.py"
+        return found or item.path in [
+            ROOT / "tests" / "families" / f"{name}.py" for name in (family, f"test_{family}")
+        ]
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
     items[:] = filter(belongs, items)

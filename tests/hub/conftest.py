@@ -1,7 +1,8 @@
-"""An adapter in a folder, and a cache of the Hub."""
+"""An adapter in a folder, a cache of the Hub, and no network."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,13 @@ def cache(tmp_path: Path) -> dict[str, str]:
 def folder(tmp_path: Path) -> Path:
     make_adapter().save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches for the network fails."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a card must be made without the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
