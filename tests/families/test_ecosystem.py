@@ -74,8 +74,9 @@ def outputs(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 both_methods = pytest.mark.parametrize("config", [MERGE, DTEMConfig(r=6)], ids=["tome", "dtem"])
 
 
-@both_methods
-@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+@pytest.mark.parametrize(
+    ("device_map", "config"), [("cpu", MERGE), ("auto", DTEMConfig(r=6))], ids=["cpu-tome", "auto-dtem"]
+)
 def test_device_maps(case: FamilyCase, folder: Path, device_map: str, config: Any) -> None:
     expected = outputs(loader(case).from_pretrained(folder, merge=config), all_inputs(case, 2))
     model = loader(case).from_pretrained(folder, merge=config, device_map=device_map)

@@ -37,14 +37,23 @@ ROWS_AND_METHODS = [
     if case.fits(row)
 ]
 every_row_and_method = pytest.mark.parametrize("row, method", ROWS_AND_METHODS)
+# In training, and DTEM in `.eval()` as well: the other methods merge alike in both.
+in_both_modes = pytest.mark.parametrize(
+    "row, method, training",
+    [
+        pytest.param(*each.values, training, id=f"{each.id}-{'train' if training else 'eval'}")
+        for each in ROWS_AND_METHODS
+        for training in (False, True)
+        if training or each.values[1] == "dtem"
+    ],
+)
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[type, set[str]]]:
     return {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@every_row_and_method
+@in_both_modes
 def test_where_nothing_is_reduced_all_is_the_plain_model_bit_for_bit(row: Row, method: str, training: bool) -> None:
     """Outputs and gradients, with every kind of dropout."""
     dropout = dict.fromkeys(DROPOUTS, 0.3)
@@ -188,15 +197,7 @@ def test_other_image_sizes_follow_their_own_plan_or_are_refused_as_ever(row: Row
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "row, method, training",
-    [
-        pytest.param(*each.values, training, id=f"{each.id}-{'train' if training else 'eval'}")
-        for each in ROWS_AND_METHODS
-        for training in (False, True)
-        if training or each.values[1] == "dtem"  # the others merge alike in both
-    ],
-)
+@in_both_modes
 def test_low_precision_stays_finite(row: Row, method: str, dtype: torch.dtype, training: bool) -> None:
     """Outputs and all gradients; sizes stay float32 and add up."""
     model = attach(row.make().to(dtype), METHODS[method]).train(training)
