@@ -1,7 +1,7 @@
 """Python programs in processes of their own, which begin with torch and transformers imported.
 
-Python needs five seconds of a core to import them. A server does so once for each worker of pytest, and every process
-is forked from it. The server knows nothing of this package or of earlier tests: a program imports the package anew.
+To import them takes longer than most tests. A server does so once for each worker of pytest, and every process is
+forked from it. The server knows nothing of this package or of earlier tests: a program imports the package anew.
 Libraries read some variables (HF_HOME, HF_ENDPOINT, OMP_NUM_THREADS) when they are imported: a test of those starts
 Python itself.
 """
