@@ -9,7 +9,8 @@ PYTEST := python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # The oldest transformers and torch that pyproject.toml allows, and the tests that come near their code.
 OLDEST = "$(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/\1/p' pyproject.toml).*"
 OLDEST_BIN := .venv-oldest/bin
-OLDEST_TESTS := convert deploy/test_static_shapes.py evaluation/test_captions.py families hub/test_adapter.py hub/test_hub.py \
+OLDEST_TESTS := convert deploy/test_static_shapes.py evaluation/test_captions.py families hub/test_adapter.py \
+	hub/test_adapter_refusals.py hub/test_hub.py hub/test_hub_content.py hub/test_hub_faults.py \
 	methods models ops/test_attention.py ops/test_matching.py ops/test_merging.py test_scope.py
 
 MEASURED := --random_weights True --device cpu --r 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--family", help="run what tests this family alone: a file's name in tests/families")
 
 
+def pytest_configure() -> None:
+    """Collect garbage less often: compilers and exporters make so many objects that it took a third of their time."""
+    gc.set_threshold(50_000, 20, 20)
+    torch._dynamo.config.run_gc_after_compile = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one family's tests: those in its own file, and all that have its case, a row or a model as a parameter."""
+    """Keep one family's tests: those in its own files, and all that have its case, a row or a model as a parameter."""
     family = config.getoption("family")
     if family is None:
         return
@@ -43,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def belongs(item: pytest.Item) -> bool:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         found = any(id(getattr(value, "case", value)) in own for value in values)
-        return found or item.path == ROOT / "tests" / "families" / f"{family}.py"
+        return found or item.path in [
+            ROOT / "tests" / "families" / f"{name}.py" for name in (family, f"test_{family}")
+        ]
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
     items[:] = filter(belongs, items)
@@ -134,16 +143,13 @@ def pixels() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(scope="session")
-def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT with random weights and its processor: 32×32 pixels, 17 tokens of 4 layers."""
-    folder = tmp_path_factory.mktemp("vit")
+def _save_vit(folder: Path, num_layers: int) -> Path:
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=32,
         patch_size=8,
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         intermediate_size=64,
         num_labels=5,
@@ -153,6 +159,18 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT with random weights and its processor: 32×32 pixels, 17 tokens of 4 layers."""
+    return _save_vit(tmp_path_factory.mktemp("vit"), 4)
+
+
+@pytest.fixture(scope="session")
+def shallow_vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 2 layers, for what exports and compiles: the second layer sees tokens that are merged."""
+    return _save_vit(tmp_path_factory.mktemp("shallow"), 2)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dtem_hf.discovery import import_all
+from tests.support.children import run_python
 from tests.support.families import CASES
 
 
@@ -33,14 +33,14 @@ def test_every_module_of_a_package_is_imported_in_order(tmp_path: Path, monkeypa
 
 def test_the_tests_of_one_family_are_found() -> None:
     """Its own, and its rows of the files for all families; see `make test-family`."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/families", "--collect-only", "--family"]
+    command = ["-m", "pytest", "-p", "no:xdist", "tests/families", "--collect-only", "--family"]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([*command, "git"], cwd=root, capture_output=True, text=True)
+    done = run_python([*command, "git"], cwd=root)
     found = [line for line in done.stdout.splitlines() if "::" in line]
     assert {line.partition("::")[0].rpartition("/")[2] for line in found} >= {
         "git.py",
         *(f"test_{name}.py" for name in ("declarations", "ecosystem", "promises", "slow_reference", "unmerging")),
     }
     assert not [line for line in found if "beit" in line.lower() or "clip" in line.lower()]
-    wrong = subprocess.run([*command, "gut"], cwd=root, capture_output=True, text=True)
+    wrong = run_python([*command, "gut"], cwd=root)
     assert wrong.returncode != 0 and f"--family gut: one of {', '.join(CASES)}" in wrong.stderr + wrong.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from PIL import Image
 from dtem_hf import AutoModelForImageTextToText, AutoProcessor, DTEMConfig, MergeAdapter, attach
 from tests.models.test_containers import TEXT, VIT, built, llava
 from tests.models.test_processor import saved_processor, word_tokenizer
-from tests.support.hub_client import hub_environment
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -189,10 +187,7 @@ def test_publish_adapter_only_shows(run: Any, adapter: Path) -> None:
     assert "Nothing was published" in printed and "hold no results" in printed
 
 
-def test_publish_adapter(hub: Any, adapter: Path, tmp_path: Path) -> None:
-    command = [sys.executable, EXAMPLES / "publish_adapter.py", adapter, "me/a", "--push"]
-    environment = hub_environment(hub.endpoint, tmp_path / "home", "hf_me")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "read back: the same tensors" in done.stdout
+def test_publish_adapter(hub: Any, client: Any, adapter: Path) -> None:
+    program = (str(EXAMPLES / "publish_adapter.py"), str(adapter), "me/a", "--push")
+    assert "read back: the same tensors" in client("tests.support.hub_client:run_program", *program, token="hf_me")
     assert hub.repos["me/a"].private and "merge_adapter.safetensors" in hub.files("me/a")

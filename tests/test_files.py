@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from dtem_hf.files import (
     write_text,
 )
 from dtem_hf.programs.arguments import run_script
+from tests.support.full_disk import full_disk
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -200,19 +200,6 @@ def test_links_are_followed_where_they_may_be(tmp_path: Path) -> None:
     assert read_text(tmp_path / "there", 100, links=False) == "text\nof two lines"
     with pytest.raises(BadValue, match="in the folder itself, and no link"):
         read_text(tmp_path / "link", 100, links=False)
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 4 kB, which writers meet as they meet a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def write_tensors(path: Path) -> None:

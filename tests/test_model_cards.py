@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassi
 from dtem_hf import DTEMConfig, MergeAdapter, attach
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.hub.folder_card import folder_card
+from tests.support.children import run_python
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,9 +83,7 @@ def test_the_recipe_writes_cards_and_plots_and_the_same_ones_again(
 
     seen = []
     for _ in range(2):
-        command = [sys.executable, str(ROOT / "recipes" / "model_cards.py"), str(tmp_path / "cards")]
-        done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, done.stderr
+        done = run_python([ROOT / "recipes" / "model_cards.py", tmp_path / "cards"], check=True)
         seen.append({path.name: path.read_bytes() for path in adapter.iterdir()})
     assert done.stdout.count("written: ") == 1
     assert seen[0] == seen[1]

@@ -26,5 +26,7 @@ def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
+    for cell in cells:  # half as long as for a reader
+        cell.source = cell.source.replace("epochs=2", "epochs=1")
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert PRINTED[name] in "".join(output.get("text", "") for output in cells[-1].outputs)

@@ -89,7 +89,7 @@ def test_dynamo_traces_scopes_without_a_break_and_leaves_none_open() -> None:
 
 def test_a_compiled_pass_leaves_nothing_to_an_eager_one(make_classifier: Callable[..., Any], pixels: Tensor) -> None:
     """Nor the other way round."""
-    model = attach(make_classifier(), ToMeConfig(r=9))
+    model = attach(make_classifier(num_hidden_layers=2), ToMeConfig(r=9))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         expected = model(pixels).logits

@@ -15,7 +15,6 @@ from .relaxation import (
     size_order,
     soft_assignment,
     soft_grouping,
-    soft_merging,
     straight_through_matching,
 )
 from .splitting import split_counts, split_even_odd
@@ -50,7 +49,6 @@ __all__ = [
     "size_order",
     "soft_assignment",
     "soft_grouping",
-    "soft_merging",
     "source_map",
     "split_by_score",
     "split_counts",

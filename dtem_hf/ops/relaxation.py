@@ -94,27 +94,6 @@ def move_mass(
     return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)
 
 
-def soft_merging(
-    x: Tensor,
-    sizes: Tensor,
-    metric: Tensor,
-    num_active: int,
-    r: int,
-    num_prefix_tokens: int = 1,
-    top_k: int = 3,
-    score_temperature: float = 0.1,
-    assignment_temperature: float = 0.1,
-) -> tuple[Tensor, Tensor]:
-    """Merge r of the `num_active` first tokens softly: x [B, N, D], sizes [B, N], metric [B, N, d] -> x, sizes.
-
-    `soft_assignment` says what goes where, `move_mass` moves it. Raises ValueError where r does not fit.
-    """
-    assignment = soft_assignment(
-        metric, num_active, r, num_prefix_tokens, top_k, score_temperature, assignment_temperature
-    )
-    return move_mass(x, sizes, assignment, num_active, num_prefix_tokens)
-
-
 def size_order(sizes: Tensor, num_active: int, num_prefix_tokens: int = 1) -> Tensor:
     """The permutation that puts the active tokens by size, largest first: [B, N] -> [B, N], int64.
 

@@ -7,7 +7,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ import dtem_hf
 from dtem_hf import BadValue, ToMeConfig, attach
 from dtem_hf.convert.mae import convert_mae, mae_config, main
 from tests.support import slow_reference as slow
+from tests.support.children import run_python
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -285,14 +285,14 @@ def test_a_pth_is_refused_with_the_line_that_converts_it(pixels: Tensor, tmp_pat
         convert(folder / "mae.pth", tmp_path / "beit")
     line = re.search(r"makes it: (python .*)\.$", str(raised.value))
     assert line is not None
-    subprocess.run([sys.executable, *shlex.split(line[1])[1:]], check=True)
+    run_python(shlex.split(line[1])[1:], check=True)
     convert(folder / "mae.safetensors", tmp_path / "beit")
     with torch.no_grad():
         logits = AutoModelForImageClassification.from_pretrained(tmp_path / "beit")(pixels).logits
     torch.testing.assert_close(logits.double(), forward(tensors, pixels), atol=1e-5, rtol=1e-5)
 
     torch.save({"model": tensors, "args": Path("x")}, folder / "mae.pth")  # anything else is not unpickled
-    again = subprocess.run([sys.executable, *shlex.split(line[1])[1:]], capture_output=True, text=True)
+    again = run_python(shlex.split(line[1])[1:])
     assert again.returncode != 0
     assert "UnpicklingError" in again.stderr
 

@@ -42,7 +42,7 @@ def test_an_onnx_file_and_its_record(vit_folder, tmp_path, capsys):
         "preprocessor_config.json",
     ]
     record = json.loads((tmp_path / "model.onnx.json").read_text())
-    assert record["opset"] == 20 and record["merge"]["r"] == 3 and record["plan"]["tokens"] == [14, 11, 8, 5]
+    assert record["opset"] == 20 and record["merge"]["r"] == 3 and record["plan"]["tokens"] == [14, 11]
     file = record["files"][0]
     assert file["sha256"] == hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
     assert record["parity"]["outputs"]["logits"]["largest_difference"] < 1e-4

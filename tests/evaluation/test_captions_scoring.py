@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import stat
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ from dtem_hf.evaluation.captions_scoring import (
     tokenise,
     unavailable,
 )
+from tests.support.children import run_python
 
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
@@ -40,6 +40,12 @@ def no_jars(monkeypatch, tmp_path):
     """SPICE's jars are where nobody looks, wherever else they may lie on this machine."""
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv(SPICE_VARIABLE, str(tmp_path / "empty"))
+
+
+@pytest.fixture(autouse=True)
+def _java_starts_quickly(monkeypatch):
+    """Programs of some seconds are compiled no further than they need, and clean up in one thread."""
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 
 def ngrams(words, n):
@@ -93,7 +99,7 @@ def test_published_figures_by_the_recipes_command(shared, tmp_path):
     (tmp_path / "P.json").write_text(json.dumps(predictions))
     files = {"annotations": "A.json", "predictions": "P.json", "output": "S.json"}
     options = [text for name, file in files.items() for text in (f"--{name}", str(tmp_path / file))]
-    subprocess.run([sys.executable, str(ROOT / "recipes" / "evaluate_captions.py"), *options], check=True, cwd=ROOT)
+    run_python([ROOT / "recipes" / "evaluate_captions.py", *options], check=True)
     scores = json.loads((tmp_path / "S.json").read_text())
     published = {"BLEU-1": 0.568203, "BLEU-4": 0.128778, "METEOR": 0.173621, "ROUGE-L": 0.398795, "CIDEr": 0.492887}
     assert {name: scores[name] for name in published} == pytest.approx(published, abs=1e-4, rel=0)

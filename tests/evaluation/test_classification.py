@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
 from dtem_hf.evaluation.variants import make_variants, run_in_turn
 from dtem_hf.models.copies import share_weights
 from dtem_hf.opening import load_processor
+from tests.support.children import start_together
 
 
 ROOT = Path(__file__).parents[2]
@@ -114,9 +112,10 @@ def test_attention_without_sizes_is_asked_for_in_all_methods(options, vit_folder
 
 
 @pytest.mark.parametrize("runtime, package", [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
-def test_another_runtime_gives_the_figures_of_eager(options, runtime, package):
+def test_another_runtime_gives_the_figures_of_eager(options, shallow_vit_folder, runtime, package):
     pytest.importorskip(package)
-    settings = {**options, "methods": ["tome"], "r": ["3"], "flops": [], "limit": 20}
+    settings = {**options, "model": str(shallow_vit_folder), "adapter": None}
+    settings |= {"methods": ["tome"], "r": ["3"], "flops": [], "limit": 20}
     eager = evaluate(EvaluateArguments(**settings))["rows"]
     found = evaluate(EvaluateArguments(**settings, runtime=runtime))
     assert found["runtime"] == runtime
@@ -229,21 +228,9 @@ def test_two_processes_give_what_one_gives_to_the_last_digit(options, tmp_path):
     assert one["processes"] == 1
     flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
     flags += ["--r", *options["r"], "--flops", "0.7", "--output_dir", str(tmp_path / "two")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-        "--",
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "recipes" / "evaluate.py"), *flags], check=True, env=environment
-    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    processes = start_together([ROOT / "recipes" / "evaluate.py", *flags], 2, tmp_path, environment)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].log.read_text()
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert two["processes"] == 2
     assert two["data"]["num_images"] == one["data"]["num_images"] == 48

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from PIL import Image
 from dtem_hf import BadValue
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
+from tests.support.full_disk import full_disk
 
 
 ROOT = Path(__file__).parents[2]
@@ -126,16 +127,14 @@ def test_parts_stay_until_the_results_are_written(options, folders, monkeypatch)
     assert sorted(path.name for path in (folders / "out").iterdir()) == ["accuracy.png", "evaluation.json"]
 
 
-def test_a_full_disk_is_one_line(options, folders):
-    def fill() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-
-    command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *flags(options)]
-    # Python would cut its own cached bytecode off.
-    environment = {"PYTHONPATH": str(ROOT), "HOME": str(folders), "PYTHONDONTWRITEBYTECODE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=fill, env=environment)
-    assert run.returncode == 1
-    assert "Traceback" not in run.stderr and "Error: [Errno 27] File too large" in run.stderr.splitlines()[-1]
+def test_a_full_disk_is_one_line(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(options)])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut off
+    with full_disk(600), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "recipes" / "evaluate.py"), run_name="__main__")
+    errors = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback" not in errors and "Error: [Errno 27] File too large" in errors.splitlines()[-1]
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(options, folders):

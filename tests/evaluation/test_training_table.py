@@ -7,6 +7,7 @@ import yaml
 
 from dtem_hf import BadValue
 from dtem_hf.evaluation.training_table import main
+from tests.support.children import run_python
 
 
 @pytest.fixture
@@ -32,7 +33,8 @@ def rows(tmp_path):
     return path
 
 
-def test_rows_are_made_once_and_stand_in_the_table(rows, vit_folder, image_folder, tmp_path, capfd):
+def test_rows_are_made_once_and_stand_in_the_table(rows, vit_folder, image_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda command, check: run_python(command[1:], check=check))
     folders = ["--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "out")]
     data = ["--model", str(vit_folder), "--train", str(image_folder), "--dev", str(image_folder)]
     command = ["--rows", str(rows), *data, *folders]

@@ -15,7 +15,14 @@ import pytest
 
 from dtem_hf import ToMeConfig
 from dtem_hf.families import FAMILIES, Family
-from tests.families import test_packed_rows, test_promises, test_registry, test_slow_reference, test_unmerging
+from tests.families import (
+    test_packed_rows,
+    test_promises,
+    test_registry,
+    test_slow_reference,
+    test_unmerging,
+    test_whole_models,
+)
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 
@@ -61,7 +68,7 @@ def plans_what_torch_counts(case: FamilyCase, folder: Path) -> None:
 
 def counts_the_encoder_alone(case: FamilyCase, folder: Path) -> None:
     for model_class in (*case.others, *case.dense):
-        test_promises.test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case, model_class)
+        test_whole_models.test_a_model_that_does_more_than_see_is_counted_as_its_encoder(case, model_class)
 
 
 def returns_as_many_tokens_as_planned(case: FamilyCase, folder: Path) -> None:
@@ -69,8 +76,8 @@ def returns_as_many_tokens_as_planned(case: FamilyCase, folder: Path) -> None:
         test_promises.test_recorded_states_have_the_plans_lengths(row)
     if not case.rows[0].anatomy.whole:
         test_unmerging.test_all_tokens_come_back_in_place(case, "tome")
-    for _, model_class in (pair for pair in test_promises.WITH_TEXT if pair[0] is case):
-        test_promises.test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case, model_class)
+    for _, model_class in (pair for pair in test_whole_models.WITH_TEXT if pair[0] is case):
+        test_whole_models.test_a_model_with_text_reads_the_merged_tokens_of_its_tower(case, model_class)
 
 
 def lists_the_models_of_all_cases(case: FamilyCase, folder: Path) -> None:

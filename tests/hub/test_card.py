@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 
 import pytest
 import yaml
@@ -15,35 +14,11 @@ from huggingface_hub.utils import validate_repo_id
 import dtem_hf
 from dtem_hf.hub.card import card_of
 from dtem_hf.hub.facts import BackboneFacts
-from dtem_hf.hub.folder_card import write_card
 from dtem_hf.labels import reduction_label
 
 
+pytestmark = pytest.mark.usefixtures("offline")
 BASE = "facebook/deit-tiny-patch16-224"
-EVIL = [
-    "x\n---\nlicense: evil\n---\n# Hacked",
-    "x\r\n\r\n## Hacked\r\n\r\n- a",
-    "x\u2028# Hacked\u2029\x85# b\x0b\x0c\x00\x1b[31m",
-    "`` ` ``` <script>alert(1)</script> ```",
-    "a | b | c \\| d || e",
-    "---",
-    "[click](http://evil.example) ![x](http://evil.example/p.png) <http://evil.example>",
-    "{{ 7 * 7 }}{% raw %}{{ card_data }}",
-    "*b* _i_ ~~s~~ # h $$x$$ @user",
-    "\ud800\u202eabc\ufffe",
-    "",
-    ": !!python/object:os.system [",
-]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Whoever reaches for the network fails."""
-
-    def refuse(*_):
-        raise AssertionError("a card must be made without the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def facts(**changes) -> BackboneFacts:
@@ -118,16 +93,6 @@ def table(text: str, first: str) -> list[list[str]]:
     """The cells of the Markdown table whose first header is `first`."""
     lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-
-
-def structure(text: str) -> list[str]:
-    """The kinds of Markdown elements in a text, in order, without their content."""
-    markdown_it = pytest.importorskip("markdown_it")
-    kinds = []
-    for token in markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text):
-        kinds += [token.type, *(child.type for child in token.children or ())]
-    # A run of plain text may be split at characters that turned out not to be special.
-    return [kind for i, kind in enumerate(kinds) if kind not in ("text", "text_special") or kinds[i - 1] != kind]
 
 
 def test_metadata_reads_back(tmp_path):
@@ -306,89 +271,6 @@ def test_tokens_and_folders_of_the_machine_are_not_published():
     assert "--data …/data" in text and "https://a.example/b/c" in text
 
 
-@pytest.mark.parametrize("evil", EVIL)
-def test_no_name_changes_the_structure(tmp_path, evil):
-    def card(text: str) -> ModelCard:
-        record = evaluation(
-            command=text,
-            data={"name": text, "num_images": 3, "labelled": True},
-            device=text,
-            dtype=text,
-            hardware=text,
-            versions={"torch": text, text: "1"},
-        )
-        trained = training(
-            command=text,
-            arguments={text: text, "list": [text]},
-            data={"name": text or "-", "num_images": 3},
-            hardware=text,
-            best_validation={text: 1.0},
-            versions={text: text},
-        )
-        backbone = facts(model_type=text, base_model=text or "-", base_revision=text or "-")
-        pictures = {text or "-": "accuracy.png"}
-        made = card_of(dtem_hf.DTEMConfig(), backbone, record, training=trained, pictures=pictures)
-        return saved(made, tmp_path)
-
-    plain, injected = card("a plain name"), card(evil)
-    assert injected.data.to_dict().keys() == plain.data.to_dict().keys()
-    for name in ("license", "library_name", "pipeline_tag", "metrics"):
-        assert injected.data.get(name) == plain.data.get(name)
-    assert injected.data.tags == ["token-merging", "dtem"]
-    assert injected.data.datasets is None and injected.data.base_model is None
-    assert structure(injected.text) == structure(plain.text)
-    assert "html_block" not in structure(injected.text) and "html_inline" not in structure(injected.text)
-    assert [x.metric_value for x in injected.data.eval_results] == [x.metric_value for x in plain.data.eval_results]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rows": [row("dtem\n---", 8, 1.0, 1)]}, r"evaluation\.rows\[0\]\.method"),
-        ({"rows": [row("dtem", "| x |", 1.0, 1)]}, r"evaluation\.rows\[0\]\.r"),
-        ({"rows": [row("dtem", {"kind": "x\n"}, 1.0, 1)]}, r"evaluation\.rows\[0\]\.r"),
-        ({"rows": [row("dtem", 8, None, 1, top5="78\n---")]}, r"evaluation\.rows\[0\]\.top5.*a number"),
-        ({"rows": [row("dtem", 8, float("nan"), 1)]}, r"evaluation\.rows\[0\]\.top1=nan"),
-        ({"rows": [row("dtem", 8, 1.0, 1, kl=None)]}, r"evaluation\.rows\[0\]\.kl"),
-        ({"rows": ["x"]}, r"evaluation\.rows\[0\]"),
-        ({"rows": None}, r"evaluation\.rows"),
-        ({"image_size": ["a", "b"]}, r"evaluation\.image_size"),
-        ({"batch_size": "8 |"}, r"evaluation\.batch_size"),
-        ({"data": {"name": 3, "num_images": 1}}, r"evaluation\.data\.name"),
-        ({"data": None}, r"evaluation\.data"),
-        ({"task": "x\n---"}, r"evaluation\.task"),
-        ({"adapter": None}, r"evaluation\.adapter"),
-    ],
-)
-def test_an_evaluation_that_makes_no_sense_is_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        card_of(dtem_hf.DTEMConfig(), facts(), evaluation(**changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": "400 |"}, r"training\.steps"),
-        ({"seconds": float("inf")}, r"training\.seconds"),
-        ({"steps": 10**400}, r"training\.steps"),
-        ({"seed": 1.5}, r"training\.seed"),
-        ({"best_validation": {"kl": "x"}}, r"training\.best_validation\.kl"),
-        ({"arguments": []}, r"training\.arguments"),
-    ],
-)
-def test_a_training_record_that_makes_no_sense_is_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        card_of(dtem_hf.DTEMConfig(), facts(), None, training=training(**changes))
-
-
-@pytest.mark.parametrize(
-    "name", ["../x.png", "/x.png", "a b.png", "x.png) [y](z", "x\n.png", "", "a//b.png", ".x.png"]
-)
-def test_a_picture_stays_in_the_folder(name):
-    with pytest.raises(ValueError, match="pictures="):
-        card_of(dtem_hf.DTEMConfig(), facts(), None, pictures={"A picture": name})
-
-
 def test_pictures_are_shown():
     text = card_of(
         dtem_hf.DTEMConfig(), facts(), None, pictures={"Merged [tokens]": "pictures/merged_tokens.v2.png"}
@@ -410,71 +292,3 @@ def test_pictures_are_shown():
 )
 def test_labels_of_schedules(r, label):
     assert reduction_label(r) == label
-
-
-@pytest.fixture
-def adapter_folder(make_classifier, tmp_path):
-    """An adapter of a small model, with the card that saving gives it."""
-    dtem_hf.attach(make_classifier(), dtem_hf.DTEMConfig(r=4)).save_merge_adapter(
-        tmp_path / "adapter", base_model=BASE
-    )
-    return tmp_path / "adapter"
-
-
-def test_saving_an_adapter_writes_a_card(adapter_folder):
-    card = ModelCard.load(adapter_folder / "README.md")
-    assert card.data.base_model == BASE and "Not evaluated." in card.text
-
-
-def test_write_card_does_not_overwrite_unless_told(adapter_folder, tmp_path):
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation()))
-    (adapter_folder / "README.md").write_text("mine")
-    before = sorted(path.name for path in adapter_folder.iterdir())
-    with pytest.raises(FileExistsError, match=r"README\.md is there already; pass overwrite=True"):
-        write_card(adapter_folder, tmp_path / "evaluation.json")
-    assert (adapter_folder / "README.md").read_text() == "mine"
-    written = write_card(adapter_folder, tmp_path / "evaluation.json", overwrite=True)
-    assert written == adapter_folder / "README.md"
-    assert sorted(path.name for path in adapter_folder.iterdir()) == before
-    assert written.read_text(encoding="utf-8").endswith(".\n")
-    assert len(ModelCard.load(written).data.eval_results) == 6
-    dtem_hf.MergeAdapter.from_pretrained(adapter_folder)
-
-
-def test_write_card_is_what_card_of_says(adapter_folder, tmp_path):
-    (adapter_folder / "README.md").unlink()
-    (adapter_folder / "accuracy.png").write_bytes(b"")
-    for name, record in (("evaluation", evaluation()), ("training", training())):
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    pictures = {"Accuracy": "accuracy.png"}
-    written = write_card(
-        adapter_folder, tmp_path / "evaluation.json", tmp_path / "training.json", pictures, repo_id="me/adapter"
-    )
-    adapter = dtem_hf.MergeAdapter.from_pretrained(adapter_folder)
-    expected = card_of(
-        adapter.config, adapter.backbone, evaluation(), training=training(), pictures=pictures, repo_id="me/adapter"
-    )
-    assert written.read_text(encoding="utf-8").strip() == str(expected).strip()
-
-
-def test_the_training_record_beside_the_adapter_is_read(adapter_folder):
-    assert "Not recorded." in write_card(adapter_folder, overwrite=True).read_text(encoding="utf-8")
-    (adapter_folder / "training.json").write_text(json.dumps(training()))
-    assert "- Seed: 7" in write_card(adapter_folder, overwrite=True).read_text(encoding="utf-8")
-
-
-def test_what_is_not_there_is_named_and_the_card_stays(adapter_folder, tmp_path):
-    before = (adapter_folder / "README.md").read_bytes()
-    with pytest.raises(FileNotFoundError, match="no adapter folder"):
-        write_card(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"evaluation\.json"):
-        write_card(adapter_folder, tmp_path / "evaluation.json", overwrite=True)
-    with pytest.raises(FileNotFoundError, match=r"no picture plot\.png"):
-        write_card(adapter_folder, pictures={"Plot": "plot.png"}, overwrite=True)
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"list\.json='list': a JSON object"):
-        write_card(adapter_folder, tmp_path / "list.json", overwrite=True)
-    (tmp_path / "bad.json").write_text(json.dumps(evaluation(rows=[row("dtem", 8, 1.0, -1, kl="x")])))
-    with pytest.raises(ValueError, match="kl"):
-        write_card(adapter_folder, tmp_path / "bad.json", overwrite=True)
-    assert (adapter_folder / "README.md").read_bytes() == before

@@ -8,38 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dtem_hf import AdapterError, DTEMConfig, MergeAdapter
+from dtem_hf import AdapterError
 from dtem_hf.configuration import CONFIG_NAME
-from dtem_hf.hub.facts import BackboneFacts
 from dtem_hf.hub.layout import WEIGHTS_NAME
+from tests.support.adapters import LOAD, ME, PUBLISH, assert_same, make_adapter
 from tests.support.loopback_hub import Fault
 
 
-LOAD = "dtem_hf:MergeAdapter.from_pretrained"
-PUBLISH = "dtem_hf.hub.publishing:publish_folder"
-ME = {"token": "hf_me"}
 HTML = b"<html><body>Please log in to the hotel's network</body></html>"
 NOT_JSON = [b"", HTML]
-
-
-def make_adapter(seed: int = 0) -> MergeAdapter:
-    draw = torch.Generator().manual_seed(seed)
-    tensors = {f"layers.{i}.weight": torch.randn(16, 32, generator=draw) for i in range(4)}
-    tensors |= {f"layers.{i}.bias": torch.randn(16, generator=draw) for i in range(4)}
-    return MergeAdapter(DTEMConfig(r=2), tensors, BackboneFacts("vit", 4, 32))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_adapter().save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> dict[str, str]:
-    return {"cache_dir": str(tmp_path / "cache")}
 
 
 @pytest.fixture
@@ -48,10 +26,6 @@ def published(hub: Any, folder: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.commit("me/a", files)
     return files
-
-
-def assert_same(first: MergeAdapter, second: MergeAdapter) -> None:
-    assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
 
 
 def message_of(error: Any) -> str:

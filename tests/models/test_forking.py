@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from dtem_hf import DTEMConfig, attach
+from tests.support.children import run_python
 
 
 SERVER = """
@@ -50,13 +49,7 @@ def test_workers_that_are_forked_after_loading_answer(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "plain")
     model = attach(model, DTEMConfig(r=13, learn_exponents=True, learn_norms=True))
     model.save_merge_adapter(tmp_path / "adapter")
-    server = subprocess.run(
-        [sys.executable, "-c", SERVER, tmp_path / "plain", tmp_path / "adapter"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    server = run_python(["-c", SERVER, tmp_path / "plain", tmp_path / "adapter"], check=True)
     dtypes = (torch.float32, torch.bfloat16)
     expected = [f"{way} {dtype} answers" for way in ("plain", "tome", "dtem", "adapter") for dtype in dtypes]
     assert server.stdout.splitlines() == expected

@@ -1,6 +1,6 @@
 """transformers' pipelines on merged models that see more than an image's class: what the model answers by hand.
 
-`tests/families/test_ecosystem.py` runs the pipelines of every family.
+`tests/families/test_registered.py` runs the pipelines of every family.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dtem_hf
 from dtem_hf import ToMeConfig, attach
-from tests.families.test_ecosystem import tokenizer
+from tests.families.test_registered import tokenizer
 from tests.models.test_containers import built, depth_anything, llava, upernet
 from tests.models.test_processor import saved_processor
 from tests.support.families import CASES

@@ -14,6 +14,13 @@ from tests.support import slow_reference as slow
 VANISHING = 1e-6
 
 
+def soft_merging(
+    x: Tensor, sizes: Tensor, metric: Tensor, active: int, r: int, prefix: int = 1, *options: float, **named: float
+) -> tuple[Tensor, Tensor]:
+    assignment = ops.soft_assignment(metric, active, r, prefix, *options, **named)
+    return ops.move_mass(x, sizes, assignment, active, prefix)
+
+
 def cosines(*shape: int) -> Tensor:
     return torch.rand(*shape) * 2 - 1
 
@@ -124,7 +131,7 @@ def test_merge_equals_the_slow_reference_with_gradients(
     x, sizes, metric = (t.requires_grad_() for t in layer(prefix, 20))
     r = (active - prefix) // 3
     to_x, to_sizes = torch.randn(2, 20, 5), torch.randn(2, 20)
-    new_x, new_sizes = ops.soft_merging(x, sizes, metric, active, r, prefix, 3, *temperatures)
+    new_x, new_sizes = soft_merging(x, sizes, metric, active, r, prefix, 3, *temperatures)
     ours = torch.autograd.grad((new_x * to_x).sum() + (new_sizes * to_sizes).sum(), (x, sizes, metric))
     for image in range(2):
         exact = [t[image].detach().double().requires_grad_() for t in (x, sizes, metric)]
@@ -141,7 +148,7 @@ def test_merge_equals_the_slow_reference_with_gradients(
 def test_merge_conserves_mass_and_leaves_the_others_alone(prefix: int, r: int) -> None:
     x, sizes, metric = layer(prefix, 25)
     active = 21
-    new_x, new_sizes = ops.soft_merging(x, sizes, metric, active, r, prefix)
+    new_x, new_sizes = soft_merging(x, sizes, metric, active, r, prefix)
     torch.testing.assert_close(new_sizes.sum(1), sizes.sum(1), atol=1e-4, rtol=0)
     before = (sizes.unsqueeze(-1) * x).sum(1)
     torch.testing.assert_close((new_sizes.unsqueeze(-1) * new_x).sum(1), before, atol=1e-4, rtol=0)
@@ -157,7 +164,7 @@ def test_merge_of_empty_tokens_is_finite_with_gradients() -> None:
     x, sizes, metric = layer(1, 17)
     sizes[:, [2, 3, 4, 7, 8]] = 0
     x, sizes, metric = (t.requires_grad_() for t in (x, sizes, metric))
-    new_x, new_sizes = ops.soft_merging(x, sizes, metric, 17, 6)
+    new_x, new_sizes = soft_merging(x, sizes, metric, 17, 6)
     gradients = torch.autograd.grad(new_x.square().sum() + new_sizes.square().sum(), (x, sizes, metric))
     assert all(t.isfinite().all() for t in (new_x, new_sizes, *gradients))
 
@@ -168,7 +175,7 @@ def test_a_token_merged_wholly_has_size_zero_and_a_gradient_through_the_clip() -
     metric[0, 2] = metric[0, 1]
     sizes = torch.ones(1, 9, requires_grad=True)
     metric.requires_grad_()
-    _, new_sizes = ops.soft_merging(x, sizes, metric, 9, 2, score_temperature=0.02, assignment_temperature=0.02)
+    _, new_sizes = soft_merging(x, sizes, metric, 9, 2, score_temperature=0.02, assignment_temperature=0.02)
     assert 0 <= new_sizes[0, 1].item() < 1e-5
     (gradient,) = torch.autograd.grad(new_sizes[0, 1], sizes)
     assert gradient.isfinite().all()
@@ -178,7 +185,7 @@ def test_a_token_merged_wholly_has_size_zero_and_a_gradient_through_the_clip() -
 def test_r_that_does_not_fit_is_refused_with_the_range_that_would(r: int, fits: str) -> None:
     x, sizes, metric = layer(1, 20)
     with pytest.raises(ValueError, match=rf"r={r} .*17 active tokens.* 1 are prefix: {fits}"):
-        ops.soft_merging(x, sizes, metric, 17, r)
+        soft_merging(x, sizes, metric, 17, r)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
@@ -223,7 +230,7 @@ def test_assignment_equals_the_authors(oracle: dict[str, Tensor]) -> None:
 def test_two_soft_merges_in_a_row_equal_the_authors(oracle: dict[str, Tensor]) -> None:
     x, sizes = oracle["x"], torch.ones(2, 197)
     for step, (metric, active) in enumerate([(oracle["metric"], 197), (oracle["soft2_metric"], 181)], start=1):
-        x, sizes = ops.soft_merging(x, sizes, metric, active, 16)
+        x, sizes = soft_merging(x, sizes, metric, active, 16)
         order = ops.size_order(sizes, active)
         x, sizes = ops.permute_tokens(x, order), ops.permute_tokens(sizes, order)
         torch.testing.assert_close(x, oracle[f"soft{step}_x"], atol=1e-4, rtol=0)

@@ -2,7 +2,7 @@
 
     python -m tests.support.ecosystem   # writes docs/ecosystem.md
 
-A cell of the table is what a family's case promises, and `tests/families/test_ecosystem.py` holds every case to it.
+A cell of the table is what a family's case promises, and the tests for all families hold every case to it.
 The table of loaded and wrapped backbones is made in `tests.support.loading`.
 """
 
@@ -78,7 +78,7 @@ MOST_USED = ("vit", "dinov2", "clip", "git")
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ecosystem.md"
 PREFACE = """# What holds with merging on
 
-Written by `make ecosystem` from the families' files in `tests/families`. `tests/families/test_ecosystem.py` tests
+Written by `make ecosystem` from the families' files in `tests/families`. The tests beside these files test
 every cell on the family's own code with small random weights. Pipelines run a merged model that is given, one that is
 loaded with `model_kwargs={"merge": ...}` and one that was saved merged. Classes are those that take `merge=`: of
 `dtem_hf`, and of transformers after `register()`. `device_map` is "cpu", "auto", or one with a layer on disk. Compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.support.full_disk import full_disk
 
 
 Client = Callable[..., Any]
@@ -47,11 +50,18 @@ def client_process(environment: dict[str, str]) -> Iterator[Client]:
         for name, value in environment.items():
             patch.setenv(name, value)
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        pool.submit(int).result()
+        pool.submit(hurry).result()
     try:
         yield lambda target, *args, **kwargs: pool.submit(call, target, args, kwargs).result(timeout=300)
     finally:
         pool.shutdown()
+
+
+def hurry() -> None:
+    """In this process, huggingface_hub waits a fiftieth of its time before it asks a Hub again."""
+    from huggingface_hub.utils import _http
+
+    _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(seconds / 50)})
 
 
 def call(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,14 +143,33 @@ def validate_card(path: str) -> None:
 
 def with_small_files(target: str, *args: Any, **kwargs: Any) -> Any:
     """Call a function in this process, which may write no file of more than 2 kB meanwhile."""
-    import resource
-    import signal
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error, in place of the process's end
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    try:
+    with full_disk(2048):
         return call(target, args, kwargs)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+
+
+def start(target: str, *args: Any, **kwargs: Any) -> int:
+    """Call a function in a fork of this process, which prints nothing. Returns its number."""
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            call(target, args, kwargs)
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+
+def run_program(path: str, *arguments: str, token: str) -> str:
+    """Run a program in this process with a token, and return what it prints."""
+    import runpy
+    import sys
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setenv("HF_TOKEN", token)
+        patch.setattr(sys, "argv", [path, *arguments])
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()

@@ -48,6 +48,7 @@ class Refused(Exception):
 class Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for the client to acknowledge its headers
     user: User | None
 
     def log_message(self, *_: Any) -> None:

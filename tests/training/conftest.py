@@ -34,6 +34,12 @@ VISION = {
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
+@pytest.fixture(autouse=True)
+def _streams_end_at_once(monkeypatch):
+    """`datasets` sleeps for five seconds behind every stream that was read by threads."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 @pytest.fixture
 def options(vit_folder, image_folder, tmp_path):
     """Arguments of a run of a few steps."""

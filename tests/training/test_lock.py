@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 from dtem_hf import BadValue
 from dtem_hf.programs import lock
 from dtem_hf.programs.lock import LOCK_NAME, only_run_in
+from tests.support.children import run_python, start_together
 
 
 ROOT = Path(__file__).parents[2]
@@ -105,16 +104,8 @@ def test_nothing_stays_where_nothing_was_written(tmp_path):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def _program(options, *command, **environment):
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen(
-        [sys.executable, *command, str(ROOT / "recipes" / "train.py"), *flags],
-        env={name: value for name, value in environment.items() if value is not None},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def flags(options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 def test_two_trainings_in_one_folder_are_refused_at_once(options, start_processes, tmp_path):
@@ -123,18 +114,20 @@ def test_two_trainings_in_one_folder_are_refused_at_once(options, start_processe
     while not (tmp_path / "run" / LOCK_NAME).is_file():
         assert first.is_alive(), first.log.read_text()
         time.sleep(0.01)
-    second = _program({**options, "model": "./nowhere", "output_dir": str(tmp_path / "run"), "seed": 1})
-    printed = second.communicate(timeout=120)[0].splitlines()
-    assert second.returncode == 2 and printed[-1].startswith("Error: output_dir="), printed
+    second = {**options, "model": "./nowhere", "output_dir": str(tmp_path / "run"), "seed": 1}
+    done = run_python([ROOT / "recipes" / "train.py", *flags(second)])
+    printed = done.stderr.splitlines()
+    assert done.returncode == 2 and printed[-1].startswith("Error: output_dir="), printed
     assert f"process {first.pid} on " in printed[-1]
     assert first.is_alive()
 
 
 def test_processes_that_do_not_know_each_other_are_refused(options, tmp_path):
-    """torchrun on a machine without an accelerator, where nothing says that CPUs are to be used."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
-    process = _program(options, *launch, ACCELERATE_USE_CPU=None, CUDA_VISIBLE_DEVICES="")
-    printed = process.communicate(timeout=240)[0]
-    assert process.returncode != 0
+    """As torchrun starts them on a machine without an accelerator, where nothing says that CPUs are to be used."""
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    processes = start_together([ROOT / "recipes" / "train.py", *flags(options)], 2, tmp_path, environment)
+    assert 0 not in [process.wait() for process in processes]
+    printed = processes[0].log.read_text()
     assert "2 processes were launched and Accelerate sees 1: without an accelerator, set ACCELERATE_USE_CPU" in printed
     assert not (tmp_path / "run" / "checkpoints").exists()

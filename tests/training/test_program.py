@@ -3,9 +3,6 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.parameters import freeze_backbone
 from dtem_hf.training.program import train
 from dtem_hf.training.run import Run
+from tests.support.children import Child, run_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -136,25 +134,25 @@ def test_killed_run_resumes_to_the_same_bits(options, tmp_path):
     def command(output_dir):
         listed = {**options, "output_dir": str(output_dir)}
         flags = [part for name, value in listed.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, str(ROOT / "recipes" / "train.py"), *flags]
+        return [str(ROOT / "recipes" / "train.py"), *flags]
 
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(whole), env=env, check=True, capture_output=True)
-    for _ in range(2):
-        process = subprocess.Popen(command(cut), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_python(command(whole), env=env, check=True)
+    for killed in range(2):
+        process = Child(command(cut), tmp_path / f"log-{killed}", env=env)
         before = len(list(cut.glob("checkpoints/step-*")))
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             steps = sorted(cut.glob("checkpoints/step-*"))
             if len(steps) > before or (steps and before):
                 time.sleep(random.uniform(0, 0.3))
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         assert list(cut.glob("checkpoints/step-*")), "killed before the first checkpoint"
-    finished = subprocess.run(command(cut), env=env, check=True, capture_output=True, text=True)
+    finished = run_python(command(cut), env=env, check=True)
     assert "resuming from" in finished.stdout
     (name, expected), (resumed_name, resumed) = learned(whole), learned(cut)
     assert name == resumed_name == "step-00000024"
@@ -199,21 +197,3 @@ def test_bad_options_are_named(options, change, message):
 def test_classification_needs_labels(options):
     with pytest.raises(BadValue, match=r"image \d+ has no label"):
         train(TrainArguments(**{**options, "task": "classification", "steps": 20}))
-
-
-def test_recipe_runs_under_accelerate_launch_with_a_yaml_file(options, tmp_path):
-    """One value is overridden on the command line."""
-    config = tmp_path / "run.yaml"
-    config.write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
-            *(str(ROOT / "recipes" / "train.py"), "--config", str(config), "--steps", "4"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads(Path(options["output_dir"], "adapter", "training.json").read_text())
-    assert summary["steps"] == 4 and summary["arguments"]["lr"] == 0.01

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from dtem_hf import BadValue
 from dtem_hf.configuration import CONFIG_NAME
 from dtem_hf.hub.layout import WEIGHTS_NAME
 from dtem_hf.training.arguments import TrainArguments
-from tests.support.hub_client import hub_environment
 from tests.support.loopback_hub import Fault
 
 
 TRAIN = "tests.support.hub_client:train"
-RECIPE = str(Path(__file__).parents[2] / "recipes" / "train.py")
 RECORDED = {CONFIG_NAME, WEIGHTS_NAME, "training.json", "config.json"}
 
 
@@ -65,17 +62,14 @@ def test_end_to_end_the_whole_model_lies_beside_the_adapter(hub, client, publish
 def test_killed_in_a_push_it_goes_on_and_ends_in_the_same_bits(hub, client, published, options, tmp_path):
     client(TRAIN, {**options, "output_dir": str(tmp_path / "whole")})
     published["push_every"] = 4
-    flags = [part for name, value in published.items() for part in (f"--{name}", str(value)) if part != "True"]
-    environment = {**hub_environment(hub.endpoint, tmp_path / "home", "hf_me"), "ACCELERATE_USE_CPU": "true"}
     fault = Fault("POST", "/commit/training", delay=5.0)
     hub.faults.append(fault)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, RECIPE, *flags], env=environment, **quiet)
+    process = client("tests.support.hub_client:start", TRAIN, published)
     deadline = time.monotonic() + 120
-    while fault.times and process.poll() is None and time.monotonic() < deadline:
+    while fault.times and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(client("os:waitpid", process, 0)[1]) == -signal.SIGKILL
     assert fault.times == 0 and "README.md" not in hub.files("me/run")
     out = client(TRAIN, published)
     assert "resuming from" in out and "published:" in out

@@ -12,6 +12,7 @@ import torch
 
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.run import Run
+from tests.support.children import run_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -41,28 +42,25 @@ def test_gradient_that_is_not_a_number_stops_the_run_although_the_loss_is_one(op
         run.train()
 
 
-def test_threads_and_bfloat16_of_a_real_launch(options):
+def test_a_real_launch_with_a_yaml_file_has_all_threads_and_bfloat16(options, tmp_path):
     """`accelerate launch` gives a process one thread; here it gets the cores, as nobody asked for fewer."""
     options.update(mixed_precision="bf16", num_workers=1)
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    threads = {name for name in os.environ if name.endswith("NUM_THREADS")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
-            *(str(ROOT / "recipes" / "train.py"), *flags),
-        ],
-        env={**{k: v for k, v in os.environ.items() if k not in threads}, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+    (tmp_path / "run.yaml").write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", ROOT / "recipes" / "train.py"]
+    # The launcher starts Python itself. One value is overridden on the command line.
+    done = run_python(
+        [*launch, "--config", tmp_path / "run.yaml", "--steps", "4"],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        check=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
     used = int(re.search(r"1 × .+, (\d+) threads, precision bf16", done.stdout)[1])
     plain = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
-        env={k: v for k, v in os.environ.items() if k not in threads},
+        env=environment,
         capture_output=True,
         text=True,
     )
     assert used == int(plain.stdout)
     summary = json.loads(Path(options["output_dir"], "adapter", "training.json").read_text())
-    assert summary["mixed_precision"] == "bf16" and summary["steps"] == 6
+    assert summary["mixed_precision"] == "bf16" and summary["steps"] == 4 and summary["arguments"]["lr"] == 0.01

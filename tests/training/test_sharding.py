@@ -6,13 +6,13 @@ Accelerate runs FSDP on accelerators alone: `fully_shard` and torch's own checkp
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import torch
 
 from dtem_hf import MergeAdapter
+from tests.support.children import start_together
 
 
 PROGRAM = """
@@ -78,16 +78,10 @@ with open(f"{folder}-rank-{rank}.txt", "w") as file:  # a line that two processe
 def test_a_killed_training_resumes_to_the_same_bits_and_its_adapter_holds_them(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     folder = str(tmp_path / "checkpoint")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(part: str) -> subprocess.CompletedProcess[str]:
-        words = [*command, str(tmp_path / "program.py"), folder, part]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-
-    assert run("first").returncode != 0
-    done = run("second")
-    assert done.returncode == 0, done.stderr[-3000:]
+    for part, code in (("first", -signal.SIGKILL), ("second", 0)):
+        (tmp_path / part).mkdir()
+        processes = start_together([tmp_path / "program.py", folder, part], 2, tmp_path / part, os.environ)
+        assert [process.wait() for process in processes] == [code] * 2, processes[0].log.read_text()
     assert [Path(f"{folder}-rank-{rank}.txt").read_text() for rank in (0, 1)] == ["True True"] * 2
     kept = MergeAdapter.from_pretrained(folder + "-adapter").tensors
     trained = torch.load(folder + "-tensors.pt", weights_only=True)
