@@ -99,7 +99,7 @@ class DeviceArguments:
     dtype: str = option(", ".join(DTYPES), default="bfloat16")
     rounds: int = option("timed rounds", default=30)
     device: str = option("where to run", default="cuda")
-    tiny: bool = option("a tiny model at batch 1 and 2 in one round, to test the program", default=False)
+    tiny: bool = option("a tiny model with two images in one round, to test the program", default=False)
     output_dir: str = option("folder for device.json and one folder per measurement", default="runs/device")
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class DeviceArguments:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BadValue("device", self.device, "cpu: torch sees no CUDA device here")
         if self.tiny:
-            self.batch_sizes, self.runtimes, self.attentions, self.rounds = [1, 2], ["eager", "default"], ["sdpa"], 1
+            self.batch_sizes, self.runtimes, self.attentions, self.rounds = [2], ["eager", "default"], ["sdpa"], 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

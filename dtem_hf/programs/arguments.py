@@ -77,6 +77,15 @@ class ImageArguments(ModelArguments):
 
 
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
+    """`read_arguments` of a program that runs now: the folders of `model` and `adapter` have to be there."""
+    found = read_arguments(kind, argv, description, leading)
+    for name in ("model", "adapter"):
+        if isinstance(value := getattr(found, name, None), str):
+            check_is_there(value.partition("@")[0])
+    return found
+
+
+def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
     """Read a dataclass from a command line; `--config FILE` is a YAML file whose values the other options override.
 
     The options in `leading` may stand first, without their names. Raises ValueError for a key in the file that is not
@@ -106,9 +115,6 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str,
             f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown, parser._option_string_actions)}"
         )
     parsed = vars(found)
-    for name in ("model", "adapter"):
-        if isinstance(parsed.get(name), str):
-            check_is_there(parsed[name].partition("@")[0])
     return kind(**{f.name: parsed[f.name] for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dtem_hf.programs.arguments import parse_arguments
+from dtem_hf.programs.arguments import read_arguments
 from dtem_hf.training.arguments import TrainArguments
 
 
@@ -59,14 +59,14 @@ def training_configs():
 
 @pytest.mark.parametrize("name", training_configs())
 def test_config_is_complete_and_is_launched_by_the_command_in_it(name):
-    arguments = parse_arguments(TrainArguments, ["--config", str(CONFIGS / name)], "")
+    arguments = read_arguments(TrainArguments, ["--config", str(CONFIGS / name)], "")
     assert arguments.model and arguments.data and arguments.output_dir.startswith("runs/")
     assert f"recipes/train.py --config recipes/configs/{name}" in (CONFIGS / name).read_text()
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_recipes_hold_the_published_numbers(name):
-    arguments = parse_arguments(TrainArguments, ["--config", str(CONFIGS / name)], "")
+    arguments = read_arguments(TrainArguments, ["--config", str(CONFIGS / name)], "")
     for option, value in PUBLISHED[name].items():
         assert getattr(arguments, option) == value, option
 

@@ -39,7 +39,7 @@ from dtem_hf.extra_models import (
     SegmenterForSemanticSegmentation,
 )
 from dtem_hf.models.auto import auto_class
-from dtem_hf.programs.arguments import parse_arguments
+from dtem_hf.programs.arguments import read_arguments
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 
@@ -152,7 +152,7 @@ def test_a_training_recipe_takes_a_step(
         attach(loaded, config).save_merge_adapter(tmp_path / "start")
         changed |= {"start_from": tmp_path / "start"}
     summary = train(
-        parse_arguments(TrainArguments, ["--config", str(ROOT / "recipes/configs" / name), *words(**changed)], "")
+        read_arguments(TrainArguments, ["--config", str(ROOT / "recipes/configs" / name), *words(**changed)], "")
     )
     assert summary["steps"] == 1 and summary["images_seen"] == 4
     kept = {key: value for key, value in asked.items() if key not in {*changed, "r"}}
@@ -259,6 +259,6 @@ def test_every_command_of_the_papers_tables_is_one_that_its_program_takes():
             place = options.index("--config") + 1
             used.add(Path(options[place]).name)
             options[place] = str(ROOT / options[place])
-        parse_arguments(kinds[Path(command[program]).name], options, "")
+        read_arguments(kinds[Path(command[program]).name], options, "")
     tables = ("imagenet1k", "coco", "end_to_end", "ade20k")
     assert used == {name for name in CONFIGS if any(word in name for word in tables)}
