@@ -67,7 +67,9 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _batch_cell(batch: dict[str, Any]) -> str:
     speed, memory = batch["images_per_second"], batch["peak_memory"]
-    shown = f"{speed['median']:.1f} ({speed['q25']:.1f}–{speed['q75']:.1f}), {batch['speedup']['median']:.2f}×"
+    digits = 1 if speed["median"] >= 1 else 3  # a large language model answers less than one prompt in a second
+    median, low, high = (f"{speed[name]:.{digits}f}" for name in ("median", "q25", "q75"))
+    shown = f"{median} ({low}–{high}), {batch['speedup']['median']:.2f}×"
     if batch["of_ideal"] is not None:
         shown += f", {batch['of_ideal']:.2f} of ideal"
     for part in ("prefill", "decoding"):
