@@ -10,47 +10,21 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
+from .console import OneLineErrors, print_table, show_version
 from .errors import EXTRAS, BadValue, need
-from .version import __version__
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SHOWN_RESULTS = 5
-
-
-class OneLineErrors(TyperGroup):
-    """Errors that a user can correct are one red line on stderr: exit code 2 for a bad value, 1 for all others."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show_note  # type: ignore[assignment]
-                return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError, ImportError) as error:
-            if ctx.params["traceback"]:
-                raise
-            message = " ".join(str(error).split()) or type(error).__name__
-            typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
-
-
-def _show_note(message: Warning, *_: Any) -> None:
-    """A warning as one line, without the place in the code."""
-    typer.secho(f"Note: {message}", fg=typer.colors.YELLOW, err=True)
 
 
 app = typer.Typer(
@@ -64,17 +38,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Merge tokens in Hugging Face vision transformers.
@@ -138,7 +106,7 @@ def plan(
         f"{model} ({type(merged).__name__}), {merged.merge_config.method}, "
         f"{reduction_label(merged.merge_config.schedule)}{default}"
     )
-    _print_table(("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
+    print_table(("layer", "tokens in", "r", "tokens out", "M multiply-adds"), rows)
     typer.echo(str(merge_plan).splitlines()[-1])
 
 
@@ -174,7 +142,7 @@ def info(
             typer.echo(json.dumps({"model": adapter, "merge": merge, "plan": plan.to_dict()}, indent=2))
             return
         typer.echo(f"{adapter}: a merged model ({', '.join(config.architectures or [config.model_type])})")
-        _print_table((), [(name, clean(value)) for name, value in merge.items() if value is not None])
+        print_table((), [(name, clean(value)) for name, value in merge.items() if value is not None])
         typer.echo(str(plan).splitlines()[-1])
         return
     loaded = MergeAdapter.from_reference(adapter)
@@ -198,7 +166,7 @@ def info(
     more = f"{len(results) - _SHOWN_RESULTS} more with --json" if results else "not evaluated"
     facts += [("results", more)] if not 0 < len(results) <= _SHOWN_RESULTS else []
     typer.echo(adapter)
-    _print_table((), facts)
+    print_table((), facts)
 
 
 @app.command()
@@ -234,7 +202,7 @@ def push(
         files = sorted(published_files(folder, repo_id).items())
         where = "no repository is named" if repo_id is None else f"https://huggingface.co/{repo_id}"
         typer.echo(f"Nothing is sent. To be published: {where}{f', branch {branch}' if branch else ''}")
-        _print_table(("file", "bytes"), [(name, f"{len(data):,}") for name, data in files])
+        print_table(("file", "bytes"), [(name, f"{len(data):,}") for name, data in files])
         return
     if repo_id is None:
         raise BadValue("repo_id", repo_id, "USER/REPO, the repository to publish to")
@@ -368,21 +336,6 @@ def _set_reduction(model: Any, r: str | None, flops: float | None) -> None:
 
     if r is not None or flops is not None:
         model.set_reduction(None if r is None else parse_reduction(r), flops=flops)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Print rows; columns with a header are aligned to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, show_header=bool(header))
-    for name in header:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
 
 
 def main() -> None:

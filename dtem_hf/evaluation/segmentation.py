@@ -15,24 +15,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..data.masks import IGNORED, SegmentationImages, load_segmentation
 from ..errors import BadValue, NoTrainedHead
 from ..families import find_encoder
 from ..files import write_json
 from ..models.auto import AutoModel, AutoModelForSemanticSegmentation
 from ..models.vision import image_shape, run_on_pixels
-from ..opening import load_processor, open_image
+from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.lock import only_run_in
@@ -42,9 +41,7 @@ from .parts import batches_of
 from .variants import Variant
 
 
-IGNORED = 255
 _PATCHES_PER_STEP = 1024
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(kw_only=True)
@@ -82,56 +79,6 @@ class SegmentationArguments(RowArguments):
             raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
         if not self.r and not self.flops:
             self.r = ["4", "8", "12"]
-
-
-@dataclass
-class SegmentationImages:
-    """Pairs of image and mask, by number: a folder's files, or the rows of a dataset."""
-
-    pairs: Any
-    image_column: str = "image"
-    mask_column: str = "annotation"
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """An image in RGB and its mask [H, W]. Raises ValueError for a mask of another size or with colours."""
-        pair = self.pairs[index]
-        if isinstance(pair, tuple):
-            image, mask = open_image(pair[0], pair[0].name, index), Image.open(pair[1])
-        else:
-            image, mask = open_image(pair[self.image_column], str(index), index), pair[self.mask_column]
-        classes = np.asarray(mask)
-        if classes.ndim != 2 or classes.shape != (image.height, image.width):
-            fits = f"one class per pixel, as high and wide as its image {image.size[::-1]}"
-            raise BadValue(f"mask {index}", classes.shape, fits)
-        if classes.min() < 0 or classes.max() > IGNORED:
-            raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED}, which is ignored")
-        return image, classes.astype(np.uint8)
-
-
-def load_segmentation(
-    data: str, split: str, image_column: str = "image", mask_column: str = "annotation", limit: int | None = None
-) -> SegmentationImages:
-    """Read a folder with `images` and `masks`, or a Hub dataset. Raises FileNotFoundError or ValueError."""
-    folder = Path(data)
-    if folder.is_dir():
-        masks = {path.stem: path for path in (folder / "masks").glob("*.png")}
-        images = {p.stem: p for p in (folder / "images").glob("*") if p.suffix.lower() in _IMAGE_SUFFIXES}
-        if not masks and not images:
-            raise BadValue("data", data, "a folder with images/NAME.jpg and masks/NAME.png")
-        for name in sorted(masks.keys() ^ images.keys()):
-            raise FileNotFoundError(f"{folder}: {'an image' if name in masks else 'a mask'} is missing for {name}")
-        return SegmentationImages([(images[name], masks[name]) for name in sorted(masks)][:limit])
-    if folder.exists() or data.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"data={data!r}: there is no such folder")
-    dataset = load_dataset(data, split=split)
-    for column in (image_column, mask_column):
-        if column not in dataset.column_names:
-            raise BadValue("image_column, mask_column", column, f"one of {dataset.column_names}")
-    chosen = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-    return SegmentationImages(chosen, image_column, mask_column)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

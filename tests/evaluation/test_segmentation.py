@@ -10,13 +10,13 @@ from PIL import Image
 from transformers import BeitImageProcessorPil, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from dtem_hf import BadValue
+from dtem_hf.data.masks import load_segmentation
 from dtem_hf.errors import NoTrainedHead
 from dtem_hf.evaluation.segmentation import (
     SegmentationArguments,
     class_shares,
     confusion,
     evaluate_segmentation,
-    load_segmentation,
     main,
     mean_iou,
     window_logits,

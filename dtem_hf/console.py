@@ -1,0 +1,57 @@
+"""What commands show in a terminal: errors and notes in one line each, and small tables."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from .version import __version__
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end the command, where it is wanted."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+class OneLineErrors(TyperGroup):
+    """Errors that a user can correct are one red line on stderr: exit code 2 for a bad value, 1 for all others."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_note  # type: ignore[assignment]
+                return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, ImportError) as error:
+            if ctx.params["traceback"]:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def _show_note(message: Warning, *_: Any) -> None:
+    """A warning as one line, without the place in the code."""
+    typer.secho(f"Note: {message}", fg=typer.colors.YELLOW, err=True)
+
+
+def print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Print rows; columns with a header are aligned to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=bool(header))
+    for name in header:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
