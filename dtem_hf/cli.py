@@ -286,7 +286,9 @@ def _add_program(name: str, module: str, summary: str) -> None:
     )
     def run(ctx: typer.Context) -> None:
         from .programs.arguments import load_program
+        from .progress import hide_other_bars
 
+        hide_other_bars()
         if name in EXTRAS and not {"-h", "--help"} & set(ctx.args):
             need(name, f"dtem-hf {name}")  # all that is missing, before the first import fails
         sys.argv = [ctx.command_path, *ctx.args]  # argparse shows the first, and records hold all

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from .configuration import ToMeConfig
@@ -31,6 +30,7 @@ from .hub.folder_card import write_card
 from .models.attach import attach
 from .models.auto import AutoModelForImageClassification
 from .programs.arguments import option, parse_arguments
+from .progress import tqdm
 from .report.pictures import draw_merged_tokens
 from .report.plots import plot_accuracy
 from .report.tables import print_table

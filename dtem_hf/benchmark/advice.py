@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..configuration import MatchingConfig, MergeConfig, ToMeConfig
 from ..deploy.runtimes import RUNTIMES, Run, is_exported, make_run
@@ -28,6 +27,7 @@ from ..models.distances import feature_distance, kl_to, output_of
 from ..models.install import detach
 from ..models.timing import timed_rounds
 from ..models.vision import pixel_batches
+from ..progress import tqdm
 from .efficiency import speeds
 from .runtimes import room_for_graphs
 from .verdict import Row, judge, least, pick, sentence

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..costs import MergePlan
 from ..deploy.runtimes import is_exported, make_run
@@ -22,6 +21,7 @@ from ..models.install import is_merged
 from ..models.processor import count_dropped, count_read
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
+from ..progress import tqdm
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
 from .efficiency import Spread, break_even, count_multiply_adds, count_parameters, peak_memory, speeds

@@ -20,7 +20,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..configuration import DTEMConfig
@@ -33,6 +32,7 @@ from ..ops import relaxation
 from ..programs.arguments import ModelArguments, at_least, option, parse_arguments
 from ..programs.conditions import conditions
 from ..programs.lock import only_run_in
+from ..progress import tqdm
 from ..report.tables import print_rows
 from ..training.fisher import FisherArguments, fisher_loss, sampled_log_probability
 from ..training.parameters import freeze_backbone, relax

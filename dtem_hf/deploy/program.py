@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from .. import ops
@@ -42,6 +41,7 @@ from ..opening import load_processor
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.processes import say
+from ..progress import tqdm
 from .aot_inductor import PackageRunner, write_package
 from .graph import INPUT_NAME, attention_as, export_graph, output_names
 from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, quantise_onnx, write_onnx, written_opset

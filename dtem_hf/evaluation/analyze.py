@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..configuration import MergeConfig
 from ..data.folders import NO_LABELS
@@ -30,6 +29,7 @@ from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.lock import only_run_in
+from ..progress import tqdm
 from ..report.page import read_section, write_report
 from ..report.pictures import draw_merged_layers, draw_merged_tokens
 from ..report.plots import plot_correlation

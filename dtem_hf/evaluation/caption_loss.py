@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from ..data.captioned_images import MODEL_INPUTS, CaptionCollate, CaptionedImages, Images, hold_out
@@ -25,6 +24,7 @@ from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.output import output_folder
+from ..progress import tqdm
 from ..report.tables import print_rows, shown_r
 from .arguments import METHODS_HELP, RowArguments
 from .variants import run_in_turn

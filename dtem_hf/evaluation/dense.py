@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..configuration import KeepRateConfig
 from ..data.folders import NO_LABELS
@@ -42,6 +41,7 @@ from ..programs.conditions import data_name
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 from ..programs.output import output_folder
+from ..progress import tqdm
 from ..report.pictures import displayed_pixels, draw_maps
 from ..report.tables import MAP_COLUMNS, MAP_LEGEND, as_markdown, cells, print_table
 from ..schedule import FlopsSchedule

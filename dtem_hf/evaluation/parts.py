@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..errors import BadValue
 from ..files import read_json, replacing, write_json
 from ..programs.identity import digest
 from ..programs.processes import processes
+from ..progress import tqdm
 
 
 Columns = dict[str, NDArray[Any]]

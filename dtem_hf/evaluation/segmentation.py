@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..data.masks import IGNORED, SegmentationImages, load_segmentation
 from ..errors import BadValue, NoTrainedHead
@@ -35,6 +34,7 @@ from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.lock import only_run_in
+from ..progress import tqdm
 from ..report.tables import about, print_rows, shown_r
 from .arguments import RowArguments
 from .parts import batches_of

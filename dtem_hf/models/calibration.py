@@ -6,6 +6,7 @@ result = calibrate(model, images, flops=0.5)   # sets the plan; result.reduction
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..configuration import KeepRateConfig
 from ..errors import BadValue, UnsupportedModelError
+from ..progress import tqdm
 from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
 from .attach import MergeMixin
 from .distances import feature_distance, kl_to, output_of
@@ -122,7 +123,9 @@ class _Search:
         if schedule is None or (key not in self._seen and self.evaluations == self.most):
             return math.inf
         if key not in self._seen:
-            self.model.set_reduction(schedule)
+            with warnings.catch_warnings():  # of plans that ask more of a layer than it can merge
+                warnings.simplefilter("ignore")
+                self.model.set_reduction(schedule)
             pairs = zip(self.batches, self._references, strict=True)
             distances = [_distance(output_of(self.model, x, self.features), reference) for x, reference in pairs]
             self._seen[key] = torch.cat(distances).double().mean().item()

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from ..errors import AdapterError, BadValue, UnsupportedModelError
 from ..files import check_is_there
+from ..progress import hide_other_bars
 from ..schedule import R_EXPECTED
 from .processes import choose_device
 
@@ -144,6 +145,7 @@ def run_script(program: str | Callable[[], None]) -> None:
     An error that its user can repair is one line on stderr. The exit code is 2 for a bad value, 1 for something
     missing or a file that cannot be written (a full disk).
     """
+    hide_other_bars()
     try:
         (load_program(program) if isinstance(program, str) else program)()
     except (BadValue, UnsupportedModelError, AdapterError, OSError, ImportError) as error:

@@ -21,7 +21,6 @@ from accelerate.utils import (
     set_seed,
 )
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
@@ -29,6 +28,7 @@ from ..hub.adapter import MergeAdapter
 from ..models.install import load_embedding
 from ..programs.conditions import hardware
 from ..programs.identity import weights_digest
+from ..progress import tqdm
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum

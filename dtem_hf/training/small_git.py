@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     CLIPImageProcessorPil,
     GitConfig,
@@ -30,6 +29,7 @@ from ..files import write_json
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, hardware, versions
 from ..programs.lock import only_run_in
+from ..progress import tqdm
 
 
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")

@@ -166,7 +166,10 @@ def test_the_handful_leaves_the_shares_and_no_smaller_r_does(make_classifier: Ca
             assert ratio(r, size) <= share < ratio(r - 1, size)
 
 
-def test_the_command_advises_on_a_folder(vit_folder: Path, image_folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_advises_on_a_folder(
+    vit_folder: Path, image_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     options = ["--num_images", "20", "--r", "2", "4", "--runtimes", "eager", "--batch_sizes", "1", "3"]
     main([str(vit_folder), str(image_folder), *options, "--rounds", "2", "--output_dir", str(tmp_path)])
     result = json.loads((tmp_path / "advice.json").read_text())

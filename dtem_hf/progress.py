@@ -1,0 +1,26 @@
+"""Progress bars, for those who look: in a terminal and in a notebook, and not in a log or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm as _tqdm
+
+
+def are_shown() -> bool:
+    """Whether bars are drawn: stderr is a terminal, or a notebook runs."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def tqdm(*args: Any, disable: bool = False, **options: Any) -> Any:
+    """A bar of tqdm, drawn where bars are."""
+    return _tqdm(*args, disable=disable or not are_shown(), **options)
+
+
+def hide_other_bars() -> None:
+    """Hide the bars of transformers and huggingface_hub, where none are drawn."""
+    from transformers.utils import logging
+
+    if not are_shown():
+        logging.disable_progress_bar()
