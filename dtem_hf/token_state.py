@@ -252,7 +252,7 @@ class TokenState:
         Where sizes are not `wanted`, only padding is left out.
         """
         sizes = self._sizes[layer]
-        if sizes is None or not self.has_merged(layer):
+        if sizes is None or self._first_merge is None or self._first_merge >= layer:
             return attention_mask
         if self._masked:
             raise UnsupportedModelError(
