@@ -85,8 +85,9 @@ def test_the_page_opens_before_the_built_in_model_is_trained(tmp_path: Path) -> 
 def test_a_machine_without_gradio_is_told_what_to_install() -> None:
     program = f"import runpy, sys; sys.modules['gradio'] = None; runpy.run_path({str(SPACE / 'app.py')!r})"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=SPACE.parents[1])
-    assert run.returncode == 1 and run.stderr.startswith("Error: ")
-    assert run.stderr.endswith('pip install "dtem-hf[demo]"\n') and len(run.stderr.splitlines()) == 1
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    last = run.stderr.splitlines()[-1]  # libraries may say something of their own before
+    assert last.startswith("Error: ") and last.endswith('pip install "dtem-hf[demo]"')
 
 
 @pytest.fixture(scope="module")
