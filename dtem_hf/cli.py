@@ -19,6 +19,7 @@ import typer
 from .configuration import CONFIG_NAME, MatchingConfig, MergeConfig
 from .console import OneLineErrors, print_table, show_version
 from .errors import EXTRAS, BadValue, need
+from .programs import PROGRAMS
 
 
 if TYPE_CHECKING:
@@ -265,18 +266,6 @@ def visualize(
     typer.echo(f"written: {output}")
 
 
-# Programs that read their own arguments, `--help` included: the module whose `main` runs, and what it does.
-_PROGRAMS = {
-    "quickstart": ("quickstart", "Train, merge, measure and save a small model, on a CPU."),
-    "train": ("training.program", "Learn a merge embedding for a frozen backbone."),
-    "evaluate": ("evaluation.classification", "Measure accuracy, or features, and speed with and without merging."),
-    "evaluate-dense": ("evaluation.dense", "Compare a dense head's maps with and without merging."),
-    "benchmark": ("benchmark.program", "Measure multiply-adds, speed and memory, without any images."),
-    "advise": ("benchmark.advise", "Say which r to take on this machine for your images, and whether it pays."),
-    "export": ("deploy.program", "Write a merged model for ONNX Runtime or AOTInductor, and check it against eager."),
-}
-
-
 def _add_program(name: str, module: str, summary: str) -> None:
     @app.command(
         name,
@@ -295,7 +284,7 @@ def _add_program(name: str, module: str, summary: str) -> None:
         load_program(module, ctx.args)()
 
 
-for _name, (_module, _summary) in _PROGRAMS.items():
+for _name, (_module, _summary) in PROGRAMS.items():
     _add_program(_name, _module, _summary)
 
 

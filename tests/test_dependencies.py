@@ -122,6 +122,9 @@ def test_merged_models_run_are_saved_and_published_without_any_extra(
         "dtem-hf evaluate": "evaluate",
         "dtem-hf evaluate-dense": "evaluate",
         "dtem-hf benchmark": "evaluate",
+        **{f"dtem-hf {name}": "evaluate" for name in ("compare", "analyze", "calibrate")},
+        **{f"dtem-hf evaluate-{name}": "evaluate" for name in ("captions", "segmentation")},
+        "dtem-hf report": "plots",
         "dtem-hf advise": "evaluate",
         "dtem-hf export": "onnx",
     }

@@ -53,8 +53,9 @@ def main(model_name: str, folder: str, *absent: str) -> None:
     from typer.testing import CliRunner
 
     from dtem_hf import cli
+    from dtem_hf.programs import PROGRAMS
 
-    for name in cli._PROGRAMS:
+    for name in PROGRAMS:
         result = CliRunner().invoke(cli.app, [name])
         assert result.exit_code == 1, result.output
         refused[f"dtem-hf {name}"] = result.stderr
