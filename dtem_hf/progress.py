@@ -10,7 +10,11 @@ from tqdm.auto import tqdm as _tqdm
 
 def are_shown() -> bool:
     """Whether bars are drawn: stderr is a terminal, or a notebook runs."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    if sys.stderr.isatty():
+        return True
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def tqdm(*args: Any, disable: bool = False, **options: Any) -> Any:

@@ -21,6 +21,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream, drawn", [(Terminal(), True), (io.StringIO(), False)])
 def test_a_bar_is_drawn_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, drawn: bool) -> None:
+    pytest.importorskip("ipykernel.kernelapp", reason="ipykernel is not installed")  # which alone is no notebook
     monkeypatch.setattr(sys, "stderr", stream)
     assert list(tqdm(range(3), desc="steps")) == [0, 1, 2]
     assert ("steps" in stream.getvalue()) is drawn
