@@ -3,6 +3,7 @@
 python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --adapter runs/deit-tiny/adapter \\
     --data path/to/images --r 16 --output_dir runs/deit-tiny-calibrated
 python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --method tome --flops 0.5 --data path/to/images
+python recipes/calibrate.py --model facebook/dinov2-small --head my_heads:shade --adapter A --r 16 --data IMAGES
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
 from ..models.auto import AutoModel, load_trained_classifier
 from ..models.calibration import calibrate
+from ..models.dense_head import DenseHead
 from ..models.distances import FEATURES
 from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, one_of, option, parse_arguments, parse_reduction
 from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 
 
@@ -53,6 +56,10 @@ class CalibrateArguments(ImageArguments):
     features: str = option(
         f"of an encoder without a head: {', '.join(FEATURES[1:])}; auto: the model is a classifier", default="auto"
     )
+    head: str | None = option(
+        "module:function that makes maps [B, H, W] of patches [B, D, rows, columns]; its maps are compared",
+        default=None,
+    )
     evaluations: int = option("most plans that are measured", default=60)
     output_dir: str = option(
         "folder for the adapter with its plan, or the config, and calibration.json", default="runs/calibrate"
@@ -62,6 +69,8 @@ class CalibrateArguments(ImageArguments):
         super().__post_init__()
         at_least(self, 1, "num_images", "evaluations")
         one_of(self, "features", FEATURES)
+        if self.head is not None and self.features not in ("auto", "grid"):
+            raise BadValue("features", self.features, "auto or grid: the head reads every patch")
         if (self.adapter is None) == (self.method is None):
             raise BadValue("adapter, method", (self.adapter, self.method), "one of the two")
         if self.r is not None and self.flops is not None:
@@ -82,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
     a, device = arguments, arguments.choose_device()
-    load = load_trained_classifier if a.features == "auto" else AutoModel.from_pretrained
+    head = None if a.head is None else DenseHead(load_function("head", a.head), a.head)
+    load = load_trained_classifier if a.features == "auto" and head is None else AutoModel.from_pretrained
     model = load(a.model, merge=None).to(device).eval()
     if a.adapter is not None:
         attach(model, MergeAdapter.from_reference(a.adapter))
@@ -100,6 +110,7 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         evaluations=a.evaluations,
         batch_size=a.batch_size,
         features=a.features,
+        head=head,
     )
     record = {
         **conditions(device),
@@ -110,6 +121,7 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         "reductions": list(found.reductions),
         "flops": found.flops,
         "features": a.features,
+        "head": a.head,
         "distance": found.distance,
         "even_distance": found.even_distance,
         "evaluations": found.evaluations,

@@ -32,9 +32,8 @@ from ..models.attach import attach
 from ..models.auto import AutoModel
 from ..models.copies import share_weights
 from ..models.dense_head import DenseHead
-from ..models.distances import recorded_features
+from ..models.distances import map_error
 from ..models.install import merging_of
-from ..models.vision import run_on_pixels
 from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments
 from ..programs.conditions import data_name
@@ -127,9 +126,8 @@ def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> di
     variants = a.make_variants(model, a.load_adapters(), unmerge=True, image_size=size)
 
     def maps_of(variant: Variant, pixels: Tensor) -> Tensor:
-        with variant.ready() as merged, recorded_features(merged, "grid") as patches:
-            run_on_pixels(merged, pixels)
-            return head(merged, patches(), pixels)
+        with variant.ready() as merged:
+            return head.maps_of(merged, pixels)
 
     figures: list[list[Tensor]] = [[] for _ in variants]
     loader = DataLoader(images, a.batch_size, collate_fn=collate, num_workers=a.num_workers)
@@ -173,11 +171,6 @@ def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> di
         "dtype": "float32",
         "rows": rows,
     }
-
-
-def map_error(maps: Tensor, reference: Tensor) -> Tensor:
-    """Mean absolute difference of every map: [B, H, W] twice -> [B]."""
-    return (maps - reference).abs().mean(dim=(1, 2))
 
 
 def map_iou(maps: Tensor, reference: Tensor, threshold: float) -> Tensor:

@@ -20,7 +20,8 @@ from ..errors import BadValue, UnsupportedModelError
 from ..progress import tqdm
 from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
 from .attach import MergeMixin
-from .distances import feature_distance, kl_to, output_of
+from .dense_head import DenseHead
+from .distances import feature_distance, kl_to, map_error, output_of
 from .encoder import Merging
 from .install import merging_of, set_merge_config
 from .vision import evaluating, pixel_batches
@@ -34,8 +35,9 @@ _FACTORS = (2.0, 1.5, 1.2)
 class Calibration:
     """What a search found.
 
-    `distance` to the unmerged model (mean KL of logits in nats, or 1 - cosine of features) under the plan that was
-    set, `even_distance` under the even plan of the same multiply-adds; `flops` is the ratio that the plan comes to.
+    `distance` to the unmerged model (mean KL of logits in nats, 1 - cosine of features, or the mean absolute
+    difference of a head's maps) under the plan that was set, `even_distance` under the even plan of the same
+    multiply-adds; `flops` is the ratio that the plan comes to.
     """
 
     reductions: tuple[int, ...]
@@ -53,6 +55,7 @@ def calibrate(
     evaluations: int = 60,
     batch_size: int = 32,
     features: str = "auto",
+    head: Callable[[Tensor], Any] | None = None,
 ) -> Calibration:
     """Find how much each layer should merge, set it on a merged model, and say what it gains.
 
@@ -61,8 +64,8 @@ def calibrate(
     model keeps now). The search compares plans of at most that many multiply-adds by how far they take the hard
     model's output from the unmerged one's, and ends after `evaluations` of them or where no neighbour is better.
     `features` says what is compared of a model without classes: pooled, cls, patches (their mean) or grid (all of
-    them). Works for any method. The same images give the same plan. Raises ValueError for a share that cannot be
-    reached.
+    them); with a dense `head`, a function of patches [B, D, rows, columns], its maps [B, H, W] are. Works for any
+    method. The same images give the same plan. Raises ValueError for a share that cannot be reached.
     """
     is_merged = isinstance(model, MergeMixin)
     if not is_merged:
@@ -73,7 +76,8 @@ def calibrate(
     before, flops = merging.config, merging.plan.ratio if flops is None else flops
     try:
         with evaluating(model):
-            search = _Search(model, pixel_batches(images, batch_size), evaluations, features)
+            output = partial(output_of, kind=features) if head is None else partial(_maps, _as_head(head))
+            search = _Search(model, pixel_batches(images, batch_size), evaluations, output)
             even, best, schedule = search.run(_plans(merging, flops))
     except BaseException:
         set_merge_config(model, before)
@@ -86,12 +90,14 @@ def calibrate(
 class _Search:
     """Descent over a space of plans, each measured once."""
 
-    def __init__(self, model: Any, batches: Sequence[Tensor], most: int, features: str) -> None:
-        self.model, self.batches, self.most, self.features = model, batches, most, features
+    def __init__(
+        self, model: Any, batches: Sequence[Tensor], most: int, output: Callable[[Any, Tensor], tuple[str, Tensor]]
+    ) -> None:
+        self.model, self.batches, self.most, self.output = model, batches, most, output
         self.evaluations = 0
         self._seen: dict[str, float] = {}
         with torch.no_grad(), model.unmerged():
-            self._references = [output_of(model, x, features) for x in batches]
+            self._references = [output(model, x) for x in batches]
 
     def run(self, plans: _Plans) -> tuple[float, float, Schedule]:
         """The distances of the first plan and of the best, and the best plan. Raises ValueError for no first plan."""
@@ -127,7 +133,7 @@ class _Search:
                 warnings.simplefilter("ignore")
                 self.model.set_reduction(schedule)
             pairs = zip(self.batches, self._references, strict=True)
-            distances = [_distance(output_of(self.model, x, self.features), reference) for x, reference in pairs]
+            distances = [_distance(self.output(self.model, x), reference) for x, reference in pairs]
             self._seen[key] = torch.cat(distances).double().mean().item()
             self.evaluations += 1
             progress.update()
@@ -135,9 +141,19 @@ class _Search:
         return self._seen[key]
 
 
+def _as_head(head: Callable[[Tensor], Any]) -> DenseHead:
+    return head if isinstance(head, DenseHead) else DenseHead(head, getattr(head, "__name__", type(head).__name__))
+
+
+def _maps(head: DenseHead, model: Any, pixel_values: Tensor) -> tuple[str, Tensor]:
+    return "maps", head.maps_of(model, pixel_values)
+
+
 def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor:
     if ours[0] == "logits":
         return kl_to(reference[1], ours[1])
+    if ours[0] == "maps":
+        return map_error(ours[1], reference[1])
     return feature_distance(reference[1], ours[1], "cosine")
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import BadValue
 from ..families import find_encoder
+from .distances import recorded_features
+from .vision import run_on_pixels
 
 
 @dataclass
@@ -21,6 +23,12 @@ class DenseHead:
 
     function: Callable[[Tensor], Any]
     name: str
+
+    def maps_of(self, model: Any, pixel_values: Tensor) -> Tensor:
+        """Run a model, and the head on its final patch tokens, all in place: [B, C, height, width] -> [B, H, W]."""
+        with recorded_features(model, "grid") as patches:
+            run_on_pixels(model, pixel_values)
+            return self(model, patches(), pixel_values)
 
     def __call__(self, model: Any, patches: Tensor, pixel_values: Tensor) -> Tensor:
         """The maps of a model's final patch tokens [B, N, D] for pixels [B, C, height, width]: [B, H, W], float32.

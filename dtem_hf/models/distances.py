@@ -36,6 +36,11 @@ def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
     return distance.reshape(len(distance), -1).mean(dim=1)
 
 
+def map_error(maps: Tensor, reference: Tensor) -> Tensor:
+    """Mean absolute difference of every map: [B, H, W] twice -> [B]."""
+    return (maps - reference).abs().mean(dim=(1, 2))
+
+
 def output_of(model: Any, pixel_values: Tensor, kind: str = "auto") -> tuple[str, Tensor]:
     """("logits", [B, classes]) of a classifier, ("features", [B, D] or [B, N, D]) of any other model, in float32.
 

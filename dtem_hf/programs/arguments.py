@@ -203,9 +203,9 @@ def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
     return options
 
 
-def parse_reduction(text: str) -> Any:
+def parse_reduction(text: str, name: str = "r") -> Any:
     """Read r from a command line: `16`, `[16, 16, 8]` or `{"kind": "linear", "r": 13, "slope": 0.5}`."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise BadValue("r", text, R_EXPECTED) from error
+        raise BadValue(name, text, R_EXPECTED) from error

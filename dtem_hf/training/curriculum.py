@@ -10,6 +10,7 @@ from ..configuration import DTEMConfig
 from ..errors import BadValue
 from ..models.install import set_merge_config
 from ..programs.arguments import at_least, option, parse_reduction
+from ..schedule import as_schedule
 
 
 def _merge_options() -> list[tuple[str, Any, Any]]:
@@ -31,7 +32,10 @@ class CurriculumArguments(MergeArguments):
 
     steps: int = option("optimiser steps", default=400)
     seed: int = option("seed of every random draw", default=0)
-    sample_r: list[int] = option("values from which each step draws its r, like 8 13 16 20", default_factory=list)
+    sample_r: list[str] = option(
+        "from which each step draws its r: numbers, lists and schedules, as in r, like 8 13 16 20",
+        default_factory=list,
+    )
     last_score_temperature: float | None = option(
         "score_temperature at the last step, approached exponentially; left out, it stays", default=None
     )
@@ -45,13 +49,20 @@ class CurriculumArguments(MergeArguments):
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         at_least(self, 0, "straight_through_from")
-        if any(r < 0 for r in self.sample_r):
-            raise BadValue("sample_r", self.sample_r, "numbers of tokens, 0 or more, like 8 13 16 20")
+        for r in self.drawn_reductions():
+            try:
+                as_schedule(r)
+            except BadValue as error:
+                raise BadValue("sample_r", self.sample_r, f"numbers, lists or schedules ({error})") from error
         for name in ("last_score_temperature", "last_assignment_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BadValue(name, value, "a number above 0")
         self.merge_config()
+
+    def drawn_reductions(self) -> list[Any]:
+        """What `sample_r` names, each a number, a list or a schedule as JSON."""
+        return [parse_reduction(str(r), "sample_r") for r in self.sample_r]
 
     def merge_config(self) -> DTEMConfig:
         """The config of the embedding to learn. Raises ValueError for an option that makes no sense."""
@@ -65,13 +76,14 @@ class Curriculum:
     def __init__(self, arguments: CurriculumArguments) -> None:
         self.arguments = arguments
         self.config = arguments.merge_config()
+        self.reductions = arguments.drawn_reductions()
 
     def at(self, step: int) -> DTEMConfig:
         """The config of training step `step` (from 0)."""
         a = self.arguments
         changes: dict[str, Any] = {}
         if a.sample_r:
-            changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(a.sample_r)
+            changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(self.reductions)
         done = step / max(a.steps - 1, 1)
         for name in ("score_temperature", "assignment_temperature"):
             first, last = getattr(self.config, name), getattr(a, f"last_{name}")

@@ -124,7 +124,8 @@ class Run:
         # Parameters without a gradient: the embedding of a layer that merges nothing, a head that the task does not
         # use, the projections under a hard merge, and the first layer's exponents.
         unused = a.train_backbone or a.relaxation == "hard" or a.learn_exponents
-        if unused or 0 in (*self.model.merge_plan().reductions, *a.sample_r):
+        drawn = any(not isinstance(r, int) or r == 0 for r in a.drawn_reductions())  # some layers may merge nothing
+        if unused or drawn or 0 in self.model.merge_plan().reductions:
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.accelerator.state.deepspeed_plugin is not None:
             # DeepSpeed clips gradients itself, and gets no DataLoader to read the batch size from.

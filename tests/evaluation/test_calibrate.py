@@ -60,6 +60,15 @@ def test_an_encoder_is_compared_by_the_features_that_are_named(vit_folder, commo
         CalibrateArguments(model="m", data="d", method="tome", features="middle")
 
 
+def test_a_head_that_is_named_is_what_counts(vit_folder, common, tmp_path, monkeypatch):
+    (tmp_path / "heads_to_calibrate.py").write_text("def first(patches):\n    return patches[:, 0].sigmoid()\n")
+    monkeypatch.chdir(tmp_path)
+    head = ["--head", "heads_to_calibrate:first", "--output_dir", str(tmp_path / "found")]
+    main([*common, "--method", "tome", "--flops", "0.8", *head])
+    record = json.loads((tmp_path / "found" / "calibration.json").read_text())
+    assert record["head"] == "heads_to_calibrate:first" and 0 < record["distance"] <= record["even_distance"] < 1
+
+
 def test_labels_are_not_read(vit_folder, tmp_path):
     """Folders of classes that the model does not have are images like any others."""
     for name in ("oak", "train", "elm"):
@@ -79,6 +88,7 @@ def test_labels_are_not_read(vit_folder, tmp_path):
         ({"method": "tome", "num_images": 0}, "num_images=0: 1 or more"),
         ({"method": "tome", "evaluations": 0}, "evaluations=0: 1 or more"),
         ({"method": "tome", "batch_size": -1}, "batch_size=-1: 1 or more"),
+        ({"method": "tome", "head": "a:b", "features": "cls"}, "features='cls': auto or grid"),
     ],
 )
 def test_refusals(options, message):

@@ -92,6 +92,19 @@ def test_a_grid_is_compared_patch_by_patch():
     assert result.distance == pytest.approx((1 - cosine).mean().item(), rel=1e-3)
 
 
+def test_a_dense_heads_maps_are_compared():
+    def head(patches):  # [B, 32, 8, 8] -> [B, 8, 8]
+        return patches.mean(dim=1).sigmoid()
+
+    model = attach(make(ViTModel), ToMeConfig(r=8))
+    result = calibrate(model, images(8), flops=0.7, evaluations=6, head=head)
+    with torch.no_grad():
+        ours = attach(make(ViTModel), ToMeConfig(r=list(result.reductions), unmerge=True))(images(8))
+        reference = make(ViTModel)(images(8))
+    maps = [output.last_hidden_state[:, 1:].mean(dim=2).sigmoid() for output in (ours, reference)]
+    assert result.distance == pytest.approx((maps[0] - maps[1]).abs().mean().item(), rel=1e-4)
+
+
 def test_of_a_model_that_reads_text_the_encoder_is_calibrated():
     torch.manual_seed(0)
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -32,6 +32,13 @@ def test_r_is_drawn_evenly_and_by_step(options):
     assert other != drawn
 
 
+def test_plans_are_drawn_as_well(options):
+    falling = {"kind": "linear", "r": 3, "slope": 0.5}
+    found = curriculum(options, sample_r=["2", "[3, 2, 1, 0]", json.dumps(falling)], steps=30)
+    drawn = {repr(found.at(step).schedule) for step in range(30)}
+    assert drawn == {repr(DTEMConfig(r=r).schedule) for r in (2, [3, 2, 1, 0], falling)}
+
+
 def test_temperatures_fall_by_the_same_factor_every_step(options):
     steps = [curriculum(options, last_score_temperature=0.01, steps=5).at(step) for step in range(5)]
     temperatures = [step.score_temperature for step in steps]
@@ -102,6 +109,8 @@ def test_a_run_goes_on_from_an_adapter(options, tmp_path):
     ("change", "message"),
     [
         ({"sample_r": [-1]}, r"sample_r=\[-1\]"),
+        ({"sample_r": ["many"]}, "sample_r='many'"),
+        ({"sample_r": ['{"kind": "odd"}']}, "sample_r=.*a kind among"),
         ({"last_score_temperature": 0.0}, r"last_score_temperature=0\.0"),
         ({"straight_through_from": -1}, "straight_through_from=-1"),
     ],
