@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from safetensors.torch import save
 from torch import Tensor
@@ -177,3 +179,20 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         name, revision = split_reference(reference)
         pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         return cls.from_pretrained(name, **pinned, **hub_kwargs)
+
+
+def mean_adapter(adapters: Sequence[MergeAdapter]) -> MergeAdapter:
+    """The mean of adapters of one backbone, with the config of the first; runs from one start average well.
+
+    Raises AdapterError where one does not fit the first. Source: model soups, arXiv 2203.05482.
+    """
+    first, *others = adapters
+    for other in others:
+        first.check_fits(other.backbone)
+        shapes = [{key: list(tensor.shape) for key, tensor in each.tensors.items()} for each in (first, other)]
+        if shapes[0] != shapes[1]:
+            name = min(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+            found = " and ".join(str(each.get(name, "none")) for each in shapes)
+            raise AdapterError(f"{name}: adapters of one shape have a mean, and these have {found}.")
+    means = {key: torch.stack([each.tensors[key] for each in adapters]).mean(dim=0) for key in first.tensors}
+    return MergeAdapter(first.config, means, first.backbone)

@@ -55,7 +55,7 @@ def calibrate(
     evaluations: int = 60,
     batch_size: int = 32,
     features: str = "auto",
-    head: Callable[[Tensor], Any] | None = None,
+    head: Callable[..., Any] | None = None,
 ) -> Calibration:
     """Find how much each layer should merge, set it on a merged model, and say what it gains.
 
@@ -141,7 +141,7 @@ class _Search:
         return self._seen[key]
 
 
-def _as_head(head: Callable[[Tensor], Any]) -> DenseHead:
+def _as_head(head: Callable[..., Any]) -> DenseHead:
     return head if isinstance(head, DenseHead) else DenseHead(head, getattr(head, "__name__", type(head).__name__))
 
 

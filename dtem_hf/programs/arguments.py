@@ -196,10 +196,8 @@ def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
         if value is None:
             continue
         options.append(f"--{name}")
-        if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
-            options += [str(item) for item in value]
-        else:
-            options.append(json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+        items = value if isinstance(value, list) else [value]
+        options += [json.dumps(item) if isinstance(item, (dict, list)) else str(item) for item in items]
     return options
 
 

@@ -25,7 +25,9 @@ class TrainArguments(TaskArguments):
         "error: an unreadable image ends the run; skip: it is left out, and counted", default="error"
     )
     output_dir: str = option("folder for checkpoints, metrics and the adapter", default="runs/train")
-    start_from: str | None = option("adapter (Hub id or folder) to start from, instead of init", default=None)
+    start_from: list[str] = option(
+        "adapter (Hub id or folder) to start from, instead of init; of several, their mean", default_factory=list
+    )
     epochs: float | None = option("passes over the images, instead of steps", default=None)
     batch_size: int = option("images per process and batch", default=32)
     gradient_accumulation_steps: int = option("batches per optimiser step and process", default=1)
@@ -75,6 +77,7 @@ class TrainArguments(TaskArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.start_from = [self.start_from] if isinstance(self.start_from, str) else self.start_from
         at_least(self, 1, "batch_size", "gradient_accumulation_steps", "num_threads")
         at_least(self, 1, "validate_every", "checkpoint_every", "keep_checkpoints")
         at_least(self, 0, "glance_every", "push_every", "num_workers", "warmup_steps")

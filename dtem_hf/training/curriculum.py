@@ -49,7 +49,8 @@ class CurriculumArguments(MergeArguments):
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         at_least(self, 0, "straight_through_from")
-        for r in self.drawn_reductions():
+        self.sample_r = [parse_reduction(r, "sample_r") if isinstance(r, str) else r for r in self.sample_r]
+        for r in self.sample_r:
             try:
                 as_schedule(r)
             except BadValue as error:
@@ -59,10 +60,6 @@ class CurriculumArguments(MergeArguments):
             if value is not None and not value > 0:
                 raise BadValue(name, value, "a number above 0")
         self.merge_config()
-
-    def drawn_reductions(self) -> list[Any]:
-        """What `sample_r` names, each a number, a list or a schedule as JSON."""
-        return [parse_reduction(str(r), "sample_r") for r in self.sample_r]
 
     def merge_config(self) -> DTEMConfig:
         """The config of the embedding to learn. Raises ValueError for an option that makes no sense."""
@@ -76,14 +73,13 @@ class Curriculum:
     def __init__(self, arguments: CurriculumArguments) -> None:
         self.arguments = arguments
         self.config = arguments.merge_config()
-        self.reductions = arguments.drawn_reductions()
 
     def at(self, step: int) -> DTEMConfig:
         """The config of training step `step` (from 0)."""
         a = self.arguments
         changes: dict[str, Any] = {}
         if a.sample_r:
-            changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(self.reductions)
+            changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(a.sample_r)
         done = step / max(a.steps - 1, 1)
         for name in ("score_temperature", "assignment_temperature"):
             first, last = getattr(self.config, name), getattr(a, f"last_{name}")

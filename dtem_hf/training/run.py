@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
-from ..hub.adapter import MergeAdapter
+from ..hub.adapter import MergeAdapter, mean_adapter
 from ..models.install import load_embedding
 from ..programs.conditions import hardware
 from ..programs.identity import weights_digest
@@ -74,7 +74,7 @@ class Run:
         plain = {name: value for name, value in self.model.state_dict().items() if "merge_embedding" not in name}
         self.identity = {"model": weights_digest(plain)}
         if a.start_from:
-            adapter = MergeAdapter.from_reference(a.start_from)
+            adapter = mean_adapter([MergeAdapter.from_reference(each) for each in a.start_from])
             load_embedding(self.model, adapter)
             self.identity["start_from"] = weights_digest(adapter.tensors)
         if a.train_backbone:
@@ -124,7 +124,7 @@ class Run:
         # Parameters without a gradient: the embedding of a layer that merges nothing, a head that the task does not
         # use, the projections under a hard merge, and the first layer's exponents.
         unused = a.train_backbone or a.relaxation == "hard" or a.learn_exponents
-        drawn = any(not isinstance(r, int) or r == 0 for r in a.drawn_reductions())  # some layers may merge nothing
+        drawn = any(not isinstance(r, int) or r == 0 for r in a.sample_r)  # some layers may merge nothing
         if unused or drawn or 0 in self.model.merge_plan().reductions:
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.accelerator.state.deepspeed_plugin is not None:

@@ -97,6 +97,7 @@ def test_the_second_stage_is_what_the_published_adapter_was_trained_with(
     ).output_dir
     # It was trained when False was the default, which is what None comes to for a classifier.
     assert published.pop("unmerge") is False and now["unmerge"] is None
+    assert [published.pop("start_from")] == now["start_from"]  # it was one word
     assert {name: now[name] for name in published} == published
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, MergeAdapter
+from dtem_hf.errors import AdapterError
+from dtem_hf.hub.adapter import mean_adapter
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.curriculum import Curriculum
 from dtem_hf.training.parameters import freeze_backbone
@@ -103,6 +105,30 @@ def test_a_run_goes_on_from_an_adapter(options, tmp_path):
     train(TrainArguments(**second))
     lines = [json.loads(line) for line in Path(second["output_dir"], "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["validation"]["kl"] == pytest.approx(first["best_validation"]["kl"], rel=1e-4)
+
+
+def test_a_run_goes_on_from_the_mean_of_adapters(options, tmp_path):
+    model, folders = AutoModelForImageClassification.from_pretrained(options["model"], merge=DTEMConfig(r=3)), []
+    for parts in range(3):
+        for parameter in model.merge_parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        folders.append(str(tmp_path / str(parts)))
+        model.save_merge_adapter(folders[-1])
+    train(TrainArguments(**{**options, "start_from": folders, "steps": 1, "lr": 1e-12, "validate_every": 1}))
+    found = MergeAdapter.from_pretrained(Path(options["output_dir"], "adapter")).tensors
+    started = [MergeAdapter.from_pretrained(folder).tensors for folder in folders]
+    for key, value in found.items():
+        torch.testing.assert_close(value, sum(each[key] for each in started) / 3, rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_of_two_shapes_have_no_mean(options, tmp_path):
+    for width in (4, 8):
+        config = DTEMConfig(r=3, embed_dim=width, init="random")
+        model = AutoModelForImageClassification.from_pretrained(options["model"], merge=config)
+        model.save_merge_adapter(tmp_path / str(width))
+    two = [MergeAdapter.from_pretrained(tmp_path / str(width)) for width in (4, 8)]
+    with pytest.raises(AdapterError, match=r"layers\.0\.bias: .*\[4\] and \[8\]"):
+        mean_adapter(two)
 
 
 @pytest.mark.parametrize(
