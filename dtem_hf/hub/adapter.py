@@ -182,17 +182,17 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
 
 
 def mean_adapter(adapters: Sequence[MergeAdapter]) -> MergeAdapter:
-    """The mean of adapters of one backbone, with the config of the first; runs from one start average well.
+    """Each tensor as the mean over those adapters of one backbone that have it, with the config of the first.
 
-    Raises AdapterError where one does not fit the first. Source: model soups, arXiv 2203.05482.
+    Runs from one start average well. Raises AdapterError where shapes or backbones differ. Source: model soups,
+    arXiv 2203.05482.
     """
-    first, *others = adapters
-    for other in others:
+    first, means = adapters[0], {}
+    for other in adapters[1:]:
         first.check_fits(other.backbone)
-        shapes = [{key: list(tensor.shape) for key, tensor in each.tensors.items()} for each in (first, other)]
-        if shapes[0] != shapes[1]:
-            name = min(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
-            found = " and ".join(str(each.get(name, "none")) for each in shapes)
-            raise AdapterError(f"{name}: adapters of one shape have a mean, and these have {found}.")
-    means = {key: torch.stack([each.tensors[key] for each in adapters]).mean(dim=0) for key in first.tensors}
+    for key in dict.fromkeys(key for each in adapters for key in each.tensors):
+        tensors = [each.tensors[key] for each in adapters if key in each.tensors]
+        if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
+            raise AdapterError(f"{key}: adapters of one shape have a mean, and these have {sorted(shapes)}.")
+        means[key] = torch.stack(tensors).mean(dim=0)
     return MergeAdapter(first.config, means, first.backbone)
