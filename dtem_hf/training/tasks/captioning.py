@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig
 
 from ...errors import BadValue
 from ...families import find_place
 from ...models.auto import auto_class
-from ...models.distances import kl_to
+from ...models.distances import caption_losses, kl_to
 from .caption_task import CaptionTask
 
 
@@ -68,14 +66,3 @@ def word_divergence(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     predicts = labels[:, 1:] != -100
     length = labels.shape[1]
     return kl_to(target[:, -length:-1][predicts].float(), logits[:, -length:-1][predicts]).mean()
-
-
-def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each caption's tokens but the first: [B, V + T, classes], [B, T] -> [B].
-
-    The V logits of visual tokens, which GIT puts in front of those of the text, are left out.
-    """
-    predicted, wanted = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
-    losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
-    counted = (wanted != -100).sum(dim=1)
-    return torch.where(counted > 0, losses.sum(dim=1) / counted, torch.nan)

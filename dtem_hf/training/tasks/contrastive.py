@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForZeroShotImageClassification
 
 from ...data.captioned_images import CaptionCollate
 from ...errors import BadValue
+from ...hub.client import cached_commit
 from ...models.attach import attach
 from ...models.distances import kl_to
 from ...models.install import detach
@@ -55,7 +56,7 @@ class Contrastive(CaptionTask):
         self._embedded: dict[str, dict[int, Tensor]] = {"train": {}, "validation": {}}
         encoder = attach(self.whole.vision_model, a.merge_config())
         encoder.name_or_path = self.whole.name_or_path
-        encoder.config._commit_hash = getattr(config, "_commit_hash", None)
+        encoder.config._commit_hash = cached_commit(a.model)
         return encoder
 
     def load_data(self, model: Any) -> TaskData:
