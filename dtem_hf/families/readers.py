@@ -193,7 +193,7 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
     sizes = state.final_sizes
     if sizes is None:
         return x
-    soft = sizes.shape[1] == state.num_tokens
+    soft = state.merges_softly
     if unmerged:
         if not soft:
             return x
@@ -276,7 +276,7 @@ def read_bias(tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
 def read_sizes(state: TokenState, reader: str, unmerge: bool) -> Tensor | None:
     """Sizes of the tokens as the reader gets them: [B, n] float32; None where each of them counts once."""
     sizes = state.final_sizes
-    if sizes is None or (unmerge and sizes.shape[1] < state.num_tokens):
+    if sizes is None or (unmerge and not state.merges_softly):
         return None  # back in place, hard-merged tokens are there as often as they count
     if unmerge:
         return sizes.gather(1, state.source(-1))
