@@ -88,7 +88,7 @@ class DTPS(Method[DTPSConfig]):
         state.record_merge(
             state.layer,
             squeezed,
-            (sizes * kept).float(),
+            sizes * kept,
             x.shape[1],
             source=lambda: torch.where(pruned, host, torch.arange(x.shape[1], device=x.device)),
             carry=lambda positions: ops.join_in_place(positions, before, host, pruned)[0],

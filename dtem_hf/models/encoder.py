@@ -17,7 +17,7 @@ from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, serve_attention
-from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
+from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
 from ..token_state import MergeStep, MergeTrace, TokenState
@@ -113,7 +113,9 @@ class EncoderMerging(Renamed, ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
         wanted = Scope(reader=self.merging.reader) if outer is None or outer.closed else outer
-        unmerge = self.merging.unmerge or wanted.reader in RETURN_ALL or self._masks_tokens
+        # Pruned tokens that stay are no part of a weighed mean; any other reader gets their hosts in their places.
+        in_place = wanted.reader not in MEANS if self._masks_tokens else wanted.reader in RETURN_ALL
+        unmerge = self.merging.unmerge or in_place
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
         state = self._new_token_state(inputs, unmerge or wanted.reader == "masks", masked)
         with open_scope(Scope(state=state, closed=True)):

@@ -74,7 +74,7 @@ def join_in_place(x: Tensor, weights: Tensor, host: Tensor, leaving: Tensor) -> 
     totals = _add_at(weights, host, joining)
     shares = joining / totals.gather(1, host).clamp(min=_SMALLEST_TOTAL)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    steps = (wide - take_tokens(wide, host)) * shares.unsqueeze(-1)
+    steps = (wide - take_tokens(wide, host)) * shares.unsqueeze(-1).to(wide.dtype)
     return _add_at(wide.clone(), host, steps).to(x.dtype), totals
 
 

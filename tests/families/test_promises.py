@@ -37,14 +37,15 @@ ROWS_AND_METHODS = [
     if case.fits(row)
 ]
 every_row_and_method = pytest.mark.parametrize("row, method", ROWS_AND_METHODS)
-# In training, and DTEM in `.eval()` as well: the other methods merge alike in both.
+# In training, and what learns in `.eval()` as well: the other methods merge alike in both.
+LEARNED = [name for name, config in METHODS.items() if config.learns]
 in_both_modes = pytest.mark.parametrize(
     "row, method, training",
     [
         pytest.param(*each.values, training, id=f"{each.id}-{'train' if training else 'eval'}")
         for each in ROWS_AND_METHODS
         for training in (False, True)
-        if training or each.values[1] == "dtem"
+        if training or each.values[1] in LEARNED
     ],
 )
 
@@ -213,7 +214,7 @@ def test_low_precision_stays_finite(row: Row, method: str, dtype: torch.dtype, t
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert all(gradient.isfinite().all() for gradient in found.values())
         learned = [gradient for name, gradient in found.items() if "merge_embedding" in name]
-        assert any(gradient.any() for gradient in learned) == (method == "dtem")
+        assert any(gradient.any() for gradient in learned) == (method in LEARNED)
 
 
 @every_row
