@@ -27,8 +27,8 @@ class CountsVisualTokens(ScopedForward):
             output = stock()
         if scope.state is not None and scope.state.kept:
             raise UnsupportedModelError(
-                f"{type(self).__name__}: dTPS learns while pruned tokens stay, and the decoder sees all tokens alike; use "
-                "DTEM, or `.eval()`."
+                f"{type(self).__name__}: dTPS learns while pruned tokens stay, and the decoder sees all tokens alike; "
+                "use DTEM, or `.eval()`."
             )
         if outer is not None:
             outer.num_tokens = scope.num_tokens

@@ -165,7 +165,7 @@ def assert_same_gradients(model: Any, weights: dict[str, Tensor], hard: bool = F
 @pytest.mark.parametrize("method", ["dtps", "dtps-counted"])
 @pytest.mark.parametrize("row", [row for row in ROWS if methods.METHODS["dtps"].fits(row)], ids=str)
 def test_dtps_learns_as_the_slow_reference_does(row: Row, method: str) -> None:
-    """Outputs, masks and gradients of a training pass, with the same Gumbel noise and with what is added to the loss."""
+    """Outputs, masks and gradients of a training pass with the same Gumbel noise, and what is added to the loss."""
     model, inputs = merged(row, method).double(), row.case.small_inputs(2)
     relax(model, True)
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}

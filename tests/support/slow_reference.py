@@ -205,7 +205,8 @@ def attention_weights(
 ) -> Tensor:
     """Section 1, for one image: the exponentials are multiplied by the sizes. q [M, H·d], k [N, H·d] -> [H, M, N].
 
-    `sizes` are [N], or [H, N] where heads count them differently, or [1, M, N] where queries do. `bias` [H, M, N] is added to the scores.
+    `sizes` are [N], or [H, N] where heads count them differently, or [1, M, N] where queries do. `bias` [H, M, N] is
+    added to the scores.
     """
     width = q.shape[-1] // heads
     weights = []
