@@ -22,7 +22,7 @@ class DTPS(Method[DTPSConfig]):
     """Pruning and squeezing in front of layers, each of which has a predictor of its own.
 
     In `.eval()`, the patches of highest score are kept. In `.train()`, which are kept is drawn, and no token leaves:
-    attention leaves out the pruned ones, which gives the predictors a gradient.
+    attention leaves out the pruned ones, which gives the predictors a gradient. Which host a pruned patch joins gives none.
     """
 
     config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
@@ -62,7 +62,7 @@ class DTPS(Method[DTPSConfig]):
         predictor = state.embedding.predictors[self._layers.index(index + 1)]
         log_probabilities = predictor(x[:, prefix:], counted)
         if self.masks_tokens(layer.training):
-            return self._mask(x, ops.draw_kept(log_probabilities, counted), counted > 0, before.detach(), state)
+            return self._mask(x, ops.draw_kept(log_probabilities, counted), counted > 0.5, before.detach(), state)
         scores = log_probabilities[..., 0]
         if empty is not None:
             scores = scores.masked_fill(empty[:, prefix:], -torch.inf)
