@@ -22,7 +22,7 @@ class DTPS(Method[DTPSConfig]):
     """Pruning and squeezing in front of layers, each of which has a predictor of its own.
 
     In `.eval()`, the patches of highest score are kept. In `.train()`, which are kept is drawn, and no token leaves:
-    attention leaves out the pruned ones, which gives the predictors a gradient. Which host a pruned patch joins gives none.
+    attention leaves out the pruned ones, which gives the predictors a gradient. What joins which host gives them none.
     """
 
     config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
