@@ -125,6 +125,23 @@ def test_fisher_tasks_are_for_pairs(dtps, make_run):
         make_run({**dtps, "task": "fisher"})
 
 
+@pytest.mark.parametrize("task, folder", [("captioning", "blip_folder"), ("contrastive", "clip_folder")])
+def test_tasks_on_captions_take_a_step(task, folder, dtps, caption_options, make_run, request):
+    captions = {name: caption_options[name] for name in ("data", "captions")}
+    run = make_run({**dtps, **captions, "model": str(request.getfixturevalue(folder)), "task": task})
+    before = [parameter.detach().clone() for parameter in run.model.merge_parameters()]
+    loss, norm = run._backward(run.data.collate([run.data.train[0, i] for i in range(4)]), 1.0)
+    assert loss.isfinite() and norm > 0
+    moved = [not torch.equal(old, new) for old, new in zip(before, run.model.merge_parameters(), strict=True)]
+    assert all(moved) and len(moved) == 2 * 10
+
+
+def test_features_are_learned_from(dtps, make_run):
+    run = make_run({**dtps, "task": "feature_distillation"})
+    _, norm = run._backward(run.data.collate([run.data.train[0, i] for i in range(4)]), 1.0)
+    assert norm > 0
+
+
 def test_what_is_left_out_is_what_the_configs_say(options, dtps):
     left_out = TrainArguments(**{**options, "r": None})
     assert (left_out.r, left_out.merge_config()) == ("16", DTEMConfig())
