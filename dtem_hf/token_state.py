@@ -107,6 +107,9 @@ class TokenState:
         # By index, tokens that have entered earlier layers, as the layers since then have merged them.
         self._stacked: list[dict[int, Tensor]] = [{}]
         self._sources: list[Tensor] = []
+        # Where pruned tokens stay behind a mask (dTPS in training): by the layer in front of which it was drawn, which
+        # tokens are kept, [B, n], 1 or 0 with a gradient.
+        self.kept: dict[int, Tensor] = {}
         self._first_merge: int | None = None
 
     def divide(self, rows: Sequence[Tensor]) -> None:
@@ -157,6 +160,17 @@ class TokenState:
     def num_layers(self) -> int:
         """How many layers have run."""
         return len(self._sizes) - 1
+
+    def kept_before(self, layer: int) -> Tensor | None:
+        """Which tokens that enter a layer are kept, [B, n]; None where no mask was drawn in front of it."""
+        drawn = [index for index in self.kept if index <= layer]
+        return self.kept[max(drawn)] if drawn else None
+
+    @property
+    def merges_softly(self) -> bool:
+        """Whether the encoder has all tokens, and each counts in its own place by what is left of it."""
+        sizes = self.final_sizes
+        return sizes is not None and sizes.shape[1] == self.num_tokens and not self.kept
 
     @property
     def changed(self) -> bool:
@@ -214,11 +228,12 @@ class TokenState:
         num_active: int,
         source: Callable[[], Tensor],
         carry: Callable[[Tensor], Tensor],
+        kept: Tensor | None = None,
     ) -> None:
         """Record what a layer returns: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
 
         `source` makes its source map, and is called only if it is kept; `carry` merges positions and stacked tokens as
-        the layer merged its own.
+        the layer merged its own. Where pruned tokens stay, `kept` [B, n'] says which are none.
         """
         positions = self._positions[layer]
         # Also when the layer is run again: gradient checkpointing wants the same operations both times.
@@ -228,6 +243,8 @@ class TokenState:
             return
         if self._first_merge is None:
             self._first_merge = layer
+        if kept is not None:
+            self.kept[layer + 1] = kept
         self._record(layer, x, sizes, num_active, source)
         self._positions.append(carried)
         self._stacked.append(stacked)
@@ -245,11 +262,12 @@ class TokenState:
             self._trace.sizes.append(torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes.detach())
 
     def attention_bias(
-        self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool
+        self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool, by_query: bool = True
     ) -> Tensor | None:
         """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own before any merge.
 
-        Where sizes are not `wanted`, only padding is left out.
+        Where sizes are not `wanted`, only padding is left out. Where pruned tokens stay, they are left out, too, and
+        each token sees itself, [B, 1, n, n], unless the queries are others than the tokens (not `by_query`).
         """
         sizes = self._sizes[layer]
         if sizes is None or self._first_merge is None or self._first_merge >= layer:
@@ -259,7 +277,8 @@ class TokenState:
                 "attention_mask: a mask over patches cannot follow tokens that are merged; leave it out, or use r=0."
             )
         # An exported model makes a mask in which all tokens see all tokens, which no longer fits their number.
-        if not wanted and not self._padded:
+        kept = self.kept_before(layer)
+        if not wanted and not self._padded and kept is None:
             return None
         dtype = ops.attention_dtype(dtype, sizes.device.type)
         exponents = None
@@ -267,10 +286,11 @@ class TokenState:
         if wanted and self.embedding is not None and layer < self.embedding.shape.num_layers:
             exponents = self.embedding.exponents_of(layer)
             exponents = None if exponents is None else exponents.to(sizes.device)
-        bias = ops.size_bias(sizes if wanted else (sizes > 0).float(), dtype, exponents)
+        counted = sizes if wanted else (sizes > 0).float() if kept is None else kept.to(sizes.device)
+        bias = ops.size_bias(counted, dtype, exponents)
         if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
             bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)
-        return bias
+        return ops.see_itself(bias, counted) if kept is not None and by_query else bias
 
     def shifted(self, key: str, parameter: Tensor) -> Tensor:
         """A parameter of the backbone, moved by the share of the tokens that are gone behind the running layer.
@@ -285,7 +305,7 @@ class TokenState:
 
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
-        return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True)
+        return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True, by_query=False)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json, write_text
+from ..hub.adapter import MergeAdapter
 from ..labels import multiply_adds_unit, reduction_label, series_name
 from ..programs.arguments import option, parse_arguments
 from ..programs.lock import only_run_in
@@ -23,7 +24,7 @@ from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP
 from .classification import ClassifierArguments, evaluate
-from .variants import METHODS, UNMERGED
+from .variants import METHODS, UNMERGED, Variant
 
 
 # The rows of the ablation; each adds one part to the row above.
@@ -60,6 +61,12 @@ class CompareArguments(ClassifierArguments):
 
     def adapter_references(self) -> list[str]:
         return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
+
+    def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
+        """As ever, and with the methods of no use without an adapter that are given one."""
+        given = [] if self.ablation else [a.config.method for a in adapters.values() if a.config.needs_adapter]
+        whole = replace(self, methods=list(dict.fromkeys([*self.methods, *given])))
+        return super(CompareArguments, whole).make_variants(model, adapters, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

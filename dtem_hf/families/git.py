@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.models.git.modeling_git import GitForCausalLM, GitModel, GitVisionModel
 
+from ..errors import UnsupportedModelError
 from ..scope import Scope, current_scope, open_scope
 from .clip import CLIP_LAYER
 from .family import Family
@@ -24,6 +25,11 @@ class CountsVisualTokens(ScopedForward):
         outer = current_scope()
         with open_scope(Scope(num_tokens=cached_visual_tokens(inputs))) as scope:
             output = stock()
+        if scope.state is not None and scope.state.kept:
+            raise UnsupportedModelError(
+                f"{type(self).__name__}: dTPS learns while pruned tokens stay, and the decoder sees all tokens alike; "
+                "use DTEM, or `.eval()`."
+            )
         if outer is not None:
             outer.num_tokens = scope.num_tokens
         return output

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..costs import EncoderCost, MetricCost
+from ..errors import UnsupportedModelError
 from ..scope import Scope, open_scope
 from ..token_state import TokenState
 from .dinov3_vit import DINOv3ViTFamily, coordinates, rotate, rotation_at
@@ -55,6 +56,10 @@ class PackedRowsMerging(LayerMerging):
         self: Any, hidden_states: Tensor, state: TokenState, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         index, device = self.merge_index, hidden_states.device
+        if state.method.masks_tokens(self.training):
+            raise UnsupportedModelError(
+                f"{type(self).__name__}: its rows hold no pruned tokens; train dTPS elsewhere."
+            )
         if not state.parts:
             state.divide(rows_by_length(kwargs["cu_seqlens"]))
             places = coordinates(kwargs["position_embeddings"], self.theta(state))

@@ -144,6 +144,8 @@ READERS: Mapping[str, tuple[type, ...]] = {
 TOKEN_SIZES = "token_sizes"
 # The readers that get all tokens back in place.
 RETURN_ALL = ("grid", "masked_mean", "rows")
+# Those that take means, of tokens that are weighed for it.
+MEANS = ("mean", "masked_mean")
 # Those that get the tokens that still take part: a soft merge keeps those that it merges away, behind all others.
 HANDED_ON = ("tokens", "sized")
 
@@ -160,7 +162,7 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
         last = ops.unmerge_tokens(last, state.source(-1))
     elif reader in HANDED_ON:
         last = last[:, : state.num_active]
-    if reader in ("mean", "masked_mean"):
+    if reader in MEANS:
         last = weigh_tokens(last, state, unmerge)
     output = with_last(output, last)
     if reader == "sized" and isinstance(output, dict) and output.get("hidden_states") is not None:
@@ -193,7 +195,7 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
     sizes = state.final_sizes
     if sizes is None:
         return x
-    soft = sizes.shape[1] == state.num_tokens
+    soft = state.merges_softly
     if unmerged:
         if not soft:
             return x
@@ -201,7 +203,8 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
     prefix = state.num_prefix_tokens
     weights = sizes[:, prefix:].to(x.device)
     if not soft:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
-        weights = weights * weights.shape[1] / weights.sum(dim=1, keepdim=True)
+        total = weights.detach().sum(dim=1, keepdim=True) if state.kept else weights.shape[1]
+        weights = weights * total / weights.sum(dim=1, keepdim=True)
     weighed = (x[:, prefix:].float() * weights.unsqueeze(-1)).to(x.dtype)
     return torch.cat([x[:, :prefix], weighed], dim=1)
 
@@ -276,7 +279,7 @@ def read_bias(tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
 def read_sizes(state: TokenState, reader: str, unmerge: bool) -> Tensor | None:
     """Sizes of the tokens as the reader gets them: [B, n] float32; None where each of them counts once."""
     sizes = state.final_sizes
-    if sizes is None or (unmerge and sizes.shape[1] < state.num_tokens):
+    if sizes is None or (unmerge and not state.merges_softly):
         return None  # back in place, hard-merged tokens are there as often as they count
     if unmerge:
         return sizes.gather(1, state.source(-1))

@@ -79,6 +79,14 @@ class Method(ABC, Generic[C]):
         """Whether attention weighs tokens by their sizes."""
         return self.config.proportional_attention
 
+    def masks_tokens(self, training: bool) -> bool:
+        """Whether tokens that leave stay, behind a mask, until the encoder returns all in place."""
+        return False
+
+    def loss_term(self, state: TokenState) -> Tensor | None:
+        """What a training pass adds to the loss of a task: a scalar, or None for nothing."""
+        return None
+
     def sizes_carry_gradient(self, training: bool) -> bool:
         """Whether gradients flow from one layer to the next through token sizes."""
         return False

@@ -21,7 +21,8 @@ from .matching import record_matched
 class DTPS(Method[DTPSConfig]):
     """Pruning and squeezing in front of layers, each of which has a predictor of its own.
 
-    The same in training: the choice of tokens is hard, and no gradient reaches a predictor.
+    In `.eval()`, the patches of highest score are kept. In `.train()`, which are kept is drawn, and no token leaves:
+    attention leaves out the pruned ones, which gives the predictors a gradient. What joins which host gives them none.
     """
 
     config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
@@ -52,11 +53,17 @@ class DTPS(Method[DTPSConfig]):
             state.record_unchanged(index, x)
             return x
         assert state.embedding is not None
-        empty, before = state.padding(index), state.sizes(index)
+        counted, before = state.kept_before(index), state.sizes(index)
+        empty = state.padding(index) if counted is None else None
         before = torch.ones(x.shape[:2], device=x.device) if before is None else before
-        counted = torch.ones_like(before) if empty is None else (~empty).float()
+        if counted is None:
+            counted = torch.ones_like(before) if empty is None else (~empty).float()
+        counted = counted.to(x.device)[:, prefix:]
         predictor = state.embedding.predictors[self._layers.index(index + 1)]
-        scores = predictor(x[:, prefix:], counted[:, prefix:])[..., 0]
+        log_probabilities = predictor(x[:, prefix:], counted)
+        if self.masks_tokens(layer.training):
+            return self._mask(x, ops.draw_kept(log_probabilities, counted), counted > 0.5, before.detach(), state)
+        scores = log_probabilities[..., 0]
         if empty is not None:
             scores = scores.masked_fill(empty[:, prefix:], -torch.inf)
         kept, pruned = ops.split_by_score(F.pad(scores, [prefix, 0]), num_tokens - prefix - r, prefix)
@@ -65,3 +72,44 @@ class DTPS(Method[DTPSConfig]):
         _, sizes = ops.merge_tokens(before.unsqueeze(-1), before, matching)
         record_matched(state, squeezed, sizes, matching, num_tokens)
         return squeezed
+
+    def _mask(self, x: Tensor, kept: Tensor, earlier: Tensor, before: Tensor, state: TokenState) -> Tensor:
+        """Squeeze the patches that are pruned now: x [B, n, D], sizes `before` [B, n]; the others are of patches.
+
+        `kept` [B, n - P] are 1 or 0 with a gradient, bool `earlier` those that were kept so far.
+        """
+        prefix = state.num_prefix_tokens
+        stays = F.pad(kept.detach() > 0.5, [prefix, 0])
+        pruned = F.pad(earlier, [prefix, 0]) & ~stays
+        host, weights = ops.squeeze_in_place(x, stays, pruned)
+        squeezed, _ = ops.join_in_place(x, weights, host, pruned)
+        _, sizes = ops.join_in_place(before.unsqueeze(-1), before, host, pruned)
+        kept = F.pad(kept, [prefix, 0], value=1.0)
+        state.record_merge(
+            state.layer,
+            squeezed,
+            sizes * kept,
+            x.shape[1],
+            source=lambda: torch.where(pruned, host, torch.arange(x.shape[1], device=x.device)),
+            carry=lambda positions: ops.join_in_place(positions, before, host, pruned)[0],
+            kept=kept,
+        )
+        return squeezed
+
+    def masks_tokens(self, training: bool) -> bool:
+        return training
+
+    def sizes_carry_gradient(self, training: bool) -> bool:
+        return training
+
+    def loss_term(self, state: TokenState) -> Tensor | None:
+        """2 · mean (ρˢ - kept share)², over the stages s and the images."""
+        if not state.kept:
+            return None
+        prefix, sizes = state.num_prefix_tokens, state.sizes(0)
+        misses = []
+        for layer, kept in state.kept.items():
+            patches = kept.shape[1] - prefix if sizes is None else sizes[:, prefix:].sum(dim=1).to(kept.device)
+            share = kept[:, prefix:].sum(dim=1) / patches
+            misses.append(self.config.keep_rate ** (self._layers.index(layer) + 1) - share)
+        return 2 * torch.stack([miss.to(misses[0].device) for miss in misses]).square().mean()

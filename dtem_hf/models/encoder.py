@@ -17,7 +17,7 @@ from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
 from ..families import Family, serve_attention
-from ..families.readers import RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
+from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
 from ..token_state import MergeStep, MergeTrace, TokenState
@@ -31,6 +31,7 @@ class PassOptions:
     merge: bool = True
     trace: MergeTrace | None = None
     steps: list[MergeStep] | None = None
+    states: list[TokenState] | None = None
 
 
 # What every open block changes, the outermost first, keyed by the identity of an encoder: threads, and models inside
@@ -112,7 +113,9 @@ class EncoderMerging(Renamed, ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
         wanted = Scope(reader=self.merging.reader) if outer is None or outer.closed else outer
-        unmerge = self.merging.unmerge or wanted.reader in RETURN_ALL
+        # Pruned tokens that stay are no part of a weighed mean; any other reader gets their hosts in their places.
+        in_place = wanted.reader not in MEANS if self._masks_tokens else wanted.reader in RETURN_ALL
+        unmerge = self.merging.unmerge or in_place
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
         state = self._new_token_state(inputs, unmerge or wanted.reader == "masks", masked)
         with open_scope(Scope(state=state, closed=True)):
@@ -129,6 +132,11 @@ class EncoderMerging(Renamed, ScopedForward):
         wanted.state = state
         wanted.num_tokens += output[0].shape[1]
         return output
+
+    @property
+    def _masks_tokens(self) -> bool:
+        merging: Merging = self.merging
+        return merging.method.masks_tokens(merging.family.layers(self)[0].training)  # type: ignore[arg-type]
 
     def _reaching_all(self: Any, output: Any, state: TokenState) -> Any:
         """In training, an output that depends on all learned parameters: some layers merge nothing."""
@@ -154,7 +162,7 @@ class EncoderMerging(Renamed, ScopedForward):
         if options.trace is not None:
             options.trace.source_maps.clear()
             options.trace.sizes.clear()
-        return TokenState(
+        state = TokenState(
             merging.reductions,
             merging.geometry.num_prefix_tokens,
             merging.method,
@@ -167,17 +175,24 @@ class EncoderMerging(Renamed, ScopedForward):
             states_read=merging.states_read,
             steps=options.steps,
         )
+        if options.states is not None:
+            options.states.append(state)
+        return state
 
     def _check_checkpointing(self) -> None:
         """Reentrant checkpointing differentiates a layer's first output only, and would lose what sizes carry."""
         layer: Any = self.merging.family.layers(self)[0]  # type: ignore[arg-type]
         if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
             return
-        reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
-        if reentrant and self.merging.method.sizes_carry_gradient(True):
+        keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
+        if keywords.get("use_reentrant") and self.merging.method.sizes_carry_gradient(True):
             raise UnsupportedModelError(
                 "gradient_checkpointing_kwargs: use_reentrant=True loses the gradient of token sizes; "
                 "use_reentrant=False, transformers' default, keeps it."
+            )
+        if keywords.get("preserve_rng_state") is False and self._masks_tokens:
+            raise UnsupportedModelError(
+                "gradient_checkpointing_kwargs: preserve_rng_state=False would draw other tokens in the backward pass."
             )
 
 

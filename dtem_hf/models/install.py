@@ -32,7 +32,7 @@ from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
 from ..schedule import ConstantSchedule, ListSchedule
-from ..token_state import MergeStep
+from ..token_state import MergeStep, TokenState
 from .derived import Renamed, derive_class, restore_class
 from .encoder import EncoderMerging, Merging, embedding_of, pass_options
 
@@ -307,6 +307,14 @@ def recorded_steps(model: Any) -> Iterator[list[MergeStep]]:
     steps: list[MergeStep] = []
     with pass_options(find_encoder(model)[1], steps=steps):
         yield steps
+
+
+@contextmanager
+def recorded_states(model: Any) -> Iterator[list[TokenState]]:
+    """`with recorded_states(model) as states:` appends the token state of every merged pass."""
+    states: list[TokenState] = []
+    with pass_options(find_encoder(model)[1], states=states):
+        yield states
 
 
 def backbone_facts(model: Any, base_model: str | None = None) -> BackboneFacts:

@@ -1,13 +1,14 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
-from .attention import SMALLEST_SIZE, attention_dtype, extend_keys, size_bias
+from .attention import SMALLEST_SIZE, attention_dtype, extend_keys, see_itself, size_bias
 from .damage import first_order_change
 from .forms import MERGE_FORMS, exports_one_hot, exports_openvino, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .hosts import energies, match_by_energy, squeeze_hosts, with_hosts
 from .lengths import norms_of, prune_tokens, restore_lengths
+from .masking import draw_kept, squeeze_in_place
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
-from .merging import compose_source_maps, merge_tokens, source_map, unmerge_tokens
+from .merging import compose_source_maps, join_in_place, merge_tokens, source_map, unmerge_tokens
 from .relaxation import (
     merge_along_flow,
     move_mass,
@@ -28,6 +29,7 @@ __all__ = [
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
+    "draw_kept",
     "energies",
     "exports_one_hot",
     "exports_openvino",
@@ -35,6 +37,7 @@ __all__ = [
     "first_order_change",
     "fuse_tokens",
     "fused_source_map",
+    "join_in_place",
     "match_by_energy",
     "merge_along_flow",
     "merge_form",
@@ -45,6 +48,7 @@ __all__ = [
     "prune_tokens",
     "put_empty_first",
     "restore_lengths",
+    "see_itself",
     "size_bias",
     "size_order",
     "soft_assignment",
@@ -54,6 +58,7 @@ __all__ = [
     "split_counts",
     "split_even_odd",
     "squeeze_hosts",
+    "squeeze_in_place",
     "straight_through_matching",
     "unmerge_tokens",
     "with_hosts",

@@ -23,7 +23,7 @@ def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None
     read as that one, and its gradient is passed on as if it were not clamped.
     """
     floor = SMALLEST_SIZE[dtype]
-    sizes = sizes.float()
+    sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
     clamped = sizes.clamp(min=floor)
     if sizes.requires_grad:
         clamped = sizes + (clamped - sizes).detach()
@@ -33,6 +33,15 @@ def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None
         empty = (sizes <= floor)[:, None, None, :]
         bias = torch.where(empty, bias, bias * exponents.float()[:, None, None])
     return bias.to(dtype)
+
+
+def see_itself(bias: Tensor, sizes: Tensor) -> Tensor:
+    """The mask [B, 1, 1, N] of `size_bias` for every query, where a token always sees itself: [B, 1, N, N].
+
+    It counts itself by its size [B, N], and once if that is less.
+    """
+    own = sizes.detach().clamp(min=1).log().to(bias.dtype)[:, None, None, :]
+    return torch.where(torch.eye(sizes.shape[1], dtype=torch.bool, device=bias.device), own, bias)
 
 
 def attention_dtype(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -64,6 +64,20 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     return _add_at(merged, joined, steps).to(x.dtype), new_sizes
 
 
+def join_in_place(x: Tensor, weights: Tensor, host: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge every `leaving` token into its host, where no token leaves: the leaving ones stay beside as they are.
+
+    x [B, N, D], weights of the mean [B, N], positions `host` and bool `leaving` [B, N] -> x in its own dtype, and the
+    weights, of hosts with those of what they took. Tokens that no other token joined are copied, bit for bit.
+    """
+    joining = weights * leaving
+    totals = _add_at(weights, host, joining)
+    shares = joining / totals.gather(1, host).clamp(min=_SMALLEST_TOTAL)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    steps = (wide - take_tokens(wide, host)) * shares.unsqueeze(-1).to(wide.dtype)
+    return _add_at(wide.clone(), host, steps).to(x.dtype), totals
+
+
 def source_map(matching: Matching, num_tokens: int) -> Tensor:
     """The output position every input token ended in: int64 [B, N], values in [0, N - r)."""
     leaving, joined, staying = matching

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import random
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import Any, get_type_hints
 
-from ..configuration import DTEMConfig
+from ..configuration import DTEMConfig, DTPSConfig
 from ..errors import BadValue
 from ..models.install import set_merge_config
-from ..programs.arguments import at_least, option, parse_reduction
+from ..programs.arguments import at_least, one_of, option, parse_reduction
 from ..schedule import as_schedule
 
 
+# What training can learn, by the option `method`.
+_LEARNED: dict[str, type[DTEMConfig | DTPSConfig]] = {"dtem": DTEMConfig, "dtps": DTPSConfig}
+
+
 def _merge_options() -> list[tuple[str, Any, Any]]:
-    """DTEMConfig's fields as command-line options; r is text there: a number, a list or a schedule."""
-    hints, options = get_type_hints(DTEMConfig), []
-    for f in fields(DTEMConfig):
-        assert f.default is not MISSING
-        kind, default = (str, str(f.default)) if f.name == "r" else (hints[f.name], f.default)
-        options.append((f.name, kind, field(default=default, metadata=dict(f.metadata))))
-    return options
+    """The fields of these configs as command-line options; r is text there: a number, a list or a schedule.
+
+    None: left out, and then what the method's config says.
+    """
+    options: dict[str, tuple[Any, str, list[str]]] = {}
+    for method, kind in _LEARNED.items():
+        hints = get_type_hints(kind)
+        for f in fields(kind):
+            hint = str if f.name == "r" else hints[f.name]
+            said = options.setdefault(f.name, (hint | None, f.metadata["help"], []))[2]
+            said += [] if f.default is None else [f"{method}: {f.default}"]
+    return [
+        (name, hint, option(f"{text} ({', '.join(said)})" if said else text, default=None))
+        for name, (hint, text, said) in options.items()
+    ]
 
 
 MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only=True)
@@ -30,6 +42,7 @@ MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only
 class CurriculumArguments(MergeArguments):
     """The merge config to learn, and how it changes during a run; by default it does not."""
 
+    method: str = option(f"what learns: {' or '.join(_LEARNED)}", default="dtem")
     steps: int = option("optimiser steps", default=400)
     seed: int = option("seed of every random draw", default=0)
     sample_r: list[str] = option(
@@ -47,6 +60,16 @@ class CurriculumArguments(MergeArguments):
     )
 
     def __post_init__(self) -> None:
+        one_of(self, "method", _LEARNED)
+        own = {f.name: f.default for f in fields(_LEARNED[self.method])}
+        for f in fields(MergeArguments):
+            if f.name in own and getattr(self, f.name) is None:
+                setattr(self, f.name, str(own[f.name]) if f.name == "r" else own[f.name])
+            elif f.name not in own:
+                self._refuse(f.name)
+        if self.method == "dtps":
+            for name in ("sample_r", "last_score_temperature", "last_assignment_temperature", "straight_through_from"):
+                self._refuse(name)
         at_least(self, 1, "steps")
         at_least(self, 0, "straight_through_from")
         self.sample_r = [parse_reduction(r, "sample_r") if isinstance(r, str) else r for r in self.sample_r]
@@ -61,10 +84,17 @@ class CurriculumArguments(MergeArguments):
                 raise BadValue(name, value, "a number above 0")
         self.merge_config()
 
-    def merge_config(self) -> DTEMConfig:
-        """The config of the embedding to learn. Raises ValueError for an option that makes no sense."""
-        values = {f.name: getattr(self, f.name) for f in fields(DTEMConfig)}
-        return DTEMConfig.from_dict({**values, "r": parse_reduction(str(values["r"]))})
+    def _refuse(self, name: str) -> None:
+        if (value := getattr(self, name)) not in (None, []):
+            raise BadValue(name, value, f"left out, as method {self.method} has no such option")
+
+    def merge_config(self) -> DTEMConfig | DTPSConfig:
+        """The config of what learns. Raises ValueError for an option that makes no sense."""
+        kind = _LEARNED[self.method]
+        values = {f.name: getattr(self, f.name) for f in fields(kind)}
+        if "r" in values:
+            values["r"] = parse_reduction(str(values["r"]))
+        return kind.from_dict(values)
 
 
 class Curriculum:
@@ -74,7 +104,7 @@ class Curriculum:
         self.arguments = arguments
         self.config = arguments.merge_config()
 
-    def at(self, step: int) -> DTEMConfig:
+    def at(self, step: int) -> DTEMConfig | DTPSConfig:
         """The config of training step `step` (from 0)."""
         a = self.arguments
         changes: dict[str, Any] = {}
@@ -82,8 +112,8 @@ class Curriculum:
             changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(a.sample_r)
         done = step / max(a.steps - 1, 1)
         for name in ("score_temperature", "assignment_temperature"):
-            first, last = getattr(self.config, name), getattr(a, f"last_{name}")
-            if last is not None:
+            if (last := getattr(a, f"last_{name}")) is not None:
+                first = getattr(self.config, name)
                 changes[name] = first * (last / first) ** done
         if a.straight_through_from is not None and step >= a.straight_through_from:
             changes["relaxation"] = "straight_through"

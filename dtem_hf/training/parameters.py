@@ -40,11 +40,11 @@ def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
 
 
 @contextmanager
-def dropout_drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> Iterator[None]:
-    """Inside the block, dropout depends on the seed and the batch's first item alone: a resumed run repeats it."""
-    if not arguments.train_backbone:
-        yield
-        return
+def drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> Iterator[None]:
+    """Inside the block, dropout and dTPS' draws depend on the seed and the batch's first item alone.
+
+    So a resumed run repeats them.
+    """
     with drawn_from((arguments.seed, int(batch["epoch"][0]), int(batch["index"][0]), 2)):
         yield
 

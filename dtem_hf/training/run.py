@@ -25,7 +25,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter, mean_adapter
-from ..models.install import load_embedding
+from ..models.install import load_embedding, merging_of, recorded_states
 from ..programs.conditions import hardware
 from ..programs.identity import weights_digest
 from ..progress import tqdm
@@ -34,7 +34,7 @@ from .arguments import TrainArguments
 from .curriculum import Curriculum
 from .feed import loader, make_feed
 from .interruption import Interruption
-from .parameters import choose_learned, dropout_drawn_for, optimizer_groups, relax
+from .parameters import choose_learned, drawn_for, optimizer_groups, relax
 from .publication import Publication
 from .results import Results
 from .same_run import check_same_run
@@ -206,8 +206,10 @@ class Run:
         """The batch's part of the loss, and the gradients' norm before clipping (0 before a step's last batch)."""
         norm = torch.zeros(())
         with self.accelerator.accumulate(self.wrapped):
-            with self.accelerator.autocast(), dropout_drawn_for(batch, self.arguments):
-                loss = share * self.task.loss(self.wrapped, self.model, batch)
+            with self.accelerator.autocast(), drawn_for(batch, self.arguments), recorded_states(self.model) as states:
+                loss = self.task.loss(self.wrapped, self.model, batch)
+                terms = [merging_of(self.model).method.loss_term(state) for state in states]
+                loss = share * sum((term for term in terms if term is not None), start=loss)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 # All parameters: FSDP clips no part of them. Frozen ones have no gradient.

@@ -46,7 +46,7 @@ class TaskArguments(CurriculumArguments, FisherArguments):
     feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
     distillation_weight: float | None = option(
         "captioning, contrastive: share of the loss that is the divergence from the unmerged model; the rest is the "
-        "model's own loss; left out: 0 in captioning, 1 in contrastive",
+        "model's own loss; left out: 0 in captioning, 1 in contrastive; classification: weight of the same, added",
         default=None,
     )
     max_caption_tokens: int = option("captions are cut to this length", default=40)

@@ -148,6 +148,10 @@ def test_an_adapter_is_attached_for_its_own_method_alone(make_classifier):
     for row in (rows[2], rows[4]):
         ours, theirs = row.model.to_merge_adapter().tensors, adapters[row.method].tensors
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    arguments = CompareArguments(model="m", data="d", methods=["none", "tome"], flops=[0.7])
+    named = [row.method for row in arguments.make_variants(model, adapters)]
+    assert named == ["none", "tome", "dtps"]  # it needs an adapter, and has one
+    assert [row.method for row in arguments.make_variants(model, {"dtem": adapters["dtem"]})] == ["none", "tome"]
     soft = rows[3].model.to_merge_adapter().tensors
     assert not torch.equal(soft["layers.0.weight"], adapters["dtem"].tensors["layers.0.weight"])
     with pytest.raises(ValueError, match=r"methods=\['dtps'\]: a method that needs no training, or an adapter of it"):

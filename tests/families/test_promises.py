@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
-from dtem_hf import DTEMConfig, ToMeConfig, UnsupportedModelError, attach, detach
+from dtem_hf import DTEMConfig, DTPSConfig, ToMeConfig, UnsupportedModelError, attach, detach
 from dtem_hf.families import find_encoder
+from dtem_hf.training.parameters import relax
 from tests.support import methods
 from tests.support.ecosystem import autos_of
 from tests.support.families import ROWS
@@ -37,14 +38,15 @@ ROWS_AND_METHODS = [
     if case.fits(row)
 ]
 every_row_and_method = pytest.mark.parametrize("row, method", ROWS_AND_METHODS)
-# In training, and DTEM in `.eval()` as well: the other methods merge alike in both.
+# In training, and what learns in `.eval()` as well: the other methods merge alike in both.
+LEARNED = [name for name, config in METHODS.items() if config.learns]
 in_both_modes = pytest.mark.parametrize(
     "row, method, training",
     [
         pytest.param(*each.values, training, id=f"{each.id}-{'train' if training else 'eval'}")
         for each in ROWS_AND_METHODS
         for training in (False, True)
-        if training or each.values[1] == "dtem"
+        if training or each.values[1] in LEARNED
     ],
 )
 
@@ -172,6 +174,44 @@ def test_a_soft_trace_follows_every_token_to_its_place(row: Row) -> None:
         torch.testing.assert_close(sizes.sum(1), torch.full((2,), float(source.shape[1])), atol=1e-3, rtol=0)
 
 
+class Choice(nn.Module):
+    """A predictor that is certain: of all patches, or of those that an earlier stage has kept, to keep the chosen."""
+
+    def __init__(self, chosen: list[int], earlier: list[int]) -> None:
+        super().__init__()
+        self.chosen, self.earlier = chosen, earlier
+
+    def forward(self, x: Tensor, counted: Tensor) -> Tensor:
+        patches = range(x.shape[1]) if x.shape[1] > len(self.earlier) else self.earlier
+        sure = torch.tensor([[0.0, -1e4] if i in self.chosen else [-1e4, 0.0] for i in patches])
+        return sure.expand(x.shape[0], -1, -1)
+
+
+@torch.no_grad()
+@every_row
+def test_dtps_that_draws_what_it_keeps_in_use_gives_the_same_in_training(row: Row) -> None:
+    """Pruned tokens stay in training, and nothing that a model gives depends on them."""
+    model = attach(row.make(), DTPSConfig(0.5, [1, 3]))
+    encoder = find_encoder(model)[1]
+    patches = model.merge_plan().num_tokens - encoder.merging.geometry.num_prefix_tokens
+    order = torch.randperm(patches, generator=torch.Generator().manual_seed(3)).tolist()
+    first, second = sorted(order[: patches // 2]), sorted(order[: patches // 4])
+    encoder.merge_embedding.predictors = nn.ModuleList([Choice(first, []), Choice(second, first)])
+    hard = run(row, model)[row.output]
+    relax(model, True)
+    if "grid_thw" in row.inputs(1):
+        with pytest.raises(UnsupportedModelError, match="rows hold no pruned tokens"):
+            run(row, model)
+        return
+    with model.trace_merging() as trace:
+        drawn = run(row, model)[row.output]
+    kept = trace.sizes[-1] > 0.5
+    assert kept.sum(dim=1).eq(len(second) + model.merge_plan().num_tokens - patches).all()
+    if drawn.shape != hard.shape:  # all tokens in place, of which an encoder in use returns those that are left
+        drawn = drawn[kept].view_as(hard)
+    torch.testing.assert_close(drawn, hard, atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("asked", [False, True], ids=["as-is", "interpolated"])
 @pytest.mark.parametrize("row", [row for row in ROWS if "spatial_shapes" not in row.inputs(1)], ids=str)
@@ -213,7 +253,7 @@ def test_low_precision_stays_finite(row: Row, method: str, dtype: torch.dtype, t
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert all(gradient.isfinite().all() for gradient in found.values())
         learned = [gradient for name, gradient in found.items() if "merge_embedding" in name]
-        assert any(gradient.any() for gradient in learned) == (method == "dtem")
+        assert any(gradient.any() for gradient in learned) == (method in LEARNED)
 
 
 @every_row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from dtem_hf import AutoModelForImageClassification, attach
+from dtem_hf.models.install import merging_of, recorded_states
+from dtem_hf.training.parameters import relax
 from tests.support import methods, slow_model
 from tests.support.families import ROWS
 from tests.support.family_case import Row
@@ -141,6 +144,11 @@ def test_gradients_equal_those_of_the_slow_reference(row: Row, method: str) -> N
     for image in range(2):
         outputs, _ = slow_model.run(weights, row.anatomy, one(inputs, image), METHODS[method][1])
         (outputs[row.output] * of_image(slope, image, 2)).sum().backward()
+    assert assert_same_gradients(model, weights, method == "aggregated") >= 2
+
+
+def assert_same_gradients(model: Any, weights: dict[str, Tensor], hard: bool = False) -> int:
+    """Returns the number of learned tensors that were compared; none of how tokens compare, if they merge `hard`."""
     largest = max(float(value.grad.norm()) for value in weights.values() if value.grad is not None)
     compared = 0
     for name, parameter in model.named_parameters():
@@ -149,9 +157,46 @@ def test_gradients_equal_those_of_the_slow_reference(row: Row, method: str) -> N
             error = (parameter.grad.double() - theirs).norm() / theirs.norm()
             assert error < 1e-4, (name, float(error))
             compared += "merge_embedding" in name
-        elif method == "aggregated" and "merge_embedding.layers" in name_of(name):
+        elif hard and "merge_embedding.layers" in name_of(name):
             assert parameter.grad is None or not parameter.grad.any(), name
-    assert compared >= 2
+    return compared
+
+
+@pytest.mark.parametrize("method", ["dtps", "dtps-counted"])
+@pytest.mark.parametrize("row", [row for row in ROWS if methods.METHODS["dtps"].fits(row)], ids=str)
+def test_dtps_learns_as_the_slow_reference_does(row: Row, method: str) -> None:
+    """Outputs, masks and gradients of a training pass with the same Gumbel noise, and what is added to the loss."""
+    model, inputs = merged(row, method).double(), row.case.small_inputs(2)
+    relax(model, True)
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    config, reduction = METHODS[method]
+    layers = [layer - 1 for layer in config.layers]
+    torch.manual_seed(7)
+    with model.trace_merging() as trace, recorded_states(model) as states:
+        output = model(**inputs)[row.output]
+    term, patches = merging_of(model).method.loss_term(states[0]), states[0].num_tokens - row.anatomy.prefix
+    torch.manual_seed(7)
+    noise = {layer: -torch.empty(2, patches, 2, dtype=torch.float64).exponential_().log() for layer in layers}
+    slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+    ((output * slope).sum() + term).backward()
+
+    weights = {name: value.requires_grad_() for name, value in weights_of(model).items()}
+    misses = []
+    for image in range(2):
+        own = replace(reduction, steps=[None] * 3, noise={layer: each[image] for layer, each in noise.items()})
+        outputs, trail = slow_model.run(weights, row.anatomy, one(inputs, image), own)
+        assert_same_tokens(trace, image, trail)
+        assert all((trail[layer].kept.detach() < 0.5).any() for layer in layers)
+        torch.testing.assert_close(of_image(output, image, 2), outputs[row.output], atol=1e-6, rtol=1e-6)
+        real = int(inputs["pixel_attention_mask"][image].sum()) if "pixel_attention_mask" in inputs else patches
+        for stage, layer in enumerate(layers, start=1):
+            share = trail[layer].kept[row.anatomy.prefix :].sum() / real
+            misses.append((config.keep_rate**stage - share) ** 2)
+        (outputs[row.output] * of_image(slope, image, 2)).sum().backward(retain_graph=True)
+    expected_term = 2 * sum(misses) / len(misses)
+    torch.testing.assert_close(term, expected_term, atol=1e-9, rtol=1e-6)
+    expected_term.backward()
+    assert assert_same_gradients(model, weights) == 10 * len(layers)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)

@@ -76,7 +76,8 @@ class Reduction:
 
     A step gets tokens, sizes, metric, attention of the CLS token, the number of prefix tokens and that of the patches
     that entered the first layer; None: all stay. `between`: the step is behind the layer's MLP, and gets the scores of
-    its predictor in the place of that attention.
+    its predictor in the place of that attention. `noise` is Gumbel noise [N - P, 2] for one image, by the layer behind
+    which dTPS draws in training with it which patches are kept.
     """
 
     steps: list[Step | None] = field(default_factory=list)
@@ -86,13 +87,15 @@ class Reduction:
     soft: bool = False
     proportional: bool = True
     relaxation: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of one image: features [n, D], sizes [n], and where the tokens lie [n, 2], if they lie anywhere.
 
-    `members` are the tokens of the first layer that each stands for; `active` of them still take part.
+    `members` are the tokens of the first layer that each stands for; `active` of them still take part. `kept` are 1 or
+    0 with a gradient [n], where pruned tokens stay.
     """
 
     x: Tensor
@@ -100,6 +103,7 @@ class Tokens:
     places: Tensor | None
     members: list[list[int]]
     active: int
+    kept: Tensor | None = None
 
 
 def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction) -> tuple[Outputs, list[Tokens]]:
@@ -149,6 +153,8 @@ def run_layer(
         q, k, v = (linear(weights, root + name, h) for name in anatomy.qkv)
     # Padding (of size 0) is never attended to, whatever sizes count for.
     counted = tokens.sizes if reduction.proportional or reduction.soft else (tokens.sizes > 0).to(h.dtype)
+    if tokens.kept is not None:
+        counted = each_seeing_itself(tokens.sizes if reduction.proportional else tokens.kept)
     exponents = learned_of(weights, f"merge_embedding.exponents.{index}")
     if exponents is not None:
         counted = slow.powers(counted, exponents)
@@ -182,25 +188,73 @@ def run_layer(
         grown = grown * linear(weights, root + anatomy.mlp[0], h)
     grown = linear(weights, root + anatomy.mlp[1], grown)
     merged = replace(merged, x=merged.x + mlp_scale * grown)
+    if index in reduction.noise:
+        return draw(weights, merged, start, index, anatomy.prefix, reduction.noise)
     if not reduction.between or reduction.steps[index] is None:
         return merged
     stage = sum(step is not None for step in reduction.steps[:index])
-    scores = predict(weights, f"merge_embedding.predictors.{stage}.", merged.x, merged.sizes, anatomy.prefix)
+    counted = (merged.sizes > 0).to(h.dtype)
+    scores = predict(weights, f"merge_embedding.predictors.{stage}.", merged.x, counted, anatomy.prefix)[:, 0]
     return reduce(merged.x, merged, start, index, metric, scores, anatomy.prefix, reduction)
 
 
-def predict(weights: Weights, name: str, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
-    """Section 9, dTPS: the log-probability that a predictor keeps each token [N]; it sees patches alone."""
+def each_seeing_itself(counted: Tensor) -> Tensor:
+    """How often a token counts for each query: as `counted` [N], and for itself once at least: [1, N, N]."""
+    rows = []
+    for i in range(len(counted)):
+        own = counted.detach()[i].clamp(min=1)
+        rows.append(torch.stack([own if j == i else counted[j] for j in range(len(counted))]))
+    return torch.stack(rows).unsqueeze(0)
+
+
+def draw(
+    weights: Weights, tokens: Tokens, start: Tokens, index: int, prefix: int, noise: Mapping[int, Tensor]
+) -> Tokens:
+    """Section 9, dTPS in training: no token leaves, those that are drawn to be pruned now join their hosts."""
+    x, before = tokens.x, (start.sizes > 0).to(tokens.x.dtype) if tokens.kept is None else tokens.kept
+    stage = sum(layer < index for layer in noise)
+    both = predict(weights, f"merge_embedding.predictors.{stage}.", x, before, prefix)
+    kept = list(before[:prefix])
+    for i in range(prefix, len(x)):
+        keep, drop = ((both[i] + noise[index][i - prefix]) / 1.0).exp()
+        soft = keep / (keep + drop)
+        kept.append(before[i] * ((1.0 if keep > drop else 0.0) + soft - soft.detach()))
+    hosts = [j for j in range(prefix, len(x)) if kept[j] > 0.5]
+    pruned = [i for i in range(prefix, len(x)) if before[i] > 0.5 and i not in hosts]
+    host = {i: max(hosts, key=lambda j: slow.cosine(x[i], x[j]).item()) for i in pruned}
+    rows, sizes, members = list(x), list(tokens.sizes.detach()), [list(own) for own in tokens.members]
+    for j in hosts:
+        joining = [i for i in pruned if host[i] == j]
+        shares = [slow.cosine(x[i], x[j]).exp() for i in joining]
+        total = math.e * x[j] + sum(share * x[i] for share, i in zip(shares, joining, strict=True))
+        rows[j] = total / (math.e + sum(shares))
+        sizes[j] = sizes[j] + sum(tokens.sizes[i].detach() for i in joining)
+        members[j] = sorted([*members[j], *(member for i in joining for member in tokens.members[i])])
+    for i in pruned:
+        members[i] = []
+    places = tokens.places
+    if places is not None:
+        places = torch.stack(
+            [start.places[own].mean(dim=0) if own else place for own, place in zip(members, places, strict=True)]
+        )
+    kept = torch.stack(kept)
+    return Tokens(torch.stack(rows), torch.stack(sizes) * kept, places, members, len(x), kept)
+
+
+def predict(weights: Weights, name: str, x: Tensor, counted: Tensor, prefix: int) -> Tensor:
+    """Section 9, dTPS: log-probabilities that a predictor keeps and prunes each token [N, 2].
+
+    It sees patches alone, each as often as it is counted [N].
+    """
     learned = {key[key.index(name) + len(name) :]: value for key, value in weights.items() if name in key}
-    real = [i for i in range(prefix, len(x)) if sizes[i] > 0]
     u = [gelu(linear(learned, "embed", layer_norm(learned, "norm", token, 1e-5))) for token in x]
     half = x.shape[1] // 2
-    shared = sum(u[i][half:] for i in real) / len(real)
+    shared = sum(counted[i] * u[i][half:] for i in range(prefix, len(x))) / counted[prefix:].sum()
     scores = []
     for token in u:
         hidden = gelu(linear(learned, "fc1", torch.cat([token[:half], shared])))
-        keep, drop = linear(learned, "fc3", gelu(linear(learned, "fc2", hidden)))
-        scores.append(keep - (keep.exp() + drop.exp()).log())
+        both = linear(learned, "fc3", gelu(linear(learned, "fc2", hidden)))
+        scores.append(both - both.exp().sum().log())
     return torch.stack(scores)
 
 

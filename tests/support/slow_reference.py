@@ -205,7 +205,8 @@ def attention_weights(
 ) -> Tensor:
     """Section 1, for one image: the exponentials are multiplied by the sizes. q [M, H·d], k [N, H·d] -> [H, M, N].
 
-    `sizes` are [N], or [H, N] where heads count them differently. `bias` [H, M, N] is added to the scores.
+    `sizes` are [N], or [H, N] where heads count them differently, or [1, M, N] where queries do. `bias` [H, M, N] is
+    added to the scores.
     """
     width = q.shape[-1] // heads
     weights = []
@@ -217,7 +218,9 @@ def attention_weights(
                 scores = scores + bias[head, i]
             exponentials = (scores - scores.max().detach()).exp()
             if sizes is not None:
-                exponentials = exponentials * (sizes if sizes.dim() == 1 else sizes[head])
+                exponentials = exponentials * (
+                    sizes if sizes.dim() == 1 else sizes[head] if sizes.dim() == 2 else sizes[0, i]
+                )
             weights.append(exponentials / exponentials.sum())
     return torch.stack(weights).unflatten(0, (heads, len(q)))
 

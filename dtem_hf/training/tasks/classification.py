@@ -8,12 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import BadValue
+from ...models.distances import kl_to
 from ..mixing import soft_targets
 from .image_task import ClassifierTask
 
 
 class Classification(ClassifierTask):
-    """Every image needs a label. With `train_backbone`, the model may lack a head."""
+    """Every image needs a label. With `train_backbone`, the model may lack a head.
+
+    `distillation_weight` times the divergence from the unmerged model is added.
+    """
 
     name: ClassVar[str] = "classification"
     ranked_by = "cross_entropy"
@@ -26,8 +30,12 @@ class Classification(ClassifierTask):
             raise BadValue("task", self.name, right)
         mixed = self.mixed(batch)
         logits = model(pixel_values=mixed.pixel_values).logits.float()
-        targets = soft_targets(batch["labels"], mixed, logits.shape[-1])
-        return F.cross_entropy(logits, targets, label_smoothing=self.arguments.label_smoothing)
+        targets, a = soft_targets(batch["labels"], mixed, logits.shape[-1]), self.arguments
+        loss = F.cross_entropy(logits, targets, label_smoothing=a.label_smoothing)
+        if not a.distillation_weight:
+            return loss
+        target = self.unmerged(plain_model, pixel_values=mixed.pixel_values).logits.float()
+        return loss + a.distillation_weight * kl_to(target, logits).mean()
 
     def _may_lack_head(self) -> bool:
         return self.arguments.train_backbone

@@ -27,6 +27,8 @@ class _HardMerging:
             "gradient_checkpointing": "the loss takes gradients of the tokens themselves",
             **dict.fromkeys(LEARN_FIELDS, "it is learned by distillation, with start_from; this task chooses merges"),
         }
+        if a.method != "dtem":
+            raise BadValue("method", a.method, f"dtem with task {self.name}, which judges merges of pairs")
         for name, reason in reasons.items():
             if getattr(a, name):
                 raise BadValue(name, True, f"False with task {self.name}: {reason}")
