@@ -277,7 +277,7 @@ class TokenState:
                 "attention_mask: a mask over patches cannot follow tokens that are merged; leave it out, or use r=0."
             )
         # An exported model makes a mask in which all tokens see all tokens, which no longer fits their number.
-        kept = self.kept_before(layer)
+        kept = self.kept_before(layer) if self.kept else None
         if not wanted and not self._padded and kept is None:
             return None
         dtype = ops.attention_dtype(dtype, sizes.device.type)
