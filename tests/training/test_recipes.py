@@ -145,7 +145,7 @@ def test_a_training_recipe_takes_a_step(
         changed |= {"captions": karpathy if karpathys else captioned_folder / "captions.txt"}
     if "validation_data" in asked:
         changed |= {"validation_data": labelled_folder}
-    if "start_from" in asked:  # an adapter of the recipe before it
+    if "start_from" in asked:  # adapters of the recipes before it
         aggregates = "straight" in name  # the recipe before that one has learned exponents and norms
         loaded = auto_class(AutoConfig.from_pretrained(model)).from_pretrained(model)
         config = DTEMConfig(learn_exponents=aggregates, learn_norms=aggregates)
