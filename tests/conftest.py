@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which transformers does
+os.environ.setdefault("CI", "true")  # OpenVINO and NNCF start a process for each event that they report elsewhere
 
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from tests.support.hub_client import Client, client_process, hub_environment
@@ -31,9 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Collect garbage less often: compilers and exporters make so many objects that it took a third of their time."""
-    gc.set_threshold(50_000, 20, 20)
+    """Save what libraries do over and over, which took a third of the time of compilers and exporters."""
+    gc.set_threshold(500_000, 20, 20)
     torch._dynamo.config.run_gc_after_compile = False
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    if not torch.cuda.is_available():  # to be seeded later, each kind of device would note the stack of this call
+        torch.manual_seed = torch.default_generator.manual_seed
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
