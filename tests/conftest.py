@@ -180,6 +180,12 @@ def shallow_vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_layer_vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 1 layer, where what is around an exported graph counts, and not what is in it."""
+    return _save_vit(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 small images of noise with a labels.csv; every third has no label."""
     folder = tmp_path_factory.mktemp("images")

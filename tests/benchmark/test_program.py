@@ -59,10 +59,10 @@ def test_every_row_at_every_batch_size(vit_folder, tmp_path, capsys):
     assert (tmp_path / "speedup.png").stat().st_size > 0
 
 
-def test_runtimes_and_peers_stand_in_the_same_rounds(shallow_vit_folder, peers):
+def test_runtimes_and_peers_stand_in_the_same_rounds(one_layer_vit_folder, peers):
     pytest.importorskip("onnxruntime")
     settings = {
-        "model": str(shallow_vit_folder),
+        "model": str(one_layer_vit_folder),
         "methods": ["tome"],
         "r": ["4"],
         "batch_sizes": [2],
@@ -90,10 +90,10 @@ def test_runtimes_and_peers_stand_in_the_same_rounds(shallow_vit_folder, peers):
     assert rows[2]["batches"][0]["breakdown"] is None
 
 
-def test_peers_are_exported_where_that_is_asked(shallow_vit_folder, peers):
+def test_peers_are_exported_where_that_is_asked(one_layer_vit_folder, peers):
     pytest.importorskip("onnxruntime")
     settings = {
-        "model": str(shallow_vit_folder),
+        "model": str(one_layer_vit_folder),
         "methods": ["none"],
         "r": ["4"],
         "batch_sizes": [2],
