@@ -9,6 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+
+# Before libraries are imported. Threads that wait must not keep a core busy, and OpenVINO and NNCF, which start a
+# process for each event that they report elsewhere, must not report any.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CI", "true")
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +23,6 @@ from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which transformers does
-os.environ.setdefault("CI", "true")  # OpenVINO and NNCF start a process for each event that they report elsewhere
 
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel

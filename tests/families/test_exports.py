@@ -123,7 +123,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: str) -> None:
 def assert_onnx_runs(case: FamilyCase, model: Any, program: torch.export.ExportedProgram, path: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     write_onnx(program, path)
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     for count in (1, 5):
         ours = session.run(None, {name: value.numpy() for name, value in case.small_inputs(count).items()})[0]
         torch.testing.assert_close(

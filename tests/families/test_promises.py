@@ -269,11 +269,11 @@ def test_the_plan_is_what_torch_counts(row: Row, method: str) -> None:
 @torch.no_grad()
 @every_row
 def test_batches_and_threads_change_no_prediction(row: Row) -> None:
-    """Batches of 1 and of 16 (every eighth image), one and two threads: torch shares out this many tokens."""
-    model, inputs = merged(row, METHODS["dtem"]), row.inputs(16)
+    """Batches of 1 and of 24 (every sixth image), one and two threads: torch shares out this many tokens."""
+    model, inputs = merged(row, METHODS["dtem"]), row.inputs(24)
     together = run(row, model, inputs)[row.output]
-    chosen = range(0, 16, 8)
-    alone = [run(row, model, {name: value.chunk(16)[i] for name, value in inputs.items()}) for i in chosen]
+    chosen = range(0, 24, 6)
+    alone = [run(row, model, {name: value.chunk(24)[i] for name, value in inputs.items()}) for i in chosen]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -281,7 +281,7 @@ def test_batches_and_threads_change_no_prediction(row: Row) -> None:
     finally:
         torch.set_num_threads(before)
     pairs = [
-        (torch.cat([output[row.output] for output in alone]), torch.cat([together.chunk(16)[i] for i in chosen])),
+        (torch.cat([output[row.output] for output in alone]), torch.cat([together.chunk(24)[i] for i in chosen])),
         (threaded, together),
     ]
     for ours, theirs in pairs:
