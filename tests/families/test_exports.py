@@ -55,7 +55,7 @@ def test_one_graph_of_torch_compile(case: FamilyCase, model_class: Any, config: 
     """Dynamo's; that the operators of a family can be traced behind it is seen where its graph is exported."""
     torch._dynamo.reset()
     model = make_merged(case, model_class, config)
-    backend = "eager" if config is MERGE and not case.lacking else "aot_eager"
+    backend = "aot_eager" if lacks(case, "export") else "eager"
     if lacks(case, "compile"):
         with pytest.raises(torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
             compiled = torch.compile(case.make_small(model_class), fullgraph=True, backend=backend)
