@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+
+# Before libraries are imported. Threads that wait must not keep a core busy, and OpenVINO and NNCF, which start a
+# process for each event that they report elsewhere, must not report any.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CI", "true")
 
 import numpy as np
 import pytest
@@ -17,6 +24,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which transformers does
 
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from tests.support.hub_client import Client, client_process, hub_environment
@@ -31,9 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Collect garbage less often: compilers and exporters make so many objects that it took a third of their time."""
-    gc.set_threshold(50_000, 20, 20)
+    """Save what libraries do over and over, which took a third of the time of compilers and exporters."""
+    gc.set_threshold(500_000, 20, 20)
     torch._dynamo.config.run_gc_after_compile = False
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    if not torch.cuda.is_available():  # to be seeded later, each kind of device would note the stack of this call
+        torch.manual_seed = torch.default_generator.manual_seed
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -171,6 +182,12 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shallow_vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with 2 layers, for what exports and compiles: the second layer sees tokens that are merged."""
     return _save_vit(tmp_path_factory.mktemp("shallow"), 2)
+
+
+@pytest.fixture(scope="session")
+def one_layer_vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 1 layer, where what is around an exported graph counts, and not what is in it."""
+    return _save_vit(tmp_path_factory.mktemp("one"), 1)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 from dtem_hf import DTEMConfig, MergeAdapter, ToMeConfig, __version__, attach
 from dtem_hf.cli import app
 from dtem_hf.hub.facts import BackboneFacts
+from tests.support.children import run_python
 
 
 # 4 × 4 patches of 8 × 8 pixels and CLS: 17 tokens; width 16, two heads, an MLP of 32, five classes.
@@ -146,9 +146,7 @@ class TestPlan:
     def test_takes_the_bare_encoder_where_it_was_saved(self, tmp_path):
         ViTConfig(**{**TINY.to_dict(), "architectures": ["ViTModel"]}).save_pretrained(tmp_path)
 
-        result = run("plan", tmp_path, "--r", 3)
-
-        assert "(ViTModel)" in result.stdout
+        assert "(ViTModel)" in run("plan", tmp_path, "--r", 3).stdout
 
 
 class TestInfo:
@@ -314,9 +312,7 @@ class TestErrors:
         self.check(run("visualize", model_folder, "x.png", "--merge", "a/b", "--method", "tome"), 2, "method='tome'")
 
     def test_traceback_on_request(self, config_folder):
-        result = run("--traceback", "plan", config_folder, "--r", "-1")
-
-        assert isinstance(result.exception, ValueError)
+        assert isinstance(run("--traceback", "plan", config_folder, "--r", "-1").exception, ValueError)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +345,4 @@ def test_help_has_an_example(command):
 
 
 def test_runs_as_a_module():
-    result = subprocess.run([sys.executable, "-m", "dtem_hf", "--version"], capture_output=True, text=True, check=True)
-
-    assert result.stdout.strip() == __version__
+    assert run_python(["-m", "dtem_hf", "--version"], check=True).stdout.strip() == __version__

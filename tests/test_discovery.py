@@ -31,16 +31,16 @@ def test_every_module_of_a_package_is_imported_in_order(tmp_path: Path, monkeypa
             del sys.modules[name]
 
 
-def test_the_tests_of_one_family_are_found() -> None:
+def test_the_tests_of_one_family_are_found(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Its own, and its rows of the files for all families; see `make test-family`."""
-    command = ["-m", "pytest", "-p", "no:xdist", "tests/families", "--collect-only", "--family"]
-    root = Path(__file__).resolve().parents[1]
-    done = run_python([*command, "git"], cwd=root)
+    command = ["-m", "pytest", "-p", "no:xdist", "tests/families", "--collect-only", "--family", "git"]
+    done = run_python(command, cwd=Path(__file__).resolve().parents[1])
     found = [line for line in done.stdout.splitlines() if "::" in line]
     assert {line.partition("::")[0].rpartition("/")[2] for line in found} >= {
         "git.py",
         *(f"test_{name}.py" for name in ("declarations", "ecosystem", "promises", "slow_reference", "unmerging")),
     }
     assert not [line for line in found if "beit" in line.lower() or "clip" in line.lower()]
-    wrong = run_python([*command, "gut"], cwd=root)
-    assert wrong.returncode != 0 and f"--family gut: one of {', '.join(CASES)}" in wrong.stderr + wrong.stdout
+    monkeypatch.setattr(request.config.option, "family", "gut")
+    with pytest.raises(pytest.UsageError, match=f"--family gut: one of {', '.join(CASES)}"):
+        request.config.hook.pytest_collection_modifyitems(session=request.session, config=request.config, items=[])

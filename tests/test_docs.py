@@ -17,7 +17,6 @@ from tests.models.test_containers import built, llava
 from tests.models.test_processor import saved_processor
 from tests.support import documents
 from tests.support.families import CASES
-from tests.support.hub_client import client_process, hub_environment
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,13 +89,6 @@ def folders(make_classifier, tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
-def owner(_hub_server, tmp_path_factory):
-    """Calls functions in a process that knows the loopback Hub, and the token of `me`."""
-    with client_process(hub_environment(_hub_server.endpoint, tmp_path_factory.mktemp("owner"), "hf_me")) as call:
-        yield call
-
-
 def test_the_page_on_readers_names_every_family_and_container():
     page = re.sub(r"[\W_]", "", (DOCS / "which-model.md").read_text(encoding="utf-8")).lower()
     names = {name.removesuffix("_backbone") for name in (*CASES, *CONTAINERS)}
@@ -129,9 +121,9 @@ RUN = {
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_python_of_a_page_runs(page, hub, owner, folders, tmp_path):
+def test_the_python_of_a_page_runs(page, hub, client, folders, tmp_path):
     documents.fill(hub, folders)
-    assert owner("tests.support.documents:run", page, *RUN[page], str(tmp_path))
+    assert client("tests.support.documents:run", page, *RUN[page], str(tmp_path))
 
 
 def test_every_page_with_python_is_run():

@@ -29,6 +29,8 @@ def nothing(model, r):
     return None
 """
 
+ONCE = {"batch_sizes": [2], "rounds": 1, "warmup": 0}
+
 
 @pytest.fixture
 def peers(tmp_path, monkeypatch):
@@ -59,20 +61,11 @@ def test_every_row_at_every_batch_size(vit_folder, tmp_path, capsys):
     assert (tmp_path / "speedup.png").stat().st_size > 0
 
 
-def test_runtimes_and_peers_stand_in_the_same_rounds(shallow_vit_folder, peers):
+def test_runtimes_and_peers_stand_in_the_same_rounds(one_layer_vit_folder, peers):
     pytest.importorskip("onnxruntime")
-    settings = {
-        "model": str(shallow_vit_folder),
-        "methods": ["tome"],
-        "r": ["4"],
-        "batch_sizes": [2],
-        "rounds": 1,
-        "warmup": 0,
-    }
-    arguments = BenchmarkArguments(
-        **settings, runtimes=["onnxruntime", "eager"], peer=[f"{peers}:plain", f"{peers}:merged"], breakdown=True
-    )
-    rows = benchmark(arguments)["rows"]
+    settings = {"model": str(one_layer_vit_folder), "methods": ["tome"], "r": ["4"], **ONCE}
+    settings |= {"runtimes": ["onnxruntime", "eager"], "peer": [f"{peers}:plain", f"{peers}:merged"]}
+    rows = benchmark(BenchmarkArguments(**settings, breakdown=True))["rows"]
     assert [(row["runtime"], row["method"], row["r"]) for row in rows] == [
         ("onnxruntime", "none", None),
         ("onnxruntime", "tome", 4),
@@ -90,21 +83,11 @@ def test_runtimes_and_peers_stand_in_the_same_rounds(shallow_vit_folder, peers):
     assert rows[2]["batches"][0]["breakdown"] is None
 
 
-def test_peers_are_exported_where_that_is_asked(shallow_vit_folder, peers):
+def test_peers_are_exported_where_that_is_asked(one_layer_vit_folder, peers):
     pytest.importorskip("onnxruntime")
-    settings = {
-        "model": str(shallow_vit_folder),
-        "methods": ["none"],
-        "r": ["4"],
-        "batch_sizes": [2],
-        "rounds": 1,
-        "warmup": 0,
-    }
-    rows = benchmark(
-        BenchmarkArguments(
-            **settings, runtimes=["eager", "onnxruntime"], peer=[f"{peers}:plain"], peer_runtimes=["onnxruntime"]
-        )
-    )["rows"]
+    settings = {"model": str(one_layer_vit_folder), "methods": ["none"], "r": ["4"], **ONCE}
+    settings |= {"runtimes": ["eager", "onnxruntime"], "peer": [f"{peers}:plain"], "peer_runtimes": ["onnxruntime"]}
+    rows = benchmark(BenchmarkArguments(**settings))["rows"]
     assert [(row["runtime"], row["method"]) for row in rows] == [
         ("eager", "none"),
         ("onnxruntime", "none"),
@@ -116,11 +99,8 @@ def test_peers_are_exported_where_that_is_asked(shallow_vit_folder, peers):
 def test_compiled_rows_and_what_merging_takes_of_them(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTConfig(image_size=16, patch_size=4, **sizes).save_pretrained(tmp_path)
-    settings = {"methods": ["tome"], "r": ["2"], "batch_sizes": [2], "rounds": 1, "warmup": 0}
-    arguments = BenchmarkArguments(
-        model=str(tmp_path), random_weights=True, runtimes=["compile"], breakdown=True, **settings
-    )
-    rows = benchmark(arguments)["rows"]
+    settings = {"model": str(tmp_path), "random_weights": True, "methods": ["tome"], "r": ["2"], **ONCE}
+    rows = benchmark(BenchmarkArguments(**settings, runtimes=["compile"], breakdown=True))["rows"]
     assert rows[0]["batches"][0]["merging"] is None
     merging = rows[1]["batches"][0]["merging"]
     assert merging["seconds"] > 0 and merging["share"] > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +11,11 @@ import torch
 
 from dtem_hf import BadValue, ToMeConfig, attach, ops
 from dtem_hf.deploy.graph import ImageGraph, export_graph, output_names
-from dtem_hf.deploy.onnx_runtime import OnnxRunner, write_onnx
+from dtem_hf.deploy.onnx_runtime import OnnxRunner
 from dtem_hf.deploy.parity import check_parity
 from dtem_hf.deploy.program import ExportArguments, export, export_format, load_for_export, main
 from dtem_hf.errors import UnsupportedModelError
 from dtem_hf.models.vision import image_shape
-
-
-def operators(path: Path) -> set[str]:
-    import onnx
-
-    return {node.op_type for node in onnx.load(str(path)).graph.node}
 
 
 @pytest.fixture
@@ -31,6 +24,7 @@ def merged(make_classifier: Any) -> Any:
 
 
 def test_an_onnx_file_and_its_record(vit_folder, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     main(
         ["--model", str(vit_folder), "--method", "tome", "--r", "3", "--output_dir", str(tmp_path), "--device", "cpu"]
@@ -47,35 +41,35 @@ def test_an_onnx_file_and_its_record(vit_folder, tmp_path, capsys):
     assert file["sha256"] == hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
     assert record["parity"]["outputs"]["logits"]["largest_difference"] < 1e-4
     assert "logits within" in capsys.readouterr().out
+    # Not every runtime has a scatter that adds.
+    assert not any(node.op_type.startswith("Scatter") for node in onnx.load(tmp_path / "model.onnx").graph.node)
 
     arguments = ExportArguments(model=str(vit_folder), method="tome", r="3")
     model = load_for_export(arguments).eval()
     run = OnnxRunner(tmp_path / "model.onnx", torch.device("cpu"))
-    for count in (1, 3, 7):
+    for count in (1, 3):
         pixels = torch.randn(count, 3, 32, 32)
         torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_both_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(merged, tmp_path):
-    pytest.importorskip("onnxruntime")
+def test_all_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(merged):
     merged.set_attn_implementation("eager")
     pixels = torch.randn(4, 3, 32, 32)
     expected = ImageGraph(merged)(pixels)
     for form in ops.MERGE_FORMS:
         with ops.merge_form(form):
             program = export_graph(merged, (3, 32, 32))
-        path = tmp_path / f"{form}.onnx"
-        write_onnx(program, path, ["logits"])
-        assert any(name.startswith("Scatter") for name in operators(path)) == (form != "one_hot")
-        found = OnnxRunner(path, torch.device("cpu"))(pixels)
-        torch.testing.assert_close(found, list(expected), atol=1e-5, rtol=1e-5)
+        names = [str(node.target) for node in program.graph.nodes]
+        assert any("scatter" in name or "index_add" in name for name in names) == (form != "one_hot")
+        torch.testing.assert_close(program.module()(pixel_values=pixels), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(BadValue, match="merge_form"), ops.merge_form("sparse"):
         pass
 
 
-def test_a_file_that_fails_its_check_is_not_written(vit_folder, tmp_path, monkeypatch):
+def test_a_file_that_fails_its_check_is_not_written(one_layer_vit_folder, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    arguments = ExportArguments(model=str(vit_folder), method="tome", r="2", output_dir=str(tmp_path), device="cpu")
+    settings = {"model": str(one_layer_vit_folder), "method": "none", "output_dir": str(tmp_path), "device": "cpu"}
+    arguments = ExportArguments(**settings)
     model = load_for_export(arguments).eval()
     (tmp_path / "model.onnx").write_text("what was there before")
 
@@ -90,9 +84,9 @@ def test_a_file_that_fails_its_check_is_not_written(vit_folder, tmp_path, monkey
     assert (tmp_path / "model.onnx").read_text() == "what was there before"
 
 
-def test_bfloat16_in_onnx_is_refused_where_nothing_runs_it(vit_folder, tmp_path):
+def test_bfloat16_in_onnx_is_refused_where_nothing_runs_it(one_layer_vit_folder, tmp_path):
     pytest.importorskip("onnxruntime")
-    settings = {"model": str(vit_folder), "method": "none", "dtype": "bfloat16", "device": "cpu"}
+    settings = {"model": str(one_layer_vit_folder), "method": "none", "dtype": "bfloat16", "device": "cpu"}
     with pytest.raises(BadValue, match=r"dtype='bfloat16'.*float32 or float16"):
         export(ExportArguments(**settings, output_dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ def noise(count: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_one_graph_for_any_batch(make_classifier, config):
     model = attach(make_classifier(num_hidden_layers=2), config)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     compiled(noise(2))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for count in (3, 7, 32):

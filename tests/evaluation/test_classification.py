@@ -112,9 +112,9 @@ def test_attention_without_sizes_is_asked_for_in_all_methods(options, vit_folder
 
 
 @pytest.mark.parametrize("runtime, package", [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
-def test_another_runtime_gives_the_figures_of_eager(options, shallow_vit_folder, runtime, package):
+def test_another_runtime_gives_the_figures_of_eager(options, one_layer_vit_folder, runtime, package):
     pytest.importorskip(package)
-    settings = {**options, "model": str(shallow_vit_folder), "adapter": None}
+    settings = {**options, "model": str(one_layer_vit_folder), "adapter": None}
     settings |= {"methods": ["tome"], "r": ["3"], "flops": [], "limit": 20}
     eager = evaluate(EvaluateArguments(**settings))["rows"]
     found = evaluate(EvaluateArguments(**settings, runtime=runtime))

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ import yaml
 
 from dtem_hf import AutoModelForImageClassification, DTEMConfig, ToMeConfig
 from dtem_hf.opening import load_processor, open_image
+from tests.support.children import Child, run_python
 
 
 SPACE = Path(__file__).resolve().parents[2] / "spaces" / "demo"
@@ -43,30 +42,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vit_folder: Path, image_fol
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The Space as a server without network."""
+    """The Space as a server."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    settings = {"DEMO_FOLDER": str(folder), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    local = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
+    settings = {"DEMO_FOLDER": str(folder), "GRADIO_SERVER_PORT": str(port)}
+    local = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     environment = {**os.environ, **settings, **local, "PYTHONPATH": str(SPACE.parents[1])}
-    log = folder / "server.log"
-    with (
-        log.open("w") as written,
-        subprocess.Popen(
-            [sys.executable, str(SPACE / "app.py")], env=environment, stdout=written, stderr=subprocess.STDOUT
-        ) as server,
-    ):
-        url, ends = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    server = Child([SPACE / "app.py"], folder / "server.log", environment)
+    url, ends = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    try:
         while True:
             try:
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).close()
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < ends, log.read_text()
+                assert server.is_alive() and time.monotonic() < ends, server.log.read_text()
                 time.sleep(0.1)
         yield url
-        server.terminate()
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +79,7 @@ def test_the_page_opens_before_the_built_in_model_is_trained(tmp_path: Path) -> 
 
 def test_a_machine_without_gradio_is_told_what_to_install() -> None:
     program = f"import runpy, sys; sys.modules['gradio'] = None; runpy.run_path({str(SPACE / 'app.py')!r})"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=SPACE.parents[1])
+    run = run_python(["-c", program], cwd=SPACE.parents[1])
     assert run.returncode == 1 and "Traceback" not in run.stderr
     last = run.stderr.splitlines()[-1]  # libraries may say something of their own before
     assert last.startswith("Error: ") and last.endswith('pip install "dtem-hf[demo]"')

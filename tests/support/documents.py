@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -55,7 +56,8 @@ def run(page: str, given: str, expected: str, folder: str) -> bool:
     }
     if given:
         names["model"] = eval(given, names)
-    with inside(folder):
+    with inside(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_me")
         for block in blocks_of(ROOT / page):
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(block, page, "exec"), names)

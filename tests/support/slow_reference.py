@@ -111,13 +111,13 @@ def soft_merge(
         scores[sizes[a] == 0] = 2.0
     assignment = soft_grouping(scores, r, top_k, t1, t2)
     new_x, new_sizes = list(x), list(sizes)
-    for column, j in enumerate(b):
-        flow = assignment[:, column] * sizes[a]
+    for shares, j in zip(assignment.T, b, strict=True):
+        flow = shares * sizes[a]
         new_sizes[j] = sizes[j] + flow.sum()
         if new_sizes[j] > 0:
-            new_x[j] = (sizes[j] * x[j] + flow @ x[a]) / new_sizes[j]
-    for row, i in enumerate(a):
-        left = 1 - assignment[row].sum()
+            new_x[j] = (sizes[j] * new_x[j] + flow @ x[a]) / new_sizes[j]
+    for shares, i in zip(assignment, a, strict=True):
+        left = 1 - shares.sum()
         new_sizes[i] = sizes[i] * (left + (left.clamp(0, 1) - left).detach())
     return torch.stack(new_x), torch.stack(new_sizes)
 
@@ -208,12 +208,10 @@ def attention_weights(
     `sizes` are [N], or [H, N] where heads count them differently, or [1, M, N] where queries do. `bias` [H, M, N] is
     added to the scores.
     """
-    width = q.shape[-1] // heads
     weights = []
-    for head in range(heads):
-        part = slice(head * width, (head + 1) * width)
-        for i in range(len(q)):
-            scores = k[:, part] @ q[i, part] * scaling
+    for head, (queries, keys) in enumerate(zip(q.chunk(heads, dim=1), k.chunk(heads, dim=1), strict=True)):
+        for i, query in enumerate(queries):
+            scores = keys @ query * scaling
             if bias is not None:
                 scores = scores + bias[head, i]
             exponentials = (scores - scores.max().detach()).exp()

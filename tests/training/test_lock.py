@@ -114,6 +114,7 @@ def test_two_trainings_in_one_folder_are_refused_at_once(options, start_processe
     while not (tmp_path / "run" / LOCK_NAME).is_file():
         assert first.is_alive(), first.log.read_text()
         time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)  # it goes on using the folder, and no processor
     (tmp_path / "empty").mkdir()
     second = {**options, "model": str(tmp_path / "empty"), "output_dir": str(tmp_path / "run"), "seed": 1}
     done = run_python([ROOT / "recipes" / "train.py", *flags(second)])
