@@ -11,11 +11,6 @@ from .matching import Matching
 _SMALLEST_TOTAL = 1e-12
 
 
-def _is_one_image(positions: Tensor) -> bool:
-    """Whether the positions [B, k] are those of one image, which takes fewer operations; not in a graph for any B."""
-    return positions.shape[0] == 1 and not torch.compiler.is_compiling()
-
-
 def _rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions [B, k] as rows of all images below each other, [B · k], where each has `num_tokens`."""
     first = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
@@ -35,10 +30,10 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
             if base.dim() == 2:
                 return torch.baddbmm(base.unsqueeze(-1), one_hot, rows.unsqueeze(-1)).squeeze(-1)
             return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]
-    if _is_one_image(index):
-        return base.index_add_(1, index[0], rows)
     if base.dim() == 2:
         return base.scatter_add(1, index, rows)
+    if index.shape[0] == 1 and not torch.compiler.is_compiling():  # a compiled graph may be for any batch
+        return base.index_add_(1, index[0], rows)
     # Along rows of all images below each other: along tokens, the index would be read anew for every feature.
     flat, index, rows = base.flatten(0, 1), _rows(index, base.shape[1]), rows.flatten(0, 1)
     if torch.compiler.is_exporting():
@@ -58,11 +53,11 @@ def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[T
     leaving, joined, staying = matching
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    leaving_sizes = take_tokens(sizes, leaving)
-    new_sizes = _add_at(take_tokens(sizes, staying), joined, leaving_sizes)
+    leaving_sizes = sizes.gather(1, leaving)
+    new_sizes = _add_at(sizes.gather(1, staying), joined, leaving_sizes)
     # A mean as a step of its target, so that only targets change: x + Σ mᵢ (xᵢ - x) / m'. After a soft merge, tokens
     # can be empty.
-    shares = leaving_sizes / take_tokens(new_sizes, joined).clamp(min=_SMALLEST_TOTAL)
+    shares = leaving_sizes / new_sizes.gather(1, joined).clamp(min=_SMALLEST_TOTAL)
     dtype = torch.promote_types(x.dtype, torch.float32)
     merged = take_tokens(x, staying).to(dtype)
     steps = (take_tokens(x, leaving).to(dtype) - take_tokens(merged, joined)) * shares.unsqueeze(-1)
@@ -76,8 +71,8 @@ def join_in_place(x: Tensor, weights: Tensor, host: Tensor, leaving: Tensor) -> 
     weights, of hosts with those of what they took. Tokens that no other token joined are copied, bit for bit.
     """
     joining = weights * leaving
-    totals = _add_at(weights.clone(), host, joining)
-    shares = joining / take_tokens(totals, host).clamp(min=_SMALLEST_TOTAL)
+    totals = _add_at(weights, host, joining)
+    shares = joining / totals.gather(1, host).clamp(min=_SMALLEST_TOTAL)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     steps = (wide - take_tokens(wide, host)) * shares.unsqueeze(-1).to(wide.dtype)
     return _add_at(wide.clone(), host, steps).to(x.dtype), totals
@@ -97,11 +92,9 @@ def compose_source_maps(earlier: Tensor, later: Tensor) -> Tensor:
 
 
 def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """The tokens, or their sizes, at given positions: [B, n, D] or [B, n], positions [B, k] -> [B, k, D] or [B, k]."""
-    if _is_one_image(positions):
+    """The tokens at given positions: [B, n, D], positions [B, k] -> [B, k, D]."""
+    if positions.shape[0] == 1 and not torch.compiler.is_compiling():
         return x.index_select(1, positions[0])
-    if x.dim() == 2:
-        return x.gather(1, positions)
     rows = x.flatten(0, 1).index_select(0, _rows(positions, x.shape[1]))
     return rows.view(*positions.shape, x.shape[2])
 
