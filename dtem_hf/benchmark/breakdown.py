@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -110,12 +111,7 @@ def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
         wrapped.append((method, "metric", "metric"))
     with ExitStack() as stack:
         for owner, name, part in wrapped:
-            before = vars(owner).get(name)
-            setattr(owner, name, watch.timed(part, getattr(owner, name)))
-            if before is None:  # it came from the class, and does so again
-                stack.callback(delattr, owner, name)
-            else:
-                stack.callback(setattr, owner, name, before)
+            stack.enter_context(patch.object(owner, name, watch.timed(part, getattr(owner, name))))
         yield
 
 

@@ -24,7 +24,7 @@ from ..models.vision import run_on_pixels
 from ..progress import tqdm
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
-from .efficiency import Spread, break_even, count_multiply_adds, count_parameters, peak_memory, speeds
+from .efficiency import break_even, count_multiply_adds, peak_memory, speeds, spread
 from .runtimes import PeerGraph, peer_run
 
 
@@ -198,8 +198,8 @@ def measure_entries(
                     "peak_memory": peak_memory(run, device) if entry.runtime in ("eager", "compile") else None,
                 }
                 if entry.begin is not None:  # then every entry has it
-                    cell["prefill_seconds"] = Spread.of(prefill[:, i]).to_json()
-                    cell["decoding_seconds"] = Spread.of(seconds[:, i] - prefill[:, i]).to_json()
+                    cell["prefill_seconds"] = spread(prefill[:, i])
+                    cell["decoding_seconds"] = spread(seconds[:, i] - prefill[:, i])
                 if breakdown and entry.runtime == "eager":
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
@@ -233,7 +233,7 @@ def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
         "r": entry.r,
         **({} if entry.tokens_read is None else {"tokens_read": entry.tokens_read}),
         **({} if entry.adapter is None else {"adapter": entry.adapter}),
-        "parameters": None if entry.model is None else count_parameters(entry.model),
+        "parameters": None if entry.model is None else entry.model.num_parameters(),
         "multiply_adds": count,
         "ratio": ratio,
         "ideal_speedup": None if ratio is None else 1 / ratio,

@@ -36,7 +36,7 @@ from ..progress import tqdm
 from ..report.tables import print_rows
 from ..training.fisher import FisherArguments, fisher_loss, sampled_log_probability
 from ..training.parameters import freeze_backbone, relax
-from .efficiency import Spread, peak_memory
+from .efficiency import peak_memory, spread
 
 
 @dataclass(kw_only=True)
@@ -93,9 +93,9 @@ def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
     rows = [
         {
             "step": name,
-            "seconds": Spread.of(seconds[:, i]).to_json(),
-            "ratio_to_plain": Spread.of(seconds[:, i] / seconds[:, plain]).to_json(),
-            "ratio_to_definition": Spread.of(seconds[:, i] / seconds[:, definition]).to_json(),
+            "seconds": spread(seconds[:, i]),
+            "ratio_to_plain": spread(seconds[:, i] / seconds[:, plain]),
+            "ratio_to_definition": spread(seconds[:, i] / seconds[:, definition]),
             "peak_bytes": peak_memory(run, device),
         }
         for i, (name, run) in enumerate(runs.items())
