@@ -18,7 +18,7 @@ from ..hub.adapter import MergeAdapter
 from ..labels import multiply_adds_unit, reduction_label, series_name
 from ..programs.arguments import option, parse_arguments
 from ..programs.lock import only_run_in
-from ..programs.processes import processes
+from ..programs.processes import known_processes
 from ..report.plots import measure_of, plot_pareto
 from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_comparison(result, output)
 
         result = evaluate(arguments, keep)
-        if processes().is_main_process:
+        if known_processes().is_main_process:
             print_table(result)
             print(wide_table(result["rows"]))
             print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")

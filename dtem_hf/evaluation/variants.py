@@ -207,14 +207,13 @@ def run_in_turn(
     return results, seconds
 
 
-def median_speed(seconds_per_image: Sequence[float], plain: float | None) -> tuple[float | None, float | None]:
-    """Images per second, and the speed-up over `plain` of them (None: this row itself); NaN is a batch without timing.
+def median_speeds(seconds_per_image: NDArray[np.float64]) -> list[tuple[float | None, float | None]]:
+    """Images per second of every row and its speed-up over the first row: [batches, R]; NaN is a batch without timing.
 
     Both are None where nothing was timed.
     """
-    seconds = np.asarray(seconds_per_image, dtype=float)
-    timed = seconds[~np.isnan(seconds)]
+    timed = seconds_per_image[~np.isnan(seconds_per_image).any(axis=1)]
     if not len(timed):
-        return None, None
-    speed = float(1 / np.median(timed))
-    return speed, speed / (plain or speed)
+        return [(None, None)] * seconds_per_image.shape[1]
+    speeds = 1 / np.median(timed, axis=0)
+    return list(zip(speeds.tolist(), (speeds / speeds[0]).tolist(), strict=True))
