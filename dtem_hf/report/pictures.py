@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -175,7 +174,6 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
         dpi=150,
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01),
     )
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1 + len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, row_axes in zip(rows, axes, strict=True):
         for (picture, caption), axis in zip(row, row_axes, strict=True):

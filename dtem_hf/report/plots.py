@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from ..errors import BadValue
@@ -35,46 +36,30 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     file is written whole or not at all. Raises ValueError where there are no rows.
     """
     figure, (axis,) = _figure(rows, path, (6.4, 4.2))
-    measure = measure_of(rows)
+    measure, styles = measure_of(rows), _series_styles(rows)
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
-    for row in rows:
-        if row["method"] == _UNMERGED:
-            axis.axhline(row[measure], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
-            label = method_name(_UNMERGED) + ("" if measure == "cosine" else f" ({row[measure]:.1f} %)")
-            axis.plot(
-                row["multiply_adds"] / factor, row[measure], "*", color="0.2", markersize=13, label=label, zorder=3
-            )
-
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["multiply_adds"]):
+        series.setdefault(series_name(row), []).append(row)
     # The better method's labels stand above its line, the others' below theirs.
-    methods = sorted(
-        {row["method"] for row in rows} - {_UNMERGED}, key=lambda method: (-_mean(rows, method, measure), method)
-    )
-    spare = iter(_SPARE_STYLES)
-    for place, method in enumerate(methods):
-        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["multiply_adds"])
-        colour, marker = _STYLES.get(method) or next(spare, ("0.3", "x"))
+    best_first = sorted(series, key=lambda name: -fmean(row[measure] for row in series[name]))
+    best = next((name for name in best_first if series[name][0]["method"] != _UNMERGED), None)
+    for name in best_first:
+        points, (colour, marker) = series[name], styles[name]
         x, y = [row["multiply_adds"] / factor for row in points], [row[measure] for row in points]
-        axis.plot(
-            x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=method_name(method), zorder=4
-        )
+        if points[0]["method"] == _UNMERGED:
+            axis.axhline(y[0], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+            label = name + ("" if measure == "cosine" else f" ({y[0]:.1f} %)")
+            axis.plot(x, y, marker, color=colour, markersize=13, label=label, zorder=3)
+            continue
+        axis.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=name, zorder=4)
+        place: dict[str, Any] = {"xytext": (4, -6), "ha": "left", "va": "top"}
+        if name == best:
+            place = {"xytext": (-4, 6), "ha": "right", "va": "bottom"}
+        box = {"boxstyle": "square,pad=0.1", "facecolor": axis.get_facecolor(), "edgecolor": "none", "alpha": 0.75}
+        look = {"textcoords": "offset points", "fontsize": 8, "color": colour, "bbox": box, "zorder": 5}
         for row, point in zip(points, zip(x, y, strict=True), strict=True):
-            axis.annotate(
-                "" if row["r"] is None else reduction_label(row["r"]),
-                point,
-                xytext=(-4, 6) if place == 0 else (4, -6),
-                textcoords="offset points",
-                ha="right" if place == 0 else "left",
-                va="bottom" if place == 0 else "top",
-                fontsize=8,
-                color=colour,
-                bbox={
-                    "boxstyle": "square,pad=0.1",
-                    "facecolor": axis.get_facecolor(),
-                    "edgecolor": "none",
-                    "alpha": 0.75,
-                },
-                zorder=5,
-            )
+            axis.annotate("" if row["r"] is None else reduction_label(row["r"]), point, **place, **look)
     axis.set(xlabel=f"Multiply-adds per image ({unit})", ylabel=_MEASURES[measure])
     axis.margins(x=0.08, y=0.12)
     _legend(axis, loc="lower right")
@@ -246,7 +231,7 @@ def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int],
 
 def check_figure_format(path: str | os.PathLike[str]) -> None:
     """Raise ValueError where figures cannot be written in the format of a path's suffix."""
-    formats = FigureCanvasAgg.get_supported_filetypes()
+    formats = FigureCanvasBase.get_supported_filetypes()
     if _format(path) not in formats:
         raise BadValue("path", os.fspath(path), f"a name that ends in one of .{', .'.join(sorted(formats))}")
 
@@ -267,7 +252,6 @@ def _figure(
     if not content:
         raise BadValue("rows", content, "at least one row")
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
     for axis in axes:
         axis.grid(color="0.9", linewidth=0.8)
@@ -284,8 +268,3 @@ def _legend(axis: Any, **options: Any) -> None:
 
 def _format(path: str | os.PathLike[str]) -> str:
     return Path(path).suffix[1:].lower()
-
-
-def _mean(rows: Sequence[dict[str, Any]], method: str, measure: str) -> float:
-    values = [row[measure] for row in rows if row["method"] == method]
-    return sum(values) / len(values)
