@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
-from transformers import CLIPVisionConfig, Dinov2Config, PretrainedConfig, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, ViTConfig
 
 from .. import ops
 from ..deploy.runtimes import COMPILE_MODES
@@ -42,43 +42,26 @@ from .program import BenchmarkArguments, benchmark
 from .tables import markdown, print_benchmark
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """A model to measure: its config's class and fields, and the r that halves the multiply-adds."""
-
-    kind: Callable[..., PretrainedConfig]
-    width: int
-    layers: int
-    heads: int
-    r: int
-    image_size: int = 224
-    patch_size: int = 16
-
-    def save(self, folder: Path) -> None:
-        """Write the config of a model of this shape."""
-        self.kind(
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            **({"mlp_ratio": 4} if self.kind is Dinov2Config else {"intermediate_size": 4 * self.width}),
-            architectures=[_ARCHITECTURES[self.kind]],
-        ).save_pretrained(folder)
-
-
-_ARCHITECTURES: dict[Callable[..., PretrainedConfig], str] = {
-    ViTConfig: "ViTForImageClassification",
-    Dinov2Config: "Dinov2Model",
-    CLIPVisionConfig: "CLIPVisionModel",
+_CLASSIFIER: dict[str, Any] = {"architectures": ["ViTForImageClassification"]}
+_LARGE: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+# The models, and the r that halves their multiply-adds.
+SHAPES: dict[str, tuple[Any, int]] = {
+    "deit-small": (ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, **_CLASSIFIER), 16),
+    "vit-large": (ViTConfig(**_LARGE, intermediate_size=4096, **_CLASSIFIER), 8),
+    "clip-large": (
+        CLIPVisionConfig(**_LARGE, intermediate_size=4096, patch_size=14, architectures=["CLIPVisionModel"]),
+        10,
+    ),
+    "dinov2-large-518": (Dinov2Config(**_LARGE, image_size=518, patch_size=14, architectures=["Dinov2Model"]), 50),
 }
-SHAPES = {
-    "deit-small": _Shape(ViTConfig, 384, 12, 6, 16),
-    "vit-large": _Shape(ViTConfig, 1024, 24, 16, 8),
-    "clip-large": _Shape(CLIPVisionConfig, 1024, 24, 16, 10, 224, 14),
-    "dinov2-large-518": _Shape(Dinov2Config, 1024, 24, 16, 50, 518, 14),
+_TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
 }
-_TINY_SHAPES = {"tiny": _Shape(ViTConfig, 32, 2, 2, 8, 32, 4)}
+_TINY_SHAPES: dict[str, tuple[Any, int]] = {"tiny": (ViTConfig(**_TINY, intermediate_size=128, **_CLASSIFIER), 8)}
 
 
 @dataclass(kw_only=True)
@@ -129,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         note(
             "attention",
             [
-                {"model": name, **compare_bias_forms(batch_size, shape, device, arguments.dtype, arguments.rounds)}
-                for (name, shape), batch_size in forms
+                {"model": name, **compare_bias_forms(batch_size, config, device, arguments.dtype, arguments.rounds)}
+                for (name, (config, _)), batch_size in forms
             ],
         )
         for runtime, attention, batch_size, name in product(
@@ -140,11 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if time.monotonic() - started > 60 * arguments.minutes:
                 note("left_out", [*summary["left_out"], label])
                 continue
-            config = folder / "configs" / name
-            shapes[name].save(config)
+            config, r = shapes[name]
+            path = folder / "configs" / name
+            config.save_pretrained(path)
             torch._dynamo.reset()  # a second batch size would be compiled for all sizes, which takes twice as long
             begun = time.monotonic()
-            result = benchmark(_benchmark_arguments(arguments, config, shapes[name].r, runtime, attention, batch_size))
+            result = benchmark(_benchmark_arguments(arguments, path, r, runtime, attention, batch_size))
             write_json(folder / label / "benchmark.json", result)
             write_text(folder / label / "benchmark.md", markdown(result))
             print_benchmark(result)
@@ -155,11 +139,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _benchmark_arguments(
-    arguments: DeviceArguments, config: Path, r: int, runtime: str, attention: str, batch_size: int
+    arguments: DeviceArguments, path: Path, r: int, runtime: str, attention: str, batch_size: int
 ) -> BenchmarkArguments:
     is_eager = runtime == "eager"
     return BenchmarkArguments(
-        model=str(config),
+        model=str(path),
         random_weights=True,
         methods=["none", "tome"],
         r=[str(r)],
@@ -196,15 +180,14 @@ def summarize(result: dict[str, Any], model: str, runtime: str, seconds: float) 
 
 
 @torch.inference_mode()
-def compare_bias_forms(
-    batch_size: int, shape: _Shape, device: torch.device, dtype: str, rounds: int
-) -> dict[str, Any]:
+def compare_bias_forms(batch_size: int, config: Any, device: torch.device, dtype: str, rounds: int) -> dict[str, Any]:
     """Median seconds of fused attention without a size bias, with one as a mask, and with one on the keys.
 
-    Of half the tokens that a model of this shape has. Also the kernels that run, and which form of the bias is faster.
+    Of half the tokens that a model of the config has. Also the kernels that run, and which form of the bias is faster.
     """
-    dim, num_tokens = shape.width // shape.heads, (shape.image_size // shape.patch_size) ** 2 // 2
-    states = batch_size, shape.heads, num_tokens, dim
+    heads, num_tokens = config.num_attention_heads, (config.image_size // config.patch_size) ** 2 // 2
+    dim = config.hidden_size // heads
+    states = batch_size, heads, num_tokens, dim
     query, key, value = (torch.randn(states, device=device).to(getattr(torch, dtype)) for _ in range(3))
     bias = ops.size_bias(torch.rand(batch_size, num_tokens, device=device) * 8 + 1, query.dtype)
     scaling = dim**-0.5

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..configuration import DTEMConfig, KeepRateConfig, MergeConfig, ToMeConfig
 from ..costs import MergePlan
-from ..deploy.runtimes import make_run
+from ..deploy.runtimes import Run, make_run
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
@@ -76,7 +76,7 @@ METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), from_keys=True,
 class Variant:
     """One row: a method and its r (None: unmerged), run on a model that may serve several rows.
 
-    `adapter` is the adapter's name, where there are several.
+    `adapter` is the adapter's name, where there are several. `run` takes pixels in another runtime than eager.
     """
 
     method: str
@@ -84,11 +84,15 @@ class Variant:
     model: Any
     plan: MergePlan
     adapter: str | None = None
+    run: Run | None = None
 
     @contextmanager
     def ready(self) -> Iterator[Any]:
-        """The model, set to this row."""
-        if self.method == UNMERGED:
+        """The model, set to this row; with `run`, what returns its first output as `logits`."""
+        if self.run is not None:
+            run = self.run
+            yield lambda pixel_values: SimpleNamespace(logits=run(pixel_values.float())[0])
+        elif self.method == UNMERGED:
             with self.model.unmerged():
                 yield self.model
         else:
@@ -104,8 +108,8 @@ class Variant:
         return model
 
     def in_runtime(self, runtime: str, shape: tuple[int, ...]) -> Variant:
-        """This row for images of [C, H, W] in a runtime: its model returns the first output as `logits`."""
-        return _RuntimeVariant(**vars(self), run=make_run(runtime, self.standalone(), shape))
+        """This row for images of [C, H, W] in a runtime."""
+        return replace(self, run=make_run(runtime, self.standalone(), shape))
 
     @property
     def label(self) -> str:
@@ -126,15 +130,6 @@ class Variant:
         """Multiply-adds of an image, their share of the unmerged model's, and the tokens that are left."""
         plan = self.plan
         return {"multiply_adds": plan.multiply_adds, "ratio": plan.ratio, "tokens": plan.tokens[-1]}
-
-
-@dataclass
-class _RuntimeVariant(Variant):
-    run: Any = None
-
-    @contextmanager
-    def ready(self) -> Iterator[Any]:
-        yield lambda pixel_values: SimpleNamespace(logits=self.run(pixel_values.float())[0])
 
 
 def method_names() -> list[str]:
