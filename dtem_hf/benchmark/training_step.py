@@ -28,6 +28,7 @@ from ..models.attach import attach
 from ..models.distances import kl_to
 from ..models.install import merging_of, recorded_steps, set_merge_config
 from ..models.timing import time_interleaved
+from ..models.vision import image_shape
 from ..ops import relaxation
 from ..programs.arguments import ModelArguments, at_least, option, parse_arguments
 from ..programs.conditions import conditions
@@ -80,10 +81,8 @@ def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
         model = AutoModelForImageClassification.from_pretrained(a.model)
     model = attach(model.to(device), DTEMConfig(r=a.r))
     freeze_backbone(model)
-    size = model.config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
     torch.manual_seed(0)
-    pixels = torch.randn(a.batch_size, model.config.num_channels, height, width, device=device)
+    pixels = torch.randn(a.batch_size, *image_shape(model), device=device)
     steps = _Steps(model, pixels, a.autocast)
     runs = steps.rows()
     with tqdm(total=len(runs) * (a.rounds + 2), desc="benchmark", unit="step") as progress:
