@@ -142,6 +142,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
             shape,
             arguments.batch_sizes,
             device,
+            model.dtype,
             arguments.rounds,
             arguments.warmup,
             arguments.breakdown,
