@@ -55,12 +55,11 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return dict(zip(("median", "q25", "q75"), np.nanquantile(values, (0.5, 0.25, 0.75)).tolist(), strict=True))
 
 
-def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int] | None = None) -> list[dict[str, Any]]:
+def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int]) -> list[dict[str, Any]]:
     """Images per second and speed-up of every run: seconds [rounds, runs] -> one dict per run.
 
-    `references` are the runs that each is compared with; left out, all are compared with the first.
+    `references` are the runs that each is compared with.
     """
-    references = [0] * seconds.shape[1] if references is None else references
     return [
         {
             "images_per_second": spread(batch_size / seconds[:, i]),

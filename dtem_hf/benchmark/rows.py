@@ -28,9 +28,6 @@ from .efficiency import break_even, count_multiply_adds, peak_memory, speeds, sp
 from .runtimes import PeerGraph, peer_run
 
 
-PEER = "peer"
-
-
 @dataclass
 class Entry:
     """One row: `run` takes pixels [B, C, H, W]; `reference` is the row that it is compared with.
@@ -50,11 +47,6 @@ class Entry:
     adapter: str | None = None
     begin: Callable[[Tensor], Any] | None = None
     tokens_read: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The row's name in errors."""
-        return f"{self.runtime} {self.method}" + ("" if self.r is None else f" r={self.r}")
 
 
 def image_entries(
@@ -95,7 +87,7 @@ def image_entries(
             for runtime in peer_runtimes:
                 reference = plain.get(runtime, plain.get("eager", 0))
                 own = run if runtime == "eager" else make_run(runtime, PeerGraph(shared, run), shape, compile_mode)
-                row = PEER if runtime == "eager" else runtime
+                row = "peer" if runtime == "eager" else runtime
                 entries.append(Entry(row, name, as_schedule(r).to_json(), own, reference, counted))
                 progress.update()
     return entries
@@ -218,7 +210,7 @@ def _run(entry: Entry, pixels: Tensor) -> Any:
         return entry.run(pixels)
     except Exception as error:
         if hasattr(error, "add_note"):
-            error.add_note(f"while {entry.label} ran on a batch of {len(pixels)}")
+            error.add_note(f"while {entry.runtime} {entry.method} r={entry.r} ran on a batch of {len(pixels)}")
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,11 +61,6 @@ class Parts:
             write_json(folder / _RUN_NAME, run)
         self.state.wait_for_everyone()
 
-    def finished(self) -> set[int]:
-        """The numbers of the batches that are done."""
-        names = (re.fullmatch(rf"{self.digest}-(\d+)\.npz", path.name) for path in self.folder.glob("*.npz"))
-        return {int(name[1]) for name in names if name}
-
     def measure(
         self,
         images: Any,
@@ -82,15 +76,15 @@ class Parts:
         first batch of a process warms up, and the last of all may be smaller: neither is timed. Raises
         FileNotFoundError where a batch of another process is not in the folder.
         """
-        batches, finished = batches_of(len(images), batch_size), self.finished()
+        batches = batches_of(len(images), batch_size)
+        missing = [number for number in range(len(batches)) if not self._path(number).is_file()]
         self.state.wait_for_everyone()  # before one of them writes
-        missing = sorted(set(range(len(batches))) - finished)
         mine = missing[self.state.process_index :: self.state.num_processes]
         sampler = [list(batches[number]) for number in mine]
         loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
         progress = tqdm(loader, desc=title, unit="batch", disable=not self.state.is_main_process)
-        if finished and self.state.is_main_process:
-            progress.write(f"{len(finished)} of {len(batches)} batches were finished before")
+        if len(missing) < len(batches) and self.state.is_main_process:
+            progress.write(f"{len(batches) - len(missing)} of {len(batches)} batches were finished before")
         for place, (number, batch) in enumerate(zip(mine, progress, strict=True)):
             columns = measure(batch, number)
             if place == 0 or len(batches[number]) < len(batches[0]):

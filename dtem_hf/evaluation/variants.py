@@ -32,22 +32,21 @@ UNMERGED = "none"
 class EvaluatedMethod:
     """How a method becomes rows.
 
-    `config` is attached first; where it learns, an adapter of its method takes its place, unless `from_keys`. Without
-    `removes_tokens`, a row costs what the unmerged model does.
+    `config` is attached first; where it learns, an adapter of its method takes its place. A `soft` method starts from
+    keys, and removes no token: its rows cost what the unmerged model does.
     """
 
     config: MergeConfig
-    from_keys: bool = False
-    removes_tokens: bool = True
+    soft: bool = False
 
     @property
     def by_default(self) -> bool:
         """Whether a comparison runs the method without being asked to."""
-        return self.removes_tokens and not self.config.needs_adapter
+        return not self.soft and not self.config.needs_adapter
 
     def sources(self, adapters: dict[str, MergeAdapter]) -> dict[str | None, Any]:
         """What is attached, by the adapter's name where there are several. Raises ValueError where none is there."""
-        own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.from_keys}
+        own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.soft}
         if not own and self.config.needs_adapter:
             raise BadValue("methods", [self.config.method], "a method that needs no training, or an adapter of it")
         return {name if len(own) > 1 else None: a for name, a in own.items()} or {None: self.config}
@@ -61,7 +60,7 @@ class EvaluatedMethod:
     def plan(self, model: Any, image_size: tuple[int, int] | None = None) -> MergePlan:
         """Tokens and multiply-adds of a model that is set to a row, for images of a size (None: the model's own)."""
         plan: MergePlan = model.merge_plan(image_size)
-        if self.removes_tokens:
+        if not self.soft:
             return plan
         tokens = [plan.num_tokens] * len(plan.tokens)
         return replace(plan, tokens=tokens, multiply_adds=plan.unmerged_multiply_adds)
@@ -69,7 +68,7 @@ class EvaluatedMethod:
 
 # Without an adapter, dtem starts from keys and equals tome. Soft is tome as training relaxes it, for the ablation.
 METHODS = {name: EvaluatedMethod(config()) for name, config in MergeConfig._methods.items()}
-METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), from_keys=True, removes_tokens=False)
+METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), soft=True)
 
 
 @dataclass
