@@ -118,7 +118,7 @@ def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
 class MergingAlone(nn.Module):
     """Matching and merging of every layer of a plan, on tokens of noise, and nothing else of the model.
 
-    What they take of a compiled model whose parts cannot be told apart from outside.
+    It is timed in place of the parts of a compiled model, which cannot be timed one by one.
     """
 
     def __init__(self, plan: MergePlan, num_prefix_tokens: int) -> None:

@@ -70,7 +70,7 @@ def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int]) -> l
 
 
 def break_even(speedup_by_batch_size: Mapping[int, float]) -> int | None:
-    """The smallest batch size measured from which on no larger one is slower than the unmerged model; None if none."""
+    """The smallest batch size from which on merging is never slower than the unmerged model; None if there is none."""
     smallest = None
     for batch_size in sorted(speedup_by_batch_size, reverse=True):
         if speedup_by_batch_size[batch_size] < 1:

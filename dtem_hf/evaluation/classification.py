@@ -192,11 +192,11 @@ def evaluate(
 def measure_batch(
     variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int = 0
 ) -> Columns:
-    """Run all rows on a batch in turn, from row `first` on: the first one shares the processor with the workers that
-    decode the next batch, and that must not always be the same row.
+    """Run all rows on a batch in turn, from row `first` on.
 
-    Row 0 is the reference. Returns labels [B] and, of R rows, `ranked` classes [B, R, 5], `confidence` in the first of
-    them [B, R], `kl` to the reference [B, R] and `seconds_per_image` [1, R].
+    The row that runs first shares the processor with the workers that decode the next batch, so it should be another
+    one in every batch. Row 0 is the reference. Returns labels [B] and, of R rows, `ranked` classes [B, R, 5],
+    `confidence` in the first of them [B, R], `kl` to the reference [B, R] and `seconds_per_image` [1, R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
     logits, seconds = run_in_turn(variants, lambda model: model(pixel_values=pixels).logits.float(), device, first)

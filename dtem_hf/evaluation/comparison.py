@@ -63,7 +63,7 @@ class CompareArguments(ClassifierArguments):
         return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
 
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
-        """As ever, and with the methods of no use without an adapter that are given one."""
+        """The rows; a method that needs an adapter is among them where it has one."""
         given = [] if self.ablation else [a.config.method for a in adapters.values() if a.config.needs_adapter]
         whole = replace(self, methods=list(dict.fromkeys([*self.methods, *given])))
         return super(CompareArguments, whole).make_variants(model, adapters, **options)

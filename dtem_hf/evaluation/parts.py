@@ -27,8 +27,8 @@ class Measure(NamedTuple):
     """A model, and how it is measured: by its classes, or by its features.
 
     `batch` takes variants, a batch, the device and the row that runs first, and returns columns; `rows` takes variants
-    and the columns of all images. Labels are below `num_labels`, or any for None. `facts` tell a run and its result
-    apart.
+    and the columns of all images. Labels are below `num_labels`, or any for None. `facts` are part of the run and of
+    its result.
     """
 
     model: Any

@@ -51,7 +51,10 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class _Lock:
-    """The locked file `.lock` in a folder. Its text names the holder; `holder` is "" where this object is it."""
+    """The locked file `.lock` in a folder, whose text names its holder.
+
+    `holder` is that name where another run holds the lock, and "" where this object does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path, self.made_folder = folder / LOCK_NAME, not folder.exists()

@@ -1,4 +1,7 @@
-"""Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8)."""
+"""Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8).
+
+The suffix of a picture's path is its format; the file is written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -102,9 +105,8 @@ def draw_merged_tokens(
 ) -> None:
     """Write one figure: a row per image: what the model sees, then a column per merged model.
 
-    `models` are named by their keys. The suffix of `path` is the format; the file is written whole or not at all.
-    Models run on one image at a time, in eval mode, and keep their mode. Raises ValueError for a model that is not
-    merged, and where there is nothing to draw.
+    `models` are named by their keys. They run on one image at a time, in eval mode, and keep their mode. Raises
+    ValueError for a model that is not merged, and where there is nothing to draw.
     """
     _check(images, models, path)
     rows = []
@@ -134,7 +136,7 @@ def draw_merged_layers(
 def draw_maps(images: Sequence[NDArray[Any]], maps: Mapping[str, NDArray[Any]], path: str | os.PathLike[str]) -> None:
     """Write one figure: a row per image [H, W, 3], with its map of every column in `maps`, [n, h, w] each.
 
-    All are from 0 to 1. The suffix of `path` is the format; the file is written whole or not at all.
+    All are from 0 to 1.
     """
     check_figure_format(path)
     rows = [[(image, ""), *((own[i], "") for own in maps.values())] for i, image in enumerate(images)]

@@ -1,4 +1,8 @@
-"""Plots of what merging costs and saves, from the rows of an evaluation's JSON."""
+"""Plots of what merging costs and saves, from the rows of a result's JSON.
+
+The suffix of a plot's path is its format; the file is written whole or not at all. Without rows, a plot raises
+ValueError.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +35,8 @@ _MEASURES = {
 def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Plot top-1 accuracy against multiply-adds: a line per method, r at its points, and the unmerged model.
 
-    `rows` are those of an evaluation's JSON; where one has no top-1 (there were no labels), agreement with the
-    unmerged model is drawn, and of features the cosine with the unmerged ones. The suffix of `path` is the format; the
-    file is written whole or not at all. Raises ValueError where there are no rows.
+    `rows` are those of an evaluation; where one has no top-1 (there were no labels), agreement with the unmerged model
+    is drawn, and of features the cosine with the unmerged ones.
     """
     figure, (axis,) = _figure(rows, path, (6.4, 4.2))
     measure, styles = measure_of(rows), _series_styles(rows)
@@ -69,8 +72,7 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
 def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Plot accuracy against multiply-adds and against speed; a line joins the rows that no other one beats.
 
-    `rows` are those of an evaluation's JSON. The second panel is left out where there are no speeds. The suffix of
-    `path` is the format; the file is written whole or not at all. Raises ValueError where there are no rows.
+    `rows` are those of an evaluation. The second panel is left out where there are no speeds.
     """
     timed = all(row["images_per_second"] is not None for row in rows)
     figure, axes = _figure(rows, path, (5.2 * (1 + timed), 4.4), panels=1 + timed)
@@ -149,10 +151,7 @@ def plot_correlation(
 
 
 def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot speed-up against batch size: a line per row of a benchmark's JSON, dotted at what its count would give.
-
-    The suffix of `path` is the format; the file is written whole or not at all. Raises ValueError for no rows.
-    """
+    """Plot speed-up against batch size: a line per row of a benchmark, dotted at what its count would give."""
     figure, (axis,) = _figure(rows, path, (6.8, 4.2))
     axis.axhline(1, color="0.45", linewidth=1, zorder=1)
     merged = [row for row in rows if row["method"] != _UNMERGED]
@@ -179,10 +178,9 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
 
 
 def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot what is kept against speed: a panel per batch size, a line per runtime and method that starts unmerged.
+    """Plot what the rows of an advice keep against their speed: a panel per batch size, a line per runtime and method.
 
-    `rows` are those of an advice's JSON. The suffix of `path` is the format; the file is written whole or not at all.
-    Raises ValueError where there are no rows.
+    Every line starts at the unmerged model.
     """
     sizes = [batch["batch_size"] for batch in rows[0]["batches"]] if rows else []
     figure, axes = _figure(rows, path, (1 + 4.6 * len(sizes), 4.2), panels=max(1, len(sizes)))
