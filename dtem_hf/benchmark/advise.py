@@ -25,7 +25,7 @@ from ..models.auto import auto_class, load_encoder
 from ..models.distances import FEATURES
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
 from ..programs.conditions import conditions, describe_model
-from ..programs.output import output_folder
+from ..programs.lock import output_folder
 from ..programs.processes import say
 from ..report.plots import plot_advice
 from ..report.tables import SPEEDUP_LEGEND, print_rows

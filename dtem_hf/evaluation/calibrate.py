@@ -29,9 +29,6 @@ from ..programs.lock import only_run_in
 from .arguments import DrawnImages
 
 
-RECORD_NAME = "calibration.json"
-
-
 @dataclass(kw_only=True)
 class CalibrateArguments(DrawnImages):
     """Search for a plan."""
@@ -123,5 +120,5 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         MergeAdapter(model.merge_config, trained.tensors, trained.backbone).save_pretrained(output)
     else:
         model.merge_config.save_pretrained(output)
-    write_json(output / RECORD_NAME, record)
+    write_json(output / "calibration.json", record)
     return record

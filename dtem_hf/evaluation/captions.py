@@ -25,8 +25,7 @@ from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, data_name
 from ..programs.identity import digest
-from ..programs.lock import only_run_in
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in, output_folder
 from ..programs.processes import known_processes
 from ..report.tables import about, print_rows, shown, shown_r
 from .arguments import METHODS_HELP, ResumableArguments

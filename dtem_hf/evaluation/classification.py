@@ -34,8 +34,7 @@ from ..opening import load_processor
 from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, at_least, one_of, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
-from ..programs.lock import only_run_in
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in, output_folder
 from ..programs.processes import known_processes, say
 from ..report.plots import picture_name, plot_accuracy
 from ..report.tables import print_table

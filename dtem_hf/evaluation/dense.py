@@ -38,8 +38,7 @@ from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.functions import load_function
-from ..programs.lock import only_run_in
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in, output_folder
 from ..progress import tqdm
 from ..report.pictures import displayed_pixels, draw_maps
 from ..report.tables import MAP_COLUMNS, MAP_LEGEND, as_markdown, cells, print_table

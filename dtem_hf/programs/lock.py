@@ -1,10 +1,11 @@
-"""A lock on an output folder: one run at a time writes there."""
+"""Output folders: they are made before any work, and one run at a time writes there."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,19 @@ except ImportError:  # Windows
 LOCK_NAME = ".lock"
 _CLOCK_TOLERANCE = 2.0  # seconds between the clocks of processes and of files
 _held: set[int] = set()  # open lock files of this process
+
+
+def output_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a program's only file, made before any work, without a lock.
+
+    Raises OSError where nothing can be written to it, and RuntimeError where the processes of a launch do not know
+    each other.
+    """
+    known_processes()
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 @contextmanager
