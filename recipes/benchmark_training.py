@@ -11,8 +11,8 @@ defined (METHOD.md section 4): r rounds over all kept entries, recorded for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 from unittest.mock import patch
@@ -139,7 +139,7 @@ class _Steps:
         self.optimizer.zero_grad()
 
     def _definition(self) -> None:
-        with _grouping_by_definition():
+        with patch.object(relaxation, "soft_grouping", grouping_by_definition):
             self._learn(self._cross_entropy)
 
     def _cross_entropy(self) -> Tensor:
@@ -176,12 +176,6 @@ def grouping_by_definition(
         chosen = chosen + p
         x = x + torch.log((1 - p.sum(dim=-1, keepdim=True)).clamp(min=smallest))
     return chosen / chosen.sum(dim=-1, keepdim=True).detach().clamp(min=1)
-
-
-@contextmanager
-def _grouping_by_definition() -> Iterator[None]:
-    with patch.object(relaxation, "soft_grouping", grouping_by_definition):
-        yield
 
 
 if __name__ == "__main__":

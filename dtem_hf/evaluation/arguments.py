@@ -76,6 +76,18 @@ class RowArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
+class SeveralAdapters(RowArguments):
+    """Rows of several adapters."""
+
+    adapters: list[str] = option(
+        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
+    )
+
+    def adapter_references(self) -> list[str]:
+        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
+
+
+@dataclass(kw_only=True)
 class ResumableArguments(RowArguments):
     """Rows that are measured batch by batch, in one process or several, and go on where they stopped."""
 

@@ -22,7 +22,7 @@ from ..programs.processes import known_processes
 from ..report.plots import measure_of, plot_pareto
 from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
-from .arguments import METHODS_HELP
+from .arguments import METHODS_HELP, SeveralAdapters
 from .classification import ClassifierArguments, evaluate
 from .variants import METHODS, UNMERGED, Variant
 
@@ -37,7 +37,7 @@ _ABLATION_TEXT = (
 
 
 @dataclass(kw_only=True)
-class CompareArguments(ClassifierArguments):
+class CompareArguments(ClassifierArguments, SeveralAdapters):
     """Compare methods at the same amounts of merging."""
 
     methods: list[str] = option(
@@ -48,9 +48,6 @@ class CompareArguments(ClassifierArguments):
     flops: list[float] = option(
         "shares of the multiply-adds to reach, one row each", default_factory=lambda: [0.8, 0.65, 0.5, 0.4]
     )
-    adapters: list[str] = option(
-        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
-    )
     ablation: bool = option("compare ToMe, soft merging by keys, and DTEM instead", default=False)
     output_dir: str = option("folder for comparison.json, .md, .csv and pareto.png", default="runs/compare")
 
@@ -58,9 +55,6 @@ class CompareArguments(ClassifierArguments):
         super().__post_init__()
         if self.ablation:
             self.methods = [UNMERGED, *ABLATION]
-
-    def adapter_references(self) -> list[str]:
-        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
 
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
         """The rows; a method that needs an adapter is among them where it has one."""

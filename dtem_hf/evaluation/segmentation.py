@@ -285,10 +285,9 @@ def class_shares(mask: NDArray[np.uint8], grid: tuple[int, int], num_classes: in
 
 def confusion(predicted: NDArray[Any], mask: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
     """Pixels of class i that were predicted as class j: [classes, classes]; ignored pixels are left out."""
-    known = mask != IGNORED
-    largest = int(mask[known].max(initial=0))
-    if largest >= num_classes:
+    if (largest := _largest_class(mask)) >= num_classes:
         raise BadValue("mask", largest, f"classes below {num_classes}, or {IGNORED} for none")
+    known = mask != IGNORED
     pairs = mask[known].astype(np.int64) * num_classes + predicted[known]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 

@@ -183,7 +183,9 @@ def panels_of(image: Image, model: Any, processor: Any, layers: Sequence[int] = 
     family, encoder = find_encoder(model)
     config: Any = encoder.config
     pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
-    source_maps = _source_maps(model, pixel_values)
+    with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
+        run_on_pixels(model, pixel_values)
+    source_maps = [source_map[0].cpu().numpy() for source_map in trace.source_maps]  # the image's, after every layer
     pixels, patch = displayed_pixels(pixel_values[0], processor), family.patch_sides(config)
     prefix = family.geometry(encoder).num_prefix_tokens
     # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
@@ -195,13 +197,6 @@ def panels_of(image: Image, model: Any, processor: Any, layers: Sequence[int] = 
         tokens = len(np.unique(source_maps[layer][prefix:]))
         panels.append((picture, f"{len(source_maps[layer]) - prefix} patches → {tokens} tokens"))
     return (pixels, ""), panels
-
-
-def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
-    """The token that each of an image's tokens is in after every layer: [1, C, H, W] -> layers × [N]."""
-    with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
-        run_on_pixels(model, pixel_values)
-    return [source_map[0].cpu().numpy() for source_map in trace.source_maps]
 
 
 def _in_mode(image: Image, num_channels: int) -> Image:
