@@ -25,7 +25,7 @@ from ..models.auto import auto_class, load_encoder
 from ..models.distances import FEATURES
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
 from ..programs.conditions import conditions, describe_model
-from ..programs.lock import output_folder
+from ..programs.lock import only_run_in
 from ..programs.processes import say
 from ..report.plots import plot_advice
 from ..report.tables import SPEEDUP_LEGEND, print_rows
@@ -82,27 +82,28 @@ class AdviseArguments(DrawnImages):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write JSON, page and picture; print the table and the sentence."""
     arguments = parse_arguments(AdviseArguments, argv, __doc__ or "", leading=("model", "data"))
-    folder = output_folder(arguments.output_dir)
     result: dict[str, Any] = {}
+    with only_run_in(arguments.output_dir) as folder:
 
-    def write(advice: dict[str, Any]) -> None:
-        result.update(advice)
-        write_json(folder / "advice.json", result)
-        write_text(folder / "advice.md", advice_page(result))
+        def write(advice: dict[str, Any]) -> None:
+            result.update(advice)
+            write_json(folder / "advice.json", result)
+            write_text(folder / "advice.md", advice_page(result))
 
-    try:
-        write(advise_on(arguments, write))
-    except KeyboardInterrupt:
-        if not result:
-            raise
-    if result["rows"][0]["batches"]:
-        plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
+        try:
+            write(advise_on(arguments, write))
+        except KeyboardInterrupt:
+            if not result:
+                raise
+        is_timed = bool(result["rows"][0]["batches"])
+        if is_timed:
+            plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
     title = f"{result['model']['name']}: images/s (speed-up)"
     print_rows(title, *advice_cells(result["rows"]), names=2, legend=SPEEDUP_LEGEND)
     for runtime, reason in result["left_out"].items():
         print(f"not measured: {runtime} ({reason})")
     print(result["sentence"])
-    print(f"written: {folder / 'advice.json'}, advice.md and advice.png")
+    print(f"written: {folder / 'advice.json'}, advice.md{' and advice.png' if is_timed else ''}")
     if not result["finished"]:
         print("stopped: this is what was measured until then; the same command starts over")
         raise SystemExit(130)

@@ -15,6 +15,7 @@ NOWHERE = "nowhere"
 IMAGES = ["--model", NOWHERE, "--data", NOWHERE]
 CAPTIONED = ["--images", NOWHERE, "--captions", NOWHERE]
 PROGRAMS = {
+    "dtem_hf.benchmark.advise": IMAGES,
     "recipes.benchmark_device": ["--device", "cpu"],
     "dtem_hf.benchmark.program": ["--model", NOWHERE],
     "recipes.benchmark_training": ["--model", NOWHERE],
@@ -23,6 +24,7 @@ PROGRAMS = {
     "dtem_hf.evaluation.captions": ["--model", NOWHERE, "--annotations", NOWHERE, "--images", NOWHERE],
     "dtem_hf.evaluation.classification": IMAGES,
     "dtem_hf.evaluation.comparison": IMAGES,
+    "dtem_hf.evaluation.dense": [*IMAGES, "--head", "heads:depth"],
     "dtem_hf.evaluation.segmentation": ["--model", NOWHERE, "--train", NOWHERE, "--test", NOWHERE],
     "dtem_hf.training.program": IMAGES,
     "dtem_hf.training.small_git": CAPTIONED,
