@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -59,9 +63,27 @@ def need(extra: str, what: str, *modules: str) -> None:
 
     `modules`: those of the extra that are needed; all of them if left out.
     """
-    missing = [module for module in modules or EXTRAS[extra] if find_spec(module) is None]
+    missing = []
+    for module in modules or EXTRAS[extra]:
+        with without_scripts_named(module):
+            if find_spec(module) is None:
+                missing.append(module)
     if missing:
         raise ImportError(f'{what} needs {", ".join(missing)}: pip install "dtem-hf[{extra}]"')
+
+
+@contextmanager
+def without_scripts_named(module: str) -> Iterator[None]:
+    """Inside the block, a package is not looked for in folders that hold a script of its name.
+
+    Python puts a script's folder first in its search path, and recipes/ has an `evaluate.py`.
+    """
+    former = sys.path[:]
+    sys.path[:] = [folder for folder in former if not Path(folder, f"{module}.py").is_file()]
+    try:
+        yield
+    finally:
+        sys.path[:] = former
 
 
 def check_whole(field: str, value: Any, low: int, high: int) -> None:
