@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 
-from ..configuration import CONFIG_NAME
 from ..files import replacing_folder, write_json
 from ..hub.folder_card import refreshed_card
-from ..hub.layout import CARD_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ..hub.layout import TRAINING_NAME
 from ..programs.conditions import command, data_name, hardware, versions
 from .arguments import TrainArguments
 from .tasks import Task
-from .trackers import METRICS_NAME
 
 
 class Results:
@@ -55,20 +51,6 @@ class Results:
         if self.accelerator.is_main_process:
             with refreshed_card(self.adapter) as folder:
                 write_json(folder / TRAINING_NAME, record)
-
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files of a run that was killed while it wrote."""
-        if not self.accelerator.is_main_process:
-            return
-        ours = {
-            self.adapter: (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, TRAINING_NAME),
-            self.adapter.parent: (self.model.name, METRICS_NAME),
-        }
-        for folder, names in ours.items():
-            pattern = rf"\.({'|'.join(map(re.escape, names))})\.\w{{8}}"
-            for path in folder.glob(".*"):
-                if re.fullmatch(pattern, path.name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def record(self, num_images: int | None, images_per_step: int, state: dict[str, Any]) -> dict[str, Any]:
         """The content of `training.json`; `state` is what a checkpoint keeps."""

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
+from ..files import remove_leftovers
 from ..hub.adapter import MergeAdapter, mean_adapter
 from ..models.install import load_embedding, merging_of, recorded_states
 from ..programs.conditions import hardware
@@ -304,11 +305,12 @@ class Run:
         raise SystemExit(0)
 
     def _enter_output(self) -> None:
-        self.results.remove_leftovers()
-        if self.arguments.resume == "never":
-            if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
+            for folder in (self.output, self.results.adapter):
+                remove_leftovers(folder)
+            if self.arguments.resume == "never":
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         found = checkpoints.complete(self.checkpoints)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
