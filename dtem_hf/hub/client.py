@@ -39,7 +39,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from ..errors import AdapterError, BadValue
-from ..files import DISK_IS_FULL
+from ..files import full_disk
 from ..version import __version__
 from .layout import CARD_NAME
 
@@ -266,9 +266,9 @@ def clear_errors(
         cause = error.__cause__
         # A forced download that failed says only that it failed.
         known = cause if type(error) is ValueError and isinstance(cause, LocalEntryNotFoundError) else error
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        if code := full_disk(error):
             place = str(cache_dir or constants.HF_HUB_CACHE)
-            raise OSError(error.errno, f"{repo_id}: {error.strerror}", place) from error
+            raise OSError(code, f"{repo_id}: {os.strerror(code)}", place) from error
         raise _clear(known, repo_id, revision, publishing) from error
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
 
-from ..files import read_json, write_json
+from ..files import WRITE_ERRORS, read_json, write_json
 
 
 STATE_NAME = "run_state.json"
 _LARGEST_STATE = 64 << 20  # bytes; positions in streams of many shards
-# torch raises RuntimeError where a file cannot be written.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_dir: str) -> None:
@@ -74,12 +68,6 @@ def last_good(folder: Path) -> str:
     """The newest complete checkpoint, in words."""
     kept = complete(folder)
     return f"last good checkpoint: {kept[-1].name if kept else 'none'}"
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether a disk or a quota is full; safetensors and torch say so in their message only."""
-    named = any(os.strerror(number) in str(error) for number in _DISK_IS_FULL)
-    return getattr(error, "errno", None) in _DISK_IS_FULL or (named and not isinstance(error, OSError))
 
 
 def load(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:

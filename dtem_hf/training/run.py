@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
-from ..files import remove_leftovers
+from ..files import WRITE_ERRORS, full_disk, remove_leftovers
 from ..hub.adapter import MergeAdapter, mean_adapter
 from ..models.install import load_embedding, merging_of, recorded_states
 from ..programs.conditions import hardware
@@ -154,8 +154,8 @@ class Run:
             record = self._finish()
         except Stopped:
             self._stop()
-        except checkpoints.WRITE_ERRORS as error:
-            if not checkpoints.disk_is_full(error):
+        except WRITE_ERRORS as error:
+            if not full_disk(error):
                 raise
             kept = checkpoints.last_good(self.checkpoints)
             raise OSError(
