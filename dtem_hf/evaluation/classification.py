@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_json(output / "evaluation.json", result)
             plot_accuracy(result["rows"], output / picture_name(result["rows"]), title=result["model"]["name"])
             if arguments.write_card:
-                write_card(output, overwrite=True)
+                write_card(output)
 
         result = evaluate(arguments, keep)
         if processes().is_main_process:

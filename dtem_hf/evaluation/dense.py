@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_json(card / "evaluation.json", result)
             if arguments.pictures:
                 shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
-            write_card(card, overwrite=True)
+            write_card(card)
         print_table(result)
         print(f"written: dense.json, dense.md{' and maps.jpg' if arguments.pictures else ''} in {folder}")
 
