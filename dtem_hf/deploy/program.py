@@ -105,8 +105,7 @@ class ExportArguments(ModelArguments):
         one_of(self, "attention", ("auto", "eager", "sdpa"))
         one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
         one_of(self, "formats", FORMATS)
-        if self.opset < LOWEST_OPSET:
-            raise BadValue("opset", self.opset, f"{LOWEST_OPSET} or more")
+        at_least(self, LOWEST_OPSET, "opset")
         if "openvino" in self.formats and self.dtype == "bfloat16":
             raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
         if self.int8 is not None and ("aot_inductor" in self.formats or self.dtype != "float32" or self.unchecked):
