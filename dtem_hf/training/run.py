@@ -26,14 +26,14 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from ..errors import BadValue
 from ..files import WRITE_ERRORS, full_disk, remove_leftovers
 from ..hub.adapter import MergeAdapter, mean_adapter
-from ..models.install import load_embedding, merging_of, recorded_states
+from ..models.install import load_embedding, merging_of, recorded_states, set_merge_config
 from ..programs.conditions import hardware
 from ..programs.identity import weights_digest
 from ..progress import tqdm
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
-from .feed import loader, make_feed
+from .feed import IndexedFeed, StreamedFeed, loader
 from .interruption import Interruption
 from .parameters import choose_learned, drawn_for, optimizer_groups, relax
 from .publication import Publication
@@ -89,7 +89,8 @@ class Run:
         self.data = self.task.load_data(self.model)
         self.identity |= self.data.identity
         self._count_steps()
-        self.feed = make_feed(a, self.accelerator, self.data)
+        feed = IndexedFeed if self.data.rows is None else StreamedFeed
+        self.feed = feed(a, self.accelerator, self.data)
         held_out = loader(a, self.data, self.data.validation, batch_size=a.batch_size)
         self.validation = Validation(self.accelerator, held_out, self.task, self._stopping)
         self._prepare()
@@ -178,7 +179,7 @@ class Run:
         losses: list[torch.Tensor] = []
         batches: list[dict[str, Any]] = []
         for batch, share in self.feed.with_shares(self.feed.batches(self.step, self.position), self.task.num_terms):
-            self.curriculum.set_for_step(self.model, self.step)
+            set_merge_config(self.model, self.curriculum.at(self.step))
             loss, norm = self._backward(batch, share)
             losses.append(loss)
             batches.append(batch)
@@ -247,14 +248,14 @@ class Run:
             self.accelerator.print(f"step {self.step}: left out: {reason} ({len(self.unreadable)} so far)")
 
     def _glance(self) -> dict[str, Any]:
-        self.curriculum.set_for_use(self.model)
+        set_merge_config(self.model, self.curriculum.config)
         figures = self.validation.glance(self.model, lambda soft: relax(self.model, soft))
         relax(self.model, self.task.soft, self.arguments.train_backbone)
         return figures
 
     def _validate(self) -> None:
         relax(self.model, False)
-        self.curriculum.set_for_use(self.model)
+        set_merge_config(self.model, self.curriculum.config)
         try:
             figures = self.validation(self.model)
         finally:
