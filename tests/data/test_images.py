@@ -64,6 +64,7 @@ def test_images_without_labels(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ("label,file\n3\n", "line 2=None: a file inside the folder"),
         ("file,label\n../outside.png,1\n", r"line 2='../outside.png': a file inside the folder"),
         ("file,label\na.png,4\nmissing.png,1\n", "line 3: there is no missing.png"),
         ("file,label\na.png,four\n", "line 2='four': a whole number"),
