@@ -58,6 +58,11 @@ class AdapterError(ValueError):
     """An adapter cannot be read, or does not fit the backbone it is attached to."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty; of an error without one, its class."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def need(extra: str, what: str, *modules: str) -> None:
     """Raise ImportError that names `what` lacks its packages and the line that installs them.
 

@@ -19,7 +19,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from ..errors import BadValue
+from ..errors import BadValue, first_line
 from ..opening import row_name
 from ..programs.processes import say
 
@@ -128,16 +128,13 @@ def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, labe
     if names is None:
         names = _names_of_folders(images)
         if names is None:
-            say(f"no labels: {_why_none(columns)}")
+            why = f"the images are in no class folders, and there is no {LABELS_NAME}"
+            if columns:
+                why = f"the metadata has the columns {', '.join(columns)}; --label_column names one"
+            say(f"no labels: {why}")
             return Dataset.from_dict(listed, Features({"image": ImageFeature()}))
     labels, kind = named_labels(names)
     return Dataset.from_dict({**listed, "label": labels}, Features({"image": ImageFeature(), "label": kind}))
-
-
-def _why_none(columns: Sequence[str]) -> str:
-    if columns:
-        return f"the metadata has the columns {', '.join(columns)}; --label_column names one"
-    return f"the images are in no class folders, and there is no {LABELS_NAME}"
 
 
 def _names_of_folders(images: Sequence[PurePosixPath]) -> list[str | None] | None:
@@ -205,7 +202,7 @@ def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, stre
             _SHARDS[kinds[0]], data_files={"train": by_split[wanted]}, split="train", streaming=streaming
         )
     except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise BadValue("data", str(folder), f"files that can be read ({reason})") from error
 
 
