@@ -100,7 +100,7 @@ def _as_tensor(image: Image.Image, largest: int) -> Tensor:
 def _pipeline(augmentation: str, height: int, width: int) -> Any:
     parts = kornia(f"augmentation={augmentation!r}")
     crop = parts.RandomResizedCrop((height, width), scale=(0.08, 1.0), resample="BICUBIC")
-    steps = [crop, parts.RandomHorizontalFlip(p=0.5), _Clamp()]  # bicubic overshoots
+    steps = [crop, parts.RandomHorizontalFlip(p=0.5), torch.nn.Hardtanh(0, 1)]  # bicubic overshoots
     if augmentation == "randaugment":
         steps.append(parts.auto.RandAugment(_OPERATIONS, _MAGNITUDE))
     elif augmentation == "trivialaugment":
@@ -111,8 +111,3 @@ def _pipeline(augmentation: str, height: int, width: int) -> Any:
 @cache
 def _erasing() -> Any:
     return kornia("random erasing").RandomErasing(p=_ERASED, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
-
-
-class _Clamp(torch.nn.Module):
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.clamp(0, 1)

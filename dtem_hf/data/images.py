@@ -20,9 +20,6 @@ from .classes import AS_NUMBERS, ClassMap, bad_label
 from .folders import LABEL_COLUMNS, NO_LABELS, UNDECODED, image_name, load_folder, named_labels, no_such_column
 
 
-_COLUMNS = Features({"image": ImageFeature(), "label": Value("int64")})
-
-
 def load_images(data: str, split: str = "train", limit: int | None = None, label_column: str | None = None) -> Dataset:
     """A dataset with columns `image` and `label` (-1 where there is none; with names, if the data tell them).
 
@@ -59,7 +56,7 @@ def first_rows(stream: IterableDataset, count: int, data: str) -> Dataset:
         raise BadValue("data", data, "at least one image")
     images = {"image": [row["image"] for row in rows], "label": [row.get("label", -1) for row in rows]}
     kind = (stream.features or {}).get("label")
-    return Dataset.from_dict(images, Features({**_COLUMNS, "label": kind or _COLUMNS["label"]}))
+    return Dataset.from_dict(images, Features({"image": ImageFeature(), "label": kind or Value("int64")}))
 
 
 def data_digest(images: Dataset) -> str:
@@ -147,7 +144,7 @@ class ProcessedImages(torch.utils.data.Dataset):
         label = -1 if row.get("label") is None else self.classes.class_of(int(row["label"]))
         if self.num_labels is not None and not -1 <= label < self.num_labels:
             raise bad_label(label, index, row_name(row, index), self.num_labels)
-        image = open_image(row["image"], row_name(row, index), index)
+        image = open_image(row["image"], row_name(row, index))
         return {
             "pixel_values": augmented_pixels(image, self.processor, self.augmentation, (self.seed, epoch, index)),
             "labels": label,
@@ -158,7 +155,7 @@ class ProcessedImages(torch.utils.data.Dataset):
     def open(self, index: int) -> Any:
         """Image `index` in RGB, as a picture."""
         row = self.images[index]
-        return open_image(row["image"], row_name(row, index), index)
+        return open_image(row["image"], row_name(row, index))
 
     def name_of(self, index: int) -> str:
         """The name of image `index`: its file, or its number."""

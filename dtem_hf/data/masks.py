@@ -34,9 +34,9 @@ class SegmentationImages:
         """An image in RGB and its mask [H, W]. Raises ValueError for a mask of another size or with colours."""
         pair = self.pairs[index]
         if isinstance(pair, tuple):
-            image, mask = open_image(pair[0], pair[0].name, index), Image.open(pair[1])
+            image, mask = open_image(pair[0], pair[0].name), Image.open(pair[1])
         else:
-            image, mask = open_image(pair[self.image_column], str(index), index), pair[self.mask_column]
+            image, mask = open_image(pair[self.image_column], str(index)), pair[self.mask_column]
         classes = np.asarray(mask)
         if classes.ndim != 2 or classes.shape != (image.height, image.width):
             fits = f"one class per pixel, as high and wide as its image {image.size[::-1]}"
