@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -126,11 +125,10 @@ class ExportArguments(ModelArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, write the files, print how far they are from eager."""
     arguments = parse_arguments(ExportArguments, argv, __doc__ or "")
-    console = Console(width=140)
     for record in export(arguments):
         size = sum(file["bytes"] for file in record["files"])
         path = Path(arguments.output_dir) / record["files"][0]["name"]
-        console.print(f"written: {path}, {size:,} bytes; {_said(record)}")
+        print(f"written: {path}, {size:,} bytes; {_said(record)}")
 
 
 def _said(record: dict[str, Any]) -> str:

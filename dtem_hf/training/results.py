@@ -27,7 +27,9 @@ class Results:
 
     def prepare(self, model: Any) -> None:
         """Copy a model that `Accelerator.prepare` is about to shard: the copy receives what is to be saved."""
-        if self.accelerator.distributed_type == DistributedType.FSDP or self._is_zero_3():
+        plugin = self.accelerator.state.deepspeed_plugin
+        zero_3 = plugin is not None and plugin.zero_stage == 3
+        if zero_3 or self.accelerator.distributed_type == DistributedType.FSDP:
             self._copy = copy.deepcopy(model) if self.accelerator.is_main_process else model
 
     def save(self, wrapped: Any, model: Any, record: dict[str, Any]) -> None:
@@ -70,7 +72,3 @@ class Results:
             "versions": versions(),
             "hardware": f"{accelerator.num_processes} × {hardware(accelerator.device)}",
         }
-
-    def _is_zero_3(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return plugin is not None and plugin.zero_stage == 3

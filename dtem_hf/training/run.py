@@ -324,7 +324,7 @@ class Run:
 
     def _say_conditions(self) -> None:
         accelerator, a = self.accelerator, self.arguments
-        learned = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        learned = self.model.num_parameters(only_trainable=True)
         accelerator.print(
             f"{learned:,} parameters learn for {a.steps} steps of {self.images_per_step} images: "
             f"{accelerator.num_processes} × {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
