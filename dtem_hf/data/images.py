@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BadValue
 from ..opening import SHARD_KEY, files_digest, open_image, row_name
 from ..programs.processes import say
-from .augmentation import augmented_pixels, check_augmentation
+from .augmentation import augmented_pixels
 from .classes import AS_NUMBERS, ClassMap, bad_label
 from .folders import LABEL_COLUMNS, NO_LABELS, UNDECODED, image_name, load_folder, named_labels, no_such_column
 
@@ -131,7 +131,6 @@ class ProcessedImages(torch.utils.data.Dataset):
     classes: ClassMap = AS_NUMBERS
 
     def __post_init__(self) -> None:
-        check_augmentation(self.augmentation)
         if self.images is not None:  # decoded here, where the name of an unreadable image is known
             self.images = self.images.cast_column("image", UNDECODED)
 
