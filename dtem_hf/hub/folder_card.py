@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,21 +43,25 @@ def write_card(adapter_dir: PathLike) -> Path:
 
 @contextmanager
 def refreshed_card(adapter_dir: PathLike) -> Iterator[Path]:
-    """`with refreshed_card(folder) as folder:` change files in a folder; its card follows, unless it was edited."""
+    """`with refreshed_card(folder) as folder:` change files in a folder; its card follows.
+
+    A card that was edited is kept, with a warning.
+    """
     folder = Path(adapter_dir)
     path = folder / CARD_NAME
     untouched = not os.path.lexists(path) or _is_untouched(path, folder)
     yield folder
     if untouched:
         write_card(folder)
+    else:
+        warnings.warn(f"{path} was edited and is kept; remove it to have it made again.", stacklevel=3)
 
 
 def _is_untouched(path: Path, folder: Path) -> bool:
     try:
-        card = read_text(path, LARGEST_CARD)
-    except ValueError:  # no program wrote this file
+        return is_made(read_text(path, LARGEST_CARD), folder)
+    except ValueError:  # no program wrote this file, or what lies beside it makes no card
         return False
-    return is_made(card, folder)
 
 
 def is_made(card: str, adapter_dir: PathLike) -> bool:
