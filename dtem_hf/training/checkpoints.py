@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
-    return sorted(path for path in found if (path / STATE_NAME).is_file())
+    return sorted(path.parent for path in folder.glob(f"step-{8 * '[0-9]'}/{STATE_NAME}"))
 
 
 def last_good(folder: Path) -> str:
