@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,17 @@ def need(extra: str, what: str, *modules: str) -> None:
 
     `modules`: those of the extra that are needed; all of them if left out.
     """
-    missing = []
-    for module in modules or EXTRAS[extra]:
-        with without_scripts_named(module):
-            if find_spec(module) is None:
-                missing.append(module)
+    missing = [module for module in modules or EXTRAS[extra] if not _is_installed(module)]
     if missing:
         raise ImportError(f'{what} needs {", ".join(missing)}: pip install "dtem-hf[{extra}]"')
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a package can be imported: no script, and no plain folder, that has its name."""
+    with without_scripts_named(module):
+        found = find_spec(module)
+    # pycocoevalcap is a plain folder as well, and one that a distribution brings.
+    return found is not None and (found.has_location or module in packages_distributions())
 
 
 @contextmanager

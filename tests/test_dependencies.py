@@ -95,14 +95,18 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
     need(extra, "this", "torch")
 
 
+@pytest.mark.parametrize("what", ["script", "folder"])
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_script_of_a_package_s_name_is_not_taken_for_it(
-    extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_has_the_name_of_a_package_is_not_taken_for_it(
+    extra: str, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As `recipes/evaluate.py`, whose folder Python puts first in its search path."""
+    """`recipes/evaluate.py`, whose folder Python puts first in its search path, or a folder of data, `datasets`."""
     for module in EXTRAS[extra]:
         monkeypatch.delitem(sys.modules, module, raising=False)
-        (tmp_path / f"{module}.py").touch()
+        if what == "script":
+            (tmp_path / f"{module}.py").touch()
+        else:
+            (tmp_path / module).mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     need(extra, "this")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
