@@ -70,8 +70,9 @@ class TrainArguments(TaskArguments):
     hub_model_id: str | None = option("repository to publish to (user/repo), made if it is not there", default=None)
     hub_private_repo: bool = option("make the repository private", default=False)
     push_every: int = option(
-        "steps between pushes of the best adapter so far to the branch training; 0: none before the end", default=0
+        "steps between pushes of the best adapter so far to hub_branch; 0: none before the end", default=0
     )
+    hub_branch: str = option("branch for the pushes before the end", default="training")
     overwrite_card: bool = option("replace a README.md that is in the repository", default=False)
 
     def __post_init__(self) -> None:

@@ -13,9 +13,6 @@ from ..hub.publishing import publish_folder
 from .arguments import TrainArguments
 
 
-_BRANCH = "training"  # of the adapters before the last step
-
-
 class Publication:
     """The repository of a run. Only the main process uses it; without `push_to_hub` it does nothing."""
 
@@ -33,7 +30,7 @@ class Publication:
         a = self.arguments
         if a.push_to_hub:
             with clear_errors(self.repo_id, publishing=True):
-                prepare(HfApi(), self.repo_id, a.hub_private_repo or None, _BRANCH if a.push_every else None)
+                prepare(HfApi(), self.repo_id, a.hub_private_repo or None, a.hub_branch if a.push_every else None)
 
     def push_so_far(self, step: int, best_step: int) -> None:
         """Publish the best adapter so far if it is time. A Hub that cannot be reached does not end a run."""
@@ -41,7 +38,7 @@ class Publication:
         if not a.push_to_hub or not a.push_every or step % a.push_every or step == a.steps:
             return
         try:
-            self._push(f"Step {step}: the best so far is of step {best_step}", branch=_BRANCH, with_card=False)
+            self._push(f"Step {step}: the best so far is of step {best_step}", branch=a.hub_branch, with_card=False)
         except OSError as error:
             self.say(f"step {step}: not published, training goes on: {error}")
 

@@ -13,7 +13,7 @@ from .arguments import TrainArguments
 _WITHOUT_EFFECT = {
     *("resume", "num_workers", "num_threads", "report_to", "gradient_checkpointing", "output_dir"),
     *("checkpoint_every", "keep_checkpoints", "glance_every"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "push_every", "overwrite_card"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "push_every", "hub_branch", "overwrite_card"),
     # Only their product, with the number of processes, matters: `images_per_step`.
     *("batch_size", "gradient_accumulation_steps"),
 }
