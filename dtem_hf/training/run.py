@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -145,14 +145,19 @@ class Run:
         Raises SystemExit(0), with a checkpoint written, where the run was interrupted.
         """
         self._enter_output()
-        self._say_conditions()
+        a, learned = self.arguments, self.model.num_parameters(only_trainable=True)
+        self.accelerator.print(
+            f"{learned:,} parameters learn for {a.steps} steps of {self.images_per_step} images: "
+            f"{self.accelerator.num_processes} × {hardware(self.accelerator.device)}, "
+            f"precision {self.accelerator.mixed_precision}"
+        )
         try:
             for _ in self._steps():
-                if self.step % self.arguments.checkpoint_every == 0 or self.step == self.arguments.steps:
+                if self.step % a.checkpoint_every == 0 or self.step == a.steps:
                     self._checkpoint()
                 if self.accelerator.is_main_process:
                     self.publication.push_so_far(self.step, self.best["step"])
-            record = self._finish()
+            return self._finish()
         except Stopped:
             self._stop()
         except WRITE_ERRORS as error:
@@ -163,7 +168,6 @@ class Run:
                 errno.ENOSPC,
                 f"no space left under {self.output}; {kept}. Make room and give the same command again",
             ) from error
-        return record
 
     def _steps(self) -> Iterator[None]:
         """Take the remaining steps, with the validations that are due. Raises Stopped after an interruption."""
@@ -291,7 +295,7 @@ class Run:
         flag = torch.tensor([self.interruption.reason is not None], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """Write a checkpoint, unless this step has one, and end the process with exit status 0."""
         newest = self.checkpoints / f"step-{self.step:08d}"
         if self.step and newest not in checkpoints.complete(self.checkpoints):
@@ -321,14 +325,6 @@ class Run:
             self.metrics.run_id = state.get("run_id", self.metrics.run_id)
             self.accelerator.print(f"resuming from {found[-1]} (step {self.step} of {self.arguments.steps})")
         self.metrics.start(asdict(self.arguments), self.step)
-
-    def _say_conditions(self) -> None:
-        accelerator, a = self.accelerator, self.arguments
-        learned = self.model.num_parameters(only_trainable=True)
-        accelerator.print(
-            f"{learned:,} parameters learn for {a.steps} steps of {self.images_per_step} images: "
-            f"{accelerator.num_processes} × {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
-        )
 
     def _record(self) -> dict[str, Any]:
         return self.results.record(self.data.num_images, self.images_per_step, self._state())
