@@ -64,58 +64,56 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-if TYPE_CHECKING:
-    from .benchmark.advice import Advice, advise
-    from .configuration import (
-        DTEMConfig,
-        DTPSConfig,
-        ETPSConfig,
-        EViTConfig,
-        MergeConfig,
-        PiToMeConfig,
-        ToFuConfig,
-        ToMeConfig,
-    )
-    from .costs import MergePlan
-    from .errors import AdapterError, BadValue, UnsupportedModelError
-    from .hub.adapter import MergeAdapter
-    from .models.attach import attach
-    from .models.auto import (
-        AutoBackbone,
-        AutoModel,
-        AutoModelForAudioClassification,
-        AutoModelForCausalLM,
-        AutoModelForDepthEstimation,
-        AutoModelForImageClassification,
-        AutoModelForImageSegmentation,
-        AutoModelForImageTextToText,
-        AutoModelForInstanceSegmentation,
-        AutoModelForKeypointDetection,
-        AutoModelForMaskedImageModeling,
-        AutoModelForMultimodalLM,
-        AutoModelForObjectDetection,
-        AutoModelForPoseEstimation,
-        AutoModelForPreTraining,
-        AutoModelForSemanticSegmentation,
-        AutoModelForUniversalSegmentation,
-        AutoModelForVideoClassification,
-        AutoModelForVisualQuestionAnswering,
-        AutoModelForZeroShotImageClassification,
-        AutoModelForZeroShotObjectDetection,
-        register,
-        unregister,
-    )
-    from .models.calibration import Calibration, calibrate
-    from .models.install import detach
-    from .models.processor import AutoProcessor
-    from .schedule import (
-        ConstantSchedule,
-        FlopsSchedule,
-        InflectedSchedule,
-        KeepRateSchedule,
-        LinearSchedule,
-    )
-    from .token_state import MergeTrace
+if TYPE_CHECKING:  # an alias like the name itself makes a name public
+    from .benchmark.advice import Advice as Advice
+    from .benchmark.advice import advise as advise
+    from .configuration import DTEMConfig as DTEMConfig
+    from .configuration import DTPSConfig as DTPSConfig
+    from .configuration import ETPSConfig as ETPSConfig
+    from .configuration import EViTConfig as EViTConfig
+    from .configuration import MergeConfig as MergeConfig
+    from .configuration import PiToMeConfig as PiToMeConfig
+    from .configuration import ToFuConfig as ToFuConfig
+    from .configuration import ToMeConfig as ToMeConfig
+    from .costs import MergePlan as MergePlan
+    from .errors import AdapterError as AdapterError
+    from .errors import BadValue as BadValue
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .hub.adapter import MergeAdapter as MergeAdapter
+    from .models.attach import attach as attach
+    from .models.auto import AutoBackbone as AutoBackbone
+    from .models.auto import AutoModel as AutoModel
+    from .models.auto import AutoModelForAudioClassification as AutoModelForAudioClassification
+    from .models.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from .models.auto import AutoModelForDepthEstimation as AutoModelForDepthEstimation
+    from .models.auto import AutoModelForImageClassification as AutoModelForImageClassification
+    from .models.auto import AutoModelForImageSegmentation as AutoModelForImageSegmentation
+    from .models.auto import AutoModelForImageTextToText as AutoModelForImageTextToText
+    from .models.auto import AutoModelForInstanceSegmentation as AutoModelForInstanceSegmentation
+    from .models.auto import AutoModelForKeypointDetection as AutoModelForKeypointDetection
+    from .models.auto import AutoModelForMaskedImageModeling as AutoModelForMaskedImageModeling
+    from .models.auto import AutoModelForMultimodalLM as AutoModelForMultimodalLM
+    from .models.auto import AutoModelForObjectDetection as AutoModelForObjectDetection
+    from .models.auto import AutoModelForPoseEstimation as AutoModelForPoseEstimation
+    from .models.auto import AutoModelForPreTraining as AutoModelForPreTraining
+    from .models.auto import AutoModelForSemanticSegmentation as AutoModelForSemanticSegmentation
+    from .models.auto import AutoModelForUniversalSegmentation as AutoModelForUniversalSegmentation
+    from .models.auto import AutoModelForVideoClassification as AutoModelForVideoClassification
+    from .models.auto import AutoModelForVisualQuestionAnswering as AutoModelForVisualQuestionAnswering
+    from .models.auto import AutoModelForZeroShotImageClassification as AutoModelForZeroShotImageClassification
+    from .models.auto import AutoModelForZeroShotObjectDetection as AutoModelForZeroShotObjectDetection
+    from .models.auto import register as register
+    from .models.auto import unregister as unregister
+    from .models.calibration import Calibration as Calibration
+    from .models.calibration import calibrate as calibrate
+    from .models.install import detach as detach
+    from .models.processor import AutoProcessor as AutoProcessor
+    from .schedule import ConstantSchedule as ConstantSchedule
+    from .schedule import FlopsSchedule as FlopsSchedule
+    from .schedule import InflectedSchedule as InflectedSchedule
+    from .schedule import KeepRateSchedule as KeepRateSchedule
+    from .schedule import LinearSchedule as LinearSchedule
+    from .token_state import MergeTrace as MergeTrace
 
 
 def __getattr__(name: str) -> Any:
@@ -128,54 +126,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME_OF])
 
 
-__all__ = [
-    "AdapterError",
-    "Advice",
-    "AutoBackbone",
-    "AutoModel",
-    "AutoModelForAudioClassification",
-    "AutoModelForCausalLM",
-    "AutoModelForDepthEstimation",
-    "AutoModelForImageClassification",
-    "AutoModelForImageSegmentation",
-    "AutoModelForImageTextToText",
-    "AutoModelForInstanceSegmentation",
-    "AutoModelForKeypointDetection",
-    "AutoModelForMaskedImageModeling",
-    "AutoModelForMultimodalLM",
-    "AutoModelForObjectDetection",
-    "AutoModelForPoseEstimation",
-    "AutoModelForPreTraining",
-    "AutoModelForSemanticSegmentation",
-    "AutoModelForUniversalSegmentation",
-    "AutoModelForVideoClassification",
-    "AutoModelForVisualQuestionAnswering",
-    "AutoModelForZeroShotImageClassification",
-    "AutoModelForZeroShotObjectDetection",
-    "AutoProcessor",
-    "BadValue",
-    "Calibration",
-    "ConstantSchedule",
-    "DTEMConfig",
-    "DTPSConfig",
-    "ETPSConfig",
-    "EViTConfig",
-    "FlopsSchedule",
-    "InflectedSchedule",
-    "KeepRateSchedule",
-    "LinearSchedule",
-    "MergeAdapter",
-    "MergeConfig",
-    "MergePlan",
-    "MergeTrace",
-    "PiToMeConfig",
-    "ToFuConfig",
-    "ToMeConfig",
-    "UnsupportedModelError",
-    "advise",
-    "attach",
-    "calibrate",
-    "detach",
-    "register",
-    "unregister",
-]
+__all__ = sorted(_HOME_OF)

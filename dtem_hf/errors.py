@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -54,14 +59,41 @@ class AdapterError(ValueError):
     """An adapter cannot be read, or does not fit the backbone it is attached to."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty; of an error without one, its class."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def need(extra: str, what: str, *modules: str) -> None:
     """Raise ImportError that names `what` lacks its packages and the line that installs them.
 
     `modules`: those of the extra that are needed; all of them if left out.
     """
-    missing = [module for module in modules or EXTRAS[extra] if find_spec(module) is None]
+    missing = [module for module in modules or EXTRAS[extra] if not _is_installed(module)]
     if missing:
         raise ImportError(f'{what} needs {", ".join(missing)}: pip install "dtem-hf[{extra}]"')
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a package can be imported: no script, and no plain folder, that has its name."""
+    with without_scripts_named(module):
+        found = find_spec(module)
+    # pycocoevalcap is a plain folder as well, and one that a distribution brings.
+    return found is not None and (found.has_location or module in packages_distributions())
+
+
+@contextmanager
+def without_scripts_named(module: str) -> Iterator[None]:
+    """Inside the block, a package is not looked for in folders that hold a script of its name.
+
+    Python puts a script's folder first in its search path, and recipes/ has an `evaluate.py`.
+    """
+    former = sys.path[:]
+    sys.path[:] = [folder for folder in former if not Path(folder, f"{module}.py").is_file()]
+    try:
+        yield
+    finally:
+        sys.path[:] = former
 
 
 def check_whole(field: str, value: Any, low: int, high: int) -> None:

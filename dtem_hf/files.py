@@ -21,7 +21,9 @@ from .errors import BadValue
 
 LARGEST_JSON = 1 << 20
 _DEEPEST_JSON = 64
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What is raised where a file cannot be written: torch raises RuntimeError.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -95,16 +97,21 @@ def _staging(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk inside the block, which safetensors reports in its own way, into an OSError naming `path`."""
+    """Turn a full disk inside the block into an OSError naming `path`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        found = re.search(r"os error (\d+)", str(error))
-        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        named = getattr(error, "filename", None)
-        if code in DISK_IS_FULL and (named is None or _TEMPORARY.fullmatch(Path(named).name)):
+    except WRITE_ERRORS as error:
+        code, named = full_disk(error), getattr(error, "filename", None)
+        if code and (named is None or _TEMPORARY.fullmatch(Path(named).name)):
             raise OSError(code, os.strerror(code), str(path)) from error
         raise
+
+
+def full_disk(error: Exception) -> int | None:
+    """The code of the error where a disk or a quota is full; torch and safetensors say it in their message alone."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _DISK_IS_FULL else None
+    return next((code for code in _DISK_IS_FULL if os.strerror(code) in str(error)), None)
 
 
 def _discard(temporary: Path, path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,7 @@ _WHITE = {"I": (255, 65535, 2**31 - 1), "F": (1.0, 255.0, 65535.0)}
 
 
 class UnreadableImage(ValueError):
-    """An image cannot be decoded; `name` says which, and `index` where it is in the data."""
-
-    # A DataLoader raises a worker's error again from its message alone.
-    def __init__(self, message: str, name: str = "", index: int = -1) -> None:
-        super().__init__(message)
-        self.name, self.index = name, index
+    """An image cannot be decoded; the message names it."""
 
 
 def load_processor(model: str) -> Any:
@@ -41,15 +35,18 @@ def load_processor(model: str) -> Any:
     return AutoImageProcessor.from_pretrained(model, backend="pil")
 
 
-def open_image(source: Any, name: str, index: int = -1) -> Image.Image:
+def open_image(source: Any, name: str) -> Image.Image:
     """An image in RGB, as `as_rgb` makes it. Raises UnreadableImage that names it.
 
     `source` is a path, a Pillow image, or what an undecoded image column holds: {"bytes", "path"}.
     """
-    with naming_unreadable(name, index), _opened(source) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise BadValue("size", image.size, f"at most {MOST_PIXELS:,} pixels")
-        return as_rgb(image)
+    try:
+        with _opened(source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise BadValue("size", image.size, f"at most {MOST_PIXELS:,} pixels")
+            return as_rgb(image)
+    except Exception as error:  # broken files make decoders raise all kinds of errors
+        raise UnreadableImage(f"image {name} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -83,15 +80,6 @@ def row_name(row: dict[str, Any], index: int) -> str:
     """The name of an image: its file, its key in a shard, or its number."""
     image = row["image"] if isinstance(row.get("image"), dict) else {}
     return row.get(SHARD_KEY) or image.get("path") or str(index)
-
-
-@contextmanager
-def naming_unreadable(name: str, index: int = -1) -> Iterator[None]:
-    """Any error inside the block becomes UnreadableImage: broken files make decoders raise all kinds of errors."""
-    try:
-        yield
-    except Exception as error:
-        raise UnreadableImage(f"image {name} cannot be read ({type(error).__name__}: {error})", name, index) from error
 
 
 def _opened(source: Any) -> Image.Image:

@@ -192,7 +192,7 @@ def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
     processor = ViTImageProcessorPil.from_pretrained(output / "vit")
     scans = [Image.open(test / first[digit]) for digit in "2358"]
     draw_merged_tokens(scans, models, processor, adapter / "merged_tokens.png")
-    write_card(adapter, overwrite=True)
+    write_card(adapter)
 
 
 def check_round_trip(output: Path, adapter: Path) -> None:

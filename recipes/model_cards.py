@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
             evaluation = read_json(adapter / EVALUATION_NAME)
             if "kl" in evaluation["rows"][0]:  # else it is of a dense head, and has a picture of maps
                 plot_accuracy(evaluation["rows"], adapter / "accuracy.png", title=evaluation["model"]["name"])
-        print(f"written: {write_card(adapter, overwrite=True)}")
+        print(f"written: {write_card(adapter)}")
 
 
 if __name__ == "__main__":

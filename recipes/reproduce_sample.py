@@ -95,7 +95,7 @@ def measure(arguments: ReproduceArguments, adapter: Path, records: dict[str, Any
         own = [{name: value for name, value in row.items() if name != "adapter"} for row in own]
         write_json(adapter / EVALUATION_NAME, {**result, "adapter": sides["rebuilt"], "rows": own})
         plot_accuracy(own, adapter / "accuracy.png", title=result["model"]["name"])
-        write_card(adapter, overwrite=True)
+        write_card(adapter)
         rows = side_by_side(result["rows"], sides)
         facts = {name: value for name, value in result.items() if name not in ("rows", "adapter")}
         seconds = {name: record["seconds"] for name, record in records.items()}

@@ -95,6 +95,25 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
     need(extra, "this", "torch")
 
 
+@pytest.mark.parametrize("what", ["script", "folder"])
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_has_the_name_of_a_package_is_not_taken_for_it(
+    extra: str, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`recipes/evaluate.py`, whose folder Python puts first in its search path, or a folder of data, `datasets`."""
+    for module in EXTRAS[extra]:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        if what == "script":
+            (tmp_path / f"{module}.py").touch()
+        else:
+            (tmp_path / module).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    need(extra, "this")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ImportError, match=f"this needs {', '.join(EXTRAS[extra])}: pip"):
+        need(extra, "this")
+
+
 def test_merged_models_run_are_saved_and_published_without_any_extra(
     hub: LoopbackHub, vit_folder: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import BadValue, need
+from ..errors import BadValue
 
 
 # The last two are DeiT's: crop and flip, a policy (RandAugment or TrivialAugment), random erasing.
@@ -36,22 +36,6 @@ def augmented_pixels(image: Image.Image, processor: Any, augmentation: str, key:
         return pixels[0]
     with drawn_from((*key, 1)):
         return _erasing()(pixels)[0]
-
-
-def check_augmentation(augmentation: str) -> None:
-    """Raise ValueError for an unknown name, ImportError where it needs kornia and that is not installed."""
-    if augmentation not in AUGMENTATIONS:
-        raise BadValue("augmentation", augmentation, f"one of {', '.join(AUGMENTATIONS)}")
-    if augmentation not in ("none", "flip", "crop_flip"):
-        kornia(f"augmentation={augmentation!r}")
-
-
-def kornia(needed_by: str) -> Any:
-    """The module `kornia.augmentation`. Raises ImportError that says how to install it."""
-    need("train", needed_by, "kornia")
-    import kornia.augmentation
-
-    return kornia.augmentation
 
 
 @contextmanager
@@ -98,9 +82,10 @@ def _as_tensor(image: Image.Image, largest: int) -> Tensor:
 
 @cache
 def _pipeline(augmentation: str, height: int, width: int) -> Any:
-    parts = kornia(f"augmentation={augmentation!r}")
+    import kornia.augmentation as parts
+
     crop = parts.RandomResizedCrop((height, width), scale=(0.08, 1.0), resample="BICUBIC")
-    steps = [crop, parts.RandomHorizontalFlip(p=0.5), _Clamp()]  # bicubic overshoots
+    steps = [crop, parts.RandomHorizontalFlip(p=0.5), torch.nn.Hardtanh(0, 1)]  # bicubic overshoots
     if augmentation == "randaugment":
         steps.append(parts.auto.RandAugment(_OPERATIONS, _MAGNITUDE))
     elif augmentation == "trivialaugment":
@@ -110,9 +95,6 @@ def _pipeline(augmentation: str, height: int, width: int) -> Any:
 
 @cache
 def _erasing() -> Any:
-    return kornia("random erasing").RandomErasing(p=_ERASED, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
+    import kornia.augmentation as parts
 
-
-class _Clamp(torch.nn.Module):
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.clamp(0, 1)
+    return parts.RandomErasing(p=_ERASED, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))

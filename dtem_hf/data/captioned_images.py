@@ -53,7 +53,7 @@ class ImageFolder(torch.utils.data.Dataset):
     def open(self, index: int) -> Image.Image:
         """An image, in RGB. Raises UnreadableImage that names it."""
         path = self._path(self.captioned(index))
-        return open_image(path, path.name, index)
+        return open_image(path, path.name)
 
     def digest(self) -> str:
         """A short hash of what is read: ids, names and sizes of all images, and the content of 2,000 of them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..errors import BadValue
 from ..files import read_json, write_json
+from .folders import read_table
 
 
 # COCO's largest file of captions has 92 MB, the Karpathy splits 144.
@@ -36,19 +36,23 @@ def read_annotations(path: str | os.PathLike[str], split: str | None = None) -> 
     if Path(path).suffix in (".txt", ".csv"):
         if split is not None:
             raise BadValue("split", split, f"nothing, as {name} is a table; Karpathy's JSON has splits")
-        return _read_table(Path(path))
+        images = _read_table(Path(path))
+    else:
+        images = _read_json(path, name, split)
+    if not images:
+        raise BadValue(name, 0, "at least one image with a caption")
+    return images
+
+
+def _read_json(path: str | os.PathLike[str], name: str, split: str | None) -> dict[int, CaptionedImage]:
     content = read_json(path, _LARGEST)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise BadValue(name, type(content).__name__, "an object with a list 'images', as COCO and Karpathy write it")
     if isinstance(content.get("annotations"), list):
         if split is not None:
             raise BadValue("split", split, f"nothing, as {name} is in COCO's format; Karpathy's has splits")
-        images = _read_coco(content, name)
-    else:
-        images = _read_karpathy(content["images"], name, split)
-    if not images:
-        raise BadValue(name, 0, "at least one image with a caption")
-    return images
+        return _read_coco(content, name)
+    return _read_karpathy(content["images"], name, split)
 
 
 def read_predictions(path: str | os.PathLike[str]) -> dict[int, str]:
@@ -84,23 +88,11 @@ def has_splits(path: str | os.PathLike[str]) -> bool:
 
 
 def _read_table(path: Path) -> dict[int, CaptionedImage]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
     images: dict[str, CaptionedImage] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"image", "caption"} <= set(reader.fieldnames or ()):
-            raise BadValue(path.name, reader.fieldnames, "a header with the columns image and caption")
-        for line, row in enumerate(reader, start=2):
-            where = f"{path.name} line {line}"
-            if None in row:  # without this, half a caption would be lost
-                fields = len(reader.fieldnames or ())
-                raise BadValue(where, row[None], f"{fields} fields, and these are left over; quote commas in captions")
-            if not row["image"] or not row["caption"]:
-                raise BadValue(where, row, "an image and a caption")
-            images.setdefault(row["image"], CaptionedImage(row["image"])).captions.append(row["caption"])
-    if not images:
-        raise BadValue(path.name, 0, "at least one image with a caption")
+    for where, row in read_table(path, "image", "caption")[1]:
+        if not row["image"] or not row["caption"]:
+            raise BadValue(where, row, "an image and a caption")
+        images.setdefault(row["image"], CaptionedImage(row["image"])).captions.append(row["caption"])
     return dict(enumerate(images.values()))
 
 

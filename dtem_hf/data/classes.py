@@ -89,13 +89,8 @@ def match_classes(
     return ClassMap([i for i in found if i is not None], "names")
 
 
-def check_labels(images: Dataset, num_labels: int | None) -> None:
-    """Raise ValueError that names the first image whose label is no class of a model with `num_labels` of them.
-
-    None: labels are not looked at.
-    """
-    if num_labels is None:
-        return
+def check_labels(images: Dataset, num_labels: int) -> None:
+    """Raise ValueError that names the first image whose label is no class of a model with `num_labels` of them."""
     labels = images.select_columns(["label"]).with_format("arrow")[:]["label"]
     wrong = pc.or_(pc.greater_equal(labels, num_labels), pc.less(labels, -1))
     index = pc.index(wrong, True).as_py()

@@ -19,7 +19,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from ..errors import BadValue
+from ..errors import BadValue, first_line
 from ..opening import row_name
 from ..programs.processes import say
 
@@ -70,6 +70,25 @@ def load_folder(folder: Path, split: str, streaming: bool, label_column: str | N
     return listed.to_iterable_dataset(min(len(listed), _STREAMED_PARTS)) if streaming else listed, None
 
 
+def read_table(path: Path, *needed: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
+    """The columns of a CSV file, and its rows, each behind the name of its line.
+
+    Raises FileNotFoundError, or ValueError for a header without the columns `needed`, or a row of too many fields.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        rows: list[tuple[str, Any]] = [(f"{path.name} line {line}", row) for line, row in enumerate(reader, start=2)]
+    if not set(needed) <= set(columns):
+        raise BadValue(path.name, columns, f"a header with the columns {' and '.join(needed)}")
+    for where, row in rows:
+        if None in row:  # without this, a part of a cell would be lost
+            raise BadValue(where, row[None], f"{len(columns)} fields; quote commas in cells")
+    return columns, rows
+
+
 def named_labels(values: Sequence[str | None]) -> tuple[list[int], Any]:
     """Labels as numbers, and their feature: class numbers where all are numbers, else places among sorted names."""
     present = sorted({value for value in values if value})
@@ -109,16 +128,13 @@ def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, labe
     if names is None:
         names = _names_of_folders(images)
         if names is None:
-            say(f"no labels: {_why_none(columns)}")
+            why = f"the images are in no class folders, and there is no {LABELS_NAME}"
+            if columns:
+                why = f"the metadata has the columns {', '.join(columns)}; --label_column names one"
+            say(f"no labels: {why}")
             return Dataset.from_dict(listed, Features({"image": ImageFeature()}))
     labels, kind = named_labels(names)
     return Dataset.from_dict({**listed, "label": labels}, Features({"image": ImageFeature(), "label": kind}))
-
-
-def _why_none(columns: Sequence[str]) -> str:
-    if columns:
-        return f"the metadata has the columns {', '.join(columns)}; --label_column names one"
-    return f"the images are in no class folders, and there is no {LABELS_NAME}"
 
 
 def _names_of_folders(images: Sequence[PurePosixPath]) -> list[str | None] | None:
@@ -159,10 +175,10 @@ def no_such_column(label_column: str, columns: Sequence[str]) -> BadValue:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [row for _, row in read_table(path)[1]]
+    with open(path, encoding="utf-8-sig") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, streaming: bool) -> Any:
@@ -186,7 +202,7 @@ def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, stre
             _SHARDS[kinds[0]], data_files={"train": by_split[wanted]}, split="train", streaming=streaming
         )
     except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise BadValue("data", str(folder), f"files that can be read ({reason})") from error
 
 
@@ -209,28 +225,22 @@ def _chosen(splits: set[str], split: str) -> str:
 
 def _from_csv(folder: Path, label_column: str | None) -> Dataset:
     column = None if label_column == NO_LABELS else label_column or "label"
+    columns, rows = read_table(folder / LABELS_NAME, "file", *(["label"] if label_column is None else []))
+    if column is not None and column not in columns:
+        raise no_such_column(column, columns)
     files, labels = [], []
-    with open(folder / LABELS_NAME, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        if "file" not in columns or (label_column is None and column not in columns):
-            raise BadValue(LABELS_NAME, columns, "a header with the columns file and label")
-        if column is not None and column not in columns:
-            raise no_such_column(column, columns)
-        for line, row in enumerate(reader, start=2):
-            where = f"{LABELS_NAME} line {line}"
-            if None in row:
-                raise BadValue(where, row[None], f"{len(columns)} fields; quote those that hold a comma")
-            path = (folder / row["file"]).resolve()
-            if not path.is_relative_to(folder.resolve()):
-                raise BadValue(where, row["file"], "a file inside the folder")
-            if not path.is_file():
-                raise FileNotFoundError(f"{where}: there is no {row['file']} in {folder}")
-            try:
-                labels.append(int(row[column]) if column and row[column] else -1)
-            except ValueError as error:
-                raise BadValue(where, row[column], "a whole number, or nothing") from error
-            files.append(str(path))
+    for where, row in rows:
+        path = (folder / (row["file"] or "")).resolve()
+        if not row["file"] or not path.is_relative_to(folder.resolve()):
+            raise BadValue(where, row["file"], "a file inside the folder")
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: there is no {row['file']} in {folder}")
+        label = row[column] if column else None
+        try:
+            labels.append(int(label) if label else -1)
+        except ValueError as error:
+            raise BadValue(where, label, "a whole number, or nothing") from error
+        files.append(str(path))
     return Dataset.from_dict(
         {"image": files, "label": labels}, Features({"image": ImageFeature(), "label": Value("int64")})
     )

@@ -15,12 +15,9 @@ from torch import Tensor
 from ..errors import BadValue
 from ..opening import SHARD_KEY, files_digest, open_image, row_name
 from ..programs.processes import say
-from .augmentation import augmented_pixels, check_augmentation
+from .augmentation import augmented_pixels
 from .classes import AS_NUMBERS, ClassMap, bad_label
 from .folders import LABEL_COLUMNS, NO_LABELS, UNDECODED, image_name, load_folder, named_labels, no_such_column
-
-
-_COLUMNS = Features({"image": ImageFeature(), "label": Value("int64")})
 
 
 def load_images(data: str, split: str = "train", limit: int | None = None, label_column: str | None = None) -> Dataset:
@@ -59,7 +56,7 @@ def first_rows(stream: IterableDataset, count: int, data: str) -> Dataset:
         raise BadValue("data", data, "at least one image")
     images = {"image": [row["image"] for row in rows], "label": [row.get("label", -1) for row in rows]}
     kind = (stream.features or {}).get("label")
-    return Dataset.from_dict(images, Features({**_COLUMNS, "label": kind or _COLUMNS["label"]}))
+    return Dataset.from_dict(images, Features({"image": ImageFeature(), "label": kind or Value("int64")}))
 
 
 def data_digest(images: Dataset) -> str:
@@ -134,7 +131,6 @@ class ProcessedImages(torch.utils.data.Dataset):
     classes: ClassMap = AS_NUMBERS
 
     def __post_init__(self) -> None:
-        check_augmentation(self.augmentation)
         if self.images is not None:  # decoded here, where the name of an unreadable image is known
             self.images = self.images.cast_column("image", UNDECODED)
 
@@ -147,7 +143,7 @@ class ProcessedImages(torch.utils.data.Dataset):
         label = -1 if row.get("label") is None else self.classes.class_of(int(row["label"]))
         if self.num_labels is not None and not -1 <= label < self.num_labels:
             raise bad_label(label, index, row_name(row, index), self.num_labels)
-        image = open_image(row["image"], row_name(row, index), index)
+        image = open_image(row["image"], row_name(row, index))
         return {
             "pixel_values": augmented_pixels(image, self.processor, self.augmentation, (self.seed, epoch, index)),
             "labels": label,
@@ -158,7 +154,7 @@ class ProcessedImages(torch.utils.data.Dataset):
     def open(self, index: int) -> Any:
         """Image `index` in RGB, as a picture."""
         row = self.images[index]
-        return open_image(row["image"], row_name(row, index), index)
+        return open_image(row["image"], row_name(row, index))
 
     def name_of(self, index: int) -> str:
         """The name of image `index`: its file, or its number."""

@@ -34,9 +34,9 @@ class SegmentationImages:
         """An image in RGB and its mask [H, W]. Raises ValueError for a mask of another size or with colours."""
         pair = self.pairs[index]
         if isinstance(pair, tuple):
-            image, mask = open_image(pair[0], pair[0].name, index), Image.open(pair[1])
+            image, mask = open_image(pair[0], pair[0].name), Image.open(pair[1])
         else:
-            image, mask = open_image(pair[self.image_column], str(index), index), pair[self.mask_column]
+            image, mask = open_image(pair[self.image_column], str(index)), pair[self.mask_column]
         classes = np.asarray(mask)
         if classes.ndim != 2 or classes.shape != (image.height, image.width):
             fits = f"one class per pixel, as high and wide as its image {image.size[::-1]}"
@@ -52,8 +52,7 @@ def load_segmentation(
     """Read a folder with `images` and `masks`, or a Hub dataset. Raises FileNotFoundError or ValueError."""
     folder = Path(data)
     if folder.is_dir():
-        masks = {path.stem: path for path in (folder / "masks").glob("*.png")}
-        images = {p.stem: p for p in (folder / "images").glob("*") if p.suffix.lower() in _IMAGE_SUFFIXES}
+        masks, images = _by_name(folder / "masks", (".png",)), _by_name(folder / "images", _IMAGE_SUFFIXES)
         if not masks and not images:
             raise BadValue("data", data, "a folder with images/NAME.jpg and masks/NAME.png")
         for name in sorted(masks.keys() ^ images.keys()):
@@ -67,3 +66,12 @@ def load_segmentation(
             raise BadValue("image_column, mask_column", column, f"one of {dataset.column_names}")
     chosen = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
     return SegmentationImages(chosen, image_column, mask_column)
+
+
+def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """The files of a folder by their name without suffix. Raises ValueError for two of one name."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in suffixes and found.setdefault(path.stem, path) != path:
+            raise BadValue("data", str(path), f"one file named {path.stem}; {found[path.stem].name} is there, too")
+    return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, first_line
 from .graph import INPUT_NAME
 
 
@@ -21,8 +21,7 @@ def write_package(program: ExportedProgram, path: Path) -> list[Path]:
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's own errors have no common kind
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"AOTInductor does not compile this model here: {reason}") from error
+        raise UnsupportedModelError(f"AOTInductor does not compile this model here: {first_line(error)}") from error
     return [path]
 
 

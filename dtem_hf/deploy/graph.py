@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, first_line
 from ..models.vision import run_on_pixels
 
 
@@ -52,9 +52,8 @@ def export_graph(model: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(graph, (), {INPUT_NAME: pixels}, dynamic_shapes=batch)
     except Exception as error:  # torch documents no error class for it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         name = f"{type(graph.model).__name__} of {graph.model.config.model_type}"
-        raise UnsupportedModelError(f"{name} cannot be exported as one graph: {reason}") from error
+        raise UnsupportedModelError(f"{name} cannot be exported as one graph: {first_line(error)}") from error
 
 
 @contextmanager

@@ -24,13 +24,7 @@ LOWEST_OPSET = 18
 
 
 def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
-    """Write a graph as an ONNX file; many weights lie in a second file beside it.
-
-    Returns the files. Raises ValueError for an opset below 18.
-    """
-    if opset < LOWEST_OPSET:
-        raise BadValue("opset", opset, f"{LOWEST_OPSET} or more")
-    need("onnx", "a graph in ONNX", "onnx", "onnxscript")
+    """Write a graph as an ONNX file; many weights lie in a second file beside it. Returns the files."""
     # Of torchvision's operators, which no graph here has.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -57,7 +51,6 @@ def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
     `images`, batches of pixels [B, C, H, W], tell how large activations are. Products of two activations (attention,
     and the merge itself) stay in float32.
     """
-    need("onnx", "int8 in ONNX", "onnx", "onnxruntime")
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -86,7 +79,6 @@ def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
 
 def written_opset(path: Path) -> int:
     """The opset that an ONNX file states."""
-    need("onnx", "a graph in ONNX", "onnx")
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..errors import BadValue, need
+from ..errors import BadValue
 from .graph import INPUT_NAME
 from .onnx_runtime import write_onnx
 
@@ -31,17 +31,20 @@ def write_openvino(
     """Write a graph as OpenVINO's .xml, with the weights in a .bin beside it, in float16 with `half_weights`.
 
     With `images`, batches of pixels [B, C, H, W], NNCF quantises weights and activations to int8 by what they hold.
-    The graph comes by way of ONNX, so that both runtimes get the same one. Returns both
-    files.
+    The graph comes by way of ONNX, so that both runtimes get the same one. Returns both files.
     """
-    need("int8" if images else "openvino", "a graph in OpenVINO")
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         write_onnx(program, Path(folder, "model.onnx"), names)
         model = openvino.convert_model(Path(folder, "model.onnx"))
     if images:
-        model = _quantise(model, images)
+        import nncf
+
+        batches = [pixels.numpy() for pixels in images]
+        model = nncf.quantize(
+            model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+        )
     openvino.save_model(model, path, compress_to_fp16=half_weights)
     return [path, path.with_suffix(".bin")]
 
@@ -54,7 +57,6 @@ class OpenVinoRunner:
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
-        need("openvino", "OpenVINO", "openvino")
         import openvino
 
         self._core = openvino.Core()
@@ -81,16 +83,3 @@ class OpenVinoRunner:
             self._requests[shape] = compiled.create_infer_request()
         found = self._requests[shape].infer({0: np.ascontiguousarray(pixel_values.numpy())}, share_inputs=True)
         return [torch.from_numpy(value) for value in found.values()]
-
-
-def _quantise(model: Any, images: Sequence[Tensor]) -> Any:
-    need("int8", "int8", "nncf")
-    import nncf
-
-    batches = [pixels.numpy() for pixels in images]
-    return nncf.quantize(
-        model,
-        nncf.Dataset(batches),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(batches),
-    )

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -105,8 +104,7 @@ class ExportArguments(ModelArguments):
         one_of(self, "attention", ("auto", "eager", "sdpa"))
         one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
         one_of(self, "formats", FORMATS)
-        if self.opset < LOWEST_OPSET:
-            raise BadValue("opset", self.opset, f"{LOWEST_OPSET} or more")
+        at_least(self, LOWEST_OPSET, "opset")
         if "openvino" in self.formats and self.dtype == "bfloat16":
             raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
         if self.int8 is not None and ("aot_inductor" in self.formats or self.dtype != "float32" or self.unchecked):
@@ -127,11 +125,10 @@ class ExportArguments(ModelArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, write the files, print how far they are from eager."""
     arguments = parse_arguments(ExportArguments, argv, __doc__ or "")
-    console = Console(width=140)
     for record in export(arguments):
         size = sum(file["bytes"] for file in record["files"])
         path = Path(arguments.output_dir) / record["files"][0]["name"]
-        console.print(f"written: {path}, {size:,} bytes; {_said(record)}")
+        print(f"written: {path}, {size:,} bytes; {_said(record)}")
 
 
 def _said(record: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..data.images import ProcessedImages, collate, data_digest, load_images
 from ..deploy.runtimes import RUNTIMES, check_runtime
 from ..errors import BadValue, NoTrainedHead
 from ..files import write_json
-from ..hub.folder_card import write_card
+from ..hub.folder_card import refreshed_card
 from ..models.auto import load_encoder, load_trained_classifier
 from ..models.distances import POOLED_FEATURES, kl_to
 from ..opening import load_processor
@@ -123,10 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             output = output_folder(str(arguments.adapter))
 
         def keep(result: dict[str, Any]) -> None:
-            write_json(output / "evaluation.json", result)
-            plot_accuracy(result["rows"], output / picture_name(result["rows"]), title=result["model"]["name"])
-            if arguments.write_card:
-                write_card(output, overwrite=True)
+            with refreshed_card(output) if arguments.write_card else nullcontext():
+                write_json(output / "evaluation.json", result)
+                plot_accuracy(result["rows"], output / picture_name(result["rows"]), title=result["model"]["name"])
 
         result = evaluate(arguments, keep)
         if known_processes().is_main_process:

@@ -26,7 +26,7 @@ from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images
 from ..errors import BadValue
 from ..files import write_json, write_text
-from ..hub.folder_card import write_card
+from ..hub.folder_card import refreshed_card
 from ..labels import reduction_label, series_name
 from ..models.attach import attach
 from ..models.auto import AutoModel
@@ -99,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(folder / "dense.json", result)
         write_text(folder / "dense.md", markdown(result))
         if card is not None:
-            write_json(card / "evaluation.json", result)
-            if arguments.pictures:
-                shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
-            write_card(card, overwrite=True)
+            with refreshed_card(card):
+                write_json(card / "evaluation.json", result)
+                if arguments.pictures:
+                    shutil.copyfile(folder / "maps.jpg", card / "maps.jpg")
         print_table(result)
         print(f"written: dense.json, dense.md{' and maps.jpg' if arguments.pictures else ''} in {folder}")
 

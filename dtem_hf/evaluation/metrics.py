@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,14 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from ..errors import without_scripts_named
 
-# A recipe's folder comes first in its search path, and has an `evaluate.py` of its own.
-_path = sys.path[:]
-sys.path[:] = [folder for folder in _path if not Path(folder, "evaluate.py").is_file()]
-try:
+
+with without_scripts_named("evaluate"):
     import evaluate
-finally:
-    sys.path[:] = _path
 
 
 class _LocalMetric(evaluate.Metric):

@@ -38,8 +38,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from ..errors import AdapterError, BadValue
-from ..files import DISK_IS_FULL
+from ..errors import AdapterError, BadValue, first_line
+from ..files import full_disk
 from ..version import __version__
 from .layout import CARD_NAME
 
@@ -213,8 +213,8 @@ def _arrived(
         if not create_pr:
             again = "The same command again makes sure, and commits nothing twice"
         raise LostAnswer(
-            f"{repo_id}: the upload failed ({_first_line(error)}), and {api.endpoint} does not say whether the commit "
-            f"arrived ({_first_line(asked)}). {again}."
+            f"{repo_id}: the upload failed ({first_line(error)}), and {api.endpoint} does not say whether the commit "
+            f"arrived ({first_line(asked)}). {again}."
         ) from error
     for name, data in files.items():
         git_blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -266,20 +266,18 @@ def clear_errors(
         cause = error.__cause__
         # A forced download that failed says only that it failed.
         known = cause if type(error) is ValueError and isinstance(cause, LocalEntryNotFoundError) else error
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        if code := full_disk(error):
             place = str(cache_dir or constants.HF_HUB_CACHE)
-            raise OSError(error.errno, f"{repo_id}: {error.strerror}", place) from error
+            raise OSError(code, f"{repo_id}: {os.strerror(code)}", place) from error
         raise _clear(known, repo_id, revision, publishing) from error
 
 
 def _clear(error: BaseException, repo_id: str, revision: str | None, publishing: bool) -> OSError:
     site, at = constants.ENDPOINT, f"{repo_id} (revision {revision or MAIN})"
     after = _NOTHING if publishing else "Try again."
-    said = _first_line(error.__cause__ or error)
+    said = first_line(error.__cause__ or error)
     if isinstance(error, HFValidationError):
-        return FileNotFoundError(
-            f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {_first_line(error)}"
-        )
+        return FileNotFoundError(f"{repo_id!r} is neither a folder here nor a Hub id (user/repo): {first_line(error)}")
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo_id} is gated: ask for access at {site}/{repo_id}, and {_LOG_IN}.")
     if isinstance(error, RepositoryNotFoundError):
@@ -310,7 +308,7 @@ def _no_revision(repo_id: str, revision: str | None) -> str:
 
 
 def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
-    status, said = error.response.status_code, error.server_message or _first_line(error)
+    status, said = error.response.status_code, error.server_message or first_line(error)
     if status == 401:
         known = "does not accept your token" if "Invalid credentials" in said else "wants a token"
         return PermissionError(f"{constants.ENDPOINT} {known} for {repo_id}: {_LOG_IN}.")
@@ -335,9 +333,4 @@ def _not_cached(error: LocalEntryNotFoundError, repo_id: str, at: str) -> OSErro
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
         return _refused(cause, repo_id, publishing=False)
     what = "gave an answer that is not the Hub's" if isinstance(cause, FileMetadataError) else "cannot be reached"
-    return FileNotFoundError(f"{at} is not in the cache, and {site} {what} ({_first_line(cause)}).")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return FileNotFoundError(f"{at} is not in the cache, and {site} {what} ({first_line(cause)}).")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
 
-from ..files import read_json, write_json
+from ..files import WRITE_ERRORS, read_json, write_json
 
 
 STATE_NAME = "run_state.json"
 _LARGEST_STATE = 64 << 20  # bytes; positions in streams of many shards
-# torch raises RuntimeError where a file cannot be written.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_dir: str) -> None:
@@ -66,20 +59,13 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
-    return sorted(path for path in found if (path / STATE_NAME).is_file())
+    return sorted(path.parent for path in folder.glob(f"step-{8 * '[0-9]'}/{STATE_NAME}"))
 
 
 def last_good(folder: Path) -> str:
     """The newest complete checkpoint, in words."""
     kept = complete(folder)
     return f"last good checkpoint: {kept[-1].name if kept else 'none'}"
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether a disk or a quota is full; safetensors and torch say so in their message only."""
-    named = any(os.strerror(number) in str(error) for number in _DISK_IS_FULL)
-    return getattr(error, "errno", None) in _DISK_IS_FULL or (named and not isinstance(error, OSError))
 
 
 def load(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:

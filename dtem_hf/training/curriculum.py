@@ -8,7 +8,6 @@ from typing import Any, get_type_hints
 
 from ..configuration import DTEMConfig, DTPSConfig
 from ..errors import BadValue
-from ..models.install import set_merge_config
 from ..programs.arguments import at_least, one_of, option, parse_reduction
 from ..schedule import as_schedule
 
@@ -98,7 +97,10 @@ class CurriculumArguments(MergeArguments):
 
 
 class Curriculum:
-    """The merge config of every step: it depends on options and step alone, so all processes draw the same r."""
+    """The merge config of every step, by options and step alone, so that all processes draw the same r.
+
+    `config` is the one that an adapter is saved with.
+    """
 
     def __init__(self, arguments: CurriculumArguments) -> None:
         self.arguments = arguments
@@ -118,11 +120,3 @@ class Curriculum:
         if a.straight_through_from is not None and step >= a.straight_through_from:
             changes["relaxation"] = "straight_through"
         return replace(self.config, **changes)
-
-    def set_for_step(self, model: Any, step: int) -> None:
-        """Give a model the config of a training step."""
-        set_merge_config(model, self.at(step))
-
-    def set_for_use(self, model: Any) -> None:
-        """Give a model the config that its adapter is saved with."""
-        set_merge_config(model, self.config)

@@ -124,11 +124,6 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
             yield items
 
 
-def make_feed(arguments: TrainArguments, accelerator: Accelerator, data: TaskData) -> Feed:
-    """The feed that fits the data."""
-    return (IndexedFeed if data.rows is None else StreamedFeed)(arguments, accelerator, data)
-
-
 def loader(arguments: TrainArguments, data: TaskData, items: Any, **options: Any) -> DataLoader[Any]:
     """A DataLoader over items of a task's data; `on_bad_image` says what it does with unreadable images."""
     collate = data.collate

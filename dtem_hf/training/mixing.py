@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.augmentation import drawn_from, kornia
+from ..data.augmentation import drawn_from
 
 
 @dataclass
@@ -30,7 +30,8 @@ def mix(pixel_values: Tensor, mixup: float, cutmix: float, key: Sequence[int]) -
     order = torch.arange(len(pixel_values), device=pixel_values.device)
     if not mixup and not cutmix:
         return Mixed(pixel_values, order, torch.zeros(len(order), device=order.device))
-    parts = kornia("mixup and cutmix")
+    import kornia.augmentation as parts
+
     options = {"data_keys": ["input", "class"], "same_on_batch": True}
     with drawn_from(key):
         if not cutmix or (mixup and torch.rand(()) < 0.5):

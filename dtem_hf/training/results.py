@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 
-from ..configuration import CONFIG_NAME
 from ..files import replacing_folder, write_json
 from ..hub.folder_card import refreshed_card
-from ..hub.layout import CARD_NAME, TRAINING_NAME, WEIGHTS_NAME
+from ..hub.layout import TRAINING_NAME
 from ..programs.conditions import command, data_name, hardware, versions
 from .arguments import TrainArguments
 from .tasks import Task
-from .trackers import METRICS_NAME
 
 
 class Results:
@@ -31,7 +27,9 @@ class Results:
 
     def prepare(self, model: Any) -> None:
         """Copy a model that `Accelerator.prepare` is about to shard: the copy receives what is to be saved."""
-        if self.accelerator.distributed_type == DistributedType.FSDP or self._is_zero_3():
+        plugin = self.accelerator.state.deepspeed_plugin
+        zero_3 = plugin is not None and plugin.zero_stage == 3
+        if zero_3 or self.accelerator.distributed_type == DistributedType.FSDP:
             self._copy = copy.deepcopy(model) if self.accelerator.is_main_process else model
 
     def save(self, wrapped: Any, model: Any, record: dict[str, Any]) -> None:
@@ -56,20 +54,6 @@ class Results:
             with refreshed_card(self.adapter) as folder:
                 write_json(folder / TRAINING_NAME, record)
 
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files of a run that was killed while it wrote."""
-        if not self.accelerator.is_main_process:
-            return
-        ours = {
-            self.adapter: (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, TRAINING_NAME),
-            self.adapter.parent: (self.model.name, METRICS_NAME),
-        }
-        for folder, names in ours.items():
-            pattern = rf"\.({'|'.join(map(re.escape, names))})\.\w{{8}}"
-            for path in folder.glob(".*"):
-                if re.fullmatch(pattern, path.name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def record(self, num_images: int | None, images_per_step: int, state: dict[str, Any]) -> dict[str, Any]:
         """The content of `training.json`; `state` is what a checkpoint keeps."""
         a, accelerator, best = self.arguments, self.accelerator, state["best"]
@@ -88,7 +72,3 @@ class Results:
             "versions": versions(),
             "hardware": f"{accelerator.num_processes} × {hardware(accelerator.device)}",
         }
-
-    def _is_zero_3(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return plugin is not None and plugin.zero_stage == 3

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +24,16 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ..errors import BadValue
+from ..files import WRITE_ERRORS, full_disk, remove_leftovers
 from ..hub.adapter import MergeAdapter, mean_adapter
-from ..models.install import load_embedding, merging_of, recorded_states
+from ..models.install import load_embedding, merging_of, recorded_states, set_merge_config
 from ..programs.conditions import hardware
 from ..programs.identity import weights_digest
 from ..progress import tqdm
 from . import checkpoints
 from .arguments import TrainArguments
 from .curriculum import Curriculum
-from .feed import loader, make_feed
+from .feed import IndexedFeed, StreamedFeed, loader
 from .interruption import Interruption
 from .parameters import choose_learned, drawn_for, optimizer_groups, relax
 from .publication import Publication
@@ -88,7 +89,8 @@ class Run:
         self.data = self.task.load_data(self.model)
         self.identity |= self.data.identity
         self._count_steps()
-        self.feed = make_feed(a, self.accelerator, self.data)
+        feed = IndexedFeed if self.data.rows is None else StreamedFeed
+        self.feed = feed(a, self.accelerator, self.data)
         held_out = loader(a, self.data, self.data.validation, batch_size=a.batch_size)
         self.validation = Validation(self.accelerator, held_out, self.task, self._stopping)
         self._prepare()
@@ -143,25 +145,29 @@ class Run:
         Raises SystemExit(0), with a checkpoint written, where the run was interrupted.
         """
         self._enter_output()
-        self._say_conditions()
+        a, learned = self.arguments, self.model.num_parameters(only_trainable=True)
+        self.accelerator.print(
+            f"{learned:,} parameters learn for {a.steps} steps of {self.images_per_step} images: "
+            f"{self.accelerator.num_processes} × {hardware(self.accelerator.device)}, "
+            f"precision {self.accelerator.mixed_precision}"
+        )
         try:
             for _ in self._steps():
-                if self.step % self.arguments.checkpoint_every == 0 or self.step == self.arguments.steps:
+                if self.step % a.checkpoint_every == 0 or self.step == a.steps:
                     self._checkpoint()
                 if self.accelerator.is_main_process:
                     self.publication.push_so_far(self.step, self.best["step"])
-            record = self._finish()
+            return self._finish()
         except Stopped:
             self._stop()
-        except checkpoints.WRITE_ERRORS as error:
-            if not checkpoints.disk_is_full(error):
+        except WRITE_ERRORS as error:
+            if not full_disk(error):
                 raise
             kept = checkpoints.last_good(self.checkpoints)
             raise OSError(
                 errno.ENOSPC,
                 f"no space left under {self.output}; {kept}. Make room and give the same command again",
             ) from error
-        return record
 
     def _steps(self) -> Iterator[None]:
         """Take the remaining steps, with the validations that are due. Raises Stopped after an interruption."""
@@ -177,7 +183,7 @@ class Run:
         losses: list[torch.Tensor] = []
         batches: list[dict[str, Any]] = []
         for batch, share in self.feed.with_shares(self.feed.batches(self.step, self.position), self.task.num_terms):
-            self.curriculum.set_for_step(self.model, self.step)
+            set_merge_config(self.model, self.curriculum.at(self.step))
             loss, norm = self._backward(batch, share)
             losses.append(loss)
             batches.append(batch)
@@ -246,14 +252,14 @@ class Run:
             self.accelerator.print(f"step {self.step}: left out: {reason} ({len(self.unreadable)} so far)")
 
     def _glance(self) -> dict[str, Any]:
-        self.curriculum.set_for_use(self.model)
+        set_merge_config(self.model, self.curriculum.config)
         figures = self.validation.glance(self.model, lambda soft: relax(self.model, soft))
         relax(self.model, self.task.soft, self.arguments.train_backbone)
         return figures
 
     def _validate(self) -> None:
         relax(self.model, False)
-        self.curriculum.set_for_use(self.model)
+        set_merge_config(self.model, self.curriculum.config)
         try:
             figures = self.validation(self.model)
         finally:
@@ -289,7 +295,7 @@ class Run:
         flag = torch.tensor([self.interruption.reason is not None], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """Write a checkpoint, unless this step has one, and end the process with exit status 0."""
         newest = self.checkpoints / f"step-{self.step:08d}"
         if self.step and newest not in checkpoints.complete(self.checkpoints):
@@ -304,11 +310,12 @@ class Run:
         raise SystemExit(0)
 
     def _enter_output(self) -> None:
-        self.results.remove_leftovers()
-        if self.arguments.resume == "never":
-            if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
+            for folder in (self.output, self.results.adapter):
+                remove_leftovers(folder)
+            if self.arguments.resume == "never":
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         found = checkpoints.complete(self.checkpoints)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
@@ -318,14 +325,6 @@ class Run:
             self.metrics.run_id = state.get("run_id", self.metrics.run_id)
             self.accelerator.print(f"resuming from {found[-1]} (step {self.step} of {self.arguments.steps})")
         self.metrics.start(asdict(self.arguments), self.step)
-
-    def _say_conditions(self) -> None:
-        accelerator, a = self.accelerator, self.arguments
-        learned = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        accelerator.print(
-            f"{learned:,} parameters learn for {a.steps} steps of {self.images_per_step} images: "
-            f"{accelerator.num_processes} × {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
-        )
 
     def _record(self) -> dict[str, Any]:
         return self.results.record(self.data.num_images, self.images_per_step, self._state())

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
+    DataCollatorForLanguageModeling,
     GitConfig,
     GitForCausalLM,
     PreTrainedTokenizerFast,
@@ -76,6 +76,8 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     """Train and save model, tokenizer and image processor; returns the content of `training.json`."""
     started = time.perf_counter()
     images, _ = hold_out(read_annotations(arguments.captions), arguments.validation_size)
+    if not images:
+        raise BadValue("validation_size", arguments.validation_size, "fewer than the captioned images")
     captions = [image.captions for image in images.values()]
     tokenizer = make_tokenizer([text for texts in captions for text in texts], arguments.vocab_size)
     side = {"height": arguments.image_size, "width": arguments.image_size}
@@ -87,6 +89,7 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     places = tqdm(range(len(pictures)), desc="read", unit="image")
     pixels = torch.stack([pictures[i]["pixel_values"] for i in places])
 
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # pads, and gives padding no loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
     draw = torch.Generator().manual_seed(arguments.seed)
@@ -96,8 +99,8 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
         chosen = torch.randint(len(captions), (arguments.batch_size,), generator=draw)
         drawn = (captions[i] for i in chosen.tolist())
         texts = [own[int(torch.randint(len(own), (), generator=draw))] for own in drawn]
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=arguments.max_tokens, return_tensors="pt")
-        loss = caption_loss(model, pixels[chosen], batch)
+        words = tokenizer(texts, truncation=True, max_length=arguments.max_tokens)["input_ids"]
+        loss = model(pixel_values=pixels[chosen], **collate([{"input_ids": ids} for ids in words])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -122,14 +125,6 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     }
     write_json(output / "training.json", record)
     return record
-
-
-def caption_loss(model: Any, pixels: Tensor, batch: Any) -> Tensor:
-    """Mean cross-entropy of the captions' tokens without padding."""
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return model(
-        pixel_values=pixels, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
-    ).loss
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..data.augmentation import AUGMENTATIONS
 from ..errors import BadValue
 from ..models.distances import FEATURE_LOSSES, FEATURES
-from ..programs.arguments import LABEL_COLUMN_HELP, at_least, option
+from ..programs.arguments import LABEL_COLUMN_HELP, at_least, one_of, option
 from .curriculum import CurriculumArguments
 from .fisher import FisherArguments
 
@@ -60,6 +60,6 @@ class TaskArguments(CurriculumArguments, FisherArguments):
         for name in ("label_smoothing", "distillation_weight"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise BadValue(name, getattr(self, name), "a number from 0 to 1")
-        for name, names in (("features", FEATURES), ("feature_loss", FEATURE_LOSSES)):
-            if getattr(self, name) not in names:
-                raise BadValue(name, getattr(self, name), f"one of {', '.join(names)}")
+        one_of(self, "augmentation", AUGMENTATIONS)
+        one_of(self, "features", FEATURES)
+        one_of(self, "feature_loss", FEATURE_LOSSES)

@@ -1,6 +1,4 @@
-"""Augmentation: draws that depend on the key alone, values that fit the model, and what is said without kornia."""
-
-import sys
+"""Augmentation: draws that depend on the key alone, values that fit the model, and images of one size."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ from PIL import Image
 from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
 from dtem_hf import BadValue
-from dtem_hf.data.augmentation import AUGMENTATIONS, augmented_pixels, check_augmentation
+from dtem_hf.data.augmentation import AUGMENTATIONS, augmented_pixels
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 24, "width": 32})
@@ -69,17 +67,7 @@ def test_some_images_are_erased_in_part(image):
     assert 5 < sum(count > 10 for count in erased) < 30
 
 
-@pytest.mark.parametrize("name", ["resized_crop", "randaugment"])
-def test_without_kornia_the_error_says_what_to_install(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kornia", None)
-    with pytest.raises(ImportError, match=rf'augmentation=\'{name}\' needs kornia: pip install "dtem-hf\[train\]"'):
-        check_augmentation(name)
-    check_augmentation("crop_flip")
-
-
-def test_bad_values_are_named(image):
-    with pytest.raises(BadValue, match="augmentation='blur': one of none, flip"):
-        check_augmentation("blur")
+def test_a_crop_needs_images_of_one_size(image):
     edges = ViTImageProcessorPil(size={"shortest_edge": 24})
     with pytest.raises(BadValue, match="a processor that makes images of one size"):
         augmented_pixels(image, edges, "resized_crop", (0, 0, 0))

@@ -90,6 +90,25 @@ def test_metadata_beside_class_folders(tmp_path, capsys):
     assert load_images(str(tmp_path), label_column="none")["label"] == [-1, -1, -1]
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_line_separator_inside_a_cell_of_the_metadata_is_text(tmp_path, name):
+    """U+2028, which JSON and CSV may hold as it is, ends a line for `str.splitlines`."""
+    rows = [{"file_name": f"{i}.png", "text": "one\u2028two", "label": label} for i, label in enumerate("ba")]
+    for row in rows:
+        write_picture(tmp_path / row["file_name"])
+    jsonl = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    csv = "\n".join(",".join(cells) for cells in (rows[0], *(row.values() for row in rows)))
+    (tmp_path / name).write_text(jsonl if name.endswith("jsonl") else csv, encoding="utf-8")
+    assert classes_of(load_images(str(tmp_path))) == {"0.png": "b", "1.png": "a"}
+
+
+def test_a_cell_too_many_in_the_metadata_is_named(tmp_path):
+    write_picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,label\na.png,small, brown,ant\n")
+    with pytest.raises(BadValue, match=r"metadata\.csv line 2=\['ant'\]: 3 fields; quote commas"):
+        load_images(str(tmp_path))
+
+
 def test_why_there_are_no_labels_is_said(tmp_path, capsys):
     write_picture(tmp_path / "a.png")
     assert load_images(str(tmp_path))["label"] == [-1]

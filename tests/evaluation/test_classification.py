@@ -293,5 +293,10 @@ def test_results_go_into_the_card_of_a_local_adapter(options, adapter):
     assert (
         f"{result['rows'][2]['agreement']:.1f}" in card and "![Accuracy against multiply-adds](accuracy.png)" in card
     )
+    (adapter / "README.md").write_text("mine")
+    with pytest.warns(UserWarning, match=r"README\.md was edited and is kept"):
+        main([*flags, "--r", "2", "--write_card", "True"])
+    assert json.loads((adapter / "evaluation.json").read_text())["rows"][2]["r"] == 2
+    assert (adapter / "README.md").read_text() == "mine"
     with pytest.raises(BadValue, match="write_card=True"):
         EvaluateArguments(model="m", data="d", write_card=True)

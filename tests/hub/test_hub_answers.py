@@ -189,13 +189,13 @@ class TestLoad:
         hub.faults.clear()
         assert_same(client(LOAD, "me/a", **cache), make_adapter())
 
-    @pytest.mark.parametrize("etag", ['"../../../../outside"', '"/tmp/outside"', '".."'])
+    @pytest.mark.parametrize("etag", ['"../../../outside"', '"{}/outside"', '".."'])
     def test_an_etag_is_no_path(self, hub, client, cache, published, etag, tmp_path):
-        hub.faults.append(Fault("HEAD", CONFIG_NAME, times=9, headers={"ETag": etag}))
+        hub.faults.append(Fault("HEAD", CONFIG_NAME, times=9, headers={"ETag": etag.format(tmp_path)}))
         before = set(tmp_path.rglob("*"))
         with pytest.raises(AdapterError, match=rf"me/a: .*{CONFIG_NAME}.*nothing was downloaded"):
             client(LOAD, "me/a", **cache)
-        assert set(tmp_path.rglob("*")) == before and not Path("/tmp/outside").exists()
+        assert set(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize("commit", ["../../../../outside", "", "x" * 300])
     def test_a_bad_commit_names_the_repository(self, hub, client, cache, published, commit):

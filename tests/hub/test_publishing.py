@@ -154,9 +154,16 @@ def test_a_card_follows_its_folder_until_it_is_edited(folder: Path) -> None:
         (folder / "training.json").write_text('{"steps": 7}')
     assert "- Steps: 7" in (folder / "README.md").read_text()
     (folder / "README.md").write_text("mine")
-    with refreshed_card(folder):
+    with pytest.warns(UserWarning, match=r"README\.md was edited and is kept"), refreshed_card(folder):
         (folder / "training.json").write_text('{"steps": 8}')
     assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_record_that_makes_no_card_is_no_obstacle_to_the_one_that_takes_its_place(folder: Path) -> None:
+    (folder / "training.json").write_text("[]")
+    with pytest.warns(UserWarning, match="is kept"), refreshed_card(folder):
+        (folder / "training.json").write_text('{"steps": 7}')
+    assert "- Steps" not in (folder / "README.md").read_text()
 
 
 def test_results_are_numbers_and_their_names_one_clean_line(folder: Path) -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from tests.support.loopback_routes import LFS_SUFFIXES, Handler, Seen
+from tests.support.loopback_answers import Seen
+from tests.support.loopback_routes import LFS_SUFFIXES, Handler
 
 
 @dataclass

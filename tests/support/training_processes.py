@@ -71,6 +71,12 @@ def wait_for_step(output_dir, step, processes):
     raise AssertionError([process.log.read_text() for process in processes])
 
 
+def logged(output_dir, name=None):
+    """The lines of a run's `metrics.jsonl`; of one figure, its values."""
+    lines = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
+    return lines if name is None else [line[name] for line in lines if name in line]
+
+
 def outcome(output_dir):
     """What must be the same, bit for bit, however a run came to its end: learned weights, the best ones, metrics."""
     newest = sorted(Path(output_dir, "checkpoints").glob("step-*"))[-1]

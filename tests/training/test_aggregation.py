@@ -15,6 +15,7 @@ from dtem_hf.errors import AdapterError
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.parameters import choose_learned, optimizer_groups
 from dtem_hf.training.program import train
+from tests.support.training_processes import logged
 
 
 LEARN = {"learn_exponents": True, "learn_norms": True}
@@ -149,8 +150,7 @@ def test_it_is_learned_through_the_hard_merge_alone(options, vit_folder, tmp_pat
     after = MergeAdapter.from_pretrained(Path(options["output_dir"], "adapter"))
     for key, tensor in before.tensors.items():
         assert torch.equal(after.tensors[key], tensor) == key.startswith("layers.") or key.endswith((".0", ".3")), key
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    kl = [line["validation"]["kl"] for line in lines if "validation" in line]
+    kl = [figures["kl"] for figures in logged(options["output_dir"], "validation")]
     assert min(kl) < 0.8 * kl[0]
 
 
@@ -199,6 +199,5 @@ def test_shifts_are_learned_behind_an_adapter_without_them(options, vit_folder, 
     assert all(torch.equal(learned.tensors[key], tensor) for key, tensor in first.tensors.items())
     moved = {key for key in learned.tensors.keys() - first.tensors.keys() if learned.tensors[key].any()}
     assert moved == {key for key in learned.tensors if key.startswith("shifts.") and ".0." not in key}
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    kl = [line["validation"]["kl"] for line in lines if "validation" in line]
+    kl = [figures["kl"] for figures in logged(options["output_dir"], "validation")]
     assert min(kl) < 0.95 * kl[0]

@@ -14,6 +14,7 @@ from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.curriculum import Curriculum
 from dtem_hf.training.parameters import freeze_backbone
 from dtem_hf.training.program import train
+from tests.support.training_processes import logged
 
 
 def curriculum(options, **changes):
@@ -80,7 +81,7 @@ def test_straight_through_removes_tokens_and_reaches_the_embedding(vit_folder):
 def test_runs_learn_and_are_measured_as_they_will_be_used(changes, options):
     """From a random start that is not near the best already, as that of some seeds is."""
     summary = train(TrainArguments(**{**options, **changes, "steps": 60, "lr": 0.02, "init": "random", "seed": 2}))
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    lines = logged(options["output_dir"])
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 60 and sum(losses[-20:]) < sum(losses[:20])
     adapter = MergeAdapter.from_pretrained(Path(options["output_dir"], "adapter"))
@@ -93,8 +94,7 @@ def test_a_last_phase_of_straight_through_learns_from_the_hard_loss(options):
     data = {"validation_data": options["data"], "validation_size": 4, "batch_size": 4}
     run = {**options, **data, "steps": 2, "straight_through_from": 1, "lr": 1e-9, "validate_every": 1}
     train(TrainArguments(**run, task="distillation"))
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    soft, hard = (line["loss"] for line in lines if "loss" in line)
+    soft, hard = logged(options["output_dir"], "loss")
     assert 0 < hard < 0.5 and hard != pytest.approx(soft, rel=1e-3)
 
 
@@ -103,8 +103,9 @@ def test_a_run_goes_on_from_an_adapter(options, tmp_path):
     adapter = str(Path(options["output_dir"], "adapter"))
     second = {**options, "start_from": adapter, "steps": 1, "output_dir": str(tmp_path / "second")}
     train(TrainArguments(**second))
-    lines = [json.loads(line) for line in Path(second["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["validation"]["kl"] == pytest.approx(first["best_validation"]["kl"], rel=1e-4)
+    assert logged(second["output_dir"], "validation")[0]["kl"] == pytest.approx(
+        first["best_validation"]["kl"], rel=1e-4
+    )
 
 
 def test_a_run_goes_on_from_the_mean_of_adapters(options, tmp_path):

@@ -60,6 +60,17 @@ def test_resumed_run_ends_in_the_same_bits(options, tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_what_a_killed_run_was_writing_is_removed_and_the_model_that_it_moved_aside_is_put_back(options):
+    folder = run(options, steps=1, validate_every=1)
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    (folder / ".model.0123abcd.tmp").mkdir()
+    (folder / "model").rename(folder / ".model.0123abcd.tmp" / "old")
+    for name in (".metrics.jsonl.0123abcd.tmp", "adapter/.merge_adapter.safetensors.0123abcd.tmp"):
+        (folder / name).touch()
+    run(options, steps=1, validate_every=1)
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+
 def test_captioning_model_is_saved_with_its_tokenizer(caption_options, git_folder):
     folder = run({**caption_options, "model": str(git_folder), "task": "captioning"}, steps=2, validate_every=2)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")

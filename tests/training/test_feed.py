@@ -1,6 +1,5 @@
 """Data of every kind feeds a run: streams that are cut off, broken images, and numbers of steps from epochs."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from dtem_hf import BadValue
 from dtem_hf.opening import UnreadableImage
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
-from tests.support.training_processes import outcome, wait_for_step
+from tests.support.training_processes import logged, outcome, wait_for_step
 
 
 @pytest.fixture
@@ -99,8 +98,8 @@ def test_unreadable_image_changes_nothing_about_the_figures_of_the_others(broken
             (data / "0.png").write_text("no image")
         options = {**broken, "validation_data": str(data), "on_bad_image": "skip", "output_dir": str(tmp_path / name)}
         train(TrainArguments(**{**options, "steps": 1}))
-        figures.append(json.loads(Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()[0]))
-    assert figures[0]["validation"] == pytest.approx(figures[1]["validation"], rel=1e-5)
+        figures.append(logged(options["output_dir"], "validation")[0])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
 def test_batch_without_a_readable_image_is_an_error(broken):

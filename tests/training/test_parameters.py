@@ -63,6 +63,7 @@ def test_dropout_wakes_only_where_the_backbone_learns(model):
         ({"layer_decay": 1.1}, "layer_decay=1.1"),
         ({"backbone_weight_decay": -1.0}, "backbone_weight_decay=-1.0"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5: a number from 0 to 1"),
+        ({"augmentation": "blur"}, "augmentation='blur': one of none, flip"),
         ({"features": "eyes"}, "features='eyes': one of auto"),
         ({"feature_loss": "l1"}, "feature_loss='l1': one of cosine, mse"),
         ({"mixup": -0.1}, "mixup=-0.1"),

@@ -1,6 +1,5 @@
 """The training program: what it leaves alone, what it learns, and that an interruption changes nothing."""
 
-import json
 import os
 import random
 import time
@@ -19,6 +18,7 @@ from dtem_hf.training.parameters import freeze_backbone
 from dtem_hf.training.program import train
 from dtem_hf.training.run import Run
 from tests.support.children import Child, run_python
+from tests.support.training_processes import logged
 
 
 ROOT = Path(__file__).parents[2]
@@ -86,15 +86,14 @@ def test_loss_falls(options, task, image_folder, tmp_path):
                 file.write(("file,label\n" if i == 0 else "") + f"{i}.png,{label}\n")
         options["data"] = str(data)
     summary = train(TrainArguments(**{**options, "steps": 60, "task": task, "init": "random", "lr": 0.02}))
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = logged(options["output_dir"], "loss")
     assert len(losses) == 60 and summary["steps"] == 60
     assert sum(losses[-20:]) < sum(losses[:20])
 
 
 def test_best_adapter_is_the_one_kept(options):
     summary = train(TrainArguments(**{**options, "steps": 9, "lr": 0.5}))
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    lines = logged(options["output_dir"])
     by_step = {line["step"]: line["validation"]["kl"] for line in lines if "validation" in line}
     assert sorted(by_step) == [0, 3, 6, 9]
     assert summary["best_step"] == min(by_step, key=by_step.get)
@@ -105,8 +104,7 @@ def test_best_adapter_is_the_one_kept(options):
 
 def test_learning_rate_is_half_a_cosine(options):
     train(TrainArguments(**options))
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in lines if "lr" in line]
+    rates = logged(options["output_dir"], "lr")
     cosine = 0.5 * (1 + torch.cos(torch.pi * torch.arange(1, 7) / 6))
     assert rates == pytest.approx((1e-6 + (0.01 - 1e-6) * cosine).tolist(), rel=1e-5)
 
@@ -159,7 +157,7 @@ def test_killed_run_resumes_to_the_same_bits(options, tmp_path):
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
     best = [load_file(folder / "adapter" / "merge_adapter.safetensors") for folder in (whole, cut)]
     assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
-    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, cut)]
+    logs = [logged(f) for f in (whole, cut)]
     assert logs[0] == logs[1]
 
 

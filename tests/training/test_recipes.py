@@ -43,6 +43,7 @@ from dtem_hf.programs.arguments import read_arguments
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from recipes import training_table
+from tests.support.training_processes import logged
 
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,7 @@ def test_a_training_recipe_takes_a_step(
     kept = {key: value for key, value in asked.items() if key not in {*changed, "r"}}
     assert {key: summary["arguments"][key] for key in kept} == kept
     assert summary["arguments"]["r"] == (None if asked.get("method") == "dtps" else str(asked["r"]))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     assert math.isfinite(next(line["loss"] for line in lines if "loss" in line))
     assert sorted(line["step"] for line in lines if "validation" in line) == [0, 1]
     assert (tmp_path / "run" / "adapter" / "merge_adapter.safetensors").is_file()

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import AutoTokenizer, GitForCausalLM
 
@@ -12,7 +11,7 @@ from dtem_hf import BadValue
 from dtem_hf.data.captioned_images import hold_out
 from dtem_hf.data.captions import read_annotations
 from dtem_hf.opening import load_processor
-from dtem_hf.training.small_git import SmallGitArguments, caption_loss, main, make_tokenizer, train_small_git
+from dtem_hf.training.small_git import SmallGitArguments, main, make_tokenizer, train_small_git
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
@@ -55,21 +54,6 @@ def test_tokenizer_gives_captions_back():
     assert tokenizer.decode(ids, skip_special_tokens=True) == "two dogs, one brown, run."
 
 
-def test_padding_has_no_loss(coloured):
-    tokenizer = make_tokenizer(["a b c d e f"], 50)
-    seen = {}
-
-    class Model:
-        def __call__(self, **kwargs):
-            seen.update(kwargs)
-            return type("Output", (), {"loss": torch.zeros(())})
-
-    batch = tokenizer(["a b", "a b c d"], padding=True, return_tensors="pt")
-    caption_loss(Model(), torch.zeros(2, 3, 4, 4), batch)
-    assert (seen["labels"][0, -2:] == -100).all()
-    assert torch.equal(seen["labels"][1], batch["input_ids"][1])
-
-
 def test_images_that_are_held_out_are_those_of_training(coloured):
     """Neither of the two sees what validation will see, its captions' words among them."""
     lines = (coloured / "captions.txt").read_text().splitlines()
@@ -78,6 +62,8 @@ def test_images_that_are_held_out_are_those_of_training(coloured):
     files = {"images": str(coloured / "images"), "captions": str(coloured / "captions.txt")}
     record = train_small_git(SmallGitArguments(**files, **options, validation_size=4, output_dir=str(coloured / "g")))
     assert record["num_images"] == 8 and record["num_captions"] == 24
+    with pytest.raises(BadValue, match="validation_size=12: fewer than the captioned images"):
+        train_small_git(SmallGitArguments(**files, validation_size=12))
     _, held_out = hold_out(read_annotations(files["captions"]), 4)
     pieces = AutoTokenizer.from_pretrained(coloured / "g").get_vocab()
     for i in range(12):

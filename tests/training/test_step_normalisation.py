@@ -1,11 +1,12 @@
 """A step of 16 images learns the same however it is cut: 16 at once, 4 batches of 4, or 2 processes of 8."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.support.training_processes import logged
 
 
 CUTS = {"16x1": (16, 1, 1), "4x4": (4, 4, 1), "2 processes of 8": (8, 1, 2), "2 processes of 4x2": (4, 2, 2)}
@@ -30,8 +31,7 @@ def test_a_step_is_the_same_however_it_is_cut(
         run = {**base, "batch_size": batch_size, "gradient_accumulation_steps": accumulated, "lr": 1e-3}
         run.update(output_dir=str(tmp_path / name), checkpoint_every=3, init="random")
         finish_processes(run, processes)
-        lines = [json.loads(line) for line in Path(run["output_dir"], "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [line["loss"] for line in lines if "loss" in line]
+        losses[name] = logged(run["output_dir"], "loss")
         weights[name] = load_file(Path(run["output_dir"], "checkpoints", "step-00000003", "model.safetensors"))
     whole = weights["16x1"]
     for name in CUTS:

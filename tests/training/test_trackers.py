@@ -14,11 +14,7 @@ from dtem_hf import BadValue
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from dtem_hf.training.trackers import flat, new_run_id
-from tests.support.training_processes import outcome
-
-
-def lines(output_dir):
-    return [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
+from tests.support.training_processes import logged, outcome
 
 
 def test_tensorboard_holds_what_metrics_jsonl_holds_and_images_per_second(options, finish_processes):
@@ -27,7 +23,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds_and_images_per_second(option
     events = EventAccumulator(str(Path(options["output_dir"], "logs", "dtem-hf")))
     events.Reload()
     expected = {}
-    for line in lines(options["output_dir"]):
+    for line in logged(options["output_dir"]):
         step = line.pop("step")
         for name, value in flat(line).items():
             expected.setdefault(name, []).append((step, pytest.approx(value, rel=1e-6)))

@@ -11,12 +11,7 @@ import pytest
 from dtem_hf import BadValue
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
-from tests.support.training_processes import outcome, wait_for_step
-
-
-def records(output_dir, name):
-    lines = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+from tests.support.training_processes import logged, outcome, wait_for_step
 
 
 @pytest.mark.parametrize("r", ["2", "[2, 0, 3, 0]"])  # where a layer merges nothing, its embedding gets no gradient
@@ -28,10 +23,10 @@ def test_two_processes_of_16_learn_what_one_of_32_learns(options, finish_process
     finish_processes(two, num_processes=2)
     hardware = json.loads((tmp_path / "two" / "adapter" / "training.json").read_text())["hardware"]
     assert hardware.startswith("2 × ")
-    losses = [records(folder, "loss") for folder in (one["output_dir"], two["output_dir"])]
+    losses = [logged(folder, "loss") for folder in (one["output_dir"], two["output_dir"])]
     assert len(losses[1]) == 20 and max(losses[0]) - min(losses[0]) > 1e-4
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    kl = [[figures["kl"] for figures in records(f, "validation")] for f in (one["output_dir"], two["output_dir"])]
+    kl = [[figures["kl"] for figures in logged(f, "validation")] for f in (one["output_dir"], two["output_dir"])]
     assert kl[1] == pytest.approx(kl[0], abs=1e-5)
 
 
@@ -55,9 +50,9 @@ def test_half_the_processes_with_twice_the_batches_go_on_with_a_run(options, fin
     options.update(steps=6, checkpoint_every=3, batch_size=4)
     finish_processes({**options, "keep_checkpoints": 9}, num_processes=2)
     shutil.rmtree(Path(options["output_dir"], "checkpoints", "step-00000006"))
-    before = records(options["output_dir"], "loss")
+    before = logged(options["output_dir"], "loss")
     printed = finish_processes({**options, "gradient_accumulation_steps": 2})
     assert "resuming from" in printed[0] and "steps of 8 images: 1 × " in printed[0]
-    assert records(options["output_dir"], "loss") == pytest.approx(before, abs=1e-5)
+    assert logged(options["output_dir"], "loss") == pytest.approx(before, abs=1e-5)
     with pytest.raises(BadValue, match=r"batch_size=4: .* processes is 4, and this run was started with 8"):
         train(TrainArguments(**options))

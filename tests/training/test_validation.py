@@ -1,8 +1,5 @@
 """A glance at one batch: what the soft and the hard model say of it, and how many tokens are left."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,10 +7,11 @@ from dtem_hf import AutoModelForImageClassification, DTEMConfig, ToMeConfig, att
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from dtem_hf.training.validation import effective_tokens
+from tests.support.training_processes import logged
 
 
 def glances(output_dir):
-    lines = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
+    lines = logged(output_dir)
     return {line["step"]: line for line in lines if "glance" in line}
 
 
@@ -22,7 +20,7 @@ def test_glance_sees_what_the_whole_validation_sees_where_the_batch_is_the_whole
     train(TrainArguments(**options))
     seen = glances(options["output_dir"])
     assert sorted(seen) == [3, 6]
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
+    lines = logged(options["output_dir"])
     for line in lines:
         if "validation" in line and line["step"]:
             glance = seen[line["step"]]["glance"]

@@ -7,14 +7,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import AutoConfig
 
+from ...data.captioned_images import MODEL_INPUTS
 from ...errors import BadValue
 from ...families import find_place
 from ...models.auto import auto_class
 from ...models.distances import caption_losses, kl_to
 from .caption_task import CaptionTask
-
-
-MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 
 
 class Captioning(CaptionTask):

@@ -36,6 +36,3 @@ class Classification(ClassifierTask):
             return loss
         target = self.unmerged(plain_model, pixel_values=mixed.pixel_values).logits.float()
         return loss + a.distillation_weight * kl_to(target, logits).mean()
-
-    def _may_lack_head(self) -> bool:
-        return self.arguments.train_backbone

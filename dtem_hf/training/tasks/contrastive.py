@@ -47,7 +47,7 @@ class Contrastive(CaptionTask):
         """The vision part of a dual encoder; the task keeps the rest."""
         a = self.arguments
         config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
-        if not {"text_config", "vision_config"} <= set(config.sub_configs) or config.model_type not in _KNOWN:
+        if config.model_type not in _KNOWN:
             raise BadValue("model", a.model, f"a dual encoder ({', '.join(_KNOWN)}), not {config.model_type}")
         self.whole = AutoModelForZeroShotImageClassification.from_pretrained(a.model, config=config)
         self.whole.requires_grad_(False).eval()

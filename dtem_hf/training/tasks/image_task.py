@@ -101,13 +101,10 @@ class ClassifierTask(ImageTask):
 
     def load_model(self) -> Any:
         a = self.arguments
-        if self._may_lack_head():
+        if self.needs_labels and a.train_backbone:  # a new head can learn
             return AutoModelForImageClassification.from_pretrained(a.model, merge=a.merge_config())
         instead = "for an encoder without a head, use --task feature_distillation"
         return load_trained_classifier(a.model, instead, merge=a.merge_config())
-
-    def _may_lack_head(self) -> bool:
-        return False
 
     def num_labels(self, model: Any) -> int | None:
         return model.config.num_labels

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...configuration import LEARN_FIELDS
+from ...data.captioned_images import MODEL_INPUTS
 from ...errors import BadValue
 from ...models.install import merging_of, recorded_steps
 from ..fisher import fisher_loss, sampled_log_probability, sampled_projection, sampled_words
-from .captioning import MODEL_INPUTS, Captioning
+from .captioning import Captioning
 from .feature_distillation import FeatureDistillation
 from .image_task import ClassifierTask
 

@@ -1,6 +1,5 @@
 """The captioning task: the model's own loss, each caption's loss, and what is said of captions without images."""
 
-import json
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from dtem_hf.training.tasks.captioning import word_divergence
 from tests.models.test_containers import built, llava
+from tests.support.training_processes import logged
 
 
 CLASSES = {"git_folder": GitForCausalLM, "blip_folder": BlipForConditionalGeneration}
@@ -67,8 +67,7 @@ def test_caption_without_a_second_token_has_no_loss():
 def test_ratio_is_that_of_the_means(caption_options, git_folder, tmp_path):
     changes = {"model": str(git_folder), "task": "captioning", "r": "4", "steps": 2, "validate_every": 2}
     summary = train(TrainArguments(**{**caption_options, **changes}))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    validations = [line["validation"] for line in lines if "validation" in line]
+    validations = logged(tmp_path / "run", "validation")
     assert len(validations) == 2 and summary["best_validation"] in validations
     for figures in validations:
         assert figures["ratio"] == pytest.approx(figures["loss"] / figures["unmerged_loss"], rel=1e-12)

@@ -1,8 +1,6 @@
 """The Fisher tasks: their loss by hand, what it reaches, that it falls, and what is drawn."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.fisher import sampled_log_probability, sampled_projection, sampled_words
 from dtem_hf.training.parameters import relax
 from dtem_hf.training.program import train
+from tests.support.training_processes import logged
 
 
 def batch_of(run, count=3):
@@ -84,8 +83,7 @@ def test_loss_falls(task, options, clip_folder):
     model = {"model": str(clip_folder)} if task == "feature_fisher" else {}
     run = {**options, **model, "steps": 60, "task": task, "init": "random", "lr": 0.02, "validate_every": 60}
     train(TrainArguments(**{**run, "validation_size": 4}))
-    lines = [json.loads(line) for line in Path(options["output_dir"], "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = logged(options["output_dir"], "loss")
     assert len(losses) == 60 and sum(losses[-20:]) < 0.9 * sum(losses[:20])
 
 
