@@ -18,7 +18,7 @@ from torch import Tensor
 from ..configuration import KeepRateConfig
 from ..errors import BadValue, UnsupportedModelError
 from ..progress import tqdm
-from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
+from ..schedule import KeepRateSchedule, ListSchedule, Schedule, falling, reductions_for
 from .attach import MergeMixin
 from .dense_head import DenseHead
 from .distances import feature_distance, kl_to, map_error, output_of
@@ -67,8 +67,7 @@ def calibrate(
     them); with a dense `head`, a function of patches [B, D, rows, columns], its maps [B, H, W] are. Works for any
     method. The same images give the same plan. Raises ValueError for a share that cannot be reached.
     """
-    is_merged = isinstance(model, MergeMixin)
-    if not is_merged:
+    if not issubclass(type(model), MergeMixin):
         raise UnsupportedModelError("calibrate: the model is not merged; attach(model, DTEMConfig(...)) first.")
     if evaluations < 1:
         raise BadValue("evaluations", evaluations, "1 or more")
@@ -78,7 +77,8 @@ def calibrate(
         with evaluating(model):
             output = partial(output_of, kind=features) if head is None else partial(_maps, _as_head(head))
             search = _Search(model, pixel_batches(images, batch_size), evaluations, output)
-            even, best, schedule = search.run(_plans(merging, flops))
+            plans = _over_layers if isinstance(merging.config, KeepRateConfig) else _over_weights
+            even, best, schedule = search.run(plans(merging, flops))
     except BaseException:
         set_merge_config(model, before)
         raise
@@ -167,10 +167,6 @@ class _Plans:
     schedule: Callable[[Any], Schedule]
 
 
-def _plans(merging: Merging, flops: float) -> _Plans:
-    return (_over_layers if isinstance(merging.config, KeepRateConfig) else _over_weights)(merging, flops)
-
-
 def _over_weights(merging: Merging, flops: float) -> _Plans:
     """A point is one weight per layer, to which its r is proportional; a move makes one layer's larger or smaller."""
     depth, num_tokens = len(merging.cost.layers), merging.plan.num_tokens
@@ -186,17 +182,13 @@ def _over_weights(merging: Merging, flops: float) -> _Plans:
             for factor in (_FACTORS[scale], 1 / _FACTORS[scale]):
                 yield partial(scaled, layer=layer, factor=factor)
 
-    starts = [tuple(1 + slope * (1 - 2 * i / max(depth - 1, 1)) for i in range(depth)) for slope in _SLOPES]
-    return _Plans(starts, len(_FACTORS), moves, schedule)
+    return _Plans([tuple(falling(depth, slope)) for slope in _SLOPES], len(_FACTORS), moves, schedule)
 
 
 def _over_layers(merging: Merging, flops: float) -> _Plans:
     """A point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
     depth = len(merging.cost.layers)
     own: KeepRateSchedule = merging.config.schedule  # type: ignore[assignment]
-    start = own.layers
-    if start is None:
-        start = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
     def schedule(layers: tuple[int, ...]) -> Schedule:
         return replace(own, layers=layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
@@ -213,7 +205,9 @@ def _over_layers(merging: Merging, flops: float) -> _Plans:
         for which in range(depth):
             for by in (-1, 1):
                 yield partial(shifted, which=which, by=by)
+        if merging.config.learns:  # a learned predictor of scores for each of so many layers
+            return
         for layer in range(depth):
             yield partial(toggled, layer=layer)
 
-    return _Plans([start], 1, moves, schedule)
+    return _Plans([tuple(own.chosen(depth))], 1, moves, schedule)
