@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,8 @@ from transformers.models.data2vec.modeling_data2vec_vision import (
 
 from ..scope import current_state
 from ..token_state import TokenState
-from .anatomy import Anatomy
 from .family import Family
+from .older_vit import OLDER_VIT_LAYER
 from .readers import WeighedMean
 from .relative_bias import RelativeBiasMerging, add_biases, follow
 
@@ -84,15 +85,7 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 FAMILY = Family(
     encoders={Data2VecVisionModel: "encoder.layer"},
-    anatomy=Anatomy(
-        norm1="layernorm_before",
-        attention="attention",
-        norm2="layernorm_after",
-        mlp="output",
-        query="attention.attention.query",
-        key="attention.attention.key",
-        heads="attention.attention.num_attention_heads",
-    ),
+    anatomy=replace(OLDER_VIT_LAYER, mlp="output"),
     models={
         Data2VecVisionModel: "tokens",
         Data2VecVisionForImageClassification: "tokens",

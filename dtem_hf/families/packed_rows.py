@@ -108,8 +108,7 @@ class PackedRowsAttention:
         # [S, n, 3 · H · d] -> 3 × [S, H, n, d]
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = (rotate(x.float(), kwargs["position_embeddings"]).to(x.dtype) for x in (q, k))
-        dropout, eager = self.attention_dropout if self.training else 0.0, self.config._attn_implementation == "eager"
-        return self.proj(attend(q, k, v, attention_mask, self.scaling, dropout, eager)[0])
+        return self.proj(attend(self, q, k, v, attention_mask, self.scaling, self.attention_dropout)[0])
 
 
 class PackedRowsFamily(DINOv3ViTFamily):
