@@ -86,9 +86,9 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             raise AdapterError(
                 f"method={self.config.method!r} learns nothing, so no model has a place for this adapter."
             )
-        if embedding.embed_dim != self.embed_dim:
+        if embedding.shape.embed_dim != self.embed_dim:
             raise AdapterError(
-                f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.embed_dim}."
+                f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.shape.embed_dim}."
             )
         own = embedding.adapter_tensors()
         for key, tensor in self.tensors.items():

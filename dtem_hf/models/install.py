@@ -188,7 +188,7 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
         derive_class(module, mixin, Renamed)
     if prepared.embedding is not None:
         encoder.merge_embedding = prepared.embedding
-        if prepared.embedding.shifts is not None:
+        if prepared.embedding.shape.shifts:
             for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
                 assert kind is not None  # `prepare` has checked
                 derive_class(shifting, kind, Renamed)
