@@ -287,9 +287,8 @@ class KeepRateConfig(MergeConfig):
         if not isinstance(schedule, KeepRateSchedule):
             expected = f"a KeepRateSchedule, or a share of the multiply-adds in flops: {self.title} has no r"
             raise BadValue("r", r, expected)
-        return replace(
-            self, keep_rate=schedule.keep_rate, layers=None if schedule.layers is None else list(schedule.layers)
-        )
+        layers = None if schedule.layers is None else list(schedule.layers)
+        return replace(self, keep_rate=schedule.keep_rate, layers=layers)
 
 
 @dataclass

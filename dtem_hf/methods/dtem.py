@@ -112,5 +112,5 @@ class DTEM(MatchingMethod[DTEMConfig]):
         merged = state.embedding.lengthen(
             index, merged, lambda: ops.merge_along_flow(ops.norms_of(x), before, matching, flow, prefix)[0]
         )
-        record_matched(state, merged, sizes, matching, x.shape[1])
+        record_matched(state, merged, sizes, matching)
         return merged

@@ -143,9 +143,7 @@ def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> 
     if not place.part:
         return "tokens"
     container = container_of(type(model))
-    if config.unmerge is not False or not container.counts_placeholders:
-        return container.reader
-    return "sized"
+    return "sized" if config.unmerge is False and container.counts_placeholders else container.reader
 
 
 def _make_embedding(
@@ -158,9 +156,8 @@ def _make_embedding(
         if adapter is not None:
             adapter.load_into(embedding)
         elif embedding is not None and not like.is_meta:
-            keys = (
-                [] if getattr(merging.config, "init", "random") == "random" else family.key_projections(encoder, like)
-            )
+            from_keys = getattr(merging.config, "init", "random") == "keys"
+            keys = family.key_projections(encoder, like) if from_keys else []
             method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
     return None if embedding is None else embedding.train(encoder.training)
 
@@ -279,8 +276,9 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
         raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
     if wanted.predictors != own.predictors:
         raise BadValue("layers", config.schedule, f"{own.predictors} layers, as many as have learned scores")
-    differing = (wanted.exponent_heads != own.exponent_heads, wanted.norms != own.norms, True)
-    name = LEARN_FIELDS[differing.index(True)]
+    parts = ("exponent_heads", "norms", "shifts")  # of an embedding, for each of the fields
+    pairs = zip(LEARN_FIELDS, parts, strict=True)
+    name = next(name for name, part in pairs if getattr(wanted, part) != getattr(own, part))
     raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
 
 

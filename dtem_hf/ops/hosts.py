@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .matching import Matching, cosine_scores, descending_order, put_empty_first
+from .merging import take_tokens
 
 
 def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
@@ -60,11 +61,7 @@ def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None 
     Also returns the weights of the mean [B, N] float32: e to the power of that cosine, e for kept tokens, and 0 for
     pruned padding, which `empty` [B, N] marks.
     """
-
-    def rows(positions: Tensor) -> Tensor:
-        return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-    scores = cosine_scores(rows(pruned), rows(kept))
+    scores = cosine_scores(take_tokens(x, pruned), take_tokens(x, kept))
     if empty is not None:
         scores = put_empty_first(scores, empty.gather(1, pruned), empty.gather(1, kept))
     cosine, best = scores.max(dim=-1)  # the first of equal maxima
