@@ -49,12 +49,12 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and three options.
+    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and options.
 
     `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back. `shifts`: names and lengths of the backbone's
-    parameters that move while tokens are merged. `predictors`: the number of networks that
-    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0).
+    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that score
+    tokens, which dTPS has in the place of an embedding (`embed_dim` 0). `shifts`: names and lengths of the backbone's
+    parameters that move while tokens are merged.
     """
 
     num_layers: int
@@ -141,7 +141,7 @@ class LearnedVector(nn.Module):
 
 
 class Shifts(nn.Module):
-    """What is added to parameters of the backbone once all tokens are gone; before, that share of it which is gone.
+    """What is added to parameters of the backbone, times the share of the tokens that are gone.
 
     Read by calling the module, which gives all of them by name.
     """

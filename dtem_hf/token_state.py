@@ -229,7 +229,7 @@ class TokenState:
         """Record what a layer returns: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
 
         `source` makes its source map, and is called only if it is kept; `carry` merges positions and stacked tokens as
-        the layer merged its own. Where pruned tokens stay, `kept` [B, n'] says which are none.
+        the layer merged its own. Where pruned tokens stay, `kept` [B, n'] is 0 for them, and 1 for all others.
         """
         positions = self._positions[layer]
         # Also when the layer is run again: gradient checkpointing wants the same operations both times.

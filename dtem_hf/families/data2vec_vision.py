@@ -52,11 +52,12 @@ class Data2VecVisionMerging(RelativeBiasMerging):
         output_attentions: bool = False,
         relative_position_bias: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        resolution: tuple[int, int] | None = None,
+        resolution: Any = None,
     ) -> tuple[Tensor, ...]:
         parts = state.anatomy
         place = {"interpolate_pos_encoding": interpolate_pos_encoding, "resolution": resolution}
-        grid = self.grid(resolution)
+        patch_size = self.attention.attention.config.patch_size
+        grid = resolution[0] // patch_size, resolution[1] // patch_size
         self.place_tokens(hidden_states, grid, state)
         bias = self.bias_with_sizes(hidden_states, relative_position_bias, state, grid)
         normed = getattr(self, parts.norm1)(hidden_states)
@@ -73,10 +74,6 @@ class Data2VecVisionMerging(RelativeBiasMerging):
         if state.method.between:
             hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         return (hidden_states, *weights)
-
-    def grid(self: Any, resolution: Any) -> tuple[int, int]:
-        patch_size = self.attention.attention.config.patch_size
-        return resolution[0] // patch_size, resolution[1] // patch_size
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

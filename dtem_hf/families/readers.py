@@ -1,9 +1,8 @@
 """How models read the tokens of a merged encoder: one word per model class, and what follows from it.
 
-A model that reads merged tokens needs nothing where it looks at prefix tokens alone or attends to all tokens alike: an
-encoder returns those that stand for something, whichever model is around it. The other readers open a scope with their
-word, and the encoder inside returns its tokens as that reader needs them. The mixins change nothing where nothing was
-merged.
+A model needs no mixin where it looks at prefix tokens alone or attends to all tokens alike: the encoder returns the
+tokens that still take part. The other readers open a scope with their word, and the encoder inside returns its tokens
+as that reader needs them. The mixins change nothing where nothing was merged.
 """
 
 from __future__ import annotations

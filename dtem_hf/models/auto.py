@@ -169,7 +169,7 @@ def load_encoder(name: str, features: str, part: str | None = None, **options: A
 
 @contextmanager
 def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **options: Any) -> Iterator[None]:
-    """Say of an adapter that was given as a model what it is, and what it is for."""
+    """Where the name inside the block is an adapter's and no model's, the error says how to use it."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -238,10 +238,7 @@ def _register(variant: Callable[[type], type]) -> None:
 
 
 class _OwnKey:
-    """Stands for a config class of transformers in the table that `register` fills: equal to it, but not of its own.
-
-    Before 5.19, it quietly leaves out those that are.
-    """
+    """Equals a config class of transformers, but is none: before 5.19, `register` of transformers ignores its own."""
 
     def __init__(self, config_class: type) -> None:
         self._config_class = config_class
