@@ -52,9 +52,9 @@ class EmbeddingShape:
     """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and options.
 
     `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that score
-    tokens, which dTPS has in the place of an embedding (`embed_dim` 0). `shifts`: names and lengths of the backbone's
-    parameters that move while tokens are merged.
+    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that
+    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0). `shifts`: names and lengths of the
+    backbone's parameters that move while tokens are merged.
     """
 
     num_layers: int
