@@ -33,11 +33,6 @@ def soft_grouping(
     return torch.zeros_like(scores, dtype=torch.float32).scatter(-1, columns, kept)
 
 
-def _clip_with_straight_gradient(x: Tensor) -> Tensor:
-    """Clip to [0, 1] going forward, identity going backward."""
-    return x + (x.clamp(0, 1) - x).detach()
-
-
 def soft_assignment(
     metric: Tensor,
     num_active: int,
@@ -88,7 +83,10 @@ def move_mass(
         total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
         # A token of B that left in an earlier layer and that no token joins now has no mass: it becomes 0.
         new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
-        new_size_a = size_a * _clip_with_straight_gradient(1 - assignment.sum(dim=-1))
+        left = 1 - assignment.sum(dim=-1)
+        new_size_a = size_a * (
+            left + (left.clamp(0, 1) - left).detach()
+        )  # clipped, with the gradient of the unclipped
     at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
     x = x.index_copy(1, at_b, new_b.to(x.dtype))
     return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)
