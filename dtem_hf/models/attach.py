@@ -198,11 +198,11 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
     if part is not None:
         config = replace(config, part=part)
     inner = inside_peft(model)
-    prepared = prepare(inner, config, adapter)
-    if is_installed(prepared.place.encoder):
+    place, merging, embedding = prepare(inner, config, adapter)
+    if is_installed(place.encoder):
         detach(inner)
-        detach(prepared.place.holder)  # a part that was merged by itself
-    install(inner, prepared, _mixins(type(inner)))
+        detach(place.holder)  # a part that was merged by itself
+    install(inner, place, merging, embedding, _mixins(type(inner)))
     return model
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,17 +63,10 @@ def _check_reference(name: str) -> None:
         raise BadValue("merge", name, wanted if config is None else f"for this method, write {config.__name__}()")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that attaching adds to a model, made and checked before the model is touched."""
-
-    place: Place
-    merging: Merging
-    embedding: DecoupledEmbedding | None
-
-
-def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter | None = None) -> Prepared:
-    """Make what attaching a config, and an adapter's embedding, adds to a model.
+def prepare(
+    model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter | None = None
+) -> tuple[Place, Merging, DecoupledEmbedding | None]:
+    """Make and check what attaching a config, and an adapter's embedding, adds to a model, which stays as it is.
 
     Raises UnsupportedModelError and ValueError where it does not fit. On the meta device, where `from_pretrained`
     builds a model before it loads it, the embedding stays without values.
@@ -103,7 +96,7 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
     with ThreadPoolExecutor(1) as short_lived:
         inference = torch.is_inference_mode_enabled()
         embedding = short_lived.submit(_make_embedding, encoder, merging, adapter, inference).result()
-    return Prepared(place, merging, embedding)
+    return place, merging, embedding
 
 
 def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -162,9 +155,14 @@ def _make_embedding(
     return None if embedding is None else embedding.train(encoder.training)
 
 
-def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
+def install(
+    model: PreTrainedModel,
+    place: Place,
+    merging: Merging,
+    embedding: DecoupledEmbedding | None,
+    model_mixins: Sequence[type],
+) -> None:
     """Put what was prepared into a plain model. `model_mixins` go in front of the model's class, if not there yet."""
-    place, merging = prepared.place, prepared.merging
     encoder = place.encoder
     if not is_merged(model):
         derive_class(model, *model_mixins)
@@ -183,9 +181,9 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
         merging.family.anatomy.key_module(layer).register_forward_hook(remember_keys)
     for module, mixin in merging.family.parts(place.holder, encoder):
         derive_class(module, mixin, Renamed)
-    if prepared.embedding is not None:
-        encoder.merge_embedding = prepared.embedding
-        if prepared.embedding.shape.shifts:
+    if embedding is not None:
+        encoder.merge_embedding = embedding
+        if embedding.shape.shifts:
             for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
                 assert kind is not None  # `prepare` has checked
                 derive_class(shifting, kind, Renamed)
