@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 def attend(
@@ -16,14 +17,12 @@ def attend(
 
     These are None but in "eager". `dropout` is the rate in training.
     """
-    dropout = dropout if module.training else 0.0
+    function: Any = eager_attention_forward
     if module.config._attn_implementation != "eager":
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
-        return mixed.transpose(1, 2).flatten(2), None
-    scores = (query @ key.transpose(2, 3)) * scaling
-    scores = scores if bias is None else scores + bias
-    shares = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout, training=dropout > 0)
-    return (shares @ value).transpose(1, 2).flatten(2), shares
+        function = partial(sdpa_attention_forward, is_causal=False)
+    rate = dropout if module.training else 0.0
+    mixed, weights = function(module, query, key, value, bias, scaling=scaling, dropout=rate)  # [B, n, H, d]
+    return mixed.flatten(2), weights
 
 
 class MaskedAttention:
