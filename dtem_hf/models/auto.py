@@ -231,9 +231,9 @@ def _register(variant: Callable[[type], type]) -> None:
         stock = getattr(transformers, auto.__name__)
         for config_class in {*_CONFIGS, *containers}:
             classes = _mapped_classes(stock, config_class)
-            if any(issubclass(cls, SUPPORTED) for cls in classes) or (classes and config_class in containers):
-                merges = SUPPORTED if config_class not in containers else PreTrainedModel
-                chosen = tuple(variant(cls) if issubclass(cls, merges) else cls for cls in classes)
+            merges = PreTrainedModel if config_class in containers else SUPPORTED
+            chosen = tuple(variant(cls) if issubclass(cls, merges) else cls for cls in classes)
+            if chosen != classes:
                 stock.register(_key(config_class), chosen[0] if len(chosen) == 1 else chosen, exist_ok=True)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -108,14 +109,14 @@ class _Search:
             for other in others:
                 if (distance := self._distance(plans, other, progress)) < best:
                     best, point = distance, other
-            for scale in range(plans.scales):
-                moved = True
-                while moved and self.evaluations < self.most:
-                    moved = False
-                    for move in plans.moves(scale):
-                        neighbour = move(point)
+            for moves in plans.moves:
+                better = True
+                while better and self.evaluations < self.most:
+                    better = False
+                    for move in moves:
+                        neighbour = plans.moved(point, *move)
                         if (distance := self._distance(plans, neighbour, progress)) < best:
-                            best, point, moved = distance, neighbour, True
+                            best, point, better = distance, neighbour, True
         return first, best, plans.schedule(point)
 
     @torch.no_grad()
@@ -159,11 +160,15 @@ def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor
 
 @dataclass(frozen=True)
 class _Plans:
-    """Plans of equal multiply-adds as points of a space: where to start, how to move, which plan a point is."""
+    """Plans of equal multiply-adds as points of a space: where to start, how to move, which plan a point is.
+
+    `moves` are lists of them, each repeated until none of it is better; `moved` makes the point that a move leads to,
+    or None where there is none.
+    """
 
     starts: Sequence[Any]
-    scales: int
-    moves: Callable[[int], Iterator[Callable[[Any], Any]]]
+    moves: Sequence[Sequence[tuple[int, float]]]
+    moved: Callable[..., Any]
     schedule: Callable[[Any], Schedule]
 
 
@@ -174,15 +179,12 @@ def _over_weights(merging: Merging, flops: float) -> _Plans:
     def schedule(weights: tuple[float, ...]) -> Schedule:
         return ListSchedule(tuple(reductions_for(merging.cost, num_tokens, weights, flops)))
 
-    def scaled(weights: tuple[float, ...], layer: int, factor: float) -> tuple[float, ...]:
+    def moved(weights: tuple[float, ...], layer: int, factor: float) -> tuple[float, ...]:
         return (*weights[:layer], weights[layer] * factor, *weights[layer + 1 :])
 
-    def moves(scale: int) -> Iterator[Callable[[Any], Any]]:
-        for layer in range(depth):
-            for factor in (_FACTORS[scale], 1 / _FACTORS[scale]):
-                yield partial(scaled, layer=layer, factor=factor)
-
-    return _Plans([tuple(falling(depth, slope)) for slope in _SLOPES], len(_FACTORS), moves, schedule)
+    starts = [tuple(falling(depth, slope)) for slope in _SLOPES]
+    moves = [[*product(range(depth), (factor, 1 / factor))] for factor in _FACTORS]
+    return _Plans(starts, moves, moved, schedule)
 
 
 def _over_layers(merging: Merging, flops: float) -> _Plans:
@@ -193,21 +195,15 @@ def _over_layers(merging: Merging, flops: float) -> _Plans:
     def schedule(layers: tuple[int, ...]) -> Schedule:
         return replace(own, layers=layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
 
-    def toggled(layers: tuple[int, ...], layer: int) -> tuple[int, ...] | None:
-        return tuple(sorted(set(layers) ^ {layer})) or None
-
-    def shifted(layers: tuple[int, ...], which: int, by: int) -> tuple[int, ...] | None:
+    def moved(layers: tuple[int, ...], which: int, by: int) -> tuple[int, ...] | None:
+        """Shift one of the layers, counted from 0; by nothing: drop the layer of this number, or add it."""
+        if by == 0:
+            return tuple(sorted(set(layers) ^ {which})) or None
         if which >= len(layers) or not 0 <= layers[which] + by < depth or layers[which] + by in layers:
             return None
         return tuple(sorted({*layers[:which], layers[which] + by, *layers[which + 1 :]}))
 
-    def moves(scale: int) -> Iterator[Callable[[Any], Any]]:
-        for which in range(depth):
-            for by in (-1, 1):
-                yield partial(shifted, which=which, by=by)
-        if merging.config.learns:  # a learned predictor of scores for each of so many layers
-            return
-        for layer in range(depth):
-            yield partial(toggled, layer=layer)
-
-    return _Plans([tuple(own.chosen(depth))], 1, moves, schedule)
+    moves = [*product(range(depth), (-1, 1))]
+    if not merging.config.learns:  # else a predictor of scores is learned for each of so many layers
+        moves += product(range(depth), (0,))
+    return _Plans([tuple(own.chosen(depth))], [moves], moved, schedule)
