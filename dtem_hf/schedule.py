@@ -172,15 +172,11 @@ class KeepRateSchedule(Schedule):
                 raise BadValue("layers", list(self.layers), "each layer once")
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        depth = len(cost.layers)
-        layers = self.chosen(depth)
+        reductions = [0] * len(cost.layers)
         first = patches = num_tokens - cost.num_prefix_tokens
-        reductions, stage = [], 0
-        for layer in range(depth):
-            stage += layer in layers
-            left = min(self.left(patches, first, stage), patches) if layer in layers else patches
-            reductions.append(patches - left)
-            patches = left
+        for stage, layer in enumerate(self.chosen(len(reductions)), start=1):
+            reductions[layer] = max(patches - self.left(patches, first, stage), 0)
+            patches -= reductions[layer]
         return reductions
 
     def chosen(self, depth: int) -> list[int]:

@@ -255,9 +255,8 @@ class WeighedCrossAttention:
         tokens: Tensor | None = kwargs.get("encoder_hidden_states")
         if tokens is not None and (bias := read_bias(tokens, self.dtype)) is not None:
             serve_attention(self.config._attn_implementation)
-            words = next(
-                (kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
-            )
+            ids = kwargs.get("input_ids")
+            words = kwargs.get("inputs_embeds") if ids is None else ids
             if words is not None and "query_embeds" not in kwargs:  # some decoders want a row for every word
                 bias = bias.expand(-1, -1, words.shape[1], -1)
             kwargs["encoder_attention_mask"] = bias

@@ -32,7 +32,7 @@ def match_by_energy(
     `metric` [B, N, d]; equal energies go to the lower position. `empty` [B, N] marks padding, which has no part in
     energies and is merged before all else. Raises ValueError unless 1 ≤ r ≤ (N - P) // 2.
     """
-    free, batch = metric[:, num_prefix_tokens:], metric.shape[0]
+    free = metric[:, num_prefix_tokens:]
     if not 1 <= r <= free.shape[1] // 2:
         raise ValueError(
             f"r={r} does not fit {free.shape[1]} tokens beside the prefix: 1 to {free.shape[1] // 2} would."
@@ -47,8 +47,7 @@ def match_by_energy(
         energy = energy.masked_fill(empty, torch.inf)
     order = descending_order(energy)
     a, b = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2]
-    rows = similarity.gather(1, a.unsqueeze(-1).expand(batch, r, free.shape[1]))
-    scores = rows.gather(2, b.unsqueeze(1).expand(batch, r, r))
+    scores = take_tokens(similarity, a).gather(2, b.unsqueeze(1).expand(-1, r, -1))
     if empty is not None:
         scores = put_empty_first(scores, empty.gather(1, a), empty.gather(1, b))
     host = b.gather(1, scores.max(dim=-1).indices)  # the first of equal maxima
