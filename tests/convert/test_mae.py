@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from tests.support import slow_reference as slow
 from tests.support.children import run_python
 
 
-ROOT = Path(__file__).parent.parent.parent
 WIDTH, LAYERS, HEADS, CLASSES, PATCH, SIDE = 32, 3, 4, 7, 4, 32
 Checkpoint = dict[str, Tensor]
 
@@ -313,14 +310,3 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     convert(good, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
-
-
-def test_the_recipe_has_help_with_an_example(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_mae.py", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / "recipes" / "convert_mae.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "python recipes/convert_mae.py --checkpoint" in printed
-    assert "--num_attention_heads" in printed
