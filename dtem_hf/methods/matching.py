@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,7 +69,9 @@ class KeyMatchingMethod(MatchingMethod[M]):
         return keys.sum(dim=-2, dtype=torch.float32)
 
 
-def squeeze(x: Tensor, sizes: Tensor, kept: Tensor, pruned: Tensor, state: TokenState, empty: Any = None) -> Tensor:
+def squeeze(
+    x: Tensor, sizes: Tensor, kept: Tensor, pruned: Tensor, state: TokenState, empty: Tensor | None = None
+) -> Tensor:
     """TPS: pruned tokens join the kept ones that they resemble most: x [B, n, D], sizes [B, n] -> [B, n - r, D]."""
     matching, weights = ops.squeeze_hosts(x, kept, pruned, empty)
     squeezed, _ = ops.merge_tokens(x, weights, matching)
