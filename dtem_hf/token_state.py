@@ -83,6 +83,8 @@ class TokenState:
         self.steps = steps
         self.layers_read = None if states_read is None else max(states_read)
         self._stacks = set(states_read or ()) - {self.layers_read}
+        # Where the latest layer ran.
+        self._device: torch.device | None = None
         # The layer that is running, and the key projection that ran in it with what it returned.
         self.layer = 0
         self.projected: tuple[nn.Module, Tensor] | None = None
@@ -183,6 +185,9 @@ class TokenState:
 
     def move_to(self, layer: int, device: torch.device) -> None:
         """Move what belongs to the tokens that enter a layer to their device: layers may lie on several."""
+        if device == self._device:
+            return
+        self._device = device
         lists: list[tuple[Any, int]] = [(self._sizes, layer), (self._positions, layer), (self._sources, layer - 1)]
         for kept, index in lists:
             if 0 <= index < len(kept) and (tensor := kept[index]) is not None and tensor.device != device:

@@ -1,10 +1,182 @@
-"""Time and memory of training steps, beside the plain backbone's and those of the method as it is defined.
+"""What a training step costs, as a ratio to the unmerged backbone's forward and backward pass, in one run.
 
 python recipes/benchmark_training.py --model facebook/deit-tiny-patch16-224 --batch_size 32
+python recipes/benchmark_training.py --model facebook/deit-small-patch16-224 --autocast bfloat16    # CUDA
+
+`plain` is the backbone without merging, forward and backward to its input. The others are whole steps of learning the
+embedding, optimiser included: `classification`, `distillation` (with its teacher), `straight_through` and `fisher` as
+the training program runs them, and `definition`, which is `classification` with soft grouping written out as it is
+defined (METHOD.md section 4): r rounds over all kept entries, recorded for the backward pass. Rounds are interleaved.
 """
 
-from dtem_hf.programs.arguments import run_script
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from dtem_hf.benchmark.efficiency import peak_memory, spread
+from dtem_hf.configuration import DTEMConfig
+from dtem_hf.files import write_json
+from dtem_hf.models.attach import attach
+from dtem_hf.models.distances import kl_to
+from dtem_hf.models.install import merging_of, recorded_steps, set_merge_config
+from dtem_hf.models.timing import time_interleaved
+from dtem_hf.models.vision import image_shape
+from dtem_hf.ops import relaxation
+from dtem_hf.programs.arguments import ModelArguments, at_least, option, parse_arguments, run_script
+from dtem_hf.programs.conditions import conditions
+from dtem_hf.programs.lock import only_run_in
+from dtem_hf.progress import tqdm
+from dtem_hf.report.tables import print_rows
+from dtem_hf.training.fisher import FisherArguments, fisher_loss, sampled_log_probability
+from dtem_hf.training.parameters import freeze_backbone, relax
+
+
+@dataclass(kw_only=True)
+class TrainingStepArguments(ModelArguments):
+    """Time and memory of training steps; images are noise, as their content does not change the cost."""
+
+    random_weights: bool = option("read the model's config alone, which is enough to time it", default=False)
+    r: int = option("tokens merged per layer", default=16)
+    batch_size: int = option("images per step", default=32)
+    rounds: int = option("how often every row runs", default=10)
+    autocast: Literal["no", "bfloat16", "float16"] = option("number format of the forward pass", default="no")
+    output_dir: str = option("folder for training_step.json", default="runs/benchmark-training")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size", "rounds", "r")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write the JSON and print the table."""
+    arguments = parse_arguments(TrainingStepArguments, argv, __doc__ or "")
+    with only_run_in(arguments.output_dir) as folder:
+        path = folder / "training_step.json"
+        record = measure_training_step(arguments)
+        write_json(path, record)
+        lines = []
+        for row in record["rows"]:
+            medians = [row[name]["median"] for name in ("seconds", "ratio_to_plain", "ratio_to_definition")]
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+            lines.append([row["step"], *(f"{median:.3f}" for median in medians), peak])
+        title = f"{arguments.model}, batch {arguments.batch_size}, r = {arguments.r}, {record['hardware']}"
+        print_rows(title, ("step", "seconds", "to plain", "to definition", "peak MiB"), lines)
+        print(f"written: {path}")
+
+
+def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
+    """Run all rows in turn, `rounds` times. Returns the content of `training_step.json`."""
+    a, device = arguments, arguments.choose_device()
+    if a.random_weights:
+        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(a.model))
+    else:
+        model = AutoModelForImageClassification.from_pretrained(a.model)
+    model = attach(model.to(device), DTEMConfig(r=a.r))
+    freeze_backbone(model)
+    torch.manual_seed(0)
+    pixels = torch.randn(a.batch_size, *image_shape(model), device=device)
+    steps = _Steps(model, pixels, a.autocast)
+    runs = steps.rows()
+    with tqdm(total=len(runs) * (a.rounds + 2), desc="benchmark", unit="step") as progress:
+        seconds = time_interleaved(list(runs.values()), device, a.rounds, warmup=2, advance=progress.update)
+    names = list(runs)
+    plain, definition = names.index("plain"), names.index("definition")
+    rows = [
+        {
+            "step": name,
+            "seconds": spread(seconds[:, i]),
+            "ratio_to_plain": spread(seconds[:, i] / seconds[:, plain]),
+            "ratio_to_definition": spread(seconds[:, i] / seconds[:, definition]),
+            "peak_bytes": peak_memory(run, device),
+        }
+        for i, (name, run) in enumerate(runs.items())
+    ]
+    return {**conditions(device), "arguments": asdict(a), "rows": rows}
+
+
+class _Steps:
+    def __init__(self, model: Any, pixels: Tensor, autocast: str) -> None:
+        self.model, self.pixels, self.autocast = model, pixels, autocast
+        self.labels = torch.randint(model.config.num_labels, (len(pixels),), device=pixels.device)
+        self.optimizer = torch.optim.AdamW(model.merge_parameters(), lr=1e-4)
+        self.config = model.merge_config
+        numbers = torch.arange(len(pixels))
+        self.batch = {"epoch": torch.zeros_like(numbers), "index": numbers}
+
+    def rows(self) -> dict[str, Callable[[], None]]:
+        """The steps by name."""
+        straight_through = replace(self.config, relaxation="straight_through")
+        return {
+            "plain": self._plain,
+            "classification": lambda: self._learn(self._cross_entropy),
+            "distillation": lambda: self._learn(self._divergence),
+            "straight_through": lambda: self._learn(self._cross_entropy, straight_through),
+            "fisher": lambda: self._learn(self._fisher, soft=False),
+            "definition": self._definition,
+        }
+
+    def _plain(self) -> None:
+        pixels = self.pixels.clone().requires_grad_(True)
+        with self.model.unmerged(), self._precision():
+            loss = F.cross_entropy(self.model(pixel_values=pixels).logits.float(), self.labels)
+        loss.backward()
+
+    def _learn(self, loss: Callable[[], Tensor], config: Any = None, soft: bool = True) -> None:
+        set_merge_config(self.model, config or self.config)
+        relax(self.model, soft)
+        with self._precision():
+            value = loss()
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _definition(self) -> None:
+        with patch.object(relaxation, "soft_grouping", grouping_by_definition):
+            self._learn(self._cross_entropy)
+
+    def _cross_entropy(self) -> Tensor:
+        return F.cross_entropy(self.model(pixel_values=self.pixels).logits.float(), self.labels)
+
+    def _divergence(self) -> Tensor:
+        with torch.no_grad(), self.model.unmerged():
+            reference = self.model(pixel_values=self.pixels).logits.float()
+        return kl_to(reference, self.model(pixel_values=self.pixels).logits).mean()
+
+    def _fisher(self) -> Tensor:
+        with recorded_steps(self.model) as steps:
+            logits = self.model(pixel_values=self.pixels).logits
+        output = sampled_log_probability(logits, self.batch, seed=0, sample=0)
+        prefix = merging_of(self.model).cost.num_prefix_tokens
+        return fisher_loss(steps, [output], prefix, self.config, FisherArguments())
+
+    def _precision(self) -> Any:
+        if self.autocast == "no":
+            return nullcontext()
+        return torch.autocast(self.pixels.device.type, dtype=getattr(torch, self.autocast))
+
+
+def grouping_by_definition(
+    scores: Tensor, r: int, top_k: int = 3, score_temperature: float = 0.1, assignment_temperature: float = 0.1
+) -> Tensor:
+    """Soft grouping as METHOD.md section 4 defines it, entry by entry and round by round: [B, A, B'] -> [B, A, B']."""
+    kept = torch.full_like(scores, -torch.inf).scatter(-1, *reversed(scores.topk(min(top_k, scores.shape[-1]))))
+    x = kept / score_temperature
+    chosen = torch.zeros_like(scores)
+    smallest = torch.finfo(torch.float32).eps
+    for _ in range(r):
+        p = (x / assignment_temperature).flatten(1).softmax(dim=-1).view_as(x)
+        chosen = chosen + p
+        x = x + torch.log((1 - p.sum(dim=-1, keepdim=True)).clamp(min=smallest))
+    return chosen / chosen.sum(dim=-1, keepdim=True).detach().clamp(min=1)
 
 
 if __name__ == "__main__":
-    run_script("benchmark.training_step")
+    run_script(main)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..configuration import MatchingConfig, MergeConfig, ToMeConfig
-from ..deploy.runtimes import RUNTIMES, Run, is_exported, make_run
+from ..deploy.runtimes import RUNTIMES, Run, make_run
 from ..errors import BadValue
 from ..evaluation.metrics import bootstrap_interval, share_interval
-from ..evaluation.variants import make_variants
+from ..evaluation.variants import Variant, make_variants
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
 from ..models.copies import share_weights
@@ -39,13 +39,10 @@ METHODS = [name for name, config in MergeConfig._methods.items() if issubclass(c
 _SHARES = (0.75, 0.6, 0.5)
 # What may be lost where nothing is said: of 1 - agreement, of 1 - cosine.
 _MOST_LOSS = {"logits": 0.1, "features": 0.05}
-_WARMUP = 1
+_BATCH = 16  # images that are compared at once
 _LEAST_ROUNDS = 4
 # A row is timed no longer where the 95 % interval of its mean speed-up is no wider than this, to either side.
 _NARROW = 0.02
-# Guesses for the remaining time, until a row was made ready and ran: seconds of an export, and of compiling for one
-# batch size; the time of a pass beside eager's.
-_EXPORT, _COMPILE, _FASTER = 10.0, 30.0, 0.6
 # Compiling takes a minute for each row, and other forms of a runtime are for those who ask for them.
 _USUAL = [name for name in RUNTIMES if name != "compile" and not name.startswith(tuple(f"{n}_" for n in RUNTIMES))]
 
@@ -99,7 +96,7 @@ def advise(
     ValueError for nonsense and for a runtime that was asked for and cannot run the model, ImportError where its
     packages are absent.
     """
-    started = time.monotonic()
+    end = time.monotonic() + 60 * minutes
     for name, values in (("r", r), ("batch_sizes", batch_sizes)):
         if min(values, default=name == "r") < 1:
             raise BadValue(name, list(values), "whole numbers, each 1 or more; the unmerged model is always measured")
@@ -107,49 +104,43 @@ def advise(
         if not set(named) <= set(known):
             raise BadValue(name, list(named), f"some of {', '.join(known)}")
     plain = detach(share_weights(model)).eval()
-    batches, device = pixel_batches(images, 16), next(plain.parameters()).device
-    shape = tuple(batches[0].shape[1:])
+    pixels = torch.cat(pixel_batches(images, _BATCH)).to(next(plain.parameters()).device)
+    variants = _variants(plain, adapter, methods, r, tuple(pixels.shape[1:]))
+    models, names = [variant.standalone() for variant in variants], list(runtimes or _USUAL)
+    with _bar(end) as show:
+        kind, losses = _losses(models, pixels, features, show)
+        found = zip(variants, losses, strict=True)
+        facts = [{"method": v.method, "r": v.shown_r or 0, "ratio": v.plan.ratio, **loss} for v, loss in found]
+        most = _MOST_LOSS[kind] if max_loss is None else max_loss
+        picked, rows = pick(facts, most), [{"runtime": names[0], **row, "batches": []} for row in facts]
+        report(_advice(rows, picked, most, {}, finished=False))
+        everything: Sequence[int] = range(len(models))
+        chosen = everything if r else [0, facts.index(picked or least(facts))]
+        numbers = {name: everything if name == names[0] else chosen for name in names}
+        runs, left_out = _runs(models, numbers, pixels.shape[1:], not runtimes, compile_mode, show)
+        rows = [{"runtime": runtime, **facts[i], "batches": []} for runtime, i in runs]
+        with room_for_graphs(len(rows) * (1 + len(batch_sizes))):
+            for _ in _time(rows, list(runs.values()), pixels, batch_sizes, rounds, end, show):
+                report(_advice(rows, picked, most, left_out, finished=False))
+    return _advice(rows, picked, most, left_out, finished=True)
+
+
+def _variants(
+    plain: Any, adapter: Any, methods: Sequence[str], r: Sequence[int], shape: tuple[int, ...]
+) -> list[Variant]:
+    """The rows for images of [C, H, W]: the unmerged model, then every method at every r."""
     if adapter is not None and not isinstance(adapter, MergeAdapter):
         adapter = MergeAdapter.from_reference(adapter)
     adapters = {} if adapter is None else {"adapter": adapter}
     wanted = list(methods) or list(dict.fromkeys(["tome", *(given.config.method for given in adapters.values())]))
-    variants = make_variants(plain, wanted, list(r) or handful(plain, shape), [], adapters)
-    models = [variant.standalone() for variant in variants]
-    shares = [1.0, *(merged.merge_plan(shape[-2:]).ratio for merged in models[1:])]
-    names = list(runtimes or _USUAL)
-    with _remaining_time() as (seconds, show):
-        everything = range(len(models))
-        for runtime in filter(is_exported, names):
-            seconds[f"prepare {runtime}"] = _EXPORT * (len(models) if r else 2)
-        seconds["timing"] = max(0.0, 60 * minutes - sum(seconds.values()))
-        began = time.monotonic()
-        kind, losses = _losses(models, [batch.to(device) for batch in batches], features, seconds, show)
-        a_batch = (time.monotonic() - began) / len(batches)
-        found = zip(variants, shares, losses, strict=True)
-        facts = [{"method": v.method, "r": v.shown_r or 0, "ratio": share, **loss} for v, share, loss in found]
-        most = _MOST_LOSS[kind] if max_loss is None else max_loss
-        picked, rows = pick(facts, most), [{"runtime": names[0], **row, "batches": []} for row in facts]
-        left_out: dict[str, str] = {}
+    return make_variants(plain, wanted, list(r) or handful(plain, shape), [], adapters, (shape[-2], shape[-1]))
 
-        def advice(finished: bool) -> Advice:
-            verdicts = [] if picked is None else [judge(rows, picked, i) for i in range(len(rows[0]["batches"]))]
-            taken = picked or {"method": None, "r": None}
-            said = sentence(rows, picked, verdicts, most)
-            return Advice(said, taken["method"], taken["r"], most, verdicts, left_out, rows, finished)
 
-        report(advice(finished=False))
-        chosen = everything if r else [0, facts.index(picked or least(facts))]
-        numbers: dict[str, Sequence[int]] = {name: everything if name == names[0] else chosen for name in names}
-        runs, left_out = _runs(models, numbers, shape, not runtimes, compile_mode, seconds, show)
-        rows = [{"runtime": runtime, **facts[i], "batches": []} for runtime, i in runs]
-        per_image = [a_batch * share / sum(shares) / len(batches[0]) for share in shares]
-        guess = sum(per_image[i] * (1 if runtime == "eager" else _FASTER) for runtime, i in runs)
-        end = started + 60 * minutes
-        with room_for_graphs(len(rows) * (1 + len(batch_sizes))):
-            pixels = torch.cat(batches).to(device)
-            for _ in _time(rows, list(runs.values()), pixels, batch_sizes, rounds, end, guess, seconds, show):
-                report(advice(finished=False))
-    return advice(finished=True)
+def _advice(rows: list[Row], picked: Row | None, max_loss: float, left_out: dict[str, str], finished: bool) -> Advice:
+    verdicts = [] if picked is None else [judge(rows, picked, i) for i in range(len(rows[0]["batches"]))]
+    taken = picked or {"method": None, "r": None}
+    said = sentence(rows, picked, verdicts, max_loss)
+    return Advice(said, taken["method"], taken["r"], max_loss, verdicts, left_out, rows, finished)
 
 
 def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
@@ -169,35 +160,31 @@ def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
 
 
 @contextmanager
-def _remaining_time() -> Iterator[tuple[dict[str, float], Callable[[str], None]]]:
-    """One progress bar of seconds: a dict of those that are left, by what takes them, and a function that draws it."""
-    left: dict[str, float] = {}
+def _bar(end: float) -> Iterator[Callable[[str], None]]:
+    """A progress bar of the time until `end`, when no new round starts; yields a function that shows what is done."""
     began = time.monotonic()
-    with tqdm(total=1.0, desc="advise", bar_format="{desc}: {percentage:3.0f}%|{bar:20}|{postfix}") as bar:
+    with tqdm(total=end - began, desc="advise", bar_format="{desc}: {percentage:3.0f}%|{bar:20}|{postfix}") as bar:
 
         def show(doing: str) -> None:
-            passed, remaining = time.monotonic() - began, round(sum(left.values()))
-            bar.n, bar.total = passed, passed + remaining
-            bar.set_postfix_str(f"about {remaining // 60}:{remaining % 60:02d} left, {doing}")
+            left = max(0.0, end - time.monotonic())
+            bar.n = bar.total - left
+            bar.set_postfix_str(f"{doing} (time limit in {int(left) // 60}:{int(left) % 60:02d})")
 
-        yield left, show
-        left.clear()
-        show("done")
+        yield show
+        bar.n = bar.total
+        bar.set_postfix_str("done")
 
 
 @torch.inference_mode()
 def _losses(
-    models: Sequence[Any],
-    batches: Sequence[Tensor],
-    features: str,
-    seconds: dict[str, float],
-    show: Callable[[str], None],
+    models: Sequence[Any], pixels: Tensor, features: str, show: Callable[[str], None]
 ) -> tuple[str, list[dict[str, Any]]]:
     """Whether logits or features are compared, and how far every model's are from the first one's."""
     lost: list[list[Tensor]] = [[] for _ in models]
     divergences: list[list[Tensor]] = [[] for _ in models]
+    batches = pixels.split(_BATCH)
     for number, batch in enumerate(batches, 1):
-        began = time.monotonic()
+        show(f"compare answers, batch {number} of {len(batches)}")
         kind, reference = output_of(models[0], batch, features)
         for i, model in enumerate(models):
             output = output_of(model, batch, features)[1] if i else reference
@@ -206,8 +193,6 @@ def _losses(
                 divergences[i].append(kl_to(reference, output).double())
             else:
                 lost[i].append(feature_distance(reference, output, "cosine").double())
-        seconds["losses"] = (time.monotonic() - began) * (len(batches) - number)
-        show("losses")
     rows = []
     for values, divergence in zip(map(torch.cat, lost), divergences, strict=True):
         loss = values.mean().item()
@@ -224,10 +209,9 @@ def _losses(
 def _runs(
     models: Sequence[Any],
     wanted: dict[str, Sequence[int]],
-    shape: Any,
+    shape: tuple[int, ...],
     may_lack: bool,
     compile_mode: str,
-    seconds: dict[str, float],
     show: Callable[[str], None],
 ) -> tuple[dict[tuple[str, int], Run], dict[str, str]]:
     """The wanted models in every runtime, by runtime and number, and why others were left out.
@@ -240,16 +224,13 @@ def _runs(
         made: dict[tuple[str, int], Run] = {}
         try:
             for i in numbers:
-                show(f"prepare {runtime}")
-                began = time.monotonic()
+                show(f"prepare {runtime}, model {len(made) + 1} of {len(numbers)}")
                 made[runtime, i] = make_run(runtime, models[i], shape, compile_mode)
-                seconds[f"prepare {runtime}"] = (time.monotonic() - began) * (len(numbers) - len(made))
             runs |= made
         except (ImportError, RuntimeError, ValueError) as error:
             if not may_lack:
                 raise
             left_out[runtime] = " ".join(str(error).split())
-            seconds[f"prepare {runtime}"] = 0.0
     return runs, left_out
 
 
@@ -261,45 +242,33 @@ def _time(
     batch_sizes: Sequence[int],
     rounds: int,
     end: float,
-    guess: float,
-    seconds: dict[str, float],
     show: Callable[[str], None],
 ) -> Iterator[None]:
     """Fill the rows' `batches` anew after every round; what is left until `end` is shared by the batch sizes.
 
-    `speedup` is over the unmerged model in its runtime, `over_first` in the first one. `guess`: seconds of all rows
-    for one image.
+    `speedup` is over the unmerged model in its runtime, `over_first` in the first one.
     """
     plain = [i for i, row in enumerate(rows) if not row["r"]]
     own = [max(start for start in plain if start <= i) for i in range(len(rows))]
-    del seconds["timing"]
     for place, size in enumerate(batch_sizes):
         began = time.monotonic()
-        budget = max(0.0, end - began) / (len(batch_sizes) - place)
-        for later in batch_sizes[place:]:
-            a_round = guess * max(later, 8)
-            compiling = _COMPILE * sum(row["runtime"] == "compile" for row in rows)
-            longest = max(budget, (_LEAST_ROUNDS + _WARMUP) * a_round)
-            seconds[f"batches of {later}"] = compiling + min(longest, (rounds + _WARMUP) * a_round)
-        show(f"batches of {size}")
+        until = began + max(0.0, end - began) / (len(batch_sizes) - place)
         batch = pixels[torch.arange(size, device=pixels.device) % len(pixels)]
         known: set[int] = set()
         found: list[np.ndarray] = []
         calls = [partial(run, batch) for run in runs]
         for number, one in enumerate(timed_rounds(calls, pixels.device, batch_size=size, skipped=known)):
-            if number < _WARMUP:
+            show(f"batches of {size}, round {number + 1}")
+            if number == 0:  # it warms up
                 warm = time.monotonic()
                 continue
             found.append(one)
             _add_cells(rows, place, np.stack(found), size, plain, own)
             yield
             known |= {i for i in range(len(rows)) if i not in plain and _is_narrow(np.stack(found), own[i], i)}
-            each, until = (time.monotonic() - warm) / len(found), began + budget - time.monotonic()
-            left = max(_LEAST_ROUNDS - len(found), until // each)
-            left = 0 if len(known) + len(plain) == len(rows) else min(rounds - len(found), left)
-            seconds[f"batches of {size}"] = each * max(0, left)
-            show(f"batches of {size}")
-            if left <= 0:
+            next_end = time.monotonic() + (time.monotonic() - warm) / len(found)
+            is_late = len(found) >= _LEAST_ROUNDS and next_end > until
+            if len(found) >= rounds or is_late or len(known) + len(plain) == len(rows):
                 break
 
 

@@ -16,19 +16,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
 
-from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, collate, load_images
 from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime, need_runtime
+from ..evaluation.arguments import DrawnImages
 from ..files import write_json, write_text
 from ..models.auto import auto_class, load_encoder
 from ..models.distances import FEATURES
-from ..opening import load_processor
-from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments
-from ..programs.conditions import conditions, data_name, describe_model
-from ..programs.output import output_folder
+from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
+from ..programs.conditions import conditions, describe_model
+from ..programs.lock import only_run_in
 from ..programs.processes import say
 from ..report.plots import plot_advice
 from ..report.tables import SPEEDUP_LEGEND, print_rows
@@ -37,13 +34,9 @@ from .tables import advice_cells, advice_page
 
 
 @dataclass(kw_only=True)
-class AdviseArguments(ModelArguments):
+class AdviseArguments(DrawnImages):
     """Measure what merging saves and changes, and say which r to take."""
 
-    data: str = option("images: Hub dataset id, or folder of images; labels are not read")
-    split: str = option("split of a Hub dataset", default="train")
-    num_images: int = option("images that answers are compared on, drawn by seed", default=128)
-    seed: int = option("of the images that are drawn", default=0)
     adapter: str | None = option("trained adapter to measure beside ToMe: Hub id or local folder", default=None)
     methods: list[str] = option(
         f"some of {', '.join(METHODS)}; left out: tome, and the adapter's", default_factory=list
@@ -73,7 +66,8 @@ class AdviseArguments(ModelArguments):
     output_dir: str = option("folder for advice.json, advice.md and advice.png", default="runs/advise")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_images", "rounds")
+        super().__post_init__()
+        at_least(self, 1, "rounds")
         at_least(self, 0, "max_loss", "minutes")
         one_of(self, "dtype", DTYPES)
         one_of(self, "compile_mode", COMPILE_MODES)
@@ -88,27 +82,28 @@ class AdviseArguments(ModelArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write JSON, page and picture; print the table and the sentence."""
     arguments = parse_arguments(AdviseArguments, argv, __doc__ or "", leading=("model", "data"))
-    folder = output_folder(arguments.output_dir)
     result: dict[str, Any] = {}
+    with only_run_in(arguments.output_dir) as folder:
 
-    def write(advice: dict[str, Any]) -> None:
-        result.update(advice)
-        write_json(folder / "advice.json", result)
-        write_text(folder / "advice.md", advice_page(result))
+        def write(advice: dict[str, Any]) -> None:
+            result.update(advice)
+            write_json(folder / "advice.json", result)
+            write_text(folder / "advice.md", advice_page(result))
 
-    try:
-        write(advise_on(arguments, write))
-    except KeyboardInterrupt:
-        if not result:
-            raise
-    if result["rows"][0]["batches"]:
-        plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
+        try:
+            write(advise_on(arguments, write))
+        except KeyboardInterrupt:
+            if not result:
+                raise
+        is_timed = bool(result["rows"][0]["batches"])
+        if is_timed:
+            plot_advice(result["rows"], folder / "advice.png", result["model"]["name"])
     title = f"{result['model']['name']}: images/s (speed-up)"
     print_rows(title, *advice_cells(result["rows"]), names=2, legend=SPEEDUP_LEGEND)
     for runtime, reason in result["left_out"].items():
         print(f"not measured: {runtime} ({reason})")
     print(result["sentence"])
-    print(f"written: {folder / 'advice.json'}, advice.md and advice.png")
+    print(f"written: {folder / 'advice.json'}, advice.md{' and advice.png' if is_timed else ''}")
     if not result["finished"]:
         print("stopped: this is what was measured until then; the same command starts over")
         raise SystemExit(130)
@@ -127,17 +122,14 @@ def advise_on(
         say(f"{min(loaded['missing_keys'])} is not in the checkpoint and would be random: features are compared")
         model = load_encoder(a.model, a.features, dtype=options["dtype"])
     model = model.to(device)
-    images = load_images(a.data, a.split, label_column=NO_LABELS)
-    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
-    processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
-    pixels = torch.cat([batch["pixel_values"] for batch in DataLoader(processed, 16, collate_fn=collate)])
+    pixels, data = a.draw()
     names = ("adapter", "methods", "r", "runtimes", "compile_mode", "batch_sizes", "max_loss", "features", "rounds")
     facts = {
         **conditions(device),
         "load_average": load,
         "model": describe_model(a.model, model),
         "adapter": a.adapter,
-        "data": {"name": data_name(a.data), "num_images": len(drawn), "seed": a.seed},
+        "data": data,
         "image_size": list(pixels.shape[-2:]),
         "features": a.features,
         "rounds": a.rounds,

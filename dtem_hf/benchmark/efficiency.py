@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,11 +23,6 @@ def count_multiply_adds(run: Run) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops()) // 2
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers that a model holds, a shared one counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def peak_memory(run: Run, device: torch.device) -> int | None:
@@ -57,42 +50,27 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
     return int(max(0, *held)) if len(held) else 0
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median, and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Any) -> Spread:
-        """Median and quartiles of some numbers; NaN is none."""
-        low, median, high = np.nanquantile(np.asarray(values), (0.25, 0.5, 0.75))
-        return cls(float(median), float(low), float(high))
-
-    def to_json(self) -> dict[str, float]:
-        """Plain JSON."""
-        return {"median": self.median, "q25": self.low, "q75": self.high}
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median and quartiles of some numbers, as JSON; NaN does not count."""
+    return dict(zip(("median", "q25", "q75"), np.nanquantile(values, (0.5, 0.25, 0.75)).tolist(), strict=True))
 
 
-def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int] | None = None) -> list[dict[str, Any]]:
+def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int]) -> list[dict[str, Any]]:
     """Images per second and speed-up of every run: seconds [rounds, runs] -> one dict per run.
 
-    `references` are the runs that each is compared with; left out, all are compared with the first.
+    `references` are the runs that each is compared with.
     """
-    references = [0] * seconds.shape[1] if references is None else references
     return [
         {
-            "images_per_second": Spread.of(batch_size / seconds[:, i]).to_json(),
-            "speedup": Spread.of(seconds[:, reference] / seconds[:, i]).to_json(),
+            "images_per_second": spread(batch_size / seconds[:, i]),
+            "speedup": spread(seconds[:, reference] / seconds[:, i]),
         }
         for i, reference in enumerate(references)
     ]
 
 
 def break_even(speedup_by_batch_size: Mapping[int, float]) -> int | None:
-    """The smallest batch size measured from which on no larger one is slower than the unmerged model; None if none."""
+    """The smallest batch size from which on merging is never slower than the unmerged model; None if there is none."""
     smallest = None
     for batch_size in sorted(speedup_by_batch_size, reverse=True):
         if speedup_by_batch_size[batch_size] < 1:

@@ -29,10 +29,11 @@ from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.vision import image_shape
 from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
+from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
 from .rows import Entry, answering_entries, captioning_entries, image_entries, measure_entries
-from .runtimes import load_peer, room_for_graphs
+from .runtimes import room_for_graphs
 from .tables import markdown, print_benchmark
 
 
@@ -96,7 +97,7 @@ class BenchmarkArguments(RowArguments):
         if self.task == "answering" and self.image_size is not None:
             raise BadValue("image_size", self.image_size, "none: answering reads images of the model's own size")
         for name in self.peer:
-            load_peer(name)
+            load_function("peer", name)
 
 
 # The options that say how long the texts of a task are.
@@ -142,6 +143,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
             shape,
             arguments.batch_sizes,
             device,
+            model.dtype,
             arguments.rounds,
             arguments.warmup,
             arguments.breakdown,

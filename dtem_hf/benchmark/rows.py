@@ -24,16 +24,13 @@ from ..models.vision import run_on_pixels
 from ..progress import tqdm
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
-from .efficiency import Spread, break_even, count_multiply_adds, count_parameters, peak_memory, speeds
+from .efficiency import break_even, count_multiply_adds, peak_memory, speeds, spread
 from .runtimes import PeerGraph, peer_run
-
-
-PEER = "peer"
 
 
 @dataclass
 class Entry:
-    """One row: `run` takes pixels [B, C, H, W] in `dtype`; `reference` is the row that it is compared with.
+    """One row: `run` takes pixels [B, C, H, W]; `reference` is the row that it is compared with.
 
     `model` is None for a peer; `multiply_adds` are those of one image, None where they cannot be counted. `begin` runs
     until the first token of an answer; `tokens_read` says which tokens the language model reads, "all" or "merged".
@@ -43,7 +40,6 @@ class Entry:
     method: str
     r: Any
     run: Callable[[Tensor], Any]
-    dtype: torch.dtype
     reference: int
     multiply_adds: int | None
     model: Any = None
@@ -51,11 +47,6 @@ class Entry:
     adapter: str | None = None
     begin: Callable[[Tensor], Any] | None = None
     tokens_read: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The row's name in errors."""
-        return f"{self.runtime} {self.method}" + ("" if self.r is None else f" r={self.r}")
 
 
 def image_entries(
@@ -71,8 +62,8 @@ def image_entries(
 
     A peer is compared with the unmerged model in its own runtime, or else in eager.
     """
-    parameter = next(model.parameters())
-    one = torch.randn(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    like = next(model.parameters())
+    one = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
     models = [variant.standalone() for variant in variants]
     counts = [count_multiply_adds(partial(run_on_pixels, merged, one)) for merged in models]
     entries: list[Entry] = []
@@ -84,8 +75,7 @@ def image_entries(
             for variant, merged, count in zip(variants, models, counts, strict=True):
                 progress.set_postfix_str(f"{runtime} {variant.label}")
                 run = make_run(runtime, merged, shape, compile_mode)
-                dtype = torch.float32 if is_exported(runtime) else parameter.dtype
-                entries.append(_entry(runtime, variant, merged, run, dtype, reference, count, shape))
+                entries.append(_entry(runtime, variant, merged, run, reference, count, shape))
                 progress.update()
         plain = {entry.runtime: entry.reference for entry in entries}
         for name, r in peers:
@@ -96,13 +86,9 @@ def image_entries(
             counted = count_multiply_adds(partial(run, one)) or None
             for runtime in peer_runtimes:
                 reference = plain.get(runtime, plain.get("eager", 0))
-                row = runtime
-                dtype = torch.float32 if is_exported(runtime) else parameter.dtype
-                if runtime == "eager":
-                    row = PEER
-                else:
-                    run = make_run(runtime, PeerGraph(shared, peer_run(name, shared, r)), shape, compile_mode)
-                entries.append(Entry(row, name, as_schedule(r).to_json(), run, dtype, reference, counted))
+                own = run if runtime == "eager" else make_run(runtime, PeerGraph(shared, run), shape, compile_mode)
+                row = "peer" if runtime == "eager" else runtime
+                entries.append(Entry(row, name, as_schedule(r).to_json(), own, reference, counted))
                 progress.update()
     return entries
 
@@ -122,7 +108,7 @@ def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], leng
         def run(pixels: Tensor, model: Any = merged) -> Tensor:
             return model.generate(pixel_values=pixels, **settings)
 
-        entries.append(_entry("eager", variant, merged, run, like.dtype, 0, count, shape))
+        entries.append(_entry("eager", variant, merged, run, 0, count, shape))
     return entries
 
 
@@ -152,17 +138,15 @@ def answering_entries(
             return model.generate(**inputs, **settings)
 
         count = count_multiply_adds(partial(answer, one))
-        entry = _entry("eager", variant, model, answer, like.dtype, 0, count, shape)
+        entry = _entry("eager", variant, model, answer, 0, count, shape)
         read = "all" if number == num_plain else "merged"
         entries.append(replace(entry, begin=partial(answer, tokens=1), tokens_read=read))
     return entries
 
 
-def _entry(
-    runtime: str, variant: Variant, model: Any, run: Any, dtype: Any, reference: int, count: int, shape: Any
-) -> Entry:
+def _entry(runtime: str, variant: Variant, model: Any, run: Any, reference: int, count: int, shape: Any) -> Entry:
     plan = model.merge_plan(tuple(shape[1:])) if hasattr(model, "merge_plan") else None
-    return Entry(runtime, variant.method, variant.shown_r, run, dtype, reference, count, model, plan, variant.adapter)
+    return Entry(runtime, variant.method, variant.shown_r, run, reference, count, model, plan, variant.adapter)
 
 
 @torch.inference_mode()
@@ -171,12 +155,16 @@ def measure_entries(
     shape: tuple[int, ...],
     batch_sizes: Sequence[int],
     device: torch.device,
+    dtype: torch.dtype,
     rounds: int,
     warmup: int,
-    breakdown: bool = False,
-    compile_mode: str = "default",
+    breakdown: bool,
+    compile_mode: str,
 ) -> list[dict[str, Any]]:
-    """Costs of every row on noise of [C, H, W], batch size by batch size, all rows in turn within each round."""
+    """Costs of every row on noise of [C, H, W], batch size by batch size, all rows in turn within each round.
+
+    `dtype` is the pixels' in runtimes that run no exported graph.
+    """
     rows = [_facts(entry, entries[entry.reference]) for entry in entries]
     runs_each = len(entries) + sum(entry.begin is not None for entry in entries)
     total = len(batch_sizes) * runs_each * (rounds + warmup)
@@ -184,8 +172,10 @@ def measure_entries(
         for batch_size in batch_sizes:
             progress.set_postfix_str(f"batch {batch_size}")
             pixels = torch.randn(batch_size, *shape, device=device)
-            runs = [partial(_run, entry, pixels.to(entry.dtype)) for entry in entries]
-            begins = [partial(entry.begin, pixels.to(entry.dtype)) for entry in entries if entry.begin is not None]
+            runs = [
+                partial(_run, entry, pixels if is_exported(entry.runtime) else pixels.to(dtype)) for entry in entries
+            ]
+            begins = [partial(entry.begin, pixels.to(dtype)) for entry in entries if entry.begin is not None]
             both = time_interleaved([*runs, *begins], device, rounds, warmup, progress.update)
             seconds, prefill = both[:, : len(runs)], both[:, len(runs) :]
             timings = speeds(seconds, batch_size, [entry.reference for entry in entries])
@@ -198,8 +188,8 @@ def measure_entries(
                     "peak_memory": peak_memory(run, device) if entry.runtime in ("eager", "compile") else None,
                 }
                 if entry.begin is not None:  # then every entry has it
-                    cell["prefill_seconds"] = Spread.of(prefill[:, i]).to_json()
-                    cell["decoding_seconds"] = Spread.of(seconds[:, i] - prefill[:, i]).to_json()
+                    cell["prefill_seconds"] = spread(prefill[:, i])
+                    cell["decoding_seconds"] = spread(seconds[:, i] - prefill[:, i])
                 if breakdown and entry.runtime == "eager":
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
@@ -220,7 +210,7 @@ def _run(entry: Entry, pixels: Tensor) -> Any:
         return entry.run(pixels)
     except Exception as error:
         if hasattr(error, "add_note"):
-            error.add_note(f"while {entry.label} ran on a batch of {len(pixels)}")
+            error.add_note(f"while {entry.runtime} {entry.method} r={entry.r} ran on a batch of {len(pixels)}")
         raise
 
 
@@ -233,7 +223,7 @@ def _facts(entry: Entry, reference: Entry) -> dict[str, Any]:
         "r": entry.r,
         **({} if entry.tokens_read is None else {"tokens_read": entry.tokens_read}),
         **({} if entry.adapter is None else {"adapter": entry.adapter}),
-        "parameters": None if entry.model is None else count_parameters(entry.model),
+        "parameters": None if entry.model is None else entry.model.num_parameters(),
         "multiply_adds": count,
         "ratio": ratio,
         "ideal_speedup": None if ratio is None else 1 / ratio,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,19 +25,9 @@ def room_for_graphs(count: int) -> Iterator[None]:
         yield
 
 
-def load_peer(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names.
-
-    It is called as `function(model, r)` with the r of one row and a plain transformers model (a copy that shares its
-    weights, in eval mode, on the measured device and in the measured dtype), and returns a callable that takes pixels
-    [B, C, H, W] of the same device and dtype. Raises ValueError that says which part of the name is wrong.
-    """
-    return load_function("peer", name)
-
-
 def peer_run(name: str, model: nn.Module, r: Any) -> Run:
     """The callable that a peer returns for a model and an r. Raises ValueError where it is not callable."""
-    run = load_peer(name)(model, r)
+    run = load_function("peer", name)(model, r)
     if not callable(run):
         raise BadValue("peer", name, f"a function that returns a callable, not {type(run).__name__}")
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report.tables import SPEEDUP_LEGEND, as_markdown, print_rows, shown, shown_r
+from ..report.tables import SPEEDUP_LEGEND, as_markdown, benchmark_cells, print_rows, shown, shown_r
 from .verdict import is_same
 
 
@@ -15,9 +15,9 @@ _ADVICE_MEASURES = (("agreement", ".1f"), ("kl", ".4f"), ("cosine", ".4f"))
 
 def print_benchmark(result: dict[str, Any]) -> None:
     """Show a benchmark in the terminal: a line per row, speed, speed-up and memory under every batch size."""
-    measured = "answers" if result.get("task") == "answering" else "images"
+    measured = "answers" if result["task"] == "answering" else "images"
     title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: {measured}/s (quartiles), speed-up"
-    columns, lines = _cells(result)
+    columns, lines = benchmark_cells(result["rows"])
     print_rows(title, columns, _broken_at_commas(lines, 5), names=2, legend=SPEEDUP_LEGEND)
     for columns, lines in _breakdowns(result):
         print_rows("where the time goes", columns, _broken_at_commas(lines, 3))
@@ -34,7 +34,7 @@ def markdown(result: dict[str, Any]) -> str:
         "captioning": ", captions of {caption_tokens} tokens",
         "answering": ", answers of {answer_tokens} tokens to prompts of {prompt_tokens} tokens and an image (prefill: "
         "until the first token; decoding: the others)",
-    }.get(result.get("task", ""), "").format_map(result)
+    }.get(result["task"], "").format_map(result)
     size = "×".join(map(str, result["image_size"]))
     parts = [
         f"# {result['model']['name']}: what merging saves",
@@ -42,40 +42,13 @@ def markdown(result: dict[str, Any]) -> str:
         "rounds, quartiles in brackets. A speed-up is the median of the ratios within rounds to the unmerged model in "
         "the same runtime (peers: in eager); of the ideal, to what the multiply-adds alone would give.",
         f"`{result['command']}`",
-        as_markdown(*_cells(result), "---"),
+        as_markdown(*benchmark_cells(result["rows"]), "---"),
     ]
     for columns, lines in _breakdowns(result):
         parts += ["Where the time goes:", as_markdown(columns, lines, "---")]
     if any(line["runtime"] != "eager" for line in result["rows"]) or len(result["rows"]) > 1:
         parts.append("![Speed-up by batch size](speedup.png)")
     return "\n\n".join(parts) + "\n"
-
-
-def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    sizes = [batch["batch_size"] for batch in result["rows"][0]["batches"]]
-    columns = ["runtime", "method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"]
-    lines = []
-    for row in result["rows"]:
-        read = f", {row['tokens_read']} tokens" if "tokens_read" in row else ""
-        line = [row["runtime"], row["method"] + read, shown_r(row["r"])]
-        line.append("–" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e6:.1f}")
-        line.append(shown(row["ideal_speedup"], ".2f", "×"))
-        line += [_batch_cell(batch) for batch in row["batches"]]
-        lines.append([*line, str(row["break_even_batch_size"] or "–")])
-    return columns, lines
-
-
-def _batch_cell(batch: dict[str, Any]) -> str:
-    speed, memory = batch["images_per_second"], batch["peak_memory"]
-    digits = 1 if speed["median"] >= 1 else 3  # a large language model answers less than one prompt in a second
-    median, low, high = (f"{speed[name]:.{digits}f}" for name in ("median", "q25", "q75"))
-    shown = f"{median} ({low}–{high}), {batch['speedup']['median']:.2f}×"
-    if batch["of_ideal"] is not None:
-        shown += f", {batch['of_ideal']:.2f} of ideal"
-    for part in ("prefill", "decoding"):
-        if f"{part}_seconds" in batch:
-            shown += f", {part} {1e3 * batch[f'{part}_seconds']['median']:.1f} ms"
-    return shown if memory is None else f"{shown}, {memory / 2**20:.0f} MiB"
 
 
 def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -128,8 +101,8 @@ def advice_page(result: dict[str, Any]) -> str:
         f"{result['hardware']}, load average {load} before the run, {result['dtype']}, {data['num_images']} images of "
         f"{data['name']}, {'×'.join(map(str, result['image_size']))} pixels. share: of the unmerged model's "
         "multiply-adds; agreement in percent of the images, KL in nats. Images per second are medians of "
-        f"{result['rounds']} interleaved rounds{' or fewer' if 'minutes' in result else ''}; in brackets the median "
-        "ratio within rounds to the unmerged model in the same runtime."
+        f"{result['rounds']} interleaved rounds or fewer; in brackets the median ratio within rounds to the unmerged "
+        "model in the same runtime."
     )
     parts = [
         f"# {result['model']['name']}: which r",
@@ -137,7 +110,7 @@ def advice_page(result: dict[str, Any]) -> str:
         as_markdown(*advice_cells(result["rows"])),
         conditions,
         *left_out,
-        *([] if result.get("finished", True) else ["The run was stopped, or still runs: speeds are lacking."]),
+        *([] if result["finished"] else ["The run was stopped, or still runs: speeds are lacking."]),
         f"`{result['command']}`",
         "![What is kept against speed](advice.png)",
     ]

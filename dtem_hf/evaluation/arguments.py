@@ -7,12 +7,36 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from ..data.folders import NO_LABELS
+from ..data.images import ProcessedImages, collate, load_images
 from ..hub.adapter import MergeAdapter
+from ..opening import load_processor
 from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_reduction
-from ..programs.conditions import conditions, describe_model
+from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.identity import digest, weights_digest
 from .variants import Variant, make_variants, method_names
+
+
+@dataclass(kw_only=True)
+class DrawnImages(ModelArguments):
+    """Some of the images of a data set, without labels."""
+
+    data: str = option("images: Hub dataset id, folder of class folders, or folder of images; labels are not read")
+    split: str = option("split of a Hub dataset", default="train")
+    num_images: int = option("images that outputs are compared on, drawn by seed", default=128)
+    seed: int = option("of the images that are drawn", default=0)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_images")
+
+    def draw(self, limit: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Pixel values [n, C, H, W], and what a record says of them; only the first `limit` images may be drawn."""
+        images = ProcessedImages(load_images(self.data, self.split, limit, NO_LABELS), load_processor(self.model))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        pixels = collate([images[i] for i in order[: self.num_images].tolist()])["pixel_values"]
+        return pixels, {"name": data_name(self.data), "num_images": len(pixels), "seed": self.seed}
 
 
 METHODS_HELP = f"some of {', '.join(method_names())}"
@@ -49,6 +73,18 @@ class RowArguments(ModelArguments):
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
         """The rows, on a plain model; `options` are `attach`'s."""
         return make_variants(model, self.methods, self.reductions(), self.flops, adapters, **options)
+
+
+@dataclass(kw_only=True)
+class SeveralAdapters(RowArguments):
+    """Rows of several adapters."""
+
+    adapters: list[str] = option(
+        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
+    )
+
+    def adapter_references(self) -> list[str]:
+        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
 
 
 @dataclass(kw_only=True)

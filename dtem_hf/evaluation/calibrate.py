@@ -8,18 +8,12 @@ python recipes/calibrate.py --model facebook/dinov2-small --head my_heads:shade 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-
 from ..configuration import MergeConfig
-from ..data.folders import NO_LABELS
-from ..data.images import ProcessedImages, collate, load_images
 from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
@@ -28,24 +22,20 @@ from ..models.auto import AutoModel, load_trained_classifier
 from ..models.calibration import calibrate
 from ..models.dense_head import DenseHead
 from ..models.distances import FEATURES
-from ..opening import load_processor
-from ..programs.arguments import ImageArguments, at_least, one_of, option, parse_arguments, parse_reduction
-from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.arguments import at_least, one_of, option, parse_arguments, parse_reduction
+from ..programs.conditions import conditions, describe_model
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in
-
-
-RECORD_NAME = "calibration.json"
+from .arguments import DrawnImages
 
 
 @dataclass(kw_only=True)
-class CalibrateArguments(ImageArguments):
+class CalibrateArguments(DrawnImages):
     """Search for a plan."""
 
-    data: str = option("images: Hub dataset id, folder of class folders, or folder of images; labels are not read")
-    split: str = option("split of a Hub dataset", default="train")
     num_images: int = option("images that plans are compared on, drawn by seed", default=256)
-    seed: int = option("of the images that are drawn", default=0)
+    limit: int | None = option("draw them from the first so many images", default=None)
+    batch_size: int = option("images per batch", default=32)
     adapter: str | None = option("trained adapter: Hub id or local folder", default=None)
     method: str | None = option(
         f"method without an adapter: {', '.join(sorted(MergeConfig._methods))}; what learns, from where it starts",
@@ -67,7 +57,7 @@ class CalibrateArguments(ImageArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "num_images", "evaluations")
+        at_least(self, 1, "evaluations", "limit", "batch_size")
         one_of(self, "features", FEATURES)
         if self.head is not None and self.features not in ("auto", "grid"):
             raise BadValue("features", self.features, "auto or grid: the head reads every patch")
@@ -100,12 +90,10 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         attach(model, MergeConfig.from_dict({"method": a.method}))
     if a.r is not None:
         model.set_reduction(parse_reduction(a.r))
-    images = load_images(a.data, a.split, a.limit, NO_LABELS)
-    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[: a.num_images].tolist()
-    processed = Subset(ProcessedImages(images, load_processor(a.model)), drawn)
+    pixels, data = a.draw(a.limit)
     found = calibrate(
         model,
-        list(_pixels(processed, a.batch_size)),
+        pixels,
         a.flops,
         evaluations=a.evaluations,
         batch_size=a.batch_size,
@@ -117,7 +105,7 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         "model": describe_model(a.model, model),
         "adapter": a.adapter,
         "method": model.merge_config.method,
-        "data": {"name": data_name(a.data), "num_images": len(drawn), "seed": a.seed},
+        "data": data,
         "reductions": list(found.reductions),
         "flops": found.flops,
         "features": a.features,
@@ -132,10 +120,5 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
         MergeAdapter(model.merge_config, trained.tensors, trained.backbone).save_pretrained(output)
     else:
         model.merge_config.save_pretrained(output)
-    write_json(output / RECORD_NAME, record)
+    write_json(output / "calibration.json", record)
     return record
-
-
-def _pixels(images: Any, batch_size: int) -> Iterator[Tensor]:
-    for batch in DataLoader(images, batch_size, collate_fn=collate):
-        yield batch["pixel_values"]

@@ -23,7 +23,7 @@ from ..models.distances import caption_losses
 from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import data_name
-from ..programs.output import output_folder
+from ..programs.lock import output_folder
 from ..progress import tqdm
 from ..report.tables import print_rows, shown_r
 from .arguments import METHODS_HELP, RowArguments

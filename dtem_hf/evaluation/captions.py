@@ -8,7 +8,7 @@ python recipes/evaluate_captions.py --annotations captions_val2014.json --predic
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,14 @@ from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments
 from ..programs.conditions import command, data_name
 from ..programs.identity import digest
-from ..programs.lock import only_run_in
-from ..programs.output import output_folder
-from ..programs.processes import processes
+from ..programs.lock import only_run_in, output_folder
+from ..programs.processes import known_processes
 from ..report.tables import about, print_rows, shown, shown_r
 from .arguments import METHODS_HELP, ResumableArguments
 from .captions_generation import caption_batch, count_generation
-from .captions_scoring import METRICS, SPICE_VARIABLE, CaptionScores, score_captions, unavailable
-from .parts import Parts, batches_of
-from .variants import median_speed
+from .captions_scoring import SPICE_VARIABLE, score_captions, unavailable
+from .parts import Columns, Parts
+from .variants import Variant, median_speeds
 
 
 @dataclass(kw_only=True)
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with only_run_in(arguments.output_dir) as folder:
         path = folder / "captions.json"
         result = evaluate_captions(arguments, lambda result: write_json(path, result))
-        if processes().is_main_process:
+        if known_processes().is_main_process:
             print_table(result)
             print(f"written: {path}, and the captions of every row beside it")
 
@@ -97,9 +96,11 @@ def score_file(arguments: EvaluateCaptionsArguments) -> dict[str, Any]:
         print(f"{len(predictions)} of {len(images)} images have a prediction; those are scored")
     references = {image_id: image.captions for image_id, image in images.items()}
     scores = score_captions(references, predictions, arguments.spice_jars)
-    print_scores(scores)
+    for metric, value in scores.values.items():
+        print(f"{metric:>8}  {f'null: {scores.reasons[metric]}' if value is None else f'{value:.4f}'}")
     return {
-        **scores.to_dict(),
+        **scores.values,
+        "reasons": scores.reasons,
         "num_images": len(predictions),
         "num_annotated_images": len(images),
         "predictions": Path(arguments.predictions).name,
@@ -129,10 +130,9 @@ def evaluate_captions(
         model, variants, adapters, images.processor, images=images.digest(), settings=settings, tokenizer=words
     )
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
-    batches = batches_of(len(images), a.batch_size)
-    parts.measure(
+    columns = parts.measure(
         images,
-        batches,
+        a.batch_size,
         lambda batch, number: caption_batch(
             variants, batch, tokenizer, settings, device, first=number % len(variants)
         ),
@@ -142,27 +142,8 @@ def evaluate_captions(
     result: dict[str, Any] = {}
     if parts.state.is_main_process:
         one = images[0]["pixel_values"][None].to(device, model.dtype)
-        columns, rows = parts.read(len(batches)), list[dict[str, Any]]()
-        references = {image_id: image.captions for image_id, image in annotated.items()}
-        for i, variant in enumerate(variants):
-            predictions = _predictions(columns, i)
-            file_name = f"results_{re.sub(r'[^A-Za-z0-9.]+', '-', variant.label).strip('-')}.json"
-            write_predictions(Path(a.output_dir) / file_name, predictions)
-            scores = score_captions(references, predictions, a.spice_jars)
-            speed, speedup = median_speed(
-                [part["seconds_per_image"][i] for part in columns], rows[0]["captions_per_second"] if rows else None
-            )
-            rows.append(
-                {
-                    **variant.facts(),
-                    **scores.values,
-                    "visual_tokens": variant.plan.output_tokens,  # CLS included
-                    "captions_per_second": speed,
-                    "speedup": speedup,
-                    "results": file_name,
-                    **count_generation(variant, one, settings),
-                }
-            )
+        costs = [count_generation(variant, one, settings) for variant in variants]
+        rows, reasons = _score_rows(a, variants, columns, {i: image.captions for i, image in annotated.items()})
         result = {
             **a.facts(model, device),
             "data": {"name": data_name(a.images), "num_images": len(images)},
@@ -170,27 +151,38 @@ def evaluate_captions(
             "batch_size": a.batch_size,
             "processes": parts.state.num_processes,
             "dtype": a.dtype,
-            "reasons": scores.reasons,
-            "rows": rows,
+            "reasons": reasons,
+            "rows": [{**row, **cost} for row, cost in zip(rows, costs, strict=True)],
         }
     parts.finish(lambda: keep(result))
     return result
 
 
-def _predictions(columns: Sequence[dict[str, Any]], row: int) -> dict[int, str]:
-    """A row's caption of every image, from all finished batches."""
-    return {
-        int(image_id): str(text)
-        for part in columns
-        for image_id, text in zip(part["image_id"], part["captions"][row], strict=True)
-    }
-
-
-def print_scores(scores: CaptionScores) -> None:
-    """One line per metric: the score, or why there is none."""
-    for metric in METRICS:
-        value = scores.values[metric]
-        print(f"{metric:>8}  {f'null: {scores.reasons[metric]}' if value is None else f'{value:.4f}'}")
+def _score_rows(
+    arguments: EvaluateCaptionsArguments,
+    variants: Sequence[Variant],
+    columns: Columns,
+    references: Mapping[int, Sequence[str]],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Write every row's result file; returns the rows with scores and speeds, and why metrics are null."""
+    rows: list[dict[str, Any]] = []
+    speeds = median_speeds(columns["seconds_per_image"])
+    for i, (variant, (speed, speedup)) in enumerate(zip(variants, speeds, strict=True)):
+        predictions = dict(zip(columns["image_id"].tolist(), columns["captions"][:, i].tolist(), strict=True))
+        file_name = f"results_{re.sub(r'[^A-Za-z0-9.]+', '-', variant.label).strip('-')}.json"
+        write_predictions(Path(arguments.output_dir) / file_name, predictions)
+        scores = score_captions(references, predictions, arguments.spice_jars)
+        rows.append(
+            {
+                **variant.facts(),
+                **scores.values,
+                "visual_tokens": variant.plan.output_tokens,  # CLS included
+                "captions_per_second": speed,
+                "speedup": speedup,
+                "results": file_name,
+            }
+        )
+    return rows, scores.reasons
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def caption_batch(
     device: torch.device,
     first: int = 0,
 ) -> Columns:
-    """Captions of all R rows, row `first` first: `image_id` [B], `captions` [R, B], `seconds_per_image` [R].
+    """Captions of all R rows, row `first` first: `image_id` [B], `captions` [B, R], `seconds_per_image` [1, R].
 
     `settings` are `generate`'s.
     """
@@ -37,8 +37,8 @@ def caption_batch(
     captions = [[text.strip() for text in tokenizer.batch_decode(row, skip_special_tokens=True)] for row in written]
     return {
         "image_id": batch["image_id"].numpy(),
-        "captions": np.array(captions, dtype=np.str_),
-        "seconds_per_image": seconds / len(pixels),
+        "captions": np.array(captions, dtype=np.str_).T,
+        "seconds_per_image": seconds[None] / len(pixels),
     }
 
 

@@ -13,11 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BadValue, need
 
@@ -30,28 +29,19 @@ _SPICE_MEMORY = "8G"
 Captions = dict[int, list[str]]
 
 
-@dataclass
-class CaptionScores:
+class CaptionScores(NamedTuple):
     """Every metric, as a fraction as its authors define it (CIDEr may exceed 1), or None and why."""
 
-    values: dict[str, float | None] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: one key per metric, and `reasons` for those that are null."""
-        return {**self.values, "reasons": self.reasons}
+    values: dict[str, float | None]
+    reasons: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """A scorer of some metrics: tokenised references and predictions by image in, one number per metric out.
-
-    `missing` returns what it lacks on this machine, or None.
-    """
+class Scorer(NamedTuple):
+    """A scorer of some metrics: tokenised references and predictions by image in, one number per metric out."""
 
     metrics: tuple[str, ...]
     score: Callable[[Captions, Captions], Sequence[float]]
-    missing: Callable[[], str | None] = lambda: None
+    lacks: str | None = None  # on this machine
 
 
 def score_captions(
@@ -68,7 +58,7 @@ def score_captions(
         raise BadValue("predictions", unknown[0], f"images that have captions; {len(unknown)} have none")
     if not predictions:
         raise BadValue("predictions", 0, "at least one caption")
-    scores, tokenised = CaptionScores(), list[Captions]()
+    scores, tokenised = CaptionScores({}, {}), list[Captions]()
     if len(lacking) < len(METRICS):
         given = ({i: references[i] for i in predictions}, {i: [text] for i, text in predictions.items()})
         tokenised = [tokenise(captions) for captions in given]
@@ -96,7 +86,7 @@ def unavailable(spice_jars: str | None = None) -> dict[str, str]:
     """
     need("captions", "scoring captions", "pycocoevalcap")
     lacking = _tokenizer_lacks()
-    reasons = {metric: lacking or scorer.missing() for scorer in _scorers(spice_jars) for metric in scorer.metrics}
+    reasons = {metric: lacking or scorer.lacks for scorer in _scorers(spice_jars) for metric in scorer.metrics}
     return {metric: reason for metric, reason in reasons.items() if reason is not None}
 
 
@@ -144,10 +134,10 @@ def _scorers(spice_jars: str | None) -> list[Scorer]:
     jars, missing_jars = find_spice_jars(spice_jars)
     return [
         Scorer(METRICS[:4], lambda gts, res: _class("bleu", "Bleu")(4).compute_score(gts, res, verbose=0)[0]),
-        Scorer(("METEOR",), _meteor, _meteor_lacks),
+        Scorer(("METEOR",), _meteor, _meteor_lacks()),
         Scorer(("ROUGE-L",), lambda gts, res: [_class("rouge", "Rouge")().compute_score(gts, res)[0]]),
         Scorer(("CIDEr",), lambda gts, res: [_class("cider", "Cider")().compute_score(gts, res)[0]]),
-        Scorer(("SPICE",), lambda gts, res: [_spice(gts, res, jars)], lambda: missing_jars),
+        Scorer(("SPICE",), lambda gts, res: [_spice(gts, res, jars)], missing_jars),
     ]
 
 

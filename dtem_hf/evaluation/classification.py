@@ -34,16 +34,15 @@ from ..opening import load_processor
 from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, at_least, one_of, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.identity import digest
-from ..programs.lock import only_run_in
-from ..programs.output import output_folder
-from ..programs.processes import processes, say
+from ..programs.lock import only_run_in, output_folder
+from ..programs.processes import known_processes, say
 from ..report.plots import picture_name, plot_accuracy
 from ..report.tables import print_table
 from .arguments import ResumableArguments
 from .features import feature_rows, measure_features
-from .metrics import Metrics, bootstrap_interval, load_metrics
-from .parts import Columns, Measure, Parts, batches_of
-from .variants import Variant, median_speed, run_in_turn
+from .metrics import CalibrationError, TopKAccuracy, bootstrap_interval
+from .parts import Columns, Measure, Parts
+from .variants import Variant, median_speeds, run_in_turn
 
 
 _RANKED = 5
@@ -77,7 +76,7 @@ class ClassifierArguments(ResumableArguments, ImageArguments):
     def open(self) -> Measure:
         """The model, and how it is measured. Raises NoTrainedHead where its head would be random."""
         model = load_trained_classifier(self.model, self.headless, merge=None, dtype=getattr(torch, self.dtype))
-        return Measure(model, model.config.num_labels, measure_batch, partial(make_rows, metrics=load_metrics()), {})
+        return Measure(model, model.config.num_labels, measure_batch, make_rows, {})
 
 
 @dataclass(kw_only=True)
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_card(output, overwrite=True)
 
         result = evaluate(arguments, keep)
-        if processes().is_main_process:
+        if known_processes().is_main_process:
             print_table(result)
             print(f"written: {output / 'evaluation.json'}, {output / picture_name(result['rows'])}")
 
@@ -157,24 +156,21 @@ def evaluate(
     read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
     run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime, **facts, **weighing)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
-    batches = batches_of(len(images), a.batch_size)
-    parts.measure(
+    columns = parts.measure(
         processed,
-        batches,
+        a.batch_size,
         lambda batch, number: measure(variants, batch, device, first=number % len(variants)),
         "evaluate",
         a.num_workers,
         collate,
     )
-    columns = parts.read(len(batches))
-    rows = make(variants, columns)
     result = {
         **a.facts(model, device),
         **facts,
         "data": {
             "name": data_name(a.data),
             "num_images": len(images),
-            "labelled": any((part["labels"] >= 0).any() for part in columns),
+            "labelled": bool((columns["labels"] >= 0).any()),
             "labels": classes.how,
         },
         "image_size": list(shape[-2:]),
@@ -185,7 +181,7 @@ def evaluate(
         "dtype": a.dtype,
         "runtime": a.runtime,
         **weighing,
-        "rows": rows,
+        "rows": make(variants, columns),
     }
     parts.finish(lambda: keep(result))
     return result
@@ -195,11 +191,11 @@ def evaluate(
 def measure_batch(
     variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int = 0
 ) -> Columns:
-    """Run all rows on a batch in turn, from row `first` on: the first one shares the processor with the workers that
-    decode the next batch, and that must not always be the same row.
+    """Run all rows on a batch in turn, from row `first` on.
 
-    Row 0 is the reference. Returns labels [B] and, for each of R rows, `ranked` classes [R, B, 5], `confidence` in the
-    first of them [R, B], `kl` to the reference [R, B] and `seconds_per_image` [R].
+    The row that runs first shares the processor with the workers that decode the next batch, so it should be another
+    one in every batch. Row 0 is the reference. Returns labels [B] and, of R rows, `ranked` classes [B, R, 5],
+    `confidence` in the first of them [B, R], `kl` to the reference [B, R] and `seconds_per_image` [1, R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
     logits, seconds = run_in_turn(variants, lambda model: model(pixel_values=pixels).logits.float(), device, first)
@@ -210,25 +206,24 @@ def measure_batch(
     }
     return {
         "labels": batch["labels"].numpy(),
-        "seconds_per_image": seconds / len(pixels),
-        **{name: torch.stack(rows).cpu().numpy() for name, rows in columns.items()},
+        "seconds_per_image": seconds[None] / len(pixels),
+        **{name: torch.stack(rows, dim=1).cpu().numpy() for name, rows in columns.items()},
     }
 
 
-def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Metrics) -> list[dict[str, Any]]:
-    """One dict per row, from the columns of all batches: figures in percent, KL in nats, images per second.
+def make_rows(variants: Sequence[Variant], columns: Columns) -> list[dict[str, Any]]:
+    """One dict per row, from the columns of all images: figures in percent, KL in nats, images per second.
 
     `change_interval` is that of the change of top-1 (without labels, of agreement) from the unmerged model.
     """
-    labels = np.concatenate([part["labels"] for part in parts])
-    reference = np.concatenate([part["ranked"][0, :, 0] for part in parts])
-    accuracy, calibration = metrics
-    rows: list[dict[str, Any]] = []
-    for i, variant in enumerate(variants):
-        ranked, confidence, kl = (
-            np.concatenate([part[name][i] for part in parts]) for name in ("ranked", "confidence", "kl")
-        )
-        known = labels >= 0
+    labels, reference = columns["labels"], columns["ranked"][:, 0, 0]
+    known = labels >= 0
+    accuracy, calibration = TopKAccuracy(), CalibrationError()
+    rows = []
+    for i, (variant, (speed, speedup)) in enumerate(
+        zip(variants, median_speeds(columns["seconds_per_image"]), strict=True)
+    ):
+        ranked, confidence, kl = (columns[name][:, i] for name in ("ranked", "confidence", "kl"))
         figures = {"top1": None, f"top{_RANKED}": None, "calibration_error": None}
         if known.any():
             widths = sorted({1, ranked.shape[1]})
@@ -241,9 +236,6 @@ def make_rows(variants: Sequence[Variant], parts: Sequence[Columns], metrics: Me
         changes = 100.0 * (right - (reference == labels).astype(float))[known]
         changes = changes if known.any() else 100.0 * ((ranked[:, 0] == reference) - 1.0)
         figures["agreement"] = accuracy.compute(predictions=ranked[:, :1], references=reference, k=1)["top1"]
-        speed, speedup = median_speed(
-            [part["seconds_per_image"][i] for part in parts], rows[0]["images_per_second"] if rows else None
-        )
         rows.append(
             {
                 **variant.facts(),

@@ -18,11 +18,11 @@ from ..hub.adapter import MergeAdapter
 from ..labels import multiply_adds_unit, reduction_label, series_name
 from ..programs.arguments import option, parse_arguments
 from ..programs.lock import only_run_in
-from ..programs.processes import processes
+from ..programs.processes import known_processes
 from ..report.plots import measure_of, plot_pareto
 from ..report.tables import LEGEND, as_markdown, print_table, shown
 from ..schedule import FlopsSchedule, as_schedule
-from .arguments import METHODS_HELP
+from .arguments import METHODS_HELP, SeveralAdapters
 from .classification import ClassifierArguments, evaluate
 from .variants import METHODS, UNMERGED, Variant
 
@@ -37,7 +37,7 @@ _ABLATION_TEXT = (
 
 
 @dataclass(kw_only=True)
-class CompareArguments(ClassifierArguments):
+class CompareArguments(ClassifierArguments, SeveralAdapters):
     """Compare methods at the same amounts of merging."""
 
     methods: list[str] = option(
@@ -48,9 +48,6 @@ class CompareArguments(ClassifierArguments):
     flops: list[float] = option(
         "shares of the multiply-adds to reach, one row each", default_factory=lambda: [0.8, 0.65, 0.5, 0.4]
     )
-    adapters: list[str] = option(
-        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
-    )
     ablation: bool = option("compare ToMe, soft merging by keys, and DTEM instead", default=False)
     output_dir: str = option("folder for comparison.json, .md, .csv and pareto.png", default="runs/compare")
 
@@ -59,11 +56,8 @@ class CompareArguments(ClassifierArguments):
         if self.ablation:
             self.methods = [UNMERGED, *ABLATION]
 
-    def adapter_references(self) -> list[str]:
-        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
-
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
-        """As ever, and with the methods of no use without an adapter that are given one."""
+        """The rows; a method that needs an adapter is among them where it has one."""
         given = [] if self.ablation else [a.config.method for a in adapters.values() if a.config.needs_adapter]
         whole = replace(self, methods=list(dict.fromkeys([*self.methods, *given])))
         return super(CompareArguments, whole).make_variants(model, adapters, **options)
@@ -80,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_comparison(result, output)
 
         result = evaluate(arguments, keep)
-        if processes().is_main_process:
+        if known_processes().is_main_process:
             print_table(result)
             print(wide_table(result["rows"]))
             print(f"written: comparison.json, comparison.md, comparison.csv and pareto.png in {arguments.output_dir}")

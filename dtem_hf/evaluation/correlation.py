@@ -23,18 +23,17 @@ from ..ops import cosine_scores, split_even_odd
 
 
 @torch.no_grad()
-def similarity_correlations(model: Any, pixel_values: Tensor, r: Any = 0) -> NDArray[np.float64]:
+def similarity_correlations(model: Any, pixel_values: Tensor) -> NDArray[np.float64]:
     """Kendall's τ between the similarities by keys and by the embedding: [B, C, H, W] -> [layers, B].
 
-    The pairs are those that bipartite matching chooses from, of the tokens that enter a layer (`r` tokens fewer per
-    layer; 0: all of them, so that every layer and method sees the same). The model is left as it is. Raises ValueError
-    where it has no learned embedding.
+    The pairs are those that bipartite matching chooses from, of all tokens, as nothing is merged: every layer and
+    method sees the same. The model is not changed. Raises ValueError where it has no learned embedding.
     """
     encoder = find_encoder(model)[1]
     if not isinstance(model, MergeMixin) or not getattr(embedding_of(encoder), "projections", None):
         raise BadValue("model", type(model).__name__, "a model with a learned embedding: attach DTEM or an adapter")
     model = share_weights(model)
-    model.set_reduction(r)
+    model.set_reduction(0)
     family, encoder = find_encoder(model)
     prefix, names = family.geometry(encoder).num_prefix_tokens, family.anatomy
     inputs: list[Tensor] = []
@@ -59,13 +58,13 @@ def similarity_correlations(model: Any, pixel_values: Tensor, r: Any = 0) -> NDA
     return np.asarray(taus)
 
 
-def block_ranges(num_layers: int, num_ranges: int = 3) -> list[tuple[int, int]]:
-    """First and last layer, counted from 1, of ranges as equal as can be: 12 layers are 1–4, 5–8 and 9–12."""
-    parts = np.array_split(np.arange(1, num_layers + 1), min(num_ranges, num_layers))
+def block_ranges(num_layers: int) -> list[tuple[int, int]]:
+    """First and last layer, counted from 1, of three ranges as equal as can be: 12 layers are 1–4, 5–8 and 9–12."""
+    parts = np.array_split(np.arange(1, num_layers + 1), min(3, num_layers))
     return [(int(part[0]), int(part[-1])) for part in parts]
 
 
-def correlation_table(correlations: Mapping[str, NDArray[np.float64]], num_ranges: int = 3) -> list[dict[str, Any]]:
+def correlation_table(correlations: Mapping[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
     """Mean τ over layers and images, a row per range of blocks: τ [layers, B] by name (before, after training).
 
     Beside each mean stands the standard deviation over images of the mean over the range's layers.
@@ -74,7 +73,7 @@ def correlation_table(correlations: Mapping[str, NDArray[np.float64]], num_range
     if len(layers) != 1:
         raise BadValue("correlations", sorted(layers), "the same number of layers under every name")
     rows = []
-    for first, last in block_ranges(layers.pop(), num_ranges):
+    for first, last in block_ranges(layers.pop()):
         row: dict[str, Any] = {"blocks": f"{first}–{last}"}
         for name, values in correlations.items():
             per_image = values[first - 1 : last].mean(axis=0)

@@ -38,19 +38,18 @@ from ..opening import load_processor
 from ..programs.arguments import ImageArguments, at_least, option, parse_arguments
 from ..programs.conditions import data_name
 from ..programs.functions import load_function
-from ..programs.lock import only_run_in
-from ..programs.output import output_folder
+from ..programs.lock import only_run_in, output_folder
 from ..progress import tqdm
 from ..report.pictures import displayed_pixels, draw_maps
 from ..report.tables import MAP_COLUMNS, MAP_LEGEND, as_markdown, cells, print_table
 from ..schedule import FlopsSchedule
-from .arguments import METHODS_HELP, RowArguments
+from .arguments import METHODS_HELP, SeveralAdapters
 from .metrics import bootstrap_interval
 from .variants import METHODS, Variant, make_variants
 
 
 @dataclass(kw_only=True)
-class DenseArguments(RowArguments, ImageArguments):
+class DenseArguments(SeveralAdapters, ImageArguments):
     """Compare a dense head's maps from merged tokens with those from the unmerged model's."""
 
     head: str = option("module:function that makes maps [B, H, W] of patches [B, D, rows, columns]")
@@ -58,9 +57,6 @@ class DenseArguments(RowArguments, ImageArguments):
     r: list[str] = option(
         "tokens merged per layer, one row each; methods that keep a share get ToMe's multiply-adds at this r",
         default_factory=lambda: ["4", "8", "12", "16", "20"],
-    )
-    adapters: list[str] = option(
-        "trained adapters; a method that learns has its rows once for each of its own", default_factory=list
     )
     threshold: float = option("a pixel of a map counts for IoU above this value", default=0.5)
     num_workers: int = option("processes that decode images", default=1)
@@ -77,9 +73,6 @@ class DenseArguments(RowArguments, ImageArguments):
             raise BadValue("picture_r", self.picture_r, f"one of {', '.join(self.r)}")
         if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
             raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
-
-    def adapter_references(self) -> list[str]:
-        return list(dict.fromkeys([*super().adapter_references(), *self.adapters]))
 
     def make_variants(self, model: Any, adapters: dict[str, Any], **options: Any) -> list[Variant]:
         """The rows; a method that keeps a share of the tokens has the multiply-adds of ToMe at every r."""

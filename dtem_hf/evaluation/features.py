@@ -16,7 +16,7 @@ from ..models.vision import run_on_pixels
 from ..programs.processes import say
 from .metrics import bootstrap_interval
 from .parts import Columns
-from .variants import Variant, median_speed, run_in_turn
+from .variants import Variant, median_speeds, run_in_turn
 
 
 # Images whose similarities to all others are in memory at once.
@@ -29,7 +29,7 @@ def measure_features(
 ) -> Columns:
     """Run all rows on a batch in turn, from row `first` on; `kind` is that of `recorded_features`.
 
-    Returns labels [B] and, for each of R rows, `features` [R, B, D] and `seconds_per_image` [R].
+    Returns labels [B] and, of R rows, `features` [B, R, D] and `seconds_per_image` [1, R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
 
@@ -41,22 +41,22 @@ def measure_features(
     found, seconds = run_in_turn(variants, features_of, device, first)
     return {
         "labels": batch["labels"].numpy(),
-        "seconds_per_image": seconds / len(pixels),
-        "features": torch.stack(found).cpu().numpy(),
+        "seconds_per_image": seconds[None] / len(pixels),
+        "features": torch.stack(found, dim=1).cpu().numpy(),
     }
 
 
 def feature_rows(
-    variants: Sequence[Variant], parts: Sequence[Columns], device: torch.device, neighbours: int
+    variants: Sequence[Variant], columns: Columns, device: torch.device, neighbours: int
 ) -> list[dict[str, Any]]:
-    """One dict per row, from the columns of all batches: the mean cosine with row 0, and shares in percent.
+    """One dict per row, from the columns of all images: the mean cosine with row 0, and shares in percent.
 
     `same_nearest` of the images have the nearest other image that they have in row 0 (None of one image). `knn_top1`
     have the label that most of their `neighbours` nearest others have, of several such labels the nearest one's; only
     images whose label another image has are counted; None where there are none, a single label, or too few images.
     `change_interval` is that of the change of `knn_top1` from row 0.
     """
-    labels = np.concatenate([part["labels"] for part in parts])
+    labels, speeds = columns["labels"], median_speeds(columns["seconds_per_image"])
     known = labels >= 0
     _, place, counts = np.unique(labels[known], return_inverse=True, return_counts=True)
     shared = counts[place] > 1
@@ -64,8 +64,8 @@ def feature_rows(
     if known.any() and not votes:
         say(f"no k-NN top-1: it takes more than {neighbours} labelled images, two labels, and one label of two images")
     rows: list[dict[str, Any]] = []
-    for i, variant in enumerate(variants):
-        features = torch.from_numpy(np.concatenate([part["features"][i] for part in parts]))
+    for i, (variant, (speed, speedup)) in enumerate(zip(variants, speeds, strict=True)):
+        features = torch.from_numpy(columns["features"][:, i])
         closest = nearest(features.to(device), 1)[:, 0] if len(features) > 1 else None
         right = None
         if votes:
@@ -75,9 +75,6 @@ def feature_rows(
             reference, reference_closest, reference_right = features.double(), closest, right
         cosine = F.cosine_similarity(features.double(), reference, dim=-1).numpy()
         same = None if closest is None else 100.0 * (closest == reference_closest)
-        speed, speedup = median_speed(
-            [part["seconds_per_image"][i] for part in parts], rows[0]["images_per_second"] if rows else None
-        )
         rows.append(
             {
                 **variant.facts(),

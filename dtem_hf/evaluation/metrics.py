@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -90,15 +90,3 @@ def bootstrap_interval(values: NDArray[Any], resamples: int = 2000, seed: int = 
 def share_interval(count: int, of: int) -> list[float]:
     """The 95 % interval of a share, by Wilson's score: of 0 in 10, [0, 0.28], where a bootstrap would say [0, 0]."""
     return [float(end) for end in binomtest(count, of).proportion_ci(method="wilson")]
-
-
-class Metrics(NamedTuple):
-    """The metrics of a classifier, ready to compute."""
-
-    accuracy: TopKAccuracy
-    calibration: CalibrationError
-
-
-def load_metrics() -> Metrics:
-    """Raises OSError where no temporary files can be written."""
-    return Metrics(TopKAccuracy(), CalibrationError())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +14,11 @@ from torch.utils.data import DataLoader
 from ..errors import BadValue
 from ..files import read_json, replacing, write_json
 from ..programs.identity import digest
-from ..programs.processes import processes
+from ..programs.processes import known_processes
 from ..progress import tqdm
 
 
+# Images first; of `seconds_per_image`, batches first.
 Columns = dict[str, NDArray[Any]]
 _RUN_NAME = "run.json"
 
@@ -26,8 +26,9 @@ _RUN_NAME = "run.json"
 class Measure(NamedTuple):
     """A model, and how it is measured: by its classes, or by its features.
 
-    `batch` takes variants, a batch, the device and the row that runs first; `rows` takes variants and the columns of
-    all batches. Labels are below `num_labels`, or any for None. `facts` tell a run and its result apart.
+    `batch` takes variants, a batch, the device and the row that runs first, and returns columns; `rows` takes variants
+    and the columns of all images. Labels are below `num_labels`, or any for None. `facts` are part of the run and of
+    its result.
     """
 
     model: Any
@@ -46,7 +47,7 @@ class Parts:
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: str) -> None:
         self.folder, self.digest = folder, digest(run)
-        self.state = processes()
+        self.state = known_processes()
         self._finished = folder.with_name(f".{folder.name}.finished")
         if self.state.is_main_process:
             shutil.rmtree(self._finished, ignore_errors=True)  # of a run that was killed while it removed them
@@ -60,55 +61,47 @@ class Parts:
             write_json(folder / _RUN_NAME, run)
         self.state.wait_for_everyone()
 
-    def finished(self) -> set[int]:
-        """The numbers of the batches that are done."""
-        names = (re.fullmatch(rf"{self.digest}-(\d+)\.npz", path.name) for path in self.folder.glob("*.npz"))
-        return {int(name[1]) for name in names if name}
-
     def measure(
         self,
         images: Any,
-        batches: Sequence[Sequence[int]],
+        batch_size: int,
         measure: Callable[[Any, int], Columns],
         title: str,
         num_workers: int = 0,
         collate: Any = None,
-    ) -> None:
-        """Measure every unfinished batch that falls to this process, and keep its columns.
+    ) -> Columns:
+        """Measure every unfinished batch that falls to this process; returns the columns of all batches.
 
         `measure` takes a batch and its number. Batches, and so figures, are the same for any number of processes. The
-        first batch of a process warms up, and the last of all may be smaller: neither is timed.
+        first batch of a process warms up, and the last of all may be smaller: neither is timed. Raises
+        FileNotFoundError where a batch of another process is not in the folder.
         """
-        finished = self.finished()
+        batches = batches_of(len(images), batch_size)
+        missing = [number for number in range(len(batches)) if not self._path(number).is_file()]
         self.state.wait_for_everyone()  # before one of them writes
-        missing = sorted(set(range(len(batches))) - finished)
         mine = missing[self.state.process_index :: self.state.num_processes]
         sampler = [list(batches[number]) for number in mine]
         loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
         progress = tqdm(loader, desc=title, unit="batch", disable=not self.state.is_main_process)
-        if finished and self.state.is_main_process:
-            progress.write(f"{len(finished)} of {len(batches)} batches were finished before")
+        if len(missing) < len(batches) and self.state.is_main_process:
+            progress.write(f"{len(batches) - len(missing)} of {len(batches)} batches were finished before")
         for place, (number, batch) in enumerate(zip(mine, progress, strict=True)):
             columns = measure(batch, number)
             if place == 0 or len(batches[number]) < len(batches[0]):
                 columns["seconds_per_image"][:] = np.nan
-            self.write(number, columns)
+            with replacing(self._path(number)) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **columns)  # type: ignore[arg-type]
         self.state.wait_for_everyone()
+        return self._read(len(batches))
 
-    def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a batch's results, whole or not at all."""
-        with replacing(self._path(number)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **columns)  # type: ignore[arg-type]
-
-    def read(self, num_batches: int) -> list[Columns]:
-        """The results of all batches, in order. Raises FileNotFoundError where one is missing."""
+    def _read(self, num_batches: int) -> Columns:
         parts = []
         for number in range(num_batches):
             if not self._path(number).is_file():
                 raise FileNotFoundError(f"{self._path(number)}: output_dir must be one folder that all processes see")
             with np.load(self._path(number), allow_pickle=False) as arrays:
                 parts.append({name: arrays[name] for name in arrays.files})
-        return parts
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def finish(self, keep: Callable[[], None]) -> None:
         """Let the first process keep the results, and then remove the parts."""

@@ -107,7 +107,7 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
         train = load_segmentation(arguments.train, arguments.train_split, *columns)
         model = AutoModel.from_pretrained(arguments.model, merge=None).to(device).eval()
         variants = arguments.make_variants(model, arguments.load_adapters(), unmerge=True)
-        reader = PatchReader(processor, find_encoder(model)[1].config, device)
+        reader = PatchReader.of(model, processor, device)
         num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))
         head = train_head(variants[0], train, reader, num_classes, arguments)
         predictions = _by_linear_head(test, variants, reader, head, arguments)
@@ -203,30 +203,31 @@ def window_logits(model: Any, pixels: Tensor, window: int, stride: int, batch_si
 
 @dataclass
 class PatchReader:
-    """Resizes whole images for the backbone, and reads its patches as a grid."""
+    """Resizes whole images to height and width in pixels, which a backbone reads as rows and columns of patches."""
 
     processor: Any
-    config: Any
+    sides: tuple[int, ...]
+    grid: tuple[int, int]
     device: torch.device
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """[B, C, H, W]: resized to the model's size, nothing cut off."""
-        size = self.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        resize = {"do_resize": True, "size": {"height": height, "width": width}, "do_center_crop": False}
-        return self.processor(images=list(images), return_tensors="pt", **resize).pixel_values.to(self.device)
+    @classmethod
+    def of(cls, model: Any, processor: Any, device: torch.device) -> PatchReader:
+        """Of the images that a model reads."""
+        family, encoder = find_encoder(model)
+        sides, patch = family.input_sides(encoder.config), family.patch_sides(encoder.config)
+        return cls(processor, sides, (sides[0] // patch[0], sides[1] // patch[1]), device)
 
-    def grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        patch = self.config.patch_size
-        height, width = (patch, patch) if isinstance(patch, int) else patch
-        return pixels.shape[2] // height, pixels.shape[3] // width
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """[B, C, H, W]: resized, nothing cut off."""
+        size = dict(zip(("height", "width"), self.sides, strict=True))
+        resize = {"do_resize": True, "size": size, "do_center_crop": False}
+        return self.processor(images=list(images), return_tensors="pt", **resize).pixel_values.to(self.device)
 
 
 @torch.inference_mode()
 def patch_features(variant: Variant, pixels: Tensor, reader: PatchReader) -> Tensor:
     """Every patch's token, or the one it was merged into: [B, C, H, W] -> [B, rows, columns, D], float32."""
-    rows, columns = reader.grid(pixels)
+    rows, columns = reader.grid
     with variant.ready() as model:
         tokens = run_on_pixels(model, pixels).last_hidden_state
     return tokens[:, -rows * columns :].float().unflatten(1, (rows, columns))  # prefix tokens come first
@@ -246,7 +247,7 @@ def train_head(
     features, targets = [], []
     for pixels, masks in _batches(images, reader, arguments.batch_size, "read"):
         features.append(patch_features(variant, pixels, reader).flatten(0, 2).cpu())
-        targets += [class_shares(mask, reader.grid(pixels), num_classes).flatten(0, 1) for mask in masks]
+        targets += [class_shares(mask, reader.grid, num_classes).flatten(0, 1) for mask in masks]
     x, y = torch.cat(features).clone(), torch.cat(targets)
     known = y.sum(-1) > 0
     x, y = x[known], y[known]
@@ -284,10 +285,9 @@ def class_shares(mask: NDArray[np.uint8], grid: tuple[int, int], num_classes: in
 
 def confusion(predicted: NDArray[Any], mask: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
     """Pixels of class i that were predicted as class j: [classes, classes]; ignored pixels are left out."""
-    known = mask != IGNORED
-    largest = int(mask[known].max(initial=0))
-    if largest >= num_classes:
+    if (largest := _largest_class(mask)) >= num_classes:
         raise BadValue("mask", largest, f"classes below {num_classes}, or {IGNORED} for none")
+    known = mask != IGNORED
     pairs = mask[known].astype(np.int64) * num_classes + predicted[known]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 

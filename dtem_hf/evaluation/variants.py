@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..configuration import DTEMConfig, KeepRateConfig, MergeConfig, ToMeConfig
 from ..costs import MergePlan
-from ..deploy.runtimes import make_run
+from ..deploy.runtimes import Run, make_run
 from ..errors import BadValue
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
@@ -32,22 +32,21 @@ UNMERGED = "none"
 class EvaluatedMethod:
     """How a method becomes rows.
 
-    `config` is attached first; where it learns, an adapter of its method takes its place, unless `from_keys`. Without
-    `removes_tokens`, a row costs what the unmerged model does.
+    `config` is attached first; where it learns, an adapter of its method takes its place. A `soft` method starts from
+    keys, and removes no token: its rows cost what the unmerged model does.
     """
 
     config: MergeConfig
-    from_keys: bool = False
-    removes_tokens: bool = True
+    soft: bool = False
 
     @property
     def by_default(self) -> bool:
         """Whether a comparison runs the method without being asked to."""
-        return self.removes_tokens and not self.config.needs_adapter
+        return not self.soft and not self.config.needs_adapter
 
     def sources(self, adapters: dict[str, MergeAdapter]) -> dict[str | None, Any]:
         """What is attached, by the adapter's name where there are several. Raises ValueError where none is there."""
-        own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.from_keys}
+        own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.soft}
         if not own and self.config.needs_adapter:
             raise BadValue("methods", [self.config.method], "a method that needs no training, or an adapter of it")
         return {name if len(own) > 1 else None: a for name, a in own.items()} or {None: self.config}
@@ -61,7 +60,7 @@ class EvaluatedMethod:
     def plan(self, model: Any, image_size: tuple[int, int] | None = None) -> MergePlan:
         """Tokens and multiply-adds of a model that is set to a row, for images of a size (None: the model's own)."""
         plan: MergePlan = model.merge_plan(image_size)
-        if self.removes_tokens:
+        if not self.soft:
             return plan
         tokens = [plan.num_tokens] * len(plan.tokens)
         return replace(plan, tokens=tokens, multiply_adds=plan.unmerged_multiply_adds)
@@ -69,14 +68,14 @@ class EvaluatedMethod:
 
 # Without an adapter, dtem starts from keys and equals tome. Soft is tome as training relaxes it, for the ablation.
 METHODS = {name: EvaluatedMethod(config()) for name, config in MergeConfig._methods.items()}
-METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), from_keys=True, removes_tokens=False)
+METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), soft=True)
 
 
 @dataclass
 class Variant:
     """One row: a method and its r (None: unmerged), run on a model that may serve several rows.
 
-    `adapter` is the adapter's name, where there are several.
+    `adapter` is the adapter's name, where there are several. `run` takes pixels in another runtime than eager.
     """
 
     method: str
@@ -84,11 +83,15 @@ class Variant:
     model: Any
     plan: MergePlan
     adapter: str | None = None
+    run: Run | None = None
 
     @contextmanager
     def ready(self) -> Iterator[Any]:
-        """The model, set to this row."""
-        if self.method == UNMERGED:
+        """The model, set to this row; with `run`, what returns its first output as `logits`."""
+        if self.run is not None:
+            run = self.run
+            yield lambda pixel_values: SimpleNamespace(logits=run(pixel_values.float())[0])
+        elif self.method == UNMERGED:
             with self.model.unmerged():
                 yield self.model
         else:
@@ -104,8 +107,8 @@ class Variant:
         return model
 
     def in_runtime(self, runtime: str, shape: tuple[int, ...]) -> Variant:
-        """This row for images of [C, H, W] in a runtime: its model returns the first output as `logits`."""
-        return _RuntimeVariant(**vars(self), run=make_run(runtime, self.standalone(), shape))
+        """This row for images of [C, H, W] in a runtime."""
+        return replace(self, run=make_run(runtime, self.standalone(), shape))
 
     @property
     def label(self) -> str:
@@ -126,15 +129,6 @@ class Variant:
         """Multiply-adds of an image, their share of the unmerged model's, and the tokens that are left."""
         plan = self.plan
         return {"multiply_adds": plan.multiply_adds, "ratio": plan.ratio, "tokens": plan.tokens[-1]}
-
-
-@dataclass
-class _RuntimeVariant(Variant):
-    run: Any = None
-
-    @contextmanager
-    def ready(self) -> Iterator[Any]:
-        yield lambda pixel_values: SimpleNamespace(logits=self.run(pixel_values.float())[0])
 
 
 def method_names() -> list[str]:
@@ -207,14 +201,13 @@ def run_in_turn(
     return results, seconds
 
 
-def median_speed(seconds_per_image: Sequence[float], plain: float | None) -> tuple[float | None, float | None]:
-    """Images per second, and the speed-up over `plain` of them (None: this row itself); NaN is a batch without timing.
+def median_speeds(seconds_per_image: NDArray[np.float64]) -> list[tuple[float | None, float | None]]:
+    """Images per second of every row and its speed-up over the first row: [batches, R]; NaN is a batch without timing.
 
     Both are None where nothing was timed.
     """
-    seconds = np.asarray(seconds_per_image, dtype=float)
-    timed = seconds[~np.isnan(seconds)]
+    timed = seconds_per_image[~np.isnan(seconds_per_image).any(axis=1)]
     if not len(timed):
-        return None, None
-    speed = float(1 / np.median(timed))
-    return speed, speed / (plain or speed)
+        return [(None, None)] * seconds_per_image.shape[1]
+    speeds = 1 / np.median(timed, axis=0)
+    return list(zip(speeds.tolist(), (speeds / speeds[0]).tolist(), strict=True))

@@ -27,7 +27,7 @@ def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None
     clamped = sizes.clamp(min=floor)
     if sizes.requires_grad:
         clamped = sizes + (clamped - sizes).detach()
-    bias = clamped.log()[:, None, None, :]
+    bias = clamped.log().unsqueeze(1).unsqueeze(1)
     if exponents is not None:
         # A small power of the floor is not small: attention would see empty tokens.
         empty = (sizes <= floor)[:, None, None, :]

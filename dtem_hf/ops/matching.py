@@ -74,10 +74,9 @@ def put_empty_first(scores: Tensor, empty_a: Tensor, empty_b: Tensor) -> Tensor:
 def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) -> tuple[Tensor, Tensor]:
     """The highest score of every A token and the first B token that has it: [B, N, d] -> float32, int64 [B, a]."""
     with without_autocast(metric.device.type):
-        if torch.compiler.is_exporting():  # normalize computes shapes to expand the lengths
-            normed = metric.float() / metric.float().norm(dim=-1, keepdim=True).clamp(min=_SHORTEST)
-        else:
-            normed = F.normalize(metric.float(), dim=-1)
+        metric = metric.float()
+        # As F.normalize, which computes shapes to expand the lengths.
+        normed = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp(min=_SHORTEST)
         a, b = split_even_odd(normed, num_prefix_tokens)
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
@@ -113,7 +112,7 @@ def bipartite_soft_matching(
         return Matching(positions[:, :0], positions[:, :0], torch.cat([prefix, a, b], dim=1))
     best, partner = _best_partner(metric, num_prefix_tokens, empty)
     order = descending_order(best)
-    places = order * 2 + (num_prefix_tokens + num_prefix_tokens % 2)
+    places = torch.add(num_prefix_tokens + num_prefix_tokens % 2, order, alpha=2)
     leaving, kept = places[:, :r], places[:, r:]
     if torch.compiler.is_exporting():  # ONNX writes a sort as a topk of a computed number
         kept = kept.topk(kept.shape[1], largest=False).values

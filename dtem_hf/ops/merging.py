@@ -13,10 +13,8 @@ _SMALLEST_TOTAL = 1e-12
 
 def _rows(positions: Tensor, num_tokens: int) -> Tensor:
     """Positions [B, k] as rows of all images below each other, [B · k], where each has `num_tokens`."""
-    if positions.shape[0] > 1 or torch.compiler.is_compiling():  # a compiled graph may be for any batch
-        first = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
-        positions = positions + first.unsqueeze(1)
-    return positions.flatten()
+    first = torch.arange(0, positions.shape[0] * num_tokens, num_tokens, device=positions.device)
+    return (positions + first.unsqueeze(1)).flatten()
 
 
 def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
@@ -34,6 +32,8 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
             return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]
     if base.dim() == 2:
         return base.scatter_add(1, index, rows)
+    if index.shape[0] == 1 and not torch.compiler.is_compiling():  # a compiled graph may be for any batch
+        return base.index_add_(1, index[0], rows)
     # Along rows of all images below each other: along tokens, the index would be read anew for every feature.
     flat, index, rows = base.flatten(0, 1), _rows(index, base.shape[1]), rows.flatten(0, 1)
     if torch.compiler.is_exporting():
@@ -93,6 +93,8 @@ def compose_source_maps(earlier: Tensor, later: Tensor) -> Tensor:
 
 def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
     """The tokens at given positions: [B, n, D], positions [B, k] -> [B, k, D]."""
+    if positions.shape[0] == 1 and not torch.compiler.is_compiling():
+        return x.index_select(1, positions[0])
     rows = x.flatten(0, 1).index_select(0, _rows(positions, x.shape[1]))
     return rows.view(*positions.shape, x.shape[2])
 

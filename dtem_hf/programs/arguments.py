@@ -107,7 +107,9 @@ def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, 
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
-    first, _ = _only_config().parse_known_args(argv)
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    first, _ = only_config.parse_known_args(argv)
     if first.config is not None:
         argv = [*_yaml_as_options(Path(first.config), {f.name for f in dataclasses.fields(kind)}), *argv]  # type: ignore[arg-type]
     found, unknown = parser.parse_known_args(argv)
@@ -168,12 +170,6 @@ def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[],
         source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
         return partial(print, f"{text}\n\nIts options are shown once its packages are there. {error}")
-
-
-def _only_config() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser
 
 
 def _yaml_as_options(path: Path, known: set[str]) -> list[str]:

@@ -1,10 +1,11 @@
-"""A lock on an output folder: one run at a time writes there."""
+"""Output folders: they are made before any work, and one run at a time writes there."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,19 @@ except ImportError:  # Windows
 LOCK_NAME = ".lock"
 _CLOCK_TOLERANCE = 2.0  # seconds between the clocks of processes and of files
 _held: set[int] = set()  # open lock files of this process
+
+
+def output_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a program's only file, made before any work, without a lock.
+
+    Raises OSError where nothing can be written to it, and RuntimeError where the processes of a launch do not know
+    each other.
+    """
+    known_processes()
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 @contextmanager
@@ -51,7 +65,10 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class _Lock:
-    """The locked file `.lock` in a folder. Its text names the holder; `holder` is "" where this object is it."""
+    """The locked file `.lock` in a folder, whose text names its holder.
+
+    `holder` is that name where another run holds the lock, and "" where this object does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path, self.made_folder = folder / LOCK_NAME, not folder.exists()

@@ -12,7 +12,7 @@ from ..errors import need
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator, PartialState
+    from accelerate import PartialState
 
 
 def known_processes() -> PartialState:
@@ -31,17 +31,9 @@ def known_processes() -> PartialState:
     return state
 
 
-def processes() -> Accelerator:
-    """As `known_processes`, with Accelerate's functions."""
-    known_processes()
-    from accelerate import Accelerator
-
-    return Accelerator()
-
-
 def choose_device(name: str) -> torch.device:
     """The device of this process; `auto` takes an accelerator if there is one."""
-    return processes().device if name == "auto" else torch.device(name)
+    return known_processes().device if name == "auto" else torch.device(name)
 
 
 def say(text: str) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 from ..errors import BadValue
 from ..files import read_json, write_text
-from ..labels import reduction_label
 from ..programs.arguments import option, parse_arguments
-from .tables import cells, columns_of
+from .tables import benchmark_cells, cells, columns_of
 
 
+# Columns, and lines of texts.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 _LARGEST_RECORD = 1 << 24
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _STYLE = """
@@ -44,14 +45,6 @@ class ReportArguments:
     def __post_init__(self) -> None:
         if not self.output.lower().endswith((".html", ".htm")):
             raise BadValue("output", self.output, "a name that ends in .html")
-
-
-@dataclass
-class Table:
-    """Texts under a header."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass
@@ -91,7 +84,7 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
     """The records known by name and all pictures of a folder. Raises FileNotFoundError where it has none."""
     folder = Path(folder)
     section = Section(folder.name)
-    for name, tables_of in KNOWN_RECORDS.items():
+    for name, table_of in KNOWN_RECORDS.items():
         if (folder / name).is_file():
             record = read_json(folder / name, _LARGEST_RECORD)
             if not isinstance(record, dict):
@@ -99,7 +92,7 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
             for fact, value in _facts(record).items():
                 if section.facts.setdefault(fact, value) != value:
                     section.facts[f"{fact} ({Path(name).stem})"] = value
-            section.tables += tables_of(record)
+            section.tables.append(table_of(record["rows"]))
     for path in sorted(folder.glob("*")):
         if path.suffix.lower() in _PICTURES:
             section.pictures[path.stem.replace("_", " ")] = path
@@ -108,47 +101,25 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
     return section
 
 
-def _evaluation_tables(record: dict[str, Any]) -> list[Table]:
-    return [Table(columns_of(record["rows"]), [cells(row) for row in record["rows"]])]
+def _evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
+    return columns_of(rows), [cells(row) for row in rows]
 
 
-def _benchmark_tables(record: dict[str, Any]) -> list[Table]:
-    sizes = [batch["batch_size"] for batch in record["rows"][0]["batches"]]
-    rows = []
-    for row in record["rows"]:
-        speeds = [
-            f"{batch['images_per_second']['median']:.1f} ({batch['speedup']['median']:.2f}×)"
-            for batch in row["batches"]
-        ]
-        counted = row["multiply_adds"] is not None
-        cost = [f"{row['multiply_adds'] / 1e6:.1f}", f"{row['ideal_speedup']:.2f}×"] if counted else ["–", "–"]
-        # Records of earlier versions know one runtime.
-        start = [row.get("runtime", "eager"), row["method"], reduction_label(row["r"])]
-        rows.append([*start, *cost, *speeds, str(row["break_even_batch_size"] or "–")])
-    columns = [f"images/s, batch {size}" for size in sizes]
-    return [Table(["runtime", "method", "r", "M mult-adds", "ideal", *columns, "break-even batch"], rows)]
-
-
-def _plain_tables(record: dict[str, Any]) -> list[Table]:
+def _plain_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Rows of numbers under the names that the record gives them."""
-    columns = list(dict.fromkeys(name for row in record["rows"] for name in row))
-    return [
-        Table(
-            [name.replace("_", " ") for name in columns],
-            [[_text(row.get(c)) for c in columns] for row in record["rows"]],
-        )
-    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [name.replace("_", " ") for name in columns], [[_text(row.get(name)) for name in columns] for row in rows]
 
 
-# Which files are read, in the order of the page, and how they become tables.
-KNOWN_RECORDS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
-    "comparison.json": _evaluation_tables,
-    "evaluation.json": _evaluation_tables,
-    "dense.json": _evaluation_tables,
-    "benchmark.json": _benchmark_tables,
-    "correlation.json": _plain_tables,
-    "captions.json": _plain_tables,
-    "segmentation.json": _plain_tables,
+# Which files are read, in the order of the page, and how their rows become a table.
+KNOWN_RECORDS: dict[str, Callable[[Sequence[dict[str, Any]]], Table]] = {
+    "comparison.json": _evaluation_table,
+    "evaluation.json": _evaluation_table,
+    "dense.json": _evaluation_table,
+    "benchmark.json": benchmark_cells,
+    "correlation.json": _plain_table,
+    "captions.json": _plain_table,
+    "segmentation.json": _plain_table,
 }
 
 
@@ -166,9 +137,7 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _section_html(section: Section) -> str:
@@ -178,9 +147,9 @@ def _section_html(section: Section) -> str:
             f"<tr><td>{escape(k)}</td><td><code>{escape(v)}</code></td></tr>" for k, v in section.facts.items()
         )
         parts.append(f'<table class="facts"><tbody>{facts}</tbody></table>')
-    for table in section.tables:
-        head = "".join(f"<th>{escape(str(cell))}</th>" for cell in table.header)
-        rows = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>\n" for row in table.rows)
+    for columns, lines in section.tables:
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>\n" for line in lines)
         parts.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>")
     for caption, path in section.pictures.items():
         kind = _PICTURES.get(path.suffix.lower())

@@ -1,4 +1,7 @@
-"""Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8)."""
+"""Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8).
+
+The suffix of a picture's path is its format; the file is written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -62,7 +64,7 @@ def merged_token_image(
     they are. Raises ValueError where the source map [N] does not cover the patches.
     """
     pixels = np.asarray(pixels, dtype=np.float64)
-    height, width = _pair(patch_size)
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     rows, columns = pixels.shape[0] // height, pixels.shape[1] // width
     groups = token_groups(source_map, num_prefix_tokens, (rows, columns))
     covered = pixels[: rows * height, : columns * width]
@@ -100,65 +102,51 @@ def draw_merged_tokens(
     models: Mapping[str, PreTrainedModel],
     processor: Any,
     path: str | os.PathLike[str],
-    titles: Sequence[str] | None = None,
 ) -> None:
-    """Write one figure: a row per image (named by `titles`): what the model sees, then a column per merged model.
+    """Write one figure: a row per image: what the model sees, then a column per merged model.
 
-    `models` are named by their keys. The suffix of `path` is the format; the file is written whole or not at all.
-    Models run on one image at a time, in eval mode, and keep their mode. Raises ValueError for a model that is not
-    merged, and where there is nothing to draw.
+    `models` are named by their keys. They run on one image at a time, in eval mode, and keep their mode. Raises
+    ValueError for a model that is not merged, and where there is nothing to draw.
     """
-    check_figure_format(path)
-    if not images or not models:
-        raise BadValue("images, models", (len(images), len(models)), "at least one of each")
-    if titles is not None and len(titles) != len(images):
-        raise BadValue("titles", list(titles), f"one for each of the {len(images)} images")
-    _check_merged(models)
+    _check(images, models, path)
     rows = []
     for image in images:
-        drawn = [panels_of(image, model, processor, None) for model in models.values()]
+        drawn = [panels_of(image, model, processor) for model in models.values()]
         rows.append([drawn[0][0], *(panels[0] for _, panels in drawn)])
-    save_figure(_grid(rows, list(models), titles), path)
+    save_figure(_grid(rows, list(models)), path)
 
 
 def draw_merged_layers(
-    image: Image,
-    models: Mapping[str, PreTrainedModel],
-    processor: Any,
-    path: str | os.PathLike[str],
-    layers: Sequence[int] | None = None,
+    image: Image, models: Mapping[str, PreTrainedModel], processor: Any, path: str | os.PathLike[str]
 ) -> None:
     """Write one figure of how tokens merge from layer to layer: a row per merged model, a column per layer.
 
-    `layers` are counted from 1; left out, four that are spread evenly, the last among them. The rest is as in
-    `draw_merged_tokens`. Raises ValueError for a layer that a model does not have.
+    The layers are four that are spread evenly, the last among them. The rest is as in `draw_merged_tokens`.
     """
-    check_figure_format(path)
-    if not models:
-        raise BadValue("models", 0, "at least one")
-    _check_merged(models)
+    _check([image], models, path)
     depth = min(len(merged_layers(model)) for model in models.values())
-    chosen = list(layers) if layers is not None else sorted({-(-depth * i // 4) for i in range(1, 5)})
-    if not chosen or not all(1 <= layer <= depth for layer in chosen):
-        raise BadValue("layers", chosen, f"numbers from 1 to {depth}")
+    layers = sorted({-(-depth * i // 4) for i in range(1, 5)})
     rows = []
     for model in models.values():
-        seen, panels = panels_of(image, model, processor, [layer - 1 for layer in chosen])
+        seen, panels = panels_of(image, model, processor, [layer - 1 for layer in layers])
         rows.append([seen, *panels])
-    save_figure(_grid(rows, [f"layer {layer}" for layer in chosen], list(models)), path)
+    save_figure(_grid(rows, [f"layer {layer}" for layer in layers], list(models)), path)
 
 
 def draw_maps(images: Sequence[NDArray[Any]], maps: Mapping[str, NDArray[Any]], path: str | os.PathLike[str]) -> None:
     """Write one figure: a row per image [H, W, 3], with its map of every column in `maps`, [n, h, w] each.
 
-    All are from 0 to 1. The suffix of `path` is the format; the file is written whole or not at all.
+    All are from 0 to 1.
     """
     check_figure_format(path)
     rows = [[(image, ""), *((own[i], "") for own in maps.values())] for i, image in enumerate(images)]
-    save_figure(_grid(rows, list(maps), None), path)
+    save_figure(_grid(rows, list(maps)), path)
 
 
-def _check_merged(models: Mapping[str, PreTrainedModel]) -> None:
+def _check(images: Sequence[Image], models: Mapping[str, PreTrainedModel], path: str | os.PathLike[str]) -> None:
+    check_figure_format(path)
+    if not images or not models:
+        raise BadValue("images, models", (len(images), len(models)), "at least one of each")
     for label, model in models.items():
         if not isinstance(model, MergeMixin):
             raise BadValue(
@@ -166,7 +154,7 @@ def _check_merged(models: Mapping[str, PreTrainedModel]) -> None:
             )
 
 
-def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Sequence[str] | None) -> Figure:
+def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Sequence[str] = ()) -> Figure:
     """A figure of panels: the input and the columns named on top, rows by `titles` on the left."""
     # A row is as high as its image, and leaves room for the number of tokens.
     heights = [row[0][0].shape[0] / row[0][0].shape[1] + 0.1 for row in rows]
@@ -175,7 +163,6 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
         dpi=150,
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01),
     )
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1 + len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, row_axes in zip(rows, axes, strict=True):
         for (picture, caption), axis in zip(row, row_axes, strict=True):
@@ -185,44 +172,34 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
             axis.set_xlabel(caption, fontsize=8, labelpad=3, color="0.35")
     for label, axis in zip(["input", *columns], axes[0], strict=True):
         axis.set_title(label, fontsize=10, parse_math=False)
-    for title, axis in zip(titles or (), axes[:, 0], strict=False):
+    for title, axis in zip(titles, axes[:, 0], strict=False):
         axis.set_ylabel(title, fontsize=9, parse_math=False)
     return figure
 
 
-def panels_of(image: Image, model: Any, processor: Any, layers: Sequence[int] | None) -> tuple[Panel, list[Panel]]:
-    """The pixels that a model sees of an image, and its tokens after each of some layers (None: the last)."""
+def panels_of(image: Image, model: Any, processor: Any, layers: Sequence[int] = (-1,)) -> tuple[Panel, list[Panel]]:
+    """The pixels that a model sees of an image, and its tokens after each of some layers; left out, the last."""
     processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
     family, encoder = find_encoder(model)
     config: Any = encoder.config
     pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
-    source_maps = _source_maps(model, pixel_values)
-    pixels, patch = displayed_pixels(pixel_values[0], processor), _pair(config.patch_size)
+    with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
+        run_on_pixels(model, pixel_values)
+    source_maps = [source_map[0].cpu().numpy() for source_map in trace.source_maps]  # the image's, after every layer
+    pixels, patch = displayed_pixels(pixel_values[0], processor), family.patch_sides(config)
     prefix = family.geometry(encoder).num_prefix_tokens
     # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
     scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
     enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     panels = []
-    for layer in layers or [-1]:
+    for layer in layers:
         picture = merged_token_image(enlarged, source_maps[layer], prefix, [extent * scale for extent in patch])
         tokens = len(np.unique(source_maps[layer][prefix:]))
         panels.append((picture, f"{len(source_maps[layer]) - prefix} patches → {tokens} tokens"))
     return (pixels, ""), panels
 
 
-def _source_maps(model: Any, pixel_values: Tensor) -> list[NDArray[np.int64]]:
-    """The token that each of an image's tokens is in after every layer: [1, C, H, W] -> layers × [N]."""
-    with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
-        run_on_pixels(model, pixel_values)
-    return [source_map[0].cpu().numpy() for source_map in trace.source_maps]
-
-
 def _in_mode(image: Image, num_channels: int) -> Image:
     if num_channels not in _MODES:
         raise BadValue("num_channels", num_channels, f"one of {sorted(_MODES)}")
     return as_rgb(image).convert(_MODES[num_channels])
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width

@@ -1,4 +1,8 @@
-"""Plots of what merging costs and saves, from the rows of an evaluation's JSON."""
+"""Plots of what merging costs and saves, from the rows of a result's JSON.
+
+The suffix of a plot's path is its format; the file is written whole or not at all. Without rows, a plot raises
+ValueError.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from ..errors import BadValue
@@ -30,51 +35,34 @@ _MEASURES = {
 def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Plot top-1 accuracy against multiply-adds: a line per method, r at its points, and the unmerged model.
 
-    `rows` are those of an evaluation's JSON; where one has no top-1 (there were no labels), agreement with the
-    unmerged model is drawn, and of features the cosine with the unmerged ones. The suffix of `path` is the format; the
-    file is written whole or not at all. Raises ValueError where there are no rows.
+    `rows` are those of an evaluation; where one has no top-1 (there were no labels), agreement with the unmerged model
+    is drawn, and of features the cosine with the unmerged ones.
     """
     figure, (axis,) = _figure(rows, path, (6.4, 4.2))
-    measure = measure_of(rows)
+    measure, styles = measure_of(rows), _series_styles(rows)
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
-    for row in rows:
-        if row["method"] == _UNMERGED:
-            axis.axhline(row[measure], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
-            label = method_name(_UNMERGED) + ("" if measure == "cosine" else f" ({row[measure]:.1f} %)")
-            axis.plot(
-                row["multiply_adds"] / factor, row[measure], "*", color="0.2", markersize=13, label=label, zorder=3
-            )
-
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["multiply_adds"]):
+        series.setdefault(series_name(row), []).append(row)
     # The better method's labels stand above its line, the others' below theirs.
-    methods = sorted(
-        {row["method"] for row in rows} - {_UNMERGED}, key=lambda method: (-_mean(rows, method, measure), method)
-    )
-    spare = iter(_SPARE_STYLES)
-    for place, method in enumerate(methods):
-        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["multiply_adds"])
-        colour, marker = _STYLES.get(method) or next(spare, ("0.3", "x"))
+    best_first = sorted(series, key=lambda name: -fmean(row[measure] for row in series[name]))
+    best = next((name for name in best_first if series[name][0]["method"] != _UNMERGED), None)
+    for name in best_first:
+        points, (colour, marker) = series[name], styles[name]
         x, y = [row["multiply_adds"] / factor for row in points], [row[measure] for row in points]
-        axis.plot(
-            x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=method_name(method), zorder=4
-        )
+        if points[0]["method"] == _UNMERGED:
+            axis.axhline(y[0], color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+            label = name + ("" if measure == "cosine" else f" ({y[0]:.1f} %)")
+            axis.plot(x, y, marker, color=colour, markersize=13, label=label, zorder=3)
+            continue
+        axis.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=name, zorder=4)
+        place: dict[str, Any] = {"xytext": (4, -6), "ha": "left", "va": "top"}
+        if name == best:
+            place = {"xytext": (-4, 6), "ha": "right", "va": "bottom"}
+        box = {"boxstyle": "square,pad=0.1", "facecolor": axis.get_facecolor(), "edgecolor": "none", "alpha": 0.75}
+        look = {"textcoords": "offset points", "fontsize": 8, "color": colour, "bbox": box, "zorder": 5}
         for row, point in zip(points, zip(x, y, strict=True), strict=True):
-            axis.annotate(
-                "" if row["r"] is None else reduction_label(row["r"]),
-                point,
-                xytext=(-4, 6) if place == 0 else (4, -6),
-                textcoords="offset points",
-                ha="right" if place == 0 else "left",
-                va="bottom" if place == 0 else "top",
-                fontsize=8,
-                color=colour,
-                bbox={
-                    "boxstyle": "square,pad=0.1",
-                    "facecolor": axis.get_facecolor(),
-                    "edgecolor": "none",
-                    "alpha": 0.75,
-                },
-                zorder=5,
-            )
+            axis.annotate("" if row["r"] is None else reduction_label(row["r"]), point, **place, **look)
     axis.set(xlabel=f"Multiply-adds per image ({unit})", ylabel=_MEASURES[measure])
     axis.margins(x=0.08, y=0.12)
     _legend(axis, loc="lower right")
@@ -84,8 +72,7 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
 def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Plot accuracy against multiply-adds and against speed; a line joins the rows that no other one beats.
 
-    `rows` are those of an evaluation's JSON. The second panel is left out where there are no speeds. The suffix of
-    `path` is the format; the file is written whole or not at all. Raises ValueError where there are no rows.
+    `rows` are those of an evaluation. The second panel is left out where there are no speeds.
     """
     timed = all(row["images_per_second"] is not None for row in rows)
     figure, axes = _figure(rows, path, (5.2 * (1 + timed), 4.4), panels=1 + timed)
@@ -164,10 +151,7 @@ def plot_correlation(
 
 
 def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot speed-up against batch size: a line per row of a benchmark's JSON, dotted at what its count would give.
-
-    The suffix of `path` is the format; the file is written whole or not at all. Raises ValueError for no rows.
-    """
+    """Plot speed-up against batch size: a line per row of a benchmark, dotted at what its count would give."""
     figure, (axis,) = _figure(rows, path, (6.8, 4.2))
     axis.axhline(1, color="0.45", linewidth=1, zorder=1)
     merged = [row for row in rows if row["method"] != _UNMERGED]
@@ -194,10 +178,9 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
 
 
 def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot what is kept against speed: a panel per batch size, a line per runtime and method that starts unmerged.
+    """Plot what the rows of an advice keep against their speed: a panel per batch size, a line per runtime and method.
 
-    `rows` are those of an advice's JSON. The suffix of `path` is the format; the file is written whole or not at all.
-    Raises ValueError where there are no rows.
+    Every line starts at the unmerged model.
     """
     sizes = [batch["batch_size"] for batch in rows[0]["batches"]] if rows else []
     figure, axes = _figure(rows, path, (1 + 4.6 * len(sizes), 4.2), panels=max(1, len(sizes)))
@@ -246,7 +229,7 @@ def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int],
 
 def check_figure_format(path: str | os.PathLike[str]) -> None:
     """Raise ValueError where figures cannot be written in the format of a path's suffix."""
-    formats = FigureCanvasAgg.get_supported_filetypes()
+    formats = FigureCanvasBase.get_supported_filetypes()
     if _format(path) not in formats:
         raise BadValue("path", os.fspath(path), f"a name that ends in one of .{', .'.join(sorted(formats))}")
 
@@ -267,7 +250,6 @@ def _figure(
     if not content:
         raise BadValue("rows", content, "at least one row")
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
     for axis in axes:
         axis.grid(color="0.9", linewidth=0.8)
@@ -284,8 +266,3 @@ def _legend(axis: Any, **options: Any) -> None:
 
 def _format(path: str | os.PathLike[str]) -> str:
     return Path(path).suffix[1:].lower()
-
-
-def _mean(rows: Sequence[dict[str, Any]], method: str, measure: str) -> float:
-    values = [row[measure] for row in rows if row["method"] == method]
-    return sum(values) / len(values)

@@ -122,6 +122,34 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [name, amount, *figures, *costs]
 
 
+def benchmark_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The rows of a benchmark as text, under their columns."""
+    sizes = [batch["batch_size"] for batch in rows[0]["batches"]]
+    columns = ["runtime", "method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"]
+    lines = []
+    for row in rows:
+        read = f", {row['tokens_read']} tokens" if "tokens_read" in row else ""
+        line = [row["runtime"], row["method"] + read, shown_r(row["r"])]
+        line.append("–" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e6:.1f}")
+        line.append(shown(row["ideal_speedup"], ".2f", "×"))
+        line += [_batch_cell(batch) for batch in row["batches"]]
+        lines.append([*line, str(row["break_even_batch_size"] or "–")])
+    return columns, lines
+
+
+def _batch_cell(batch: dict[str, Any]) -> str:
+    speed, memory = batch["images_per_second"], batch["peak_memory"]
+    digits = 1 if speed["median"] >= 1 else 3  # a large language model answers less than one prompt in a second
+    median, low, high = (f"{speed[name]:.{digits}f}" for name in ("median", "q25", "q75"))
+    shown = f"{median} ({low}–{high}), {batch['speedup']['median']:.2f}×"
+    if batch["of_ideal"] is not None:
+        shown += f", {batch['of_ideal']:.2f} of ideal"
+    for part in ("prefill", "decoding"):
+        if f"{part}_seconds" in batch:
+            shown += f", {part} {1e3 * batch[f'{part}_seconds']['median']:.1f} ms"
+    return shown if memory is None else f"{shown}, {memory / 2**20:.0f} MiB"
+
+
 def print_table(result: dict[str, Any]) -> None:
     """Show the rows of an evaluation in the terminal."""
     columns = columns_of(result["rows"])

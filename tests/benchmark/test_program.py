@@ -12,9 +12,9 @@ from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach, ops
 from dtem_hf.benchmark.breakdown import PARTS, MergingAlone, break_down
 from dtem_hf.benchmark.program import BenchmarkArguments, benchmark, main
 from dtem_hf.benchmark.rows import answering_entries
-from dtem_hf.benchmark.runtimes import load_peer
 from dtem_hf.benchmark.tables import markdown, print_benchmark
 from dtem_hf.evaluation.variants import make_variants
+from dtem_hf.programs.functions import load_function
 
 
 PEERS = """
@@ -220,7 +220,7 @@ def test_captioning_takes_a_model_that_writes(vit_folder):
 )
 def test_a_peer_that_cannot_be_had_is_named(peers, name, message):
     with pytest.raises(BadValue, match=message):
-        load_peer(name)
+        load_function("peer", name)
 
 
 def test_a_peer_that_returns_nothing_to_call(vit_folder, peers):

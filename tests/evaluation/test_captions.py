@@ -18,6 +18,7 @@ from dtem_hf.evaluation.captions_scoring import METRICS
 from dtem_hf.evaluation.variants import make_variants
 from dtem_hf.opening import load_processor
 from dtem_hf.training.small_git import make_tokenizer
+from tests.support.runs import flags, watch
 
 
 WORDS = "a man woman dog cat on in the red blue street beach runs sits two with ball"
@@ -135,28 +136,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
     expected = evaluate_captions(EvaluateCaptionsArguments(**options))
     files = {row["results"]: results(options["output_dir"], row["results"]) for row in expected["rows"]}
     shutil.rmtree(options["output_dir"])
-    done, real = [], captions.caption_batch
-
-    def stop_at_the_third(variants, batch, *rest, **kwargs):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(batch["image_id"].tolist())
-        return real(variants, batch, *rest, **kwargs)
-
-    monkeypatch.setattr(captions, "caption_batch", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        done = watch(patched, captions, "caption_batch", stop_behind=2)
         evaluate_captions(EvaluateCaptionsArguments(**options))
     with pytest.raises(BadValue, match="settings="):
         evaluate_captions(EvaluateCaptionsArguments(**{**options, "max_new_tokens": 5}))
-    later = []
-
-    def note(variants, batch, *rest, **kwargs):
-        later.append(batch["image_id"].tolist())
-        return real(variants, batch, *rest, **kwargs)
-
-    monkeypatch.setattr(captions, "caption_batch", note)
+    later = watch(monkeypatch, captions, "caption_batch")
     evaluate_captions(EvaluateCaptionsArguments(**options))
-    assert done == [[100, 101, 102, 103], [104, 105, 106, 107]] and later == [[108]]
+    assert [batch["image_id"].tolist() for batch in done] == [[100, 101, 102, 103], [104, 105, 106, 107]]
+    assert [batch["image_id"].tolist() for batch in later] == [[108]]
     for name, texts in files.items():
         assert results(options["output_dir"], name) == texts
 
@@ -165,12 +153,8 @@ def test_captions_of_other_images_are_not_gone_on_with(options, coco, tmp_path, 
     for path in coco.iterdir():
         shutil.copy(path, tmp_path)
     options = {**options, "images": str(tmp_path)}
-
-    def stop(*rest, **kwargs):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(captions, "caption_batch", stop)
+        watch(patched, captions, "caption_batch", stop_behind=0)
         evaluate_captions(EvaluateCaptionsArguments(**options))
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "8.png")
     with pytest.raises(BadValue, match=r"images=.*the unfinished run"):
@@ -178,8 +162,7 @@ def test_captions_of_other_images_are_not_gone_on_with(options, coco, tmp_path, 
 
 
 def test_program_writes_and_shows_the_table(options, monkeypatch, capsys):
-    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
-    main([*flags, "--methods", "none", "tome", "--r", "2", "--limit", "4", "--num_beams", "1"])
+    main(flags(options, r=["2"], limit=4, num_beams=1))
     result = json.loads((Path(options["output_dir"]) / "captions.json").read_text())
     assert result["data"]["num_images"] == 4 and len(result["rows"]) == 2
     assert "length_penalty" not in result["generation"]

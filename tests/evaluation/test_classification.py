@@ -26,6 +26,7 @@ from dtem_hf.evaluation.variants import make_variants, run_in_turn
 from dtem_hf.models.copies import share_weights
 from dtem_hf.opening import load_processor
 from tests.support.children import start_together
+from tests.support.runs import flags, watch
 
 
 ROOT = Path(__file__).parents[2]
@@ -206,8 +207,7 @@ def test_a_standalone_model_is_the_row(vit_folder):
 
 
 def test_program_writes_json_and_plot(options, tmp_path, capsys):
-    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
-    main([*flags, "--r", "1", "3", "--limit", "9"])
+    main(flags(options, r=["1", "3"], flops=None, limit=9))
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert len(result["rows"]) == 5 and result["data"]["num_images"] == 9
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -226,10 +226,8 @@ def test_two_processes_give_what_one_gives_to_the_last_digit(options, tmp_path):
     """48 images in batches of 7: seven batches, the last of 6, for two processes."""
     one = evaluate(EvaluateArguments(**options))
     assert one["processes"] == 1
-    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
-    flags += ["--r", *options["r"], "--flops", "0.7", "--output_dir", str(tmp_path / "two")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    processes = start_together([ROOT / "recipes" / "evaluate.py", *flags], 2, tmp_path, environment)
+    command = [ROOT / "recipes" / "evaluate.py", *flags(options, output_dir=tmp_path / "two")]
+    processes = start_together(command, 2, tmp_path, {**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert [process.wait() for process in processes] == [0, 0], processes[0].log.read_text()
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert two["processes"] == 2
@@ -245,23 +243,10 @@ def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch)
         evaluate(EvaluateArguments(**options))
 
 
-class Stopped(Exception):
-    """The interruption."""
-
-
 def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
     expected = counted(evaluate(EvaluateArguments(**options)))
-    done = []
-
-    def stop_at_the_fourth(variants, batch, *rest, **kwargs):
-        if len(done) == 3:
-            raise Stopped
-        done.append(batch["index"].tolist())
-        return classification_batch(variants, batch, *rest, **kwargs)
-
-    classification_batch = classification.measure_batch
-    monkeypatch.setattr(classification, "measure_batch", stop_at_the_fourth)
-    with pytest.raises(Stopped):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        done = watch(patched, classification, "measure_batch", stop_behind=3)
         evaluate(EvaluateArguments(**options))
     finished = sorted((Path(options["output_dir"]) / "parts").glob("*.npz"))
     assert len(finished) == 3
@@ -269,16 +254,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(options, monkeypatch):
         evaluate(EvaluateArguments(**{**options, "batch_size": 8}))
     with pytest.raises(BadValue, match="rows="):
         evaluate(EvaluateArguments(**{**options, "r": ["1"]}))
-
-    later = []
-
-    def note(variants, batch, *rest, **kwargs):
-        later.append(batch["index"].tolist())
-        return classification_batch(variants, batch, *rest, **kwargs)
-
-    monkeypatch.setattr(classification, "measure_batch", note)
+    later = watch(monkeypatch, classification, "measure_batch")
     assert counted(evaluate(EvaluateArguments(**options))) == expected
-    assert sorted(index for batch in done + later for index in batch) == list(range(48))
+    assert sorted(index for batch in done + later for index in batch["index"].tolist()) == list(range(48))
     assert not (Path(options["output_dir"]) / "parts").exists()
 
 
@@ -309,8 +287,7 @@ def test_bad_options_are_named(options, change, message):
 
 
 def test_results_go_into_the_card_of_a_local_adapter(options, adapter):
-    flags = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
-    main([*flags, "--r", "1", "--write_card", "True"])
+    main(flags(options, r=["1"], flops=None, write_card=True))
     result = json.loads((adapter / "evaluation.json").read_text())
     card = (adapter / "README.md").read_text()
     assert (

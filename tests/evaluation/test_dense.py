@@ -14,6 +14,7 @@ from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach
 from dtem_hf.data.images import ProcessedImages, load_images
 from dtem_hf.evaluation.dense import DenseArguments, evaluate_dense, main, map_error, map_iou, markdown
 from dtem_hf.opening import load_processor
+from tests.support.runs import flags
 
 
 HEADS = """
@@ -55,15 +56,6 @@ def options(vit_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: p
         "num_workers": 0,
         "output_dir": str(tmp_path / "out"),
     }
-
-
-def flags(options: dict[str, Any], **changes: Any) -> list[str]:
-    values = {**options, **changes}
-    single = [f"--{name}={value}" for name, value in values.items() if not isinstance(value, list)]
-    return [
-        *single,
-        *(word for name, value in values.items() if isinstance(value, list) for word in (f"--{name}", *value)),
-    ]
 
 
 @torch.no_grad()

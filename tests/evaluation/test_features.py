@@ -38,6 +38,7 @@ from dtem_hf.evaluation.features import nearest, vote
 from dtem_hf.opening import load_processor
 from dtem_hf.report.page import read_section
 from dtem_hf.report.tables import FEATURE_COLUMNS, cells
+from tests.support.runs import flags, watch
 
 
 SMALL: dict[str, Any] = {
@@ -78,12 +79,6 @@ def options(encoder_folder: Path, image_folder: Path, tmp_path: Path) -> dict[st
         "num_workers": 0,
         "output_dir": str(tmp_path / "out"),
     }
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    lists = {name: value for name, value in options.items() if isinstance(value, list)}
-    single = [f"--{name}={value}" for name, value in options.items() if name not in lists]
-    return [*single, *(word for name, value in lists.items() for word in (f"--{name}", *value))]
 
 
 @torch.no_grad()
@@ -277,23 +272,14 @@ def test_a_comparison_is_of_classifiers(options: dict[str, Any]) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(options: dict[str, Any], monkeypatch: Any) -> None:
     expected = evaluate(EvaluateArguments(**options))["rows"]
-    real, done = classification.measure_features, []
-
-    def measure(*args: Any, **kwargs: Any) -> Any:
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(1)
-        return real(*args, **kwargs)
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(classification, "measure_features", measure)
+        watch(patched, classification, "measure_features", stop_behind=3)
         evaluate(EvaluateArguments(**options))
     with pytest.raises(BadValue, match=r"features='cls': the unfinished run in .* has 'auto'"):
         evaluate(EvaluateArguments(**options, features="cls"))
-    done.clear()
-    monkeypatch.setattr(classification, "measure_features", lambda *a, **k: done.append(1) or real(*a, **k))
+    later = watch(monkeypatch, classification, "measure_features")
     rows = evaluate(EvaluateArguments(**options))["rows"]
-    assert len(done) == 4  # of seven batches
+    assert len(later) == 4  # of seven batches
     for name in ("cosine", "same_nearest", "knn_top1", "cosine_interval", "change_interval"):
         assert [row[name] for row in rows] == [row[name] for row in expected]
 
@@ -312,8 +298,8 @@ def test_the_program_writes_json_table_plot_and_card(
     assert f"| DTEM | r=3 | {row['same_nearest']:.2f} | {row['knn_top1']:.2f} | {row['cosine']:.4f} |" in card
     assert "(features.png)" in card and "AutoModel.from_pretrained" in card and "Agreement" not in card
     assert "pipeline_tag: image-feature-extraction" in card
-    (table,) = read_section(adapter).tables
-    assert list(table.header) == list(FEATURE_COLUMNS) and list(table.rows[1]) == cells(row)
+    ((columns, lines),) = read_section(adapter).tables
+    assert columns == FEATURE_COLUMNS and lines[1] == cells(row)
 
 
 def test_nearest_and_votes_equal_loops(monkeypatch: pytest.MonkeyPatch) -> None:

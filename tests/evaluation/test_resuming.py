@@ -16,6 +16,7 @@ from dtem_hf import BadValue
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
 from tests.support.full_disk import full_disk
+from tests.support.runs import flags, watch
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,27 +43,14 @@ def options(folders):
     }
 
 
-def flags(options):
-    plain = [f"--{name}={value}" for name, value in options.items() if isinstance(value, (str, int))]
-    return [*plain, "--methods", *options["methods"], "--r", *options["r"]]
-
-
 def figures(result):
     return [[row[name] for name in ("top1", "top5", "agreement", "kl", "multiply_adds")] for row in result["rows"]]
 
 
 def interrupt(options, monkeypatch, behind=3):
     """Stop an evaluation behind some batches."""
-    real, done = classification.measure_batch, []
-
-    def measure(*args, **kwargs):
-        if len(done) == behind:
-            raise KeyboardInterrupt
-        done.append(1)
-        return real(*args, **kwargs)
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(classification, "measure_batch", measure)
+        watch(patched, classification, "measure_batch", stop_behind=behind)
         evaluate(EvaluateArguments(**options))
 
 
@@ -118,11 +106,9 @@ def test_parts_stay_until_the_results_are_written(options, folders, monkeypatch)
         main(flags(options))
     assert len(list((folders / "out" / "parts").glob("*.npz"))) == 7
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("a batch was measured again")
-
-    monkeypatch.setattr(classification, "measure_batch", refuse)
+    again = watch(monkeypatch, classification, "measure_batch")
     main(flags(options))
+    assert again == []
     assert len(json.loads((folders / "out" / "evaluation.json").read_text())["rows"]) == 2
     assert sorted(path.name for path in (folders / "out").iterdir()) == ["accuracy.png", "evaluation.json"]
 

@@ -22,6 +22,7 @@ from dtem_hf.evaluation.segmentation import (
     window_logits,
 )
 from dtem_hf.extra_models import SegmenterConfig, SegmenterForSemanticSegmentation
+from tests.support.runs import flags
 
 
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], dtype=np.uint8)
@@ -97,8 +98,7 @@ def test_class_shares_of_a_patch_are_those_of_its_pixels():
 
 
 def test_a_head_learns_squares_and_merging_costs_a_bit(squares, tmp_path, capsys):
-    flags = [f"--{name}={value}" for name, value in options(squares).items() if not isinstance(value, list)]
-    main([*flags, "--methods", "none", "tome", "--r", "4", "32", "--output_dir", str(tmp_path)])
+    main(flags(options(squares, r=["4", "32"], output_dir=tmp_path)))
     result = json.loads((tmp_path / "segmentation.json").read_text())
     none, few, many = result["rows"]
     assert result["num_classes"] == 3 and result["data"]["num_images"] == 8

@@ -15,23 +15,25 @@ NOWHERE = "nowhere"
 IMAGES = ["--model", NOWHERE, "--data", NOWHERE]
 CAPTIONED = ["--images", NOWHERE, "--captions", NOWHERE]
 PROGRAMS = {
-    "benchmark.device": ["--device", "cpu"],
-    "benchmark.program": ["--model", NOWHERE],
-    "benchmark.training_step": ["--model", NOWHERE],
-    "evaluation.analyze": [*IMAGES, "--adapter", NOWHERE],
-    "evaluation.calibrate": [*IMAGES, "--flops", "0.7", "--method", "tome"],
-    "evaluation.captions": ["--model", NOWHERE, "--annotations", NOWHERE, "--images", NOWHERE],
-    "evaluation.classification": IMAGES,
-    "evaluation.comparison": IMAGES,
-    "evaluation.segmentation": ["--model", NOWHERE, "--train", NOWHERE, "--test", NOWHERE],
-    "training.program": IMAGES,
-    "training.small_git": CAPTIONED,
+    "dtem_hf.benchmark.advise": IMAGES,
+    "recipes.benchmark_device": ["--device", "cpu"],
+    "dtem_hf.benchmark.program": ["--model", NOWHERE],
+    "recipes.benchmark_training": ["--model", NOWHERE],
+    "dtem_hf.evaluation.analyze": [*IMAGES, "--adapter", NOWHERE],
+    "dtem_hf.evaluation.calibrate": [*IMAGES, "--flops", "0.7", "--method", "tome"],
+    "dtem_hf.evaluation.captions": ["--model", NOWHERE, "--annotations", NOWHERE, "--images", NOWHERE],
+    "dtem_hf.evaluation.classification": IMAGES,
+    "dtem_hf.evaluation.comparison": IMAGES,
+    "dtem_hf.evaluation.dense": [*IMAGES, "--head", "heads:depth"],
+    "dtem_hf.evaluation.segmentation": ["--model", NOWHERE, "--train", NOWHERE, "--test", NOWHERE],
+    "dtem_hf.training.program": IMAGES,
+    "dtem_hf.training.small_git": CAPTIONED,
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
-    main = import_module(f"dtem_hf.{name}").main
+    main = import_module(name).main
     with only_run_in(tmp_path / "run"):
         before = list((tmp_path / "run").iterdir())
         with pytest.raises(BadValue, match=r"output_dir='.*run': a folder that no other run is using; process"):
@@ -39,14 +41,14 @@ def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded(name: str
         assert list((tmp_path / "run").iterdir()) == before == [tmp_path / "run" / LOCK_NAME]
 
 
-@pytest.mark.parametrize("name", [*PROGRAMS, "evaluation.caption_loss"])
+@pytest.mark.parametrize("name", [*PROGRAMS, "dtem_hf.evaluation.caption_loss"])
 def test_strangers_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launched as two by torchrun, and Accelerate knows of one."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     target = ["--output_dir", str(tmp_path / "run")]
-    if name == "evaluation.caption_loss":
+    if name == "dtem_hf.evaluation.caption_loss":
         target = ["--model", NOWHERE, *CAPTIONED, "--output", str(tmp_path / "run" / "loss.json")]
     with pytest.raises(RuntimeError, match="2 processes were launched and Accelerate sees 1"):
-        import_module(f"dtem_hf.{name}").main([*PROGRAMS.get(name, []), *target])
+        import_module(name).main([*PROGRAMS.get(name, []), *target])
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from recipes import dinov2_saliency
+
 
 @torch.no_grad()
 def test_the_head_is_three_transposed_convolutions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).resolve().parents[2]), *sys.path])
-    from recipes import dinov2_saliency
-
     layers: list[nn.Module] = []
     tensors = {}
     for i, (inner, outer) in enumerate(((8, 6), (6, 5), (5, 4)), start=1):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +9,7 @@ import torch
 from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, ViTConfig, ViTForImageClassification
 
-
-@pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).resolve().parents[2]), *sys.path])
-    from recipes import peers
-
-    return peers
+from recipes import peers
 
 
 @pytest.fixture
@@ -39,7 +31,7 @@ def pixels() -> Tensor:
 
 
 @torch.no_grad()
-def test_tokens_are_dropped_for_nothing(peers: Any, model: Any, pixels: Tensor) -> None:
+def test_tokens_are_dropped_for_nothing(model: Any, pixels: Tensor) -> None:
     plain = model(pixels).logits
     rows: list[int] = []
     model.vit.layers[-1].layernorm_after.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
@@ -52,7 +44,7 @@ def test_tokens_are_dropped_for_nothing(peers: Any, model: Any, pixels: Tensor) 
 
 
 @torch.no_grad()
-def test_tokens_of_a_video_are_dropped_for_nothing(peers: Any) -> None:
+def test_tokens_of_a_video_are_dropped_for_nothing() -> None:
     config = VideoMAEConfig(
         hidden_size=32,
         num_hidden_layers=4,

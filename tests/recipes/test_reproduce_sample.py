@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,10 @@ from dtem_hf.hub.folder_card import folder_card
 from dtem_hf.opening import load_processor
 from dtem_hf.programs.arguments import parse_arguments
 from dtem_hf.training.arguments import TrainArguments
+from recipes import reproduce_sample as recipe
 
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    from recipes import reproduce_sample
-
-    return reproduce_sample
 
 
 @torch.no_grad()
@@ -46,7 +38,7 @@ def kept(model_folder: Path, merge: Any, r: int, images: Any) -> dict[str, float
 
 @pytest.mark.usefixtures("any_precision")
 def test_it_trains_measures_writes_the_card_and_resumes(
-    recipe: Any, make_classifier: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_classifier: Any, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, published, output = tmp_path / "model", tmp_path / "published", tmp_path / "out"
     model = make_classifier()
@@ -85,7 +77,7 @@ def test_it_trains_measures_writes_the_card_and_resumes(
 
 
 def test_the_second_stage_is_what_the_published_adapter_was_trained_with(
-    recipe: Any, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
     published = json.loads((ROOT / "model_cards/deit-tiny-sample/training.json").read_text())["arguments"]
@@ -101,6 +93,6 @@ def test_the_second_stage_is_what_the_published_adapter_was_trained_with(
     assert {name: now[name] for name in published} == published
 
 
-def test_a_published_adapter_that_is_not_there_is_refused(recipe: Any, tmp_path: Path) -> None:
+def test_a_published_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match=r"published=.*the folder of an adapter"):
         recipe.ReproduceArguments(published=str(tmp_path / "none"))

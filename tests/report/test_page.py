@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dtem_hf import BadValue
-from dtem_hf.report.page import KNOWN_RECORDS, Section, Table, main, read_section, write_report
+from dtem_hf.report.page import KNOWN_RECORDS, Section, main, read_section, write_report
 
 
 EVIL = '<script>alert("x")</script>&"\''
@@ -78,7 +78,7 @@ def test_every_record_keeps_its_own_command(folder):
 
 
 def test_everything_is_escaped_and_nothing_is_fetched(folder, tmp_path):
-    section = Section(EVIL, {EVIL: EVIL}, [Table([EVIL], [[EVIL]])], {EVIL: folder / "merged_tokens.png"})
+    section = Section(EVIL, {EVIL: EVIL}, [([EVIL], [[EVIL]])], {EVIL: folder / "merged_tokens.png"})
     write_report(tmp_path / "page.html", EVIL, [read_section(folder), section])
     page = (tmp_path / "page.html").read_text()
     read = Reader(page)
@@ -116,5 +116,5 @@ def test_records_of_the_repository_become_tables(folder):
     if known:
         section = read_section(folder)
         counted = [len(json.loads((folder / name).read_text())["rows"]) for name in known]
-        assert [len(table.rows) for table in section.tables] == counted
-        assert all(len(row) == len(table.header) for table in section.tables for row in table.rows)
+        assert [len(lines) for _, lines in section.tables] == counted
+        assert all(len(line) == len(columns) for columns, lines in section.tables for line in lines)

@@ -94,9 +94,9 @@ def test_models_and_matplotlib_are_left_as_they_were(make_classifier, tmp_path):
     settings = rc_settings()
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     image = Image.fromarray(flat_patches(8, 8, 4))
-    draw_merged_tokens([image], {"$x": model}, processor, tmp_path / "a.png", titles=["50 % of $y_"])
+    draw_merged_tokens([image], {"50 % of $y_": model}, processor, tmp_path / "a.png")
     assert {name: module.training for name, module in model.named_modules()} == modes
-    draw_merged_tokens([image], {"$x": model.eval()}, processor, tmp_path / "b.png", titles=["50 % of $y_"])
+    draw_merged_tokens([image], {"50 % of $y_": model.eval()}, processor, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert rc_settings() == settings
@@ -119,8 +119,6 @@ def test_what_cannot_be_drawn_is_named_and_nothing_is_written(make_classifier, t
         draw_merged_tokens([], {"m": merged}, processor, path)
     with pytest.raises(ValueError, match="at least one"):
         draw_merged_tokens([image], {}, processor, path)
-    with pytest.raises(ValueError, match="titles"):
-        draw_merged_tokens([image], {"m": merged}, processor, path, titles=["a", "b"])
     with pytest.raises(ValueError, match="num_channels=2"):
         two = dtem_hf.attach(make_classifier(num_channels=2), dtem_hf.ToMeConfig(r=4))
         draw_merged_tokens([image], {"m": two}, processor, path)

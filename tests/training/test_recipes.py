@@ -31,7 +31,7 @@ from transformers import (
 
 from dtem_hf import DTEMConfig, attach
 from dtem_hf.convert import checkpoint, lv_vit
-from dtem_hf.evaluation import analyze, calibrate, captions, comparison, segmentation, training_table
+from dtem_hf.evaluation import analyze, calibrate, captions, comparison, segmentation
 from dtem_hf.extra_models import (
     LVViTConfig,
     LVViTForImageClassification,
@@ -42,6 +42,7 @@ from dtem_hf.models.auto import auto_class
 from dtem_hf.programs.arguments import read_arguments
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
+from recipes import training_table
 
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dtem_hf import BadValue
-from dtem_hf.benchmark.device import DeviceArguments, compare_kernels, main
+from recipes.benchmark_device import DeviceArguments, compare_kernels, main
 
 
 def test_it_runs_in_small(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtem_hf.benchmark.training_step import grouping_by_definition, main
 from dtem_hf.ops import soft_grouping
+from recipes.benchmark_training import grouping_by_definition, main
 
 
 def test_the_definition_and_the_fast_rounds_are_the_same_function():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dtem_hf import BadValue
-from dtem_hf.evaluation.training_table import main
+from recipes.training_table import main
 from tests.support.children import run_python
 
 
