@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,12 +16,11 @@ def attend(
 
     These are None but in "eager". `dropout` is the rate in training.
     """
-    function: Any = eager_attention_forward
-    if module.config._attn_implementation != "eager":
-        function = partial(sdpa_attention_forward, is_causal=False)
+    eager = module.config._attn_implementation == "eager"
+    function: Any = eager_attention_forward if eager else sdpa_attention_forward
     rate = dropout if module.training else 0.0
-    mixed, weights = function(module, query, key, value, bias, scaling=scaling, dropout=rate)  # [B, n, H, d]
-    return mixed.flatten(2), weights
+    mixed, weights = function(module, query, key, value, bias, scaling=scaling, dropout=rate, is_causal=False)
+    return mixed.flatten(2), weights  # [B, n, H, d] -> [B, n, H·d]
 
 
 class MaskedAttention:
