@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 
-from ..errors import AdapterError, BadValue, NoTrainedHead
+from ..errors import AdapterError, BadValue, NoTrainedHead, UnsupportedModelError
 from ..families import SUPPORTED, find_place, unsupported
 from ..families.containers import CONTAINERS
 from ..hub.adapter import MergeAdapter
@@ -68,6 +68,10 @@ class MergingAutoClass:
             model_class: type = _get_model_class(config, mapping)
             if issubclass(model_class, SUPPORTED) or _holds_encoder(config):
                 return model_class
+        elif isinstance(config, _CONFIGS) or _holds_encoder(config):
+            raise UnsupportedModelError(
+                f"{cls.__name__} has no model of type {config.model_type!r}; {auto_class(config).__name__} has."
+            )
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}", config.model_type)
 
 

@@ -73,10 +73,12 @@ def prepare(
     """
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
-    config = _with_part(config, place)
+    config = _own(config, place)
     serve_attention(encoder.config._attn_implementation)
     family.check(holder, encoder)
     layers = family.layers(encoder)
+    if adapter is not None:
+        adapter.check_fits(backbone_facts(model, place=place))
     geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(encoder, layers))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
@@ -89,8 +91,6 @@ def prepare(
             "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
             "no part of any shard, and processes would not share its gradients."
         )
-    if adapter is not None:
-        adapter.check_fits(backbone_facts(model))
     # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once forked,
     # as servers are that load a model and then start their workers.
     with ThreadPoolExecutor(1) as short_lived:
@@ -109,9 +109,9 @@ def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
             )
 
 
-def _with_part(config: MergeConfig, place: Place) -> MergeConfig:
-    """The config with the name of the part, so that it is found again when the model is loaded."""
-    return config if config.part == (place.part or None) else replace(config, part=place.part or None)
+def _own(config: MergeConfig, place: Place) -> MergeConfig:
+    """A copy, checked again: the caller may change theirs. It names the part, which loading must find again."""
+    return replace(config, part=place.part or None)
 
 
 def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
@@ -211,25 +211,27 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 
 
 def detach(model: PreTrainedModel) -> Any:
-    """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
+    """Take merging out of a model and all its parts: classes, config and state are what they were.
+
+    A plain model stays as it is. Raises ValueError for a part of a model that was attached to as a whole.
+    """
     inner: Any = inside_peft(model)
-    if not is_merged(inner):
-        return model
-    family, encoder = find_encoder(inner)
-    if is_installed(encoder):
-        for layer in family.layers(encoder):
-            del layer.merge_index
-        if embedding_of(encoder) is not None:
-            del encoder.merge_embedding
-        del encoder.merging
-        for module in inner.modules():
-            forget_keys(module)
-            if isinstance(module, Shifted):
-                del module.merge_name
-            restore_class(module)
-    restore_class(inner)
-    if hasattr(inner.config, "merge"):
-        del inner.config.merge
+    merged: list[Any] = [module for module in inner.modules() if is_merged(module)]
+    if is_merged(inner) and not hasattr(type(inner), "merge_config"):
+        raise BadValue("model", type(inner).__name__, "the merged model that this is a part of")
+    for module in merged:
+        if is_installed(module):
+            for layer in module.merging.family.layers(module):
+                forget_keys(module.merging.family.anatomy.key_module(layer))
+                del layer.merge_index
+            if embedding_of(module) is not None:
+                del module.merge_embedding
+            del module.merging
+        if isinstance(module, Shifted):
+            del module.merge_name
+        if hasattr(getattr(module, "config", None), "merge"):
+            del module.config.merge
+        restore_class(module)
     return model
 
 
@@ -254,7 +256,7 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     Raises ValueError for another method, and where the embedding would have another shape; nothing is changed then.
     """
     place = find_place(model)
-    config, merging = _with_part(config, place), place.encoder.merging
+    config, merging = _own(config, place), place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
     _check_shape(config, merging)
@@ -277,7 +279,8 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
     parts = ("exponent_heads", "norms", "shifts")  # of an embedding, for each of the fields
     pairs = zip(LEARN_FIELDS, parts, strict=True)
     name = next(name for name, part in pairs if getattr(wanted, part) != getattr(own, part))
-    raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
+    same = f"{not getattr(config, name)}, as the embedding was learned"
+    raise BadValue(name, getattr(config, name), f"{same}; to learn another one, load with merge=None and attach")
 
 
 def load_embedding(model: Any, adapter: MergeAdapter) -> None:
@@ -313,10 +316,13 @@ def recorded_states(model: Any) -> Iterator[list[TokenState]]:
         yield states
 
 
-def backbone_facts(model: Any, base_model: str | None = None) -> BackboneFacts:
-    """What an adapter records of a backbone. The name of a local folder is left out: it means nothing elsewhere."""
-    family, encoder = find_encoder(model)
-    geometry = family.geometry(encoder)
+def backbone_facts(model: Any, base_model: str | None = None, place: Place | None = None) -> BackboneFacts:
+    """What an adapter records of a backbone, which is where the model merges, or at `place`.
+
+    The name of a local folder is left out: it means nothing elsewhere.
+    """
+    place = place or find_place(model)
+    encoder, geometry = place.encoder, place.family.geometry(place.encoder)
     name = base_model or (None if os.path.exists(model.name_or_path) else model.name_or_path) or None
     return BackboneFacts(
         model_type=encoder.config.model_type,

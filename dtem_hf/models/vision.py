@@ -55,7 +55,9 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, .
 
 def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
     """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
-    if isinstance(images, Tensor):
+    if isinstance(images, str):
+        batches = []
+    elif isinstance(images, Tensor):
         batches = list(images.split(batch_size)) if images.dim() == 4 else []
     else:
         batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
