@@ -11,6 +11,7 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from typing_extensions import Self
 
 from .costs import EncoderCost
@@ -90,6 +91,8 @@ class MergeConfig(ABC):
         for name, value in values.items():
             if isinstance(value, Schedule):
                 values[name] = value.to_json()
+            elif isinstance(value, list):
+                values[name] = list(value)
         return {"method": self.method, "version": ".".join(map(str, FORMAT_VERSION)), **values}
 
     @classmethod
@@ -149,9 +152,13 @@ class MatchingConfig(MergeConfig):
 
     def check(self) -> None:
         super().check()
+        if isinstance(self.r, np.ndarray | np.generic):
+            self.r = self.r.tolist()
+        if isinstance(self.r, list | tuple):  # a copy: the caller may change theirs
+            self.r = [each.item() if isinstance(each, np.generic) else each for each in self.r]
         schedule = as_schedule(self.r)
-        if isinstance(self.r, (dict, tuple)):
-            self.r = list(self.r) if isinstance(self.r, tuple) else schedule
+        if isinstance(self.r, dict):
+            self.r = schedule
 
     @property
     def schedule(self) -> Schedule:
@@ -287,9 +294,8 @@ class KeepRateConfig(MergeConfig):
         if not isinstance(schedule, KeepRateSchedule):
             expected = f"a KeepRateSchedule, or a share of the multiply-adds in flops: {self.title} has no r"
             raise BadValue("r", r, expected)
-        return replace(
-            self, keep_rate=schedule.keep_rate, layers=None if schedule.layers is None else list(schedule.layers)
-        )
+        layers = None if schedule.layers is None else list(schedule.layers)
+        return replace(self, keep_rate=schedule.keep_rate, layers=layers)
 
 
 @dataclass

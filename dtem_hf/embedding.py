@@ -45,17 +45,16 @@ class KeyProjection:
 
 
 _SMALLEST_NORM = 1e-12
-_SHIFTS = "shifts."  # what the names of shifts begin with in an adapter
 
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and three options.
+    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and options.
 
     `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back. `shifts`: names and lengths of the backbone's
-    parameters that move while tokens are merged. `predictors`: the number of networks that
-    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0).
+    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that
+    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0). `shifts`: names and lengths of the
+    backbone's parameters that move while tokens are merged.
     """
 
     num_layers: int
@@ -72,10 +71,8 @@ class EmbeddingShape:
         for i in range(self.predictors):
             shapes[f"predictors.{i}.norm.weight"] = shapes[f"predictors.{i}.norm.bias"] = [self.hidden_size]
             for name, (inner, outer) in predictor_widths(self.hidden_size).items():
-                shapes[f"predictors.{i}.{name}.weight"], shapes[f"predictors.{i}.{name}.bias"] = (
-                    [outer, inner],
-                    [outer],
-                )
+                shapes[f"predictors.{i}.{name}.weight"] = [outer, inner]
+                shapes[f"predictors.{i}.{name}.bias"] = [outer]
         for i in range(self.num_layers if self.embed_dim else 0):
             shapes[f"layers.{i}.weight"] = [self.embed_dim, self.hidden_size]
             shapes[f"layers.{i}.bias"] = [self.embed_dim]
@@ -83,7 +80,7 @@ class EmbeddingShape:
                 shapes[f"exponents.{i}"] = [self.exponent_heads]
             if self.norms:
                 shapes[f"norms.{i}"] = [1]
-        return shapes | {f"{_SHIFTS}{name}": [length] for name, length in self.shifts}
+        return shapes | {f"shifts.{name}": [length] for name, length in self.shifts}
 
 
 class Projection(nn.Module):
@@ -144,7 +141,7 @@ class LearnedVector(nn.Module):
 
 
 class Shifts(nn.Module):
-    """What is added to parameters of the backbone once all tokens are gone; before, that share of it which is gone.
+    """What is added to parameters of the backbone, times the share of the tokens that are gone.
 
     Read by calling the module, which gives all of them by name.
     """
@@ -167,11 +164,6 @@ class Shifts(nn.Module):
         return "-".join(name).upper()
 
 
-# An adapter's name for a tensor, from its name in the module. The module has no child called `layers`: transformers
-# renames keys with that word when it loads some checkpoints.
-_MODULE_PREFIXES = {"layers": "projections", "exponents": "exponents", "norms": "norms"}
-
-
 class DecoupledEmbedding(nn.Module):
     """The learned parameters of an encoder: `projections`, and `exponents`, `norms`, `shifts` and `predictors`.
 
@@ -190,11 +182,7 @@ class DecoupledEmbedding(nn.Module):
             LearnedVector(shape.exponent_heads, device) for _ in depth if shape.exponent_heads
         )
         self.norms = nn.ModuleList(LearnedVector(1, device) for _ in depth if shape.norms)
-        self.shifts = Shifts(shape.shifts, device) if shape.shifts else None
-
-    @property
-    def embed_dim(self) -> int:
-        return self.shape.embed_dim
+        self.shifts = Shifts(shape.shifts, device)
 
     def exponents_of(self, layer: int) -> Tensor | None:
         """The powers to which sizes are raised in a layer's attention, one per head [H]; None where they are 1."""
@@ -220,20 +208,16 @@ class DecoupledEmbedding(nn.Module):
         return 0 * torch.stack([p.sum(dtype=torch.float32) for p in learning]).sum() if learning else None
 
     def aggregation_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that say how merged tokens count; all others say how tokens compare."""
+        """The parameters that say how merged tokens count."""
         yield from self.exponents.parameters()
         yield from self.norms.parameters()
-
-    def shift_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that say how the backbone's own move."""
-        return iter(()) if self.shifts is None else self.shifts.parameters()
 
     @torch.no_grad()
     def reset_aggregation(self) -> None:
         """Set exponents to 1, shares of lost length and shifts to 0, which is plain merging."""
         for parameter in self.exponents.parameters():
             parameter.fill_(1)
-        for parameter in (*self.norms.parameters(), *self.shift_parameters()):
+        for parameter in (*self.norms.parameters(), *self.shifts.parameters()):
             parameter.zero_()
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -272,12 +256,16 @@ def _parameters_in_reach(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _module_name(adapter_name: str) -> str:
+    """The name in the module of a tensor of an adapter.
+
+    The module has no child called `layers`: transformers renames keys with that word when it loads some checkpoints.
+    """
     kind, rest = adapter_name.split(".", 1)
-    if kind == "predictors":
-        return adapter_name
-    if adapter_name.startswith(_SHIFTS):
-        return _SHIFTS + Shifts.key(*rest.split("."))
-    return f"{_MODULE_PREFIXES[kind]}.{rest}" if kind == "layers" else f"{_MODULE_PREFIXES[kind]}.{rest}.value"
+    if kind == "layers":
+        return f"projections.{rest}"
+    if kind == "shifts":
+        return f"shifts.{Shifts.key(*rest.split('.'))}"
+    return adapter_name if kind == "predictors" else f"{adapter_name}.value"
 
 
 def default_embed_dim(geometry: Geometry) -> int:
@@ -310,7 +298,7 @@ def mean_key_projection(keys: KeyProjection, embed_dim: int | None = None) -> tu
 def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjection]) -> None:
     """Make an untrained DTEM equal to ToMe: every layer's embedding becomes its mean key."""
     for layer, projection in zip(embedding.projections, keys, strict=True):
-        weight, bias = mean_key_projection(projection, embedding.embed_dim)
+        weight, bias = mean_key_projection(projection, embedding.shape.embed_dim)
         layer.weight.copy_(weight)  # type: ignore[operator]
         layer.bias.copy_(bias)  # type: ignore[operator]
     embedding.reset_aggregation()

@@ -22,7 +22,7 @@ def _spread(weights: Sequence[float], total: int) -> list[int]:
     return [later - earlier for earlier, later in pairwise([0, *upto])]
 
 
-def _falling(num_layers: int, slope: float) -> list[float]:
+def falling(num_layers: int, slope: float) -> list[float]:
     """Weights that fall linearly over the layers, from 1 + slope to 1 - slope."""
     return [1 + slope * (1 - 2 * i / max(num_layers - 1, 1)) for i in range(num_layers)]
 
@@ -113,7 +113,7 @@ class LinearSchedule(Schedule):
         check_number("slope", self.slope, 0, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        return _spread(_falling(len(cost.layers), self.slope), round(self.r * len(cost.layers)))
+        return _spread(falling(len(cost.layers), self.slope), round(self.r * len(cost.layers)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class FlopsSchedule(Schedule):
         check_number("slope", self.slope, 0, 1)
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        return reductions_for(cost, num_tokens, _falling(len(cost.layers), self.slope), self.flops)
+        return reductions_for(cost, num_tokens, falling(len(cost.layers), self.slope), self.flops)
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,11 @@ class KeepRateSchedule(Schedule):
                 raise BadValue("layers", list(self.layers), "each layer once")
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        depth = len(cost.layers)
-        layers = self.chosen(depth)
+        reductions = [0] * len(cost.layers)
         first = patches = num_tokens - cost.num_prefix_tokens
-        reductions, stage = [], 0
-        for layer in range(depth):
-            stage += layer in layers
-            left = min(self.left(patches, first, stage), patches) if layer in layers else patches
-            reductions.append(patches - left)
-            patches = left
+        for stage, layer in enumerate(self.chosen(len(reductions)), start=1):
+            reductions[layer] = max(patches - self.left(patches, first, stage), 0)
+            patches -= reductions[layer]
         return reductions
 
     def chosen(self, depth: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .embedding import DecoupledEmbedding
-from .errors import UnsupportedModelError
+from .errors import MOST_LAYERS, UnsupportedModelError
 
 
 @dataclass
@@ -79,7 +79,7 @@ class TokenState:
         self.anatomy = anatomy
         self.embedding = embedding
         # By how much parameters of the backbone move once all tokens are gone.
-        self._shifts = embedding.shifts() if embedding is not None and embedding.shifts is not None else {}
+        self._shifts = {} if embedding is None else embedding.shifts()
         self.steps = steps
         self.layers_read = None if states_read is None else max(states_read)
         self._stacks = set(states_read or ()) - {self.layers_read}
@@ -112,7 +112,7 @@ class TokenState:
         # Where pruned tokens stay behind a mask (dTPS in training): by the layer in front of which it was drawn, which
         # tokens are kept, [B, n], 1 or 0 with a gradient.
         self.kept: dict[int, Tensor] = {}
-        self._first_merge: int | None = None
+        self._first_merge = MOST_LAYERS  # none so far
 
     def divide(self, rows: Sequence[Tensor]) -> None:
         """Give packed images of each length a state of their own: `rows` [S, N] are theirs, for each length N."""
@@ -129,7 +129,7 @@ class TokenState:
     @property
     def final_sizes(self) -> Tensor | None:
         """Sizes of the tokens that the encoder returns: [B, n] float32, or None where nothing was merged."""
-        return None if self._first_merge is None else self._sizes[-1]
+        return self._sizes[-1] if self.changed else None
 
     def source(self, layer: int) -> Tensor:
         """Where the original tokens are behind a layer (-1: the last), if source maps are kept: int64 [B, N]."""
@@ -142,7 +142,7 @@ class TokenState:
 
     def has_merged(self, layer: int) -> bool:
         """Whether a layer in front of this one has changed the tokens."""
-        return self._first_merge is not None and self._first_merge < layer
+        return self._first_merge < layer
 
     @property
     def num_tokens(self) -> int:
@@ -177,7 +177,7 @@ class TokenState:
     @property
     def changed(self) -> bool:
         """Whether any layer has changed the tokens."""
-        return self._first_merge is not None
+        return self._first_merge < MOST_LAYERS
 
     def positions(self, layer: int) -> Tensor | None:
         """Where the tokens that enter a layer lie, as the family counts it: [B, n, k] float32, or None."""
@@ -188,11 +188,7 @@ class TokenState:
         if device == self._device:
             return
         self._device = device
-        lists: tuple[tuple[list[Any], int], ...] = (
-            (self._sizes, layer),
-            (self._positions, layer),
-            (self._sources, layer - 1),
-        )
+        lists: list[tuple[Any, int]] = [(self._sizes, layer), (self._positions, layer), (self._sources, layer - 1)]
         for kept, index in lists:
             if 0 <= index < len(kept) and (tensor := kept[index]) is not None and tensor.device != device:
                 kept[index] = tensor.to(device)
@@ -221,9 +217,9 @@ class TokenState:
     def record_unchanged(self, layer: int, x: Tensor) -> None:
         """Record that a layer returns all tokens that entered it: x [B, n, D]."""
         if len(self._sizes) == layer + 1:
-            self._record(layer, x, self._sizes[layer], self._active[layer], lambda: _identity(x))
             self._positions.append(self._positions[layer])
             self._stacked.append(dict(self._stacked[layer]))
+            self._record(layer, x, self._sizes[layer], self._active[layer])
 
     def record_merge(
         self,
@@ -238,7 +234,7 @@ class TokenState:
         """Record what a layer returns: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
 
         `source` makes its source map, and is called only if it is kept; `carry` merges positions and stacked tokens as
-        the layer merged its own. Where pruned tokens stay, `kept` [B, n'] says which are none.
+        the layer merged its own. Where pruned tokens stay, `kept` [B, n'] is 0 for them, and 1 for all others.
         """
         positions = self._positions[layer]
         # Also when the layer is run again: gradient checkpointing wants the same operations both times.
@@ -246,8 +242,7 @@ class TokenState:
         stacked = {index: carry(tokens.to(x.device)) for index, tokens in self._stacked[layer].items()}
         if len(self._sizes) > layer + 1:
             return
-        if self._first_merge is None:
-            self._first_merge = layer
+        self._first_merge = min(self._first_merge, layer)
         if kept is not None:
             self.kept[layer + 1] = kept
         self._record(layer, x, sizes, num_active, source)
@@ -255,12 +250,15 @@ class TokenState:
         self._stacked.append(stacked)
 
     def _record(
-        self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor]
+        self, layer: int, x: Tensor, sizes: Tensor | None, num_active: int, source: Callable[[], Tensor] | None = None
     ) -> None:
         self._sizes.append(sizes)
         self._active.append(num_active)
         if self._keep_sources:
-            step = source().detach()
+            if source is None:
+                step = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+            else:
+                step = source().detach()
             self._sources.append(ops.compose_source_maps(self._sources[-1], step) if layer else step)
         if self._trace is not None:
             self._trace.source_maps.append(self._sources[-1])
@@ -275,7 +273,7 @@ class TokenState:
         each token sees itself, [B, 1, n, n], unless the queries are others than the tokens (not `by_query`).
         """
         sizes = self._sizes[layer]
-        if sizes is None or self._first_merge is None or self._first_merge >= layer:
+        if sizes is None or self._first_merge >= layer:
             return attention_mask
         if self._masked:
             raise UnsupportedModelError(
@@ -311,8 +309,3 @@ class TokenState:
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
         return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True, by_query=False)
-
-
-def _identity(x: Tensor) -> Tensor:
-    """The source map of a layer that merges nothing: [B, n]."""
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)

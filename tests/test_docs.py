@@ -13,9 +13,9 @@ from dtem_hf.benchmark import tables as benchmark_tables
 from dtem_hf.evaluation import dense
 from dtem_hf.evaluation.comparison import csv_table, markdown
 from dtem_hf.families.containers import CONTAINERS
-from tests.models.test_containers import built, llava
 from tests.models.test_processor import saved_processor
 from tests.support import documents
+from tests.support.containers import built, llava
 from tests.support.families import CASES
 
 

@@ -15,8 +15,8 @@ import transformers as tf
 from PIL import Image
 
 from dtem_hf import AutoModelForImageTextToText, AutoProcessor, DTEMConfig, MergeAdapter, attach
-from tests.models.test_containers import TEXT, VIT, built, llava
 from tests.models.test_processor import saved_processor, word_tokenizer
+from tests.support.containers import TEXT, VIT, built, llava
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import BitImageProcessorPil
 
 from ..errors import BadValue
 from ..files import replacing_folder
-from ..programs.arguments import option
+from ..programs.arguments import option, parse_arguments
 
 
 # One line of Python that unpickles tensors and the options of the training program, but no code.
@@ -104,43 +104,73 @@ def check_heads(width: int, heads: int) -> int:
     return heads
 
 
-def load_renamed(
-    model_class: Any,
-    config: Any,
-    tensors: Mapping[str, Tensor],
-    names: Sequence[tuple[str, str]],
-    kind: str,
-    transposed: Sequence[str] = (),
-    unread: Sequence[str] = (),
-) -> Any:
-    """A model, in float32 and in `.eval()`, with a checkpoint's tensors, each of them used.
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a kind of checkpoint becomes a model.
 
-    `names` are pairs for `re.sub`, applied in turn to the model's own names to get those of the checkpoint; those of a
-    ViT block come of themselves. `kind` names such a checkpoint in errors. Tensors `transposed` are stored the other
-    way round, and `unread` may be left over.
-    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
+    `kind` names such a checkpoint in errors. `names` are pairs for `re.sub`, applied in turn to the model's own names:
+    they give those of the checkpoint, without those of a ViT block, which all kinds share. Tensors `transposed` are
+    stored the other way round, and `unread` may be left over. `config` reads the model's config off the tensors, the
+    number of heads and what `arguments` add. `processor` makes the image processor of that config, `title` the model's
+    name and what its classes are read from. `auto` is the Auto class that loads the model.
     """
-    with torch.device("meta"):
-        model = model_class(config)
-    state, used = {}, set(unread)
-    for key, like in model.state_dict().items():
-        name = key
-        for ours, theirs in (*names, *_BLOCK):
-            name = re.sub(ours, theirs, name)
-        name, _, part = name.partition(":")  # "….attn.qkv:q.weight"
-        expected = [*like.shape]
-        if part:
-            projection, _, ending = part.partition(".")
-            name, expected[0] = f"{name}.{ending}", 3 * expected[0]
-        shape_of(tensors, name, expected[::-1] if name in transposed else expected)
-        tensor = tensors[name].T if name in transposed else tensors[name]
-        tensor = tensor.chunk(3)["qkv".index(projection)] if part else tensor
-        state[key] = tensor.to(like.dtype).contiguous()
-        used.add(name)
-    for name in sorted(tensors.keys() - used):
-        raise BadValue("checkpoint", name, f"tensors of {kind} only; it has no place for this one")
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+
+    kind: str
+    model_class: Any
+    names: Sequence[tuple[str, str]]
+    config: Callable[..., Any]
+    processor: Callable[[Any], Any]
+    title: Callable[[Any], tuple[str, str]]
+    auto: str = "AutoModelForImageClassification"
+    arguments: type[ConvertArguments] = ConvertArguments
+    transposed: Sequence[str] = ()
+    unread: Sequence[str] = ()
+
+    def load(self, tensors: Mapping[str, Tensor], config: Any) -> Any:
+        """The model, in float32 and in `.eval()`, with a checkpoint's tensors, each of them used.
+
+        Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
+        """
+        with torch.device("meta"):
+            model = self.model_class(config)
+        state, used = {}, set(self.unread)
+        for key, like in model.state_dict().items():
+            name = key
+            for ours, theirs in (*self.names, *_BLOCK):
+                name = re.sub(ours, theirs, name)
+            name, _, part = name.partition(":")  # "….attn.qkv:q.weight"
+            expected = [*like.shape]
+            if part:
+                projection, _, ending = part.partition(".")
+                name, expected[0] = f"{name}.{ending}", 3 * expected[0]
+            turned = name in self.transposed
+            shape_of(tensors, name, expected[::-1] if turned else expected)
+            tensor = tensors[name].T if turned else tensors[name]
+            tensor = tensor.chunk(3)["qkv".index(projection)] if part else tensor
+            state[key] = tensor.to(like.dtype).contiguous()
+            used.add(name)
+        for name in sorted(tensors.keys() - used):
+            raise BadValue("checkpoint", name, f"tensors of {self.kind} only; it has no place for this one")
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def convert(self, argv: Sequence[str] | None, description: str | None) -> None:
+        """Read a checkpoint, write model and processor into a folder, whole or not at all, and say what they are."""
+        arguments = vars(parse_arguments(self.arguments, argv, description or ""))
+        path, output, labels = (arguments.pop(name) for name in ("checkpoint", "output_dir", "labels"))
+        tensors = read_checkpoint(Path(path), Path(output))
+        config = self.config(tensors, **arguments)
+        name_labels(config, labels)
+        model, (title, read_from) = self.load(tensors, config), self.title(config)
+        with replacing_folder(Path(output)) as folder:
+            model.save_pretrained(folder)
+            self.processor(config).save_pretrained(folder)
+        print(
+            f"{output}: {title} of {config.num_hidden_layers} layers and width {config.hidden_size}, "
+            f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} pixels, "
+            f"{config.num_labels} classes {read_from}; {model.num_parameters() / 1e6:.1f} M parameters"
+        )
+        print(f'dtem_hf.{self.auto}.from_pretrained("{output}", merge=...) merges it')
 
 
 def imagenet_processor(image_size: int, kept: float) -> BitImageProcessorPil:
@@ -163,16 +193,3 @@ def name_labels(config: Any, labels: str | None) -> None:
         raise BadValue("labels", labels, fits)
     config.id2label = dict(enumerate(lines))
     config.label2id = {label: i for i, label in enumerate(lines)}
-
-
-def save_converted(model: Any, processor: Any, output: Path, name: str, reads: str) -> None:
-    """Write model and processor into a folder, whole or not at all, and say what they are."""
-    with replacing_folder(output) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    config = model.config
-    print(
-        f"{output}: {name} of {config.num_hidden_layers} layers and width {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} pixels, "
-        f"{config.num_labels} classes {reads}; {model.num_parameters() / 1e6:.1f} M parameters"
-    )

@@ -10,26 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import BadValue
 from ..extra_models.lv_vit import LVViTConfig, LVViTForImageClassification
-from ..programs.arguments import option, parse_arguments
-from .checkpoint import (
-    ConvertArguments,
-    check_heads,
-    count_blocks,
-    imagenet_processor,
-    load_renamed,
-    name_labels,
-    read_checkpoint,
-    save_converted,
-    shape_of,
-    side_of_grid,
-)
+from ..programs.arguments import option
+from .checkpoint import ConvertArguments, Layout, check_heads, count_blocks, imagenet_processor, shape_of, side_of_grid
 
 
 # What shapes do not tell, by width and number of layers: heads, and the factor of the residuals (LV-ViT-S).
@@ -82,26 +70,17 @@ def lv_vit_config(
     )
 
 
-def convert_lv_vit(tensors: Mapping[str, Tensor], config: Any) -> LVViTForImageClassification:
-    """The classifier with a checkpoint's tensors, in float32 and in `.eval()`; `config` is `lv_vit_config`'s.
-
-    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
-    """
-    model: LVViTForImageClassification = load_renamed(
-        LVViTForImageClassification, config, tensors, _NAMES, "an LV-ViT classifier"
-    )
-    return model
+LV_VIT = Layout(
+    kind="an LV-ViT classifier",
+    model_class=LVViTForImageClassification,
+    names=_NAMES,
+    config=lv_vit_config,
+    processor=lambda config: imagenet_processor(config.image_size, _CROP_SHARE),
+    title=lambda config: ("an LV-ViT", "from the CLS token and the patches"),
+    arguments=ConvertLVViTArguments,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, convert, save, and describe the model."""
-    arguments = parse_arguments(ConvertLVViTArguments, argv, __doc__ or "")
-    output = Path(arguments.output_dir)
-    tensors = read_checkpoint(Path(arguments.checkpoint), output)
-    config = lv_vit_config(tensors, arguments.num_attention_heads, arguments.residual_scale)
-    name_labels(config, arguments.labels)
-    processor = imagenet_processor(config.image_size, _CROP_SHARE)
-    save_converted(
-        convert_lv_vit(tensors, config), processor, output, "an LV-ViT", "from the CLS token and the patches"
-    )
-    print(f'dtem_hf.AutoModelForImageClassification.from_pretrained("{output}", merge=...) merges it')
+    LV_VIT.convert(argv, __doc__)

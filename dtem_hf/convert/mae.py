@@ -14,26 +14,13 @@ A merged model's mean counts every token by its size. Without training, merge wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import BeitConfig, BeitForImageClassification
 
 from ..errors import BadValue
-from ..programs.arguments import parse_arguments
-from .checkpoint import (
-    ConvertArguments,
-    check_heads,
-    count_blocks,
-    imagenet_processor,
-    load_renamed,
-    name_labels,
-    read_checkpoint,
-    save_converted,
-    shape_of,
-    side_of_grid,
-)
+from .checkpoint import Layout, check_heads, count_blocks, imagenet_processor, shape_of, side_of_grid
 
 
 # Shapes do not tell the number of heads: those of the published sizes, by width and number of layers.
@@ -75,42 +62,15 @@ def mae_config(tensors: Mapping[str, Tensor], num_attention_heads: int | None = 
     )
 
 
-def convert_mae(tensors: Mapping[str, Tensor], config: Any) -> BeitForImageClassification:
-    """The classifier with a checkpoint's tensors, in float32 and in `.eval()`; `config` is `mae_config`'s.
-
-    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
-    """
-    model: BeitForImageClassification = load_renamed(
-        BeitForImageClassification, config, tensors, _NAMES, "an MAE classifier"
-    )
-    return model
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read, convert, save, and describe the model."""
-    arguments = parse_arguments(ConvertArguments, argv, __doc__ or "")
-    output = Path(arguments.output_dir)
-    tensors = read_checkpoint(Path(arguments.checkpoint), output)
-    config = mae_config(tensors, arguments.num_attention_heads)
-    name_labels(config, arguments.labels)
-    size, _ = PUBLISHED.get((config.hidden_size, config.num_hidden_layers), ("a ViT", None))
-    pooled = "mean of the patches" if config.use_mean_pooling else "CLS token"
-    processor = imagenet_processor(config.image_size, 224 / 256 if config.image_size <= 224 else 1)
-    save_converted(convert_mae(tensors, config), processor, output, size, f"from the {pooled}")
-    print(f'AutoModelForImageClassification.from_pretrained("{output}", merge=...) merges it')
-
-
 def _check_kind(tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError for a checkpoint of another kind."""
     if any(name.startswith(("decoder_", "mask_token")) for name in tensors):
         fits = "a fine-tuned classifier; this is a pre-trained MAE, which transformers has as ViTMAEForPreTraining"
         raise BadValue("checkpoint", "decoder_…", fits)
     if ("fc_norm.weight" in tensors) == ("norm.weight" in tensors):
-        found, fits = (
-            "both" if "norm.weight" in tensors else "neither",
-            "fc_norm of the patches' mean, or norm of the CLS",
-        )
-        raise BadValue("fc_norm.weight, norm.weight", found, f"one: {fits} token")
+        found = "both" if "norm.weight" in tensors else "neither"
+        fits = "one: fc_norm of the patches' mean, or norm of the CLS token"
+        raise BadValue("fc_norm.weight, norm.weight", found, fits)
 
 
 def _heads(width: int, num_layers: int, given: int | None) -> int:
@@ -121,3 +81,23 @@ def _heads(width: int, num_layers: int, given: int | None) -> int:
         fits = f"a number for {num_layers} layers of width {width}; known are {sizes}"
         raise BadValue("num_attention_heads", None, fits)
     return PUBLISHED[width, num_layers][1]
+
+
+def _title(config: Any) -> tuple[str, str]:
+    size, _ = PUBLISHED.get((config.hidden_size, config.num_hidden_layers), ("a ViT", None))
+    return size, f"from the {'mean of the patches' if config.use_mean_pooling else 'CLS token'}"
+
+
+MAE = Layout(
+    kind="an MAE classifier",
+    model_class=BeitForImageClassification,
+    names=_NAMES,
+    config=mae_config,
+    processor=lambda config: imagenet_processor(config.image_size, 224 / 256 if config.image_size <= 224 else 1),
+    title=_title,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, convert, save, and describe the model."""
+    MAE.convert(argv, __doc__)

@@ -10,25 +10,13 @@ masks and is left out. A model of 150 classes is one for ADE20k, in whose masks 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import BeitImageProcessorPil
 
 from ..extra_models.segmenter import SegmenterConfig, SegmenterForSemanticSegmentation
-from ..programs.arguments import parse_arguments
-from .checkpoint import (
-    ConvertArguments,
-    check_heads,
-    count_blocks,
-    load_renamed,
-    name_labels,
-    read_checkpoint,
-    save_converted,
-    shape_of,
-    side_of_grid,
-)
+from .checkpoint import Layout, check_heads, count_blocks, shape_of, side_of_grid
 
 
 # The width of a head in all published sizes.
@@ -67,31 +55,8 @@ def segmenter_config(tensors: Mapping[str, Tensor], num_attention_heads: int | N
     )
 
 
-def convert_segmenter(tensors: Mapping[str, Tensor], config: Any) -> SegmenterForSemanticSegmentation:
-    """The model with a checkpoint's tensors, in float32 and in `.eval()`; `config` is `segmenter_config`'s.
-
-    Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
-    """
-    model: SegmenterForSemanticSegmentation = load_renamed(
-        SegmenterForSemanticSegmentation,
-        config,
-        tensors,
-        _NAMES,
-        "a Segmenter with a mask transformer",
-        transposed=("decoder.proj_patch", "decoder.proj_classes"),
-        unread=("encoder.head.weight", "encoder.head.bias"),
-    )
-    return model
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read, convert, save, and describe the model."""
-    arguments = parse_arguments(ConvertArguments, argv, __doc__ or "")
-    output = Path(arguments.output_dir)
-    tensors = read_checkpoint(Path(arguments.checkpoint), output)
-    config = segmenter_config(tensors, arguments.num_attention_heads)
-    name_labels(config, arguments.labels)
-    processor = BeitImageProcessorPil(
+def _processor(config: Any) -> BeitImageProcessorPil:
+    return BeitImageProcessorPil(
         size={"height": config.image_size, "width": config.image_size},
         do_center_crop=False,
         resample=_BILINEAR,
@@ -99,5 +64,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_std=[0.5, 0.5, 0.5],
         do_reduce_labels=config.num_labels == _ADE20K_CLASSES,
     )
-    save_converted(convert_segmenter(tensors, config), processor, output, "a Segmenter", "with a mask each")
-    print(f'dtem_hf.AutoModelForSemanticSegmentation.from_pretrained("{output}", merge=...) merges it')
+
+
+SEGMENTER = Layout(
+    kind="a Segmenter with a mask transformer",
+    model_class=SegmenterForSemanticSegmentation,
+    names=_NAMES,
+    config=segmenter_config,
+    processor=_processor,
+    title=lambda config: ("a Segmenter", "with a mask each"),
+    auto="AutoModelForSemanticSegmentation",
+    transposed=("decoder.proj_patch", "decoder.proj_classes"),
+    unread=("encoder.head.weight", "encoder.head.bias"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, convert, save, and describe the model."""
+    SEGMENTER.convert(argv, __doc__)

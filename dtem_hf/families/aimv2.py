@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.aimv2.modeling_aimv2 import (
     Aimv2AttentionPoolingHead,
     Aimv2Model,
@@ -15,7 +16,6 @@ from transformers.models.aimv2.modeling_aimv2 import (
 from ..scope import current_state
 from .anatomy import Anatomy, linear_cost
 from .family import Family
-from .masked_attention import attend
 
 
 class WeighedHead:
@@ -31,8 +31,8 @@ class WeighedHead:
             for linear in (self.k_proj, self.v_proj)
         )  # [B, H, n, d]
         query = self.cls_token.expand(k.shape[0], -1, -1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        mixed, _ = attend(query, k, v, bias.to(k.device), k.shape[-1] ** -0.5, 0.0, weights=False)
-        pooled: Tensor = self.output_proj(mixed.squeeze(1))
+        mixed = F.scaled_dot_product_attention(query, k, v, attn_mask=bias.to(k.device))
+        pooled: Tensor = self.output_proj(mixed.flatten(1))  # of one query: [B, H, 1, d] -> [B, H · d]
         return pooled
 
 

@@ -1,7 +1,5 @@
 """AltCLIP: CLIP's vision tower beside a multilingual RoBERTa."""
 
-from __future__ import annotations
-
 from transformers.models.altclip.modeling_altclip import AltCLIPModel, AltCLIPVisionModel
 
 from .clip import CLIP_LAYER

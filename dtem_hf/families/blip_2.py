@@ -1,7 +1,5 @@
 """BLIP-2: BLIP's vision tower, and a Q-Former that attends to its tokens, each as often as it counts."""
 
-from __future__ import annotations
-
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,

@@ -1,7 +1,5 @@
 """Chinese CLIP: CLIP's vision tower beside a BERT."""
 
-from __future__ import annotations
-
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPModel, ChineseCLIPVisionModel
 
 from .clip import CLIP_LAYER

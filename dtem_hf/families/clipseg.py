@@ -1,7 +1,5 @@
 """CLIPSeg: CLIP's dual encoder, and a decoder that reads the tokens of several layers in their places."""
 
-from __future__ import annotations
-
 from transformers.models.clipseg.modeling_clipseg import (
     CLIPSegForImageSegmentation,
     CLIPSegModel,

@@ -23,7 +23,7 @@ class CrossAttendingModel(ScopedForward):
 
 
 class PlaceholderCheck:
-    """A model that puts image features in the place of placeholders: a wrong number is said with what mends it."""
+    """A model that puts image features in the place of placeholders: the error for a wrong number says what to do."""
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,8 @@ from transformers.models.data2vec.modeling_data2vec_vision import (
 
 from ..scope import current_state
 from ..token_state import TokenState
-from .anatomy import Anatomy
 from .family import Family
+from .older_vit import OLDER_VIT_LAYER
 from .readers import WeighedMean
 from .relative_bias import RelativeBiasMerging, add_biases, follow
 
@@ -51,11 +52,12 @@ class Data2VecVisionMerging(RelativeBiasMerging):
         output_attentions: bool = False,
         relative_position_bias: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        resolution: tuple[int, int] | None = None,
+        resolution: Any = None,
     ) -> tuple[Tensor, ...]:
         parts = state.anatomy
         place = {"interpolate_pos_encoding": interpolate_pos_encoding, "resolution": resolution}
-        grid = self.grid(resolution)
+        patch_size = self.attention.attention.config.patch_size
+        grid = resolution[0] // patch_size, resolution[1] // patch_size
         self.place_tokens(hidden_states, grid, state)
         bias = self.bias_with_sizes(hidden_states, relative_position_bias, state, grid)
         normed = getattr(self, parts.norm1)(hidden_states)
@@ -73,10 +75,6 @@ class Data2VecVisionMerging(RelativeBiasMerging):
             hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
         return (hidden_states, *weights)
 
-    def grid(self: Any, resolution: Any) -> tuple[int, int]:
-        patch_size = self.attention.attention.config.patch_size
-        return resolution[0] // patch_size, resolution[1] // patch_size
-
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else scale * x
@@ -84,15 +82,7 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 FAMILY = Family(
     encoders={Data2VecVisionModel: "encoder.layer"},
-    anatomy=Anatomy(
-        norm1="layernorm_before",
-        attention="attention",
-        norm2="layernorm_after",
-        mlp="output",
-        query="attention.attention.query",
-        key="attention.attention.key",
-        heads="attention.attention.num_attention_heads",
-    ),
+    anatomy=replace(OLDER_VIT_LAYER, mlp="output"),
     models={
         Data2VecVisionModel: "tokens",
         Data2VecVisionForImageClassification: "tokens",

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackbone, DINOv3ViTEncoder, DINOv3ViTModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import (
+    DINOv3ViTBackbone,
+    DINOv3ViTEncoder,
+    DINOv3ViTModel,
+    apply_rotary_pos_emb,
+)
 
 from ..errors import UnsupportedModelError
 from ..token_state import TokenState
@@ -48,14 +53,6 @@ def rotation_at(positions: Tensor, theta: float, head_dim: int, dtype: torch.dty
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(keys: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the keys of patches and leave those of prefix tokens: [B, H, P + n, d], cosines and sines of n."""
-    cos, sin = rotation
-    prefix, patches = keys.split([keys.shape[2] - cos.shape[-2], cos.shape[-2]], dim=2)
-    first, second = patches.chunk(2, dim=-1)
-    return torch.cat([prefix, patches * cos + torch.cat([-second, first], dim=-1) * sin], dim=2)
-
-
 class DINOv3ViTMerging(LayerMerging):
     """The attention of a `DINOv3ViTLayer` gets rotations for the tokens that enter it."""
 
@@ -77,7 +74,7 @@ class DINOv3ViTMerging(LayerMerging):
         return bias
 
     def rotated(self, keys: Tensor, state: TokenState) -> Tensor:
-        return rotate(keys, state.rotation)
+        return apply_rotary_pos_emb(keys, keys, *state.rotation)[1]
 
 
 class DINOv3ViTFamily(Family):

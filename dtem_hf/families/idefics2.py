@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 from .clip import CLIP_LAYER
-from .padded_patches import PaddedPatchesFamily
+from .family import Family
+
+
+class PaddedPatchesFamily(Family):
+    """Images of several sizes in one batch; a mask says which patches are padding, and nothing merges with these."""
+
+    def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        mask = inputs.get("patch_attention_mask")  # [B, rows, columns]
+        return None if mask is None else mask.flatten(1).float()
 
 
 FAMILY = PaddedPatchesFamily(

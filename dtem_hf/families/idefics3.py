@@ -1,16 +1,12 @@
 """Idefics 3's vision tower: SigLIP's layers on images of any shape; no prefix token, and padding."""
 
-from __future__ import annotations
+from dataclasses import replace
 
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
-from .clip import CLIP_LAYER
-from .padded_patches import PaddedPatchesFamily
+from .idefics2 import FAMILY as IDEFICS2
 
 
-FAMILY = PaddedPatchesFamily(
-    encoders={Idefics3VisionTransformer: "encoder.layers"},
-    anatomy=CLIP_LAYER,
-    models={Idefics3VisionTransformer: "tokens"},
-    num_prefix_tokens=0,
+FAMILY = replace(
+    IDEFICS2, encoders={Idefics3VisionTransformer: "encoder.layers"}, models={Idefics3VisionTransformer: "tokens"}
 )

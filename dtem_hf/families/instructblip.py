@@ -1,7 +1,5 @@
 """InstructBLIP: BLIP-2 with a Q-Former that reads the instruction, too."""
 
-from __future__ import annotations
-
 from transformers.models.instructblip.modeling_instructblip import (
     InstructBlipForConditionalGeneration,
     InstructBlipModel,

@@ -16,7 +16,7 @@ from .vit import VIT_LAYER
 
 
 class LiveLogits:
-    """Mixed into the head of every patch, the largest of whose logits count: what is softly merged away has none."""
+    """Mixed into the head whose largest logits among the patches count: one that was softly merged away has none."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = super().forward(tokens)  # type: ignore[misc]

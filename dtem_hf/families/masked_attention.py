@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, dropout: float, weights: bool
+    module: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with an additive mask, or none: [B, H, n, d] three times -> [B, n, H·d], and the weights if wanted."""
-    if not weights:
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
-        return mixed.transpose(1, 2).flatten(2), None
-    scores = (query @ key.transpose(2, 3)) * scaling
-    scores = scores if bias is None else scores + bias
-    shares = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout, training=dropout > 0)
-    return (shares @ value).transpose(1, 2).flatten(2), shares
+    """A module's attention with an additive mask, or none: [B, H, n, d] three times -> [B, n, H·d], and the weights.
+
+    These are None but in "eager". `dropout` is the rate in training.
+    """
+    eager = module.config._attn_implementation == "eager"
+    function: Any = eager_attention_forward if eager else sdpa_attention_forward
+    rate = dropout if module.training else 0.0
+    mixed, weights = function(module, query, key, value, bias, scaling=scaling, dropout=rate, is_causal=False)
+    return mixed.flatten(2), weights  # [B, n, H, d] -> [B, n, H·d]
 
 
 class MaskedAttention:
@@ -32,8 +33,7 @@ class MaskedAttention:
             linear(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
-        dropout, eager = self.dropout_prob if self.training else 0.0, self.config._attn_implementation == "eager"
-        return attend(q, k, v, attention_mask, q.shape[-1] ** -0.5, dropout, eager)
+        return attend(self, q, k, v, attention_mask, q.shape[-1] ** -0.5, self.dropout_prob)
 
 
 class PackedMaskedAttention:
@@ -45,6 +45,5 @@ class PackedMaskedAttention:
         # [B, n, 3 · H · d] -> 3 × [B, H, n, d]
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         rate = self.dropout.p if hasattr(self, "dropout") else self.attention_dropout
-        dropout, eager = rate if self.training else 0.0, self.config._attn_implementation == "eager"
-        mixed, weights = attend(q, k, v, attention_mask, self.scale, dropout, eager)
+        mixed, weights = attend(self, q, k, v, attention_mask, self.scale, rate)
         return self.projection(mixed), weights

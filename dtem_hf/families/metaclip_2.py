@@ -1,7 +1,5 @@
 """MetaCLIP 2: CLIP's vision tower beside a multilingual text tower."""
 
-from __future__ import annotations
-
 from transformers.models.metaclip_2.modeling_metaclip_2 import (
     MetaClip2ForImageClassification,
     MetaClip2Model,

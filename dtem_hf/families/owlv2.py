@@ -1,7 +1,5 @@
 """OWLv2: CLIP's layers; a dual encoder, or a detector whose heads read every patch in its place."""
 
-from __future__ import annotations
-
 from transformers.models.owlv2.modeling_owlv2 import (
     Owlv2ForObjectDetection,
     Owlv2Model,

@@ -1,7 +1,5 @@
 """OWL-ViT: CLIP's layers; a dual encoder, or a detector whose heads read every patch in its place."""
 
-from __future__ import annotations
-
 from transformers.models.owlvit.modeling_owlvit import (
     OwlViTForObjectDetection,
     OwlViTModel,

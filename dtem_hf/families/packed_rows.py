@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
 from .. import ops
 from ..costs import EncoderCost, MetricCost
 from ..errors import UnsupportedModelError
 from ..scope import Scope, open_scope
 from ..token_state import TokenState
-from .dinov3_vit import DINOv3ViTFamily, coordinates, rotate, rotation_at
+from .dinov3_vit import DINOv3ViTFamily, coordinates, rotation_at
 from .layer import LayerMerging
 from .masked_attention import attend
 
@@ -107,9 +108,9 @@ class PackedRowsAttention:
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
         # [S, n, 3 · H · d] -> 3 × [S, H, n, d]
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (rotate(x.float(), kwargs["position_embeddings"]).to(x.dtype) for x in (q, k))
-        dropout, eager = self.attention_dropout if self.training else 0.0, self.config._attn_implementation == "eager"
-        return self.proj(attend(q, k, v, attention_mask, self.scaling, dropout, eager)[0])
+        turned = apply_rotary_pos_emb(q.float(), k.float(), *kwargs["position_embeddings"])
+        q, k = (x.to(v.dtype) for x in turned)
+        return self.proj(attend(self, q, k, v, attention_mask, self.scaling, self.attention_dropout)[0])
 
 
 class PackedRowsFamily(DINOv3ViTFamily):

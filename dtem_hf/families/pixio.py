@@ -1,7 +1,5 @@
 """Pixio: ViT's layers with drop path behind several CLS tokens, which the config counts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from transformers.models.pixio.modeling_pixio import PixioModel

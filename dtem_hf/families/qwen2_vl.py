@@ -1,7 +1,5 @@
 """Qwen2-VL's vision tower: rows of patches of images and frames, rotated by where they lie; no prefix token."""
 
-from __future__ import annotations
-
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from .anatomy import Anatomy

@@ -1,7 +1,5 @@
 """Qwen3-VL's vision tower: Qwen2-VL's layers, some of which the language model reads; no prefix token."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel

@@ -1,9 +1,8 @@
 """How models read the tokens of a merged encoder: one word per model class, and what follows from it.
 
-A model that reads merged tokens needs nothing where it looks at prefix tokens alone or attends to all tokens alike: an
-encoder returns those that stand for something, whichever model is around it. The other readers open a scope with their
-word, and the encoder inside returns its tokens as that reader needs them. The mixins change nothing where nothing was
-merged.
+A model needs no mixin where it looks at prefix tokens alone or attends to all tokens alike: the encoder returns the
+tokens that still take part. The other readers open a scope with their word, and the encoder inside returns its tokens
+as that reader needs them. The mixins change nothing where nothing was merged.
 """
 
 from __future__ import annotations
@@ -121,13 +120,7 @@ class RecordingGridReader(GridReader):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         with open_scope(Scope(reader=self.reader)) as scope:
             output = stock()
-        if scope.state is None or not scope.state.changed:
-            return output
-        if isinstance(output, tuple):
-            return tuple(_unmerge_recorded(part, scope.state) for part in output)
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = _unmerge_recorded(output["hidden_states"], scope.state)
-        return output
+        return output if scope.state is None or not scope.state.changed else _unmerge_recorded(output, scope.state)
 
 
 READERS: Mapping[str, tuple[type, ...]] = {
@@ -172,11 +165,7 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
             x if x is None else state.stacked.get(i, x)[:, :number]
             for i, (x, number) in enumerate(zip(states, kept, strict=True))
         )
-    if unmerge and isinstance(output, tuple):
-        return (last, *(_unmerge_recorded(part, state) for part in output[1:]))
-    if unmerge and output.get("hidden_states") is not None:
-        output["hidden_states"] = _unmerge_recorded(output["hidden_states"], state)
-    return output
+    return _unmerge_recorded(output, state) if unmerge else output
 
 
 def with_last(output: Any, last: Tensor) -> Any:
@@ -209,14 +198,21 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
     return torch.cat([x[:, :prefix], weighed], dim=1)
 
 
-def _unmerge_recorded(states: Any, state: TokenState) -> Any:
-    """Put the tokens of recorded hidden states back; in a plain tuple of parts, they are known by their number."""
-    if not isinstance(states, tuple) or len(states) != state.num_layers + 1:
-        return states
-    put_back = [
-        x if x is None else ops.unmerge_tokens(x, state.source(i).to(x.device)) for i, x in enumerate(states[1:])
-    ]
-    return (states[0], *put_back)
+def _unmerge_recorded(output: Any, state: TokenState) -> Any:
+    """Put the tokens of an output's hidden states back; in a plain tuple of parts, they are known by their number."""
+
+    def put_back(states: Any) -> Any:
+        if not isinstance(states, tuple) or len(states) != state.num_layers + 1:
+            return states
+        behind = enumerate(states[1:])
+        unmerged = (x if x is None else ops.unmerge_tokens(x, state.source(i).to(x.device)) for i, x in behind)
+        return (states[0], *unmerged)
+
+    if isinstance(output, tuple):
+        return tuple(put_back(part) for part in output)
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = put_back(output["hidden_states"])
+    return output
 
 
 class WeighedMean:
@@ -259,9 +255,8 @@ class WeighedCrossAttention:
         tokens: Tensor | None = kwargs.get("encoder_hidden_states")
         if tokens is not None and (bias := read_bias(tokens, self.dtype)) is not None:
             serve_attention(self.config._attn_implementation)
-            words = next(
-                (kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
-            )
+            ids = kwargs.get("input_ids")
+            words = kwargs.get("inputs_embeds") if ids is None else ids
             if words is not None and "query_embeds" not in kwargs:  # some decoders want a row for every word
                 bias = bias.expand(-1, -1, words.shape[1], -1)
             kwargs["encoder_attention_mask"] = bias

@@ -24,7 +24,7 @@ def grid_places(height: int, width: int, num_prefix_tokens: int, device: torch.d
     return torch.cat([places.new_zeros(num_prefix_tokens, 2), places])
 
 
-# Means of whole coordinates: what is no tie lies further from one than this, up to some 4,000 patches in a token.
+# A mean of whole coordinates is a tie, or further from one than this, for up to some 4,000 patches in a token.
 _RESOLUTION = 2.0**-12
 
 
@@ -39,17 +39,13 @@ def nearest_tokens(positions: Tensor, width: int, num_prefix_tokens: int) -> Ten
     return torch.cat([prefix, rows * width + columns + num_prefix_tokens], dim=1)
 
 
-def gather_bias(bias: Tensor, tokens: Tensor) -> Tensor:
-    """The bias between the given tokens: [1, H, N, N], [B, n] -> [B, H, n, n]."""
-    return bias[0][:, tokens.unsqueeze(2), tokens.unsqueeze(1)].transpose(0, 1)
-
-
 def follow(bias: Tensor, state: TokenState, layer: int, width: int) -> Tensor:
     """A bias [1, H, N, N] between the tokens that entered a layer: [B, H, n, n]; `width` is the grid's."""
     positions = state.positions(layer)
     if not state.has_merged(layer) or positions is None:
         return bias
-    return gather_bias(bias, nearest_tokens(positions, width, state.num_prefix_tokens))
+    tokens = nearest_tokens(positions, width, state.num_prefix_tokens)
+    return bias[0][:, tokens.unsqueeze(2), tokens.unsqueeze(1)].transpose(0, 1)
 
 
 def add_biases(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -1,16 +1,12 @@
 """SmolVLM's vision tower: SigLIP's layers on images of any shape; no prefix token, and padding."""
 
-from __future__ import annotations
+from dataclasses import replace
 
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
-from .clip import CLIP_LAYER
-from .padded_patches import PaddedPatchesFamily
+from .idefics2 import FAMILY as IDEFICS2
 
 
-FAMILY = PaddedPatchesFamily(
-    encoders={SmolVLMVisionTransformer: "encoder.layers"},
-    anatomy=CLIP_LAYER,
-    models={SmolVLMVisionTransformer: "tokens"},
-    num_prefix_tokens=0,
+FAMILY = replace(
+    IDEFICS2, encoders={SmolVLMVisionTransformer: "encoder.layers"}, models={SmolVLMVisionTransformer: "tokens"}
 )

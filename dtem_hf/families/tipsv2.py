@@ -1,7 +1,5 @@
 """TIPSv2: DINOv2's layers; CLS and registers, then the patches; alone or in a dual encoder."""
 
-from __future__ import annotations
-
 from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2Model, Tipsv2VisionModel
 
 from .dinov2 import DINOV2_LAYER, DINOV2_LAYER_PARTS

@@ -6,6 +6,7 @@ A merged token lies at the size-weighted mean of its patches. The predictor need
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.models.vjepa2.modeling_vjepa2 import (
 
 from ..scope import current_state
 from ..token_state import TokenState
-from .anatomy import Anatomy
+from .dinov2 import DINOV3_LAYER
 from .family import Family
 from .layer import LayerMerging
 from .masked_attention import attend
@@ -49,8 +50,7 @@ class PlacedAttention:
         )
         places = self.get_position_ids(hidden_states)
         q, k = (self.apply_rotary_embeddings(x, places) for x in (q, k))
-        dropout, eager = self.dropout_prob if self.training else 0.0, self.config._attn_implementation == "eager"
-        mixed, weights = attend(q, k, v, attention_mask, self.scaling, dropout, eager)
+        mixed, weights = attend(self, q, k, v, attention_mask, self.scaling, self.dropout_prob)
         return self.proj(mixed), weights
 
 
@@ -90,8 +90,7 @@ class MaskedPooling:
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, keys))
         )
-        dropout, eager = self.dropout if self.training else 0.0, self.config._attn_implementation == "eager"
-        mixed, weights = attend(q, k, v, attention_mask, self.scale, dropout, eager)
+        mixed, weights = attend(self, q, k, v, attention_mask, self.scale, self.dropout)
         return (self.out_proj(mixed) if hasattr(self, "out_proj") else mixed), weights
 
 
@@ -119,11 +118,8 @@ class VJEPA2Family(Family):
 
 FAMILY = VJEPA2Family(
     encoders={VJEPA2Encoder: "layer"},
-    anatomy=Anatomy(
-        norm1="norm1",
-        attention="attention",
-        norm2="norm2",
-        mlp="mlp",
+    anatomy=replace(
+        DINOV3_LAYER,
         query="attention.query",
         key="attention.key",
         heads="attention.num_attention_heads",

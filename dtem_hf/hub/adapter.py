@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,9 +86,9 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             raise AdapterError(
                 f"method={self.config.method!r} learns nothing, so no model has a place for this adapter."
             )
-        if embedding.embed_dim != self.embed_dim:
+        if embedding.shape.embed_dim != self.embed_dim:
             raise AdapterError(
-                f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.embed_dim}."
+                f"embed_dim: the adapter has {self.embed_dim}, the model's embedding {embedding.shape.embed_dim}."
             )
         own = embedding.adapter_tensors()
         for key, tensor in self.tensors.items():
@@ -123,7 +123,9 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config_path, weights_path = save_directory / CONFIG_NAME, save_directory / WEIGHTS_NAME
-        config = {**self.config.to_dict(), "backbone": asdict(self.backbone)}
+        # Both are checked as they are when the folder is read.
+        backbone = BackboneFacts.from_dict(asdict(self.backbone))
+        config = {**replace(self.config).to_dict(), "backbone": asdict(backbone)}
         content = save(self.tensors, metadata={"format": "pt"})
         with replacing(config_path) as new_config, replacing(weights_path) as new_weights:
             write_json(new_config, {**config, "tensors_sha256": tensors_digest(content)})

@@ -74,12 +74,8 @@ class DTEM(MatchingMethod[DTEMConfig]):
 
     @property
     def _relaxation(self) -> dict[str, Any]:
-        c = self.config
-        return {
-            "top_k": c.top_k,
-            "score_temperature": c.score_temperature,
-            "assignment_temperature": c.assignment_temperature,
-        }
+        names = ("top_k", "score_temperature", "assignment_temperature")
+        return {name: getattr(self.config, name) for name in names}
 
     def _merge_softly(self, x: Tensor, metric: Tensor, r: int, state: TokenState) -> Tensor:
         index, prefix = state.layer, state.num_prefix_tokens
@@ -112,5 +108,5 @@ class DTEM(MatchingMethod[DTEMConfig]):
         merged = state.embedding.lengthen(
             index, merged, lambda: ops.merge_along_flow(ops.norms_of(x), before, matching, flow, prefix)[0]
         )
-        record_matched(state, merged, sizes, matching, x.shape[1])
+        record_matched(state, merged, sizes, matching)
         return merged

@@ -15,7 +15,7 @@ from ..costs import MetricCost
 from ..embedding import DecoupledEmbedding, EmbeddingShape, KeyProjection, initialize_randomly, predictor_widths
 from ..token_state import TokenState
 from .base import MergedLayer, Method
-from .matching import record_matched
+from .matching import squeeze
 
 
 class DTPS(Method[DTPSConfig]):
@@ -67,11 +67,7 @@ class DTPS(Method[DTPSConfig]):
         if empty is not None:
             scores = scores.masked_fill(empty[:, prefix:], -torch.inf)
         kept, pruned = ops.split_by_score(F.pad(scores, [prefix, 0]), num_tokens - prefix - r, prefix)
-        matching, weights = ops.squeeze_hosts(x, kept, pruned, empty)
-        squeezed, _ = ops.merge_tokens(x, weights, matching)
-        _, sizes = ops.merge_tokens(before.unsqueeze(-1), before, matching)
-        record_matched(state, squeezed, sizes, matching, num_tokens)
-        return squeezed
+        return squeeze(x, before, kept, pruned, state, empty)
 
     def _mask(self, x: Tensor, kept: Tensor, earlier: Tensor, before: Tensor, state: TokenState) -> Tensor:
         """Squeeze the patches that are pruned now: x [B, n, D], sizes `before` [B, n]; the others are of patches.

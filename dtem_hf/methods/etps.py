@@ -10,7 +10,7 @@ from .. import ops
 from ..configuration import ETPSConfig
 from ..costs import MetricCost
 from ..token_state import TokenState
-from .matching import record_matched
+from .matching import squeeze
 from .ranking import RankingMethod
 
 
@@ -24,8 +24,4 @@ class ETPS(RankingMethod[ETPSConfig]):
 
     def shorten(self, x: Tensor, sizes: Tensor, scores: Tensor, r: int, state: TokenState) -> Tensor:
         kept, pruned = ops.split_by_score(scores, x.shape[1] - state.num_prefix_tokens - r, state.num_prefix_tokens)
-        matching, weights = ops.squeeze_hosts(x, kept, pruned)
-        squeezed, _ = ops.merge_tokens(x, weights, matching)
-        _, new_sizes = ops.merge_tokens(sizes.unsqueeze(-1), sizes, matching)
-        record_matched(state, squeezed, new_sizes, matching, x.shape[1])
-        return squeezed
+        return squeeze(x, sizes, kept, pruned, state)

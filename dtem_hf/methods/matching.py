@@ -50,7 +50,7 @@ class MatchingMethod(Method[M]):
             merged = state.embedding.lengthen(
                 index, merged, lambda: ops.merge_tokens(ops.norms_of(x), before, matching)[0]
             )
-        record_matched(state, merged, sizes, matching, x.shape[1])
+        record_matched(state, merged, sizes, matching)
         return merged
 
 
@@ -69,9 +69,20 @@ class KeyMatchingMethod(MatchingMethod[M]):
         return keys.sum(dim=-2, dtype=torch.float32)
 
 
-def record_matched(state: TokenState, x: Tensor, sizes: Tensor, matching: ops.Matching, num_tokens: int) -> None:
-    """Record what a matching left of the `num_tokens` tokens of the running layer."""
-    before = state.sizes(state.layer)
+def squeeze(
+    x: Tensor, sizes: Tensor, kept: Tensor, pruned: Tensor, state: TokenState, empty: Tensor | None = None
+) -> Tensor:
+    """TPS: pruned tokens join the kept ones that they resemble most: x [B, n, D], sizes [B, n] -> [B, n - r, D]."""
+    matching, weights = ops.squeeze_hosts(x, kept, pruned, empty)
+    squeezed, _ = ops.merge_tokens(x, weights, matching)
+    _, new_sizes = ops.merge_tokens(sizes.unsqueeze(-1), sizes, matching)
+    record_matched(state, squeezed, new_sizes, matching)
+    return squeezed
+
+
+def record_matched(state: TokenState, x: Tensor, sizes: Tensor, matching: ops.Matching) -> None:
+    """Record what a matching left of the tokens of the running layer."""
+    before, num_tokens = state.sizes(state.layer), x.shape[1] + matching.leaving.shape[1]
     state.record_merge(
         state.layer,
         x,

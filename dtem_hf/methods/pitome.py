@@ -31,5 +31,5 @@ class PiToMe(KeyMatchingMethod[PiToMeConfig]):
         index, prefix = state.layer, state.num_prefix_tokens
         matching = ops.match_by_energy(metric, r, self.margin(index), prefix, state.padding(index))
         merged, sizes = ops.merge_tokens(x, state.sizes(index), matching)
-        record_matched(state, merged, sizes, matching, x.shape[1])
+        record_matched(state, merged, sizes, matching)
         return merged

@@ -32,5 +32,5 @@ class ToFu(KeyMatchingMethod[ToFuConfig]):
         else:
             merged, sizes = ops.merge_tokens(x, before, matching)
             merged = ops.restore_lengths(merged, x, ops.source_map(matching, x.shape[1]), empty)
-        record_matched(state, merged, sizes, matching, x.shape[1])
+        record_matched(state, merged, sizes, matching)
         return merged

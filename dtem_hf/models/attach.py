@@ -54,9 +54,9 @@ class MergeMixin(Renamed):
         weights are loaded.
         """
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        # A plain model has no place for an embedding in the checkpoint.
-        ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
-        self._keys_to_ignore_on_load_unexpected = {*ignored, EMBEDDING_KEYS}
+        if merge_config is not UNSET:  # what the checkpoint holds of an embedding is not asked for
+            ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
+            self._keys_to_ignore_on_load_unexpected = {*ignored, EMBEDDING_KEYS}
         recorded, _ = resolve_merge(_take_record(self))
         same_method = isinstance(merge_config, MergeConfig) and merge_config.method == getattr(recorded, "method", "")
         if recorded is not None and (merge_config is UNSET or same_method):
@@ -100,7 +100,7 @@ class MergeMixin(Renamed):
             model.config._commit_hash = cached_commit(
                 os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")
             )
-        if isinstance(merge, MergeConfig) and is_installed(find_encoder(model)[1]):
+        if isinstance(merge, MergeConfig) and is_installed(find_place(model, merge.part).encoder):
             set_merge_config(model, merge)
         elif merge is not UNSET:
             attach(model, merge)
@@ -108,8 +108,8 @@ class MergeMixin(Renamed):
 
     @property
     def merge_config(self) -> MergeConfig:
-        """The config in force."""
-        return merging_of(self).config
+        """A copy of the config in force; `set_reduction` and `attach` change it."""
+        return replace(merging_of(self).config)
 
     def set_reduction(
         self,
@@ -186,10 +186,13 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
 
     `merge` is what `from_pretrained(merge=...)` takes; None detaches. `unmerge` overrides the config's field of that
     name: True returns all tokens, in place. In a model that holds several encoders, `part` is the dotted name of the
-    one to merge. What was attached before is replaced. Of PEFT's `PeftModel` the model inside is merged. Raises
-    UnsupportedModelError for a family or an attention backend that cannot be merged (and lists those that can), and
-    ValueError where the merge does not fit; the model is unchanged then.
+    one to merge. What was attached before, to any part, is replaced. Of PEFT's `PeftModel` the model inside is merged.
+    Raises UnsupportedModelError for a family or an attention backend that cannot be merged (and lists those that can),
+    and ValueError where the merge does not fit; the model is unchanged then.
     """
+    inner = inside_peft(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise BadValue("model", type(inner).__name__, "a model of transformers; of a wrapper, the model inside")
     config, adapter = resolve_merge(merge)
     if config is None:
         return detach(model)
@@ -197,12 +200,10 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
         config = replace(config, unmerge=unmerge)
     if part is not None:
         config = replace(config, part=part)
-    inner = inside_peft(model)
-    prepared = prepare(inner, config, adapter)
-    if is_installed(prepared.place.encoder):
+    place, merging, embedding = prepare(inner, config, adapter)
+    if [module for module in inner.modules() if "merging" in vars(module)]:
         detach(inner)
-        detach(prepared.place.holder)  # a part that was merged by itself
-    install(inner, prepared, _mixins(type(inner)))
+    install(inner, place, merging, embedding, _mixins(type(inner)))
     return model
 
 

@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 
-from ..errors import AdapterError, BadValue, NoTrainedHead
+from ..errors import AdapterError, BadValue, NoTrainedHead, UnsupportedModelError
 from ..families import SUPPORTED, find_place, unsupported
 from ..families.containers import CONTAINERS
 from ..hub.adapter import MergeAdapter
@@ -23,16 +23,7 @@ from .derived import stock_class
 from .install import MergeLike, resolve_merge
 
 
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+_HUB_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder", "trust_remote_code")
 
 
 class MergingAutoClass:
@@ -48,13 +39,12 @@ class MergingAutoClass:
         """
         stock = super().from_pretrained  # type: ignore[misc]
         # Read before the backbone, which is the larger download.
-        if not isinstance(merge, MergeAdapter) and merge is not UNSET:
-            options = {name: kwargs[name] for name in ADAPTER_ARGUMENTS if name in kwargs}
-            config, adapter = resolve_merge(merge, **options)
+        if merge is not UNSET:
+            config, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
             merge = adapter or config
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
-            options = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            options = _chosen(kwargs, _HUB_ARGUMENTS)
             with _adapters_named(cls.__name__, pretrained_model_name_or_path, **options):
                 config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
         if merge in (UNSET, None) and not _is_recorded(config, merge is UNSET):
@@ -78,7 +68,16 @@ class MergingAutoClass:
             model_class: type = _get_model_class(config, mapping)
             if issubclass(model_class, SUPPORTED) or _holds_encoder(config):
                 return model_class
+        elif isinstance(config, _CONFIGS) or _holds_encoder(config):
+            raise UnsupportedModelError(
+                f"{cls.__name__} has no model of type {config.model_type!r}; {auto_class(config).__name__} has."
+            )
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}", config.model_type)
+
+
+def _chosen(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of some arguments that are given."""
+    return {name: arguments[name] for name in names if name in arguments}
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -100,33 +99,38 @@ def _holds_encoder(config: PretrainedConfig) -> bool:
 _CONFIGS = tuple({cls.config_class for cls in SUPPORTED})  # type: ignore[attr-defined]
 
 
+# For a checkpoint that several Auto classes can read, the first of these is chosen.
+_BY_PREFERENCE: list[Any] = []
+
+
 def _merging(name: str) -> Any:
-    """An Auto class of transformers with `merge=`, under its name."""
+    """An Auto class of transformers with `merge=`, under its name; those that are made first are preferred."""
     content = {"__module__": __name__, "__doc__": f"`transformers.{name}` with `merge=`."}
-    return type(name, (MergingAutoClass, getattr(transformers, name)), content)
+    _BY_PREFERENCE.append(type(name, (MergingAutoClass, getattr(transformers, name)), content))
+    return _BY_PREFERENCE[-1]
 
 
-AutoBackbone = _merging("AutoBackbone")
-AutoModel = _merging("AutoModel")
-AutoModelForAudioClassification = _merging("AutoModelForAudioClassification")
-AutoModelForCausalLM = _merging("AutoModelForCausalLM")
-AutoModelForDepthEstimation = _merging("AutoModelForDepthEstimation")
 AutoModelForImageClassification = _merging("AutoModelForImageClassification")
-AutoModelForImageSegmentation = _merging("AutoModelForImageSegmentation")
+AutoModelForZeroShotImageClassification = _merging("AutoModelForZeroShotImageClassification")
 AutoModelForImageTextToText = _merging("AutoModelForImageTextToText")
-AutoModelForInstanceSegmentation = _merging("AutoModelForInstanceSegmentation")
+AutoModelForSemanticSegmentation = _merging("AutoModelForSemanticSegmentation")
+AutoModelForDepthEstimation = _merging("AutoModelForDepthEstimation")
+AutoModelForVideoClassification = _merging("AutoModelForVideoClassification")
+AutoModelForAudioClassification = _merging("AutoModelForAudioClassification")
+AutoModelForZeroShotObjectDetection = _merging("AutoModelForZeroShotObjectDetection")
+AutoModelForObjectDetection = _merging("AutoModelForObjectDetection")
 AutoModelForKeypointDetection = _merging("AutoModelForKeypointDetection")
 AutoModelForPoseEstimation = _merging("AutoModelForPoseEstimation")
-AutoModelForMaskedImageModeling = _merging("AutoModelForMaskedImageModeling")
-AutoModelForMultimodalLM = _merging("AutoModelForMultimodalLM")
-AutoModelForObjectDetection = _merging("AutoModelForObjectDetection")
-AutoModelForPreTraining = _merging("AutoModelForPreTraining")
-AutoModelForSemanticSegmentation = _merging("AutoModelForSemanticSegmentation")
 AutoModelForUniversalSegmentation = _merging("AutoModelForUniversalSegmentation")
-AutoModelForVideoClassification = _merging("AutoModelForVideoClassification")
+AutoModelForInstanceSegmentation = _merging("AutoModelForInstanceSegmentation")
+AutoModelForImageSegmentation = _merging("AutoModelForImageSegmentation")
 AutoModelForVisualQuestionAnswering = _merging("AutoModelForVisualQuestionAnswering")
-AutoModelForZeroShotImageClassification = _merging("AutoModelForZeroShotImageClassification")
-AutoModelForZeroShotObjectDetection = _merging("AutoModelForZeroShotObjectDetection")
+AutoModelForMultimodalLM = _merging("AutoModelForMultimodalLM")
+AutoModelForCausalLM = _merging("AutoModelForCausalLM")
+AutoModelForMaskedImageModeling = _merging("AutoModelForMaskedImageModeling")
+AutoBackbone = _merging("AutoBackbone")
+AutoModelForPreTraining = _merging("AutoModelForPreTraining")
+AutoModel = _merging("AutoModel")
 
 
 def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any:
@@ -169,15 +173,13 @@ def load_encoder(name: str, features: str, part: str | None = None, **options: A
 
 @contextmanager
 def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **options: Any) -> Iterator[None]:
-    """Say of an adapter that was given as a model what it is, and what it is for."""
+    """Where the name inside the block is an adapter's and no model's, the error says how to use it."""
     try:
         yield
     except (OSError, ValueError) as error:
         pinned = f"{name}@{revision}" if revision and not os.path.isdir(name) else name
         try:
-            adapter = MergeAdapter.from_reference(
-                pinned, **{key: value for key, value in options.items() if key in ADAPTER_ARGUMENTS}
-            )
+            adapter = MergeAdapter.from_reference(pinned, **_chosen(options, ADAPTER_ARGUMENTS))
         except (OSError, ValueError):
             raise error from None
         base_model = adapter.backbone.base_model or "the backbone"
@@ -185,32 +187,6 @@ def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **op
             f"{name} is a merge adapter for {base_model} ({adapter.backbone.model_type}) and no model: "
             f"{auto_name}.from_pretrained({base_model!r}, merge={str(pinned)!r})."
         ) from error
-
-
-# For a checkpoint that several Auto classes can read, the first of these is chosen.
-_BY_PREFERENCE = (
-    AutoModelForImageClassification,
-    AutoModelForZeroShotImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForSemanticSegmentation,
-    AutoModelForDepthEstimation,
-    AutoModelForVideoClassification,
-    AutoModelForAudioClassification,
-    AutoModelForZeroShotObjectDetection,
-    AutoModelForObjectDetection,
-    AutoModelForKeypointDetection,
-    AutoModelForPoseEstimation,
-    AutoModelForUniversalSegmentation,
-    AutoModelForInstanceSegmentation,
-    AutoModelForImageSegmentation,
-    AutoModelForVisualQuestionAnswering,
-    AutoModelForMultimodalLM,
-    AutoModelForCausalLM,
-    AutoModelForMaskedImageModeling,
-    AutoBackbone,
-    AutoModelForPreTraining,
-    AutoModel,
-)
 
 
 def _mapped_classes(auto: Any, config_class: Any) -> tuple[Any, ...]:
@@ -232,8 +208,8 @@ def auto_class(config: PretrainedConfig) -> Any:
     ]
     if not offered:
         raise unsupported(f"A model of type {config.model_type!r}", config.model_type)
-    saved = [auto for auto, name in offered if name in (config.architectures or ())]
-    return (saved or [auto for auto, _ in offered])[0]
+    saved = (auto for auto, name in offered if name in (config.architectures or ()))
+    return next(saved, offered[0][0])
 
 
 def register() -> None:
@@ -249,27 +225,24 @@ def register() -> None:
 
 def unregister() -> None:
     """Give transformers' Auto classes their own model classes back."""
-    _register(lambda model_class: stock_class(model_class))
+    _register(stock_class)
 
 
 def _register(variant: Callable[[type], type]) -> None:
     """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
+    containers = {CONFIG_MAPPING[model_type] for model_type in CONTAINERS}
     for auto in _BY_PREFERENCE:
         stock = getattr(transformers, auto.__name__)
-        containers = {CONFIG_MAPPING[model_type] for model_type in CONTAINERS}
         for config_class in {*_CONFIGS, *containers}:
             classes = _mapped_classes(stock, config_class)
-            if any(issubclass(cls, SUPPORTED) for cls in classes) or (classes and config_class in containers):
-                merges = SUPPORTED if config_class not in containers else PreTrainedModel
-                chosen = tuple(variant(cls) if issubclass(cls, merges) else cls for cls in classes)
+            merges = PreTrainedModel if config_class in containers else SUPPORTED
+            chosen = tuple(variant(cls) if issubclass(cls, merges) else cls for cls in classes)
+            if chosen != classes:
                 stock.register(_key(config_class), chosen[0] if len(chosen) == 1 else chosen, exist_ok=True)
 
 
 class _OwnKey:
-    """Stands for a config class of transformers in the table that `register` fills: equal to it, but not of its own.
-
-    Before 5.19, it quietly leaves out those that are.
-    """
+    """Equals a config class of transformers, but is none: before 5.19, `register` of transformers ignores its own."""
 
     def __init__(self, config_class: type) -> None:
         self._config_class = config_class
@@ -280,9 +253,7 @@ class _OwnKey:
         return hash(self._config_class)
 
     def __eq__(self, other: object) -> bool:
-        return other is self._config_class or (
-            isinstance(other, _OwnKey) and other._config_class is self._config_class
-        )
+        return getattr(other, "_config_class", other) is self._config_class
 
 
 def _key(config_class: type) -> Any:

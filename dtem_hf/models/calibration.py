@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..configuration import KeepRateConfig
 from ..errors import BadValue, UnsupportedModelError
 from ..progress import tqdm
-from ..schedule import KeepRateSchedule, ListSchedule, Schedule, reductions_for
+from ..schedule import KeepRateSchedule, ListSchedule, Schedule, falling, reductions_for
 from .attach import MergeMixin
 from .dense_head import DenseHead
 from .distances import feature_distance, kl_to, map_error, output_of
@@ -67,8 +68,7 @@ def calibrate(
     them); with a dense `head`, a function of patches [B, D, rows, columns], its maps [B, H, W] are. Works for any
     method. The same images give the same plan. Raises ValueError for a share that cannot be reached.
     """
-    is_merged = isinstance(model, MergeMixin)
-    if not is_merged:
+    if not issubclass(type(model), MergeMixin):
         raise UnsupportedModelError("calibrate: the model is not merged; attach(model, DTEMConfig(...)) first.")
     if evaluations < 1:
         raise BadValue("evaluations", evaluations, "1 or more")
@@ -78,7 +78,8 @@ def calibrate(
         with evaluating(model):
             output = partial(output_of, kind=features) if head is None else partial(_maps, _as_head(head))
             search = _Search(model, pixel_batches(images, batch_size), evaluations, output)
-            even, best, schedule = search.run(_plans(merging, flops))
+            plans = _over_layers if isinstance(merging.config, KeepRateConfig) else _over_weights
+            even, best, schedule = search.run(plans(merging, flops))
     except BaseException:
         set_merge_config(model, before)
         raise
@@ -108,14 +109,14 @@ class _Search:
             for other in others:
                 if (distance := self._distance(plans, other, progress)) < best:
                     best, point = distance, other
-            for scale in range(plans.scales):
-                moved = True
-                while moved and self.evaluations < self.most:
-                    moved = False
-                    for move in plans.moves(scale):
-                        neighbour = move(point)
+            for moves in plans.moves:
+                better = True
+                while better and self.evaluations < self.most:
+                    better = False
+                    for move in moves:
+                        neighbour = plans.moved(point, *move)
                         if (distance := self._distance(plans, neighbour, progress)) < best:
-                            best, point, moved = distance, neighbour, True
+                            best, point, better = distance, neighbour, True
         return first, best, plans.schedule(point)
 
     @torch.no_grad()
@@ -159,16 +160,16 @@ def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor
 
 @dataclass(frozen=True)
 class _Plans:
-    """Plans of equal multiply-adds as points of a space: where to start, how to move, which plan a point is."""
+    """Plans of equal multiply-adds as points of a space: where to start, how to move, which plan a point is.
+
+    `moves` are lists of them, each repeated until none of it is better; `moved` makes the point that a move leads to,
+    or None where there is none.
+    """
 
     starts: Sequence[Any]
-    scales: int
-    moves: Callable[[int], Iterator[Callable[[Any], Any]]]
+    moves: Sequence[Sequence[tuple[int, float]]]
+    moved: Callable[..., Any]
     schedule: Callable[[Any], Schedule]
-
-
-def _plans(merging: Merging, flops: float) -> _Plans:
-    return (_over_layers if isinstance(merging.config, KeepRateConfig) else _over_weights)(merging, flops)
 
 
 def _over_weights(merging: Merging, flops: float) -> _Plans:
@@ -178,42 +179,31 @@ def _over_weights(merging: Merging, flops: float) -> _Plans:
     def schedule(weights: tuple[float, ...]) -> Schedule:
         return ListSchedule(tuple(reductions_for(merging.cost, num_tokens, weights, flops)))
 
-    def scaled(weights: tuple[float, ...], layer: int, factor: float) -> tuple[float, ...]:
+    def moved(weights: tuple[float, ...], layer: int, factor: float) -> tuple[float, ...]:
         return (*weights[:layer], weights[layer] * factor, *weights[layer + 1 :])
 
-    def moves(scale: int) -> Iterator[Callable[[Any], Any]]:
-        for layer in range(depth):
-            for factor in (_FACTORS[scale], 1 / _FACTORS[scale]):
-                yield partial(scaled, layer=layer, factor=factor)
-
-    starts = [tuple(1 + slope * (1 - 2 * i / max(depth - 1, 1)) for i in range(depth)) for slope in _SLOPES]
-    return _Plans(starts, len(_FACTORS), moves, schedule)
+    starts = [tuple(falling(depth, slope)) for slope in _SLOPES]
+    moves = [[*product(range(depth), (factor, 1 / factor))] for factor in _FACTORS]
+    return _Plans(starts, moves, moved, schedule)
 
 
 def _over_layers(merging: Merging, flops: float) -> _Plans:
     """A point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
     depth = len(merging.cost.layers)
     own: KeepRateSchedule = merging.config.schedule  # type: ignore[assignment]
-    start = own.layers
-    if start is None:
-        start = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
     def schedule(layers: tuple[int, ...]) -> Schedule:
         return replace(own, layers=layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
 
-    def toggled(layers: tuple[int, ...], layer: int) -> tuple[int, ...] | None:
-        return tuple(sorted(set(layers) ^ {layer})) or None
-
-    def shifted(layers: tuple[int, ...], which: int, by: int) -> tuple[int, ...] | None:
+    def moved(layers: tuple[int, ...], which: int, by: int) -> tuple[int, ...] | None:
+        """Shift one of the layers, counted from 0; by nothing: drop the layer of this number, or add it."""
+        if by == 0:
+            return tuple(sorted(set(layers) ^ {which})) or None
         if which >= len(layers) or not 0 <= layers[which] + by < depth or layers[which] + by in layers:
             return None
         return tuple(sorted({*layers[:which], layers[which] + by, *layers[which + 1 :]}))
 
-    def moves(scale: int) -> Iterator[Callable[[Any], Any]]:
-        for which in range(depth):
-            for by in (-1, 1):
-                yield partial(shifted, which=which, by=by)
-        for layer in range(depth):
-            yield partial(toggled, layer=layer)
-
-    return _Plans([start], 1, moves, schedule)
+    moves = [*product(range(depth), (-1, 1))]
+    if not merging.config.learns:  # else a predictor of scores is learned for each of so many layers
+        moves += product(range(depth), (0,))
+    return _Plans([tuple(own.chosen(depth))], [moves], moved, schedule)

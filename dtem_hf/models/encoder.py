@@ -20,18 +20,8 @@ from ..families import Family, serve_attention
 from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
-from ..token_state import MergeStep, MergeTrace, TokenState
+from ..token_state import TokenState
 from .derived import Renamed
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """What a user asked of the forward passes inside a `with` block."""
-
-    merge: bool = True
-    trace: MergeTrace | None = None
-    steps: list[MergeStep] | None = None
-    states: list[TokenState] | None = None
 
 
 # What every open block changes, the outermost first, keyed by the identity of an encoder: threads, and models inside
@@ -45,7 +35,9 @@ _PASS_OPTIONS: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar
 def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
     """Inside the block, and in this thread only, passes of an encoder get other options.
 
-    An asyncio task that was made inside has them as long as the block is open.
+    `merge`: False for plain passes. `trace`: a `MergeTrace` of the latest pass; `steps` and `states`: lists that get
+    every layer's `MergeStep`, and every pass's `TokenState`. An asyncio task that was made inside the block has them
+    as long as it is open.
     """
     current = _PASS_OPTIONS.get()
     token = _PASS_OPTIONS.set({**current, id(encoder): (*current.get(id(encoder), ()), changes)})
@@ -56,14 +48,14 @@ def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
         _PASS_OPTIONS.reset(token)
 
 
-def _options_of(encoder: nn.Module) -> PassOptions:
-    """What holds for the pass that begins."""
+def _options_of(encoder: nn.Module) -> dict[str, Any]:
+    """The options of the pass that begins."""
     changes: dict[str, Any] = {}
     # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
     if not torch.compiler.is_compiling():
         for block in _PASS_OPTIONS.get().get(id(encoder), ()):
             changes |= block
-    return PassOptions(**changes)
+    return changes
 
 
 @dataclass(frozen=True)
@@ -155,28 +147,28 @@ class EncoderMerging(Renamed, ScopedForward):
     def _new_token_state(self, inputs: dict[str, Any], keep_sources: bool, masked: bool) -> TokenState | None:
         merging = self.merging
         options = _options_of(self)  # type: ignore[arg-type]
-        if not options.merge:
+        if not options.get("merge", True):
             return None
         serve_attention(self.config._attn_implementation)  # type: ignore[attr-defined]
         self._check_checkpointing()
-        if options.trace is not None:
-            options.trace.source_maps.clear()
-            options.trace.sizes.clear()
+        if (trace := options.get("trace")) is not None:
+            trace.source_maps.clear()
+            trace.sizes.clear()
         state = TokenState(
             merging.reductions,
             merging.geometry.num_prefix_tokens,
             merging.method,
             merging.family.anatomy,
             embedding_of(self),
-            options.trace,
+            trace,
             masked=masked,
             sizes=merging.family.padding_sizes(self, inputs),  # type: ignore[arg-type]
             keep_sources=keep_sources,
             states_read=merging.states_read,
-            steps=options.steps,
+            steps=options.get("steps"),
         )
-        if options.states is not None:
-            options.states.append(state)
+        if (states := options.get("states")) is not None:
+            states.append(state)
         return state
 
     def _check_checkpointing(self) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,27 +63,22 @@ def _check_reference(name: str) -> None:
         raise BadValue("merge", name, wanted if config is None else f"for this method, write {config.__name__}()")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that attaching adds to a model, made and checked before the model is touched."""
-
-    place: Place
-    merging: Merging
-    embedding: DecoupledEmbedding | None
-
-
-def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter | None = None) -> Prepared:
-    """Make what attaching a config, and an adapter's embedding, adds to a model.
+def prepare(
+    model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter | None = None
+) -> tuple[Place, Merging, DecoupledEmbedding | None]:
+    """Make and check what attaching a config, and an adapter's embedding, adds to a model, which stays as it is.
 
     Raises UnsupportedModelError and ValueError where it does not fit. On the meta device, where `from_pretrained`
     builds a model before it loads it, the embedding stays without values.
     """
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
-    config = _with_part(config, place)
+    config = _own(config, place)
     serve_attention(encoder.config._attn_implementation)
     family.check(holder, encoder)
     layers = family.layers(encoder)
+    if adapter is not None:
+        adapter.check_fits(backbone_facts(model, place=place))
     geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(encoder, layers))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
@@ -96,14 +91,12 @@ def prepare(model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter |
             "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
             "no part of any shard, and processes would not share its gradients."
         )
-    if adapter is not None:
-        adapter.check_fits(backbone_facts(model))
     # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once forked,
     # as servers are that load a model and then start their workers.
     with ThreadPoolExecutor(1) as short_lived:
         inference = torch.is_inference_mode_enabled()
         embedding = short_lived.submit(_make_embedding, encoder, merging, adapter, inference).result()
-    return Prepared(place, merging, embedding)
+    return place, merging, embedding
 
 
 def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -116,9 +109,9 @@ def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
             )
 
 
-def _with_part(config: MergeConfig, place: Place) -> MergeConfig:
-    """The config with the name of the part, so that it is found again when the model is loaded."""
-    return config if config.part == (place.part or None) else replace(config, part=place.part or None)
+def _own(config: MergeConfig, place: Place) -> MergeConfig:
+    """A copy, checked again: the caller may change theirs. It names the part, which loading must find again."""
+    return replace(config, part=place.part or None)
 
 
 def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
@@ -143,9 +136,7 @@ def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> 
     if not place.part:
         return "tokens"
     container = container_of(type(model))
-    if config.unmerge is not False or not container.counts_placeholders:
-        return container.reader
-    return "sized"
+    return "sized" if config.unmerge is False and container.counts_placeholders else container.reader
 
 
 def _make_embedding(
@@ -158,16 +149,20 @@ def _make_embedding(
         if adapter is not None:
             adapter.load_into(embedding)
         elif embedding is not None and not like.is_meta:
-            keys = (
-                [] if getattr(merging.config, "init", "random") == "random" else family.key_projections(encoder, like)
-            )
+            from_keys = getattr(merging.config, "init", "random") == "keys"
+            keys = family.key_projections(encoder, like) if from_keys else []
             method.initialize(embedding, keys, getattr(encoder.config, "initializer_range", 0.02))
     return None if embedding is None else embedding.train(encoder.training)
 
 
-def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[type]) -> None:
+def install(
+    model: PreTrainedModel,
+    place: Place,
+    merging: Merging,
+    embedding: DecoupledEmbedding | None,
+    model_mixins: Sequence[type],
+) -> None:
     """Put what was prepared into a plain model. `model_mixins` go in front of the model's class, if not there yet."""
-    place, merging = prepared.place, prepared.merging
     encoder = place.encoder
     if not is_merged(model):
         derive_class(model, *model_mixins)
@@ -186,9 +181,9 @@ def install(model: PreTrainedModel, prepared: Prepared, model_mixins: Sequence[t
         merging.family.anatomy.key_module(layer).register_forward_hook(remember_keys)
     for module, mixin in merging.family.parts(place.holder, encoder):
         derive_class(module, mixin, Renamed)
-    if prepared.embedding is not None:
-        encoder.merge_embedding = prepared.embedding
-        if prepared.embedding.shifts is not None:
+    if embedding is not None:
+        encoder.merge_embedding = embedding
+        if embedding.shape.shifts:
             for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
                 assert kind is not None  # `prepare` has checked
                 derive_class(shifting, kind, Renamed)
@@ -216,25 +211,27 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 
 
 def detach(model: PreTrainedModel) -> Any:
-    """Take merging out of a model: classes, config and state are what they were. A plain model stays as it is."""
+    """Take merging out of a model and all its parts: classes, config and state are what they were.
+
+    A plain model stays as it is. Raises ValueError for a part of a model that was attached to as a whole.
+    """
     inner: Any = inside_peft(model)
-    if not is_merged(inner):
-        return model
-    family, encoder = find_encoder(inner)
-    if is_installed(encoder):
-        for layer in family.layers(encoder):
-            del layer.merge_index
-        if embedding_of(encoder) is not None:
-            del encoder.merge_embedding
-        del encoder.merging
-        for module in inner.modules():
-            forget_keys(module)
-            if isinstance(module, Shifted):
-                del module.merge_name
-            restore_class(module)
-    restore_class(inner)
-    if hasattr(inner.config, "merge"):
-        del inner.config.merge
+    merged: list[Any] = [module for module in inner.modules() if is_merged(module)]
+    if is_merged(inner) and not hasattr(type(inner), "merge_config"):
+        raise BadValue("model", type(inner).__name__, "the merged model that this is a part of")
+    for module in merged:
+        if is_installed(module):
+            for layer in module.merging.family.layers(module):
+                forget_keys(module.merging.family.anatomy.key_module(layer))
+                del layer.merge_index
+            if embedding_of(module) is not None:
+                del module.merge_embedding
+            del module.merging
+        if isinstance(module, Shifted):
+            del module.merge_name
+        if hasattr(getattr(module, "config", None), "merge"):
+            del module.config.merge
+        restore_class(module)
     return model
 
 
@@ -259,7 +256,7 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     Raises ValueError for another method, and where the embedding would have another shape; nothing is changed then.
     """
     place = find_place(model)
-    config, merging = _with_part(config, place), place.encoder.merging
+    config, merging = _own(config, place), place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
     _check_shape(config, merging)
@@ -279,9 +276,11 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
         raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
     if wanted.predictors != own.predictors:
         raise BadValue("layers", config.schedule, f"{own.predictors} layers, as many as have learned scores")
-    differing = (wanted.exponent_heads != own.exponent_heads, wanted.norms != own.norms, True)
-    name = LEARN_FIELDS[differing.index(True)]
-    raise BadValue(name, getattr(config, name), f"{not getattr(config, name)}, as the embedding was learned")
+    parts = ("exponent_heads", "norms", "shifts")  # of an embedding, for each of the fields
+    pairs = zip(LEARN_FIELDS, parts, strict=True)
+    name = next(name for name, part in pairs if getattr(wanted, part) != getattr(own, part))
+    same = f"{not getattr(config, name)}, as the embedding was learned"
+    raise BadValue(name, getattr(config, name), f"{same}; to learn another one, load with merge=None and attach")
 
 
 def load_embedding(model: Any, adapter: MergeAdapter) -> None:
@@ -317,10 +316,13 @@ def recorded_states(model: Any) -> Iterator[list[TokenState]]:
         yield states
 
 
-def backbone_facts(model: Any, base_model: str | None = None) -> BackboneFacts:
-    """What an adapter records of a backbone. The name of a local folder is left out: it means nothing elsewhere."""
-    family, encoder = find_encoder(model)
-    geometry = family.geometry(encoder)
+def backbone_facts(model: Any, base_model: str | None = None, place: Place | None = None) -> BackboneFacts:
+    """What an adapter records of a backbone, which is where the model merges, or at `place`.
+
+    The name of a local folder is left out: it means nothing elsewhere.
+    """
+    place = place or find_place(model)
+    encoder, geometry = place.encoder, place.family.geometry(place.encoder)
     name = base_model or (None if os.path.exists(model.name_or_path) else model.name_or_path) or None
     return BackboneFacts(
         model_type=encoder.config.model_type,

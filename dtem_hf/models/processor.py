@@ -7,9 +7,8 @@ from typing import Any
 import transformers
 
 from ..errors import BadValue
-from ..families import find_place
 from ..families.containers import container_of
-from .install import is_merged
+from .install import is_merged, merging_of
 
 
 class AutoProcessor(transformers.AutoProcessor):
@@ -54,8 +53,7 @@ class MergedPlaceholders:
 
 def count_read(model: Any, num_plain: int) -> int:
     """How many tokens of an image a merged model hands its language model, where a plain one hands `num_plain`."""
-    encoder = find_place(model).encoder
-    merging = encoder.merging
+    merging = merging_of(model)
     if merging.unmerge:
         return num_plain
     dropped = count_dropped(model)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import BadValue
+from ..errors import MOST_TOKENS, BadValue, check_number, check_whole
 from .install import set_merge_config
 from .timing import time_interleaved
 from .vision import evaluating, image_shape, run_on_pixels
@@ -21,8 +21,8 @@ def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 
     them (about a minute on a laptop for a small model). The model's reduction and mode are as before when it returns.
     Raises ValueError that says how fast it gets where `target` is out of reach.
     """
-    if not 1 < target < float("inf"):
-        raise BadValue("target_speedup", target, "a number above 1")
+    check_number("target_speedup", target, 1, 1000, above=True)
+    check_whole("batch_size", batch_size, 1, MOST_TOKENS)
     config = model.merge_config
     measured: dict[int, float] = {}
 

@@ -33,15 +33,15 @@ def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     """
     family, encoder = find_encoder(model)
     part: Any = image_part(model, encoder)
-    parameter = next(encoder.parameters())
-    kwargs: dict[str, Any] = {}
-    # Families whose position embeddings fit any size have no such argument.
-    if tuple(pixel_values.shape[1:]) != family.input_shape(encoder):
-        kwargs = {name: True for name in ("interpolate_pos_encoding",) if name in signature(part.forward).parameters}
-    name = part.main_input_name if part.main_input_name in _SEEN else _SEEN[0]
-    if "grid_thw" in signature(part.forward).parameters:
+    parameter, accepted = next(encoder.parameters()), signature(part.forward).parameters
+    if "grid_thw" in accepted:
         raise UnsupportedModelError(f"{type(part).__name__} takes rows of patches and grid_thw, not images of pixels.")
-    return part(**{name: pixel_values.to(parameter.device, parameter.dtype)}, **kwargs)
+    name = part.main_input_name if part.main_input_name in _SEEN else _SEEN[0]
+    kwargs: dict[str, Any] = {name: pixel_values.to(parameter.device, parameter.dtype)}
+    # Families whose position embeddings fit any size have no such argument.
+    if "interpolate_pos_encoding" in accepted and tuple(pixel_values.shape[1:]) != family.input_shape(encoder):
+        kwargs["interpolate_pos_encoding"] = True
+    return part(**kwargs)
 
 
 def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, ...]:
@@ -55,7 +55,9 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, .
 
 def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
     """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
-    if isinstance(images, Tensor):
+    if isinstance(images, str):
+        batches = []
+    elif isinstance(images, Tensor):
         batches = list(images.split(batch_size)) if images.dim() == 4 else []
     else:
         batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]

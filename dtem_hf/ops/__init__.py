@@ -1,8 +1,8 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
-from .attention import SMALLEST_SIZE, attention_dtype, extend_keys, see_itself, size_bias
+from .attention import attention_dtype, extend_keys, see_itself, size_bias
 from .damage import first_order_change
-from .forms import MERGE_FORMS, exports_one_hot, exports_openvino, merge_form
+from .forms import MERGE_FORMS, exports_openvino, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .hosts import energies, match_by_energy, squeeze_hosts, with_hosts
 from .lengths import norms_of, prune_tokens, restore_lengths
@@ -23,7 +23,6 @@ from .splitting import split_counts, split_even_odd
 
 __all__ = [
     "MERGE_FORMS",
-    "SMALLEST_SIZE",
     "Matching",
     "attention_dtype",
     "bipartite_soft_matching",
@@ -31,7 +30,6 @@ __all__ = [
     "cosine_scores",
     "draw_kept",
     "energies",
-    "exports_one_hot",
     "exports_openvino",
     "extend_keys",
     "first_order_change",

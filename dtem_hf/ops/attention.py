@@ -54,8 +54,8 @@ def extend_keys(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, n, d + 8] whose attention without a mask equals that of the given with `bias`.
 
-    Queries get ones and keys bias / scaling, in a high and a low part, as bfloat16 holds only eight bits of it; values
-     get zeros. The first d features of the output are the attention's.
+    Queries get ones, and keys bias / scaling in a high and a low part, as bfloat16 holds only eight bits of it. Values
+    get zeros. The first d features of the output are the attention's.
     """
     wanted = (bias.float().clamp(min=_LOWEST_BIAS) / scaling).transpose(2, 3).expand(*key.shape[:3], 1)
     high = wanted.to(key.dtype)

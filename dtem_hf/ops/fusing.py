@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .matching import descending_order
+from .merging import take_tokens
 
 
 def split_by_score(scores: Tensor, num_kept: int, num_prefix_tokens: int = 1) -> tuple[Tensor, Tensor]:
@@ -23,12 +24,10 @@ def fuse_tokens(
 
     Returns x [B, P + k + 1, D] in its own dtype and sizes [B, P + k + 1]; the sum runs in float32.
     """
-    index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    others = fused.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     shares = weights.gather(1, fused).float().unsqueeze(-1)
     with torch.autocast(x.device.type, enabled=False):
-        token = (x.gather(1, others).float() * shares).sum(dim=1, keepdim=True).to(x.dtype)
-    x = torch.cat([x[:, :num_prefix_tokens], x.gather(1, index), token], dim=1)
+        token = (take_tokens(x, fused).float() * shares).sum(dim=1, keepdim=True).to(x.dtype)
+    x = torch.cat([x[:, :num_prefix_tokens], take_tokens(x, kept), token], dim=1)
     total = sizes.gather(1, fused).sum(dim=1, keepdim=True)
     return x, torch.cat([sizes[:, :num_prefix_tokens], sizes.gather(1, kept), total], dim=1)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .matching import Matching, cosine_scores, descending_order, put_empty_first
+from .merging import take_tokens
 
 
 def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
@@ -31,7 +32,7 @@ def match_by_energy(
     `metric` [B, N, d]; equal energies go to the lower position. `empty` [B, N] marks padding, which has no part in
     energies and is merged before all else. Raises ValueError unless 1 ≤ r ≤ (N - P) // 2.
     """
-    free, batch = metric[:, num_prefix_tokens:], metric.shape[0]
+    free = metric[:, num_prefix_tokens:]
     if not 1 <= r <= free.shape[1] // 2:
         raise ValueError(
             f"r={r} does not fit {free.shape[1]} tokens beside the prefix: 1 to {free.shape[1] // 2} would."
@@ -46,8 +47,7 @@ def match_by_energy(
         energy = energy.masked_fill(empty, torch.inf)
     order = descending_order(energy)
     a, b = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2]
-    rows = similarity.gather(1, a.unsqueeze(-1).expand(batch, r, free.shape[1]))
-    scores = rows.gather(2, b.unsqueeze(1).expand(batch, r, r))
+    scores = take_tokens(similarity, a).gather(2, b.unsqueeze(1).expand(-1, r, -1))
     if empty is not None:
         scores = put_empty_first(scores, empty.gather(1, a), empty.gather(1, b))
     host = b.gather(1, scores.max(dim=-1).indices)  # the first of equal maxima
@@ -60,11 +60,7 @@ def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None 
     Also returns the weights of the mean [B, N] float32: e to the power of that cosine, e for kept tokens, and 0 for
     pruned padding, which `empty` [B, N] marks.
     """
-
-    def rows(positions: Tensor) -> Tensor:
-        return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-    scores = cosine_scores(rows(pruned), rows(kept))
+    scores = cosine_scores(take_tokens(x, pruned), take_tokens(x, kept))
     if empty is not None:
         scores = put_empty_first(scores, empty.gather(1, pruned), empty.gather(1, kept))
     cosine, best = scores.max(dim=-1)  # the first of equal maxima

@@ -1,5 +1,7 @@
 """Soft grouping and soft merging: the relaxation that the embedding learns through (METHOD.md section 4)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,26 +35,19 @@ def soft_grouping(
     return torch.zeros_like(scores, dtype=torch.float32).scatter(-1, columns, kept)
 
 
-def _clip_with_straight_gradient(x: Tensor) -> Tensor:
-    """Clip to [0, 1] going forward, identity going backward."""
-    return x + (x.clamp(0, 1) - x).detach()
-
-
 def soft_assignment(
     metric: Tensor,
     num_active: int,
     r: int,
     num_prefix_tokens: int = 1,
-    top_k: int = 3,
-    score_temperature: float = 0.1,
-    assignment_temperature: float = 0.1,
     empty: Tensor | None = None,
+    **relaxation: Any,
 ) -> Tensor:
     """Which share of every A token goes into which B token: metric [B, N, d] -> [B, a, b] in [0, 1], float32.
 
     A is every second of the `num_active` first tokens from the first after the prefix, B every second from the one
-    after that. `empty` [B, N] marks padding, which is merged before all else. r ≤ (num_active - num_prefix_tokens) //
-    2, else ValueError.
+    after that. `empty` [B, N] marks padding, which is merged before all else. `relaxation` are options of
+    `soft_grouping`. r ≤ (num_active - num_prefix_tokens) // 2, else ValueError.
     """
     largest = (num_active - num_prefix_tokens) // 2
     if not 0 <= r <= largest:
@@ -65,7 +60,7 @@ def soft_assignment(
         scores = cosine_scores(metric[:, a], metric[:, b])
         if empty is not None:
             scores = put_empty_first(scores, empty[:, a], empty[:, b])
-        return soft_grouping(scores, r, top_k, score_temperature, assignment_temperature)
+        return soft_grouping(scores, r, **relaxation)
 
 
 def _soft_split(num_active: int, num_prefix_tokens: int) -> tuple[slice, slice]:
@@ -88,7 +83,10 @@ def move_mass(
         total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
         # A token of B that left in an earlier layer and that no token joins now has no mass: it becomes 0.
         new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
-        new_size_a = size_a * _clip_with_straight_gradient(1 - assignment.sum(dim=-1))
+        left = 1 - assignment.sum(dim=-1)
+        new_size_a = size_a * (
+            left + (left.clamp(0, 1) - left).detach()
+        )  # clipped, with the gradient of the unclipped
     at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
     x = x.index_copy(1, at_b, new_b.to(x.dtype))
     return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)
@@ -115,25 +113,20 @@ def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 
 def straight_through_matching(
-    metric: Tensor,
-    r: int,
-    num_prefix_tokens: int = 1,
-    top_k: int = 3,
-    score_temperature: float = 0.1,
-    assignment_temperature: float = 0.1,
-    empty: Tensor | None = None,
+    metric: Tensor, r: int, num_prefix_tokens: int = 1, empty: Tensor | None = None, **relaxation: Any
 ) -> tuple[Matching, Tensor]:
     """The hard matching of a metric [B, N, d], and as a flow [B, a, b]: its 0 and 1, with soft grouping's gradients.
 
     The flow says which share of every A token goes into which B token. Gradients reach the edges that were merged and,
-    of every A token, its `top_k` best. Raises ValueError where r does not fit.
+    of every A token, its `top_k` best; `relaxation` are options of `soft_grouping`. Raises ValueError where r does not
+    fit.
     """
     matching = bipartite_soft_matching(metric.detach(), r, num_prefix_tokens, empty)
     scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
     with torch.autocast(metric.device.type, enabled=False):
-        soft = soft_grouping(scores, r, top_k, score_temperature, assignment_temperature)
+        soft = soft_grouping(scores, r, **relaxation)
     first_b = matching.staying.shape[1] - scores.shape[2]
     edges = (matching.leaving - num_prefix_tokens) // 2 * scores.shape[2] + matching.joined - first_b
     hard = torch.zeros_like(soft).flatten(1).scatter(1, edges, 1.0).view_as(soft)

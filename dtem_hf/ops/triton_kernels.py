@@ -10,8 +10,8 @@ from torch import Tensor
 from .splitting import split_counts
 
 
-_SMALLEST_NORM = 1e-12  # of torch.nn.functional.normalize
-_SMALLEST_TOTAL = 1e-12  # of merge_tokens
+_SMALLEST_NORM = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
+_SMALLEST_TOTAL = tl.constexpr(1e-12)  # of merge_tokens
 
 
 @triton.jit
@@ -22,11 +22,7 @@ def _best_partner_kernel(
     num_a,
     num_b,
     width,
-    first_a,
-    first_b,
-    stride_image,
-    stride_token,
-    smallest_norm,
+    num_prefix_tokens,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -36,8 +32,10 @@ def _best_partner_kernel(
     image = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     features = tl.arange(0, BLOCK_D)
-    tokens = metric + image * stride_image
-    a_tokens = tokens + (first_a + 2 * rows)[:, None] * stride_token
+    first_a = num_prefix_tokens + num_prefix_tokens % 2
+    first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
+    tokens = metric + image * (num_prefix_tokens + num_a + num_b) * width
+    a_tokens = tokens + (first_a + 2 * rows)[:, None] * width
     highest = tl.full([BLOCK_A], float("-inf"), tl.float32)
     place = tl.zeros([BLOCK_A], tl.int32)
     square_a = tl.zeros([BLOCK_A], tl.float32)
@@ -47,7 +45,7 @@ def _best_partner_kernel(
         square_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
     for first in range(0, num_b, BLOCK_B):
         columns = first + tl.arange(0, BLOCK_B)
-        b_tokens = tokens + (first_b + 2 * columns)[:, None] * stride_token
+        b_tokens = tokens + (first_b + 2 * columns)[:, None] * width
         product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
         square_b = tl.zeros([BLOCK_B], tl.float32)
         for start in range(0, width, BLOCK_D):
@@ -60,13 +58,13 @@ def _best_partner_kernel(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             # Products of half-precision numbers are exact in float32; TF32 would round those of float32.
             product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
-        norm_b = tl.maximum(tl.sqrt(square_b), smallest_norm)
+        norm_b = tl.maximum(tl.sqrt(square_b), _SMALLEST_NORM)
         scores = tl.where((columns < num_b)[None, :], product / norm_b[None, :], float("-inf"))
         tile_highest, tile_place = tl.max(scores, axis=1, return_indices=True)  # the first of equal maxima
         better = tile_highest > highest
         place = tl.where(better, first + tile_place, place)
         highest = tl.where(better, tile_highest, highest)
-    norm_a = tl.maximum(tl.sqrt(square_a), smallest_norm)
+    norm_a = tl.maximum(tl.sqrt(square_a), _SMALLEST_NORM)
     tl.store(best + image * num_a + rows, highest / norm_a, mask=rows < num_a)
     tl.store(partner + image * num_a + rows, place.to(tl.int64), mask=rows < num_a)
 
@@ -82,13 +80,13 @@ def _order_kernel(
     num_prefix_tokens,
     num_a,
     num_leaving,
-    first_a,
-    first_b,
     BLOCK_A: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
     """All of one image: the rank of each A token by its score decides whether it leaves, and where it is written."""
     image = tl.program_id(0).to(tl.int64)
+    first_a = num_prefix_tokens + num_prefix_tokens % 2
+    first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
     scores = best + image * num_a
     rows = tl.arange(0, BLOCK_A)
     is_a = rows < num_a
@@ -132,7 +130,6 @@ def _merge_kernel(
     num_tokens,
     width,
     num_leaving,
-    smallest_total,
     HAS_SIZES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -159,7 +156,7 @@ def _merge_kernel(
             joiner = tl.load(tokens + joining * width + features, mask=inside, other=0.0)
             result += joiner.to(tl.float32) * joining_size
             total += joining_size
-    mean = (result / tl.maximum(total, smallest_total)).to(value.dtype)
+    mean = (result / tl.maximum(total, _SMALLEST_TOTAL)).to(value.dtype)
     tl.store(out + output * width + features, tl.where(total == size, value, mean), mask=inside)
     tl.store(out_sizes + output, total)
 
@@ -182,11 +179,7 @@ def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor
         num_a,
         num_b,
         width,
-        num_prefix_tokens + num_prefix_tokens % 2,
-        num_prefix_tokens + 1 - num_prefix_tokens % 2,
-        metric.stride(0),
-        metric.stride(1),
-        _SMALLEST_NORM,
+        num_prefix_tokens,
         BLOCK_A=block,
         BLOCK_B=block,
         BLOCK_D=max(16, min(128, triton.next_power_of_2(width))),
@@ -212,8 +205,6 @@ def match(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tenso
         num_prefix_tokens,
         num_a,
         r,
-        num_prefix_tokens + num_prefix_tokens % 2,
-        num_prefix_tokens + 1 - num_prefix_tokens % 2,
         BLOCK_A=block,
         BLOCK_OTHERS=max(1, min(64, 8192 // block)),
     )
@@ -240,7 +231,6 @@ def merge_tokens(
         num_tokens,
         width,
         leaving.shape[1],
-        _SMALLEST_TOTAL,
         HAS_SIZES=sizes is not None,
         BLOCK_D=triton.next_power_of_2(width),
     )

@@ -60,7 +60,7 @@ def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, An
     a = arguments
     embedding = list(model.merge_parameters())
     learned = find_encoder(model)[1].merge_embedding
-    aggregation, shifts = list(learned.aggregation_parameters()), list(learned.shift_parameters())
+    aggregation, shifts = list(learned.aggregation_parameters()), list(learned.shifts.parameters())
     others = {id(parameter) for parameter in (*aggregation, *shifts)}
     projections = [parameter for parameter in embedding if id(parameter) not in others]
     result = [{"name": "embedding", "params": projections, "lr": a.lr, "weight_decay": a.weight_decay}]

@@ -268,9 +268,12 @@ def test_processors_and_labels_come_with_them(tmp_path: Path, capsys: pytest.Cap
     assert processor.do_reduce_labels is False
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_recipes_have_help(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "mae"])
+def test_the_recipes_have_help_with_an_example(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [f"convert_{kind}.py", "--help"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "recipes" / f"convert_{kind}.py"), run_name="__main__")
-    assert f"python recipes/convert_{kind}.py --checkpoint" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"python recipes/convert_{kind}.py --checkpoint" in printed and "--num_attention_heads" in printed

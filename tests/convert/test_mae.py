@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 import dtem_hf
 from dtem_hf import BadValue, ToMeConfig, attach
-from dtem_hf.convert.mae import convert_mae, mae_config, main
+from dtem_hf.convert.mae import MAE, mae_config, main
 from tests.support import slow_reference as slow
 from tests.support.children import run_python
 
 
-ROOT = Path(__file__).parent.parent.parent
 WIDTH, LAYERS, HEADS, CLASSES, PATCH, SIDE = 32, 3, 4, 7, 4, 32
 Checkpoint = dict[str, Tensor]
 
@@ -127,7 +124,7 @@ def test_logits_are_those_of_the_original(checkpoint: Checkpoint, pixels: Tensor
 
 def test_in_training_mode_it_draws_nothing(pixels: Tensor) -> None:
     tensors = random_checkpoint()
-    model = convert_mae(tensors, mae_config(tensors, HEADS))
+    model = MAE.load(tensors, mae_config(tensors, HEADS))
     assert not model.training
     with torch.no_grad():
         assert torch.equal(model.train()(pixels).logits, model.eval()(pixels).logits)
@@ -193,7 +190,7 @@ def test_published_sizes_are_read_off_shapes(width: int, layers: int, patch: int
     assert (config.num_labels, config.layer_norm_eps) == (1000, 1e-6)
     assert config.use_mean_pooling and config.use_absolute_position_embeddings
     assert type(config.layer_scale_init_value) is float and config.layer_scale_init_value == 0.0
-    model = convert_mae(tensors, config)
+    model = MAE.load(tensors, config)
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert model.num_parameters() == count - layers * width  # but for the keys' biases
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
@@ -313,14 +310,3 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     convert(good, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
-
-
-def test_the_recipe_has_help_with_an_example(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_mae.py", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / "recipes" / "convert_mae.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "python recipes/convert_mae.py --checkpoint" in printed
-    assert "--num_attention_heads" in printed

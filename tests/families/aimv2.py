@@ -9,7 +9,8 @@ from transformers import Aimv2Model, Aimv2VisionModel
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Inputs, Row
 from tests.support.slow_anatomies import clip_like, patches
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 def embed(weights: Weights, inputs: Inputs) -> Tensor:

@@ -13,7 +13,8 @@ from transformers import ASTForAudioClassification, ASTModel
 from dtem_hf import BadValue, ToMeConfig, attach
 from tests.support.family_case import PATCH, FamilyCase, Inputs, Row
 from tests.support.slow_anatomies import vit_like
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 STRIDE = 3

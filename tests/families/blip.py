@@ -22,7 +22,8 @@ from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import clip_like
-from tests.support.slow_model import Outputs, Weights, gelu, layer_norm
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, gelu, layer_norm
 
 
 def blip_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:

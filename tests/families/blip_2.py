@@ -28,7 +28,7 @@ from tests.support.qformers import (
     slow_qformer,
 )
 from tests.support.slow_anatomies import clip_like
-from tests.support.slow_model import gelu
+from tests.support.slow_parts import gelu
 
 
 CASE = FamilyCase(

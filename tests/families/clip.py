@@ -7,7 +7,8 @@ from transformers import CLIPForImageClassification, CLIPModel, CLIPVisionModel,
 
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import clip_like, mean
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 def clip_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:

@@ -7,7 +7,8 @@ from transformers import DeiTForImageClassification, DeiTForImageClassificationW
 
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import first_token_logits, vit_like
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 def teacher_head(weights: Weights, x: Tensor, sizes: Tensor) -> Outputs:

@@ -12,7 +12,8 @@ from transformers import DINOv3ViTBackbone, DINOv3ViTModel
 from dtem_hf import ToMeConfig, UnsupportedModelError, attach
 from tests.support.family_case import FamilyCase, Row, images
 from tests.support.slow_anatomies import centres, dinov2_like, patches
-from tests.support.slow_model import Anatomy, Inputs, Outputs, Weights, layer_norm
+from tests.support.slow_model import Anatomy, Inputs, Outputs
+from tests.support.slow_parts import Weights, layer_norm
 
 
 def dinov3(registers: int) -> Anatomy:

@@ -32,7 +32,8 @@ from tests.support.git_models import (
     positions,
 )
 from tests.support.slow_anatomies import clip_like
-from tests.support.slow_model import Outputs, Weights, layer_norm
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm
 
 
 def git_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:

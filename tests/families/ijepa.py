@@ -9,7 +9,8 @@ from transformers import IJepaForImageClassification, IJepaModel
 from dtem_hf import ToMeConfig, UnsupportedModelError, attach
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import mean, normed_tokens, vit_like
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 def ijepa_head(weights: Weights, x: Tensor, sizes: Tensor) -> Outputs:

@@ -9,7 +9,8 @@ from transformers import JanusVisionModel
 from dtem_hf import ToMeConfig, UnsupportedModelError, attach
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import clip_like
-from tests.support.slow_model import Outputs, Weights, gelu, layer_norm
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, gelu, layer_norm
 
 
 def janus_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:

@@ -15,7 +15,7 @@ from tests.families.clip import clip_head
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import clip_like
-from tests.support.slow_model import layer_norm, linear
+from tests.support.slow_parts import layer_norm, linear
 from tests.support.unmerging import traced
 
 

@@ -10,7 +10,9 @@ from dtem_hf import ToMeConfig, attach
 from dtem_hf.extra_models import LVViTForImageClassification, LVViTModel
 from tests.support.family_case import FamilyCase, Inputs, Row
 from tests.support.slow_anatomies import patches, vit_like
-from tests.support.slow_model import Outputs, Tokens, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
+from tests.support.slow_steps import Tokens
 from tests.support.unmerging import METHODS
 
 

@@ -10,7 +10,8 @@ from transformers.models.metaclip_2.modeling_metaclip_2 import (
 
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import clip_like, mean
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 def image_embeds(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:

@@ -7,7 +7,8 @@ from transformers import PixioModel
 
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import vit_like
-from tests.support.slow_model import Outputs, Weights, layer_norm
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm
 
 
 def head(weights: Weights, x: Tensor, sizes: Tensor) -> Outputs:

@@ -8,7 +8,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from tests.support.family_case import FamilyCase, Row
 from tests.support.packed_rows import NOT_EXPORTED, merger, packed, rows_of, tower
-from tests.support.slow_model import quick_gelu
+from tests.support.slow_parts import quick_gelu
 
 
 def spelled(fields: dict[str, Any]) -> dict[str, Any]:

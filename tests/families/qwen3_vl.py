@@ -10,7 +10,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from tests.support.family_case import FamilyCase, Inputs, Row
 from tests.support.packed_rows import NOT_EXPORTED, cells, merger, packed, rows_of, tower
-from tests.support.slow_model import Weights, tanh_gelu
+from tests.support.slow_parts import Weights, tanh_gelu
 
 
 def spelled(fields: dict[str, Any]) -> dict[str, Any]:

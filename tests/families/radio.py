@@ -14,7 +14,8 @@ from transformers.models.radio.modeling_radio import RadioModel
 from dtem_hf import ToMeConfig, UnsupportedModelError, attach
 from tests.support.family_case import PATCH, FamilyCase, Inputs, Row
 from tests.support.slow_anatomies import dinov2_like
-from tests.support.slow_model import Outputs, Weights
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights
 
 
 def spelled(fields: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from dtem_hf.extra_models import SegmenterForSemanticSegmentation, SegmenterMode
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import PATCH, vit_like
-from tests.support.slow_model import Outputs, Tokens, Weights, gelu, in_place, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, gelu, layer_norm, linear
+from tests.support.slow_steps import Tokens, in_place
 from tests.support.unmerging import METHODS, run_recording
 
 

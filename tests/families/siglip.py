@@ -11,7 +11,8 @@ from transformers import SiglipForImageClassification, SiglipModel, SiglipVision
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Row
 from tests.support.slow_anatomies import clip_like, mean
-from tests.support.slow_model import Anatomy, Outputs, Weights, layer_norm, linear, tanh_gelu
+from tests.support.slow_model import Anatomy, Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear, tanh_gelu
 
 
 def siglip_head(weights: Weights, root: str, x: Tensor, sizes: Tensor) -> Outputs:

@@ -13,7 +13,8 @@ from transformers import Siglip2ForImageClassification, Siglip2Model, Siglip2Vis
 from dtem_hf import BadValue, ToMeConfig, attach
 from tests.families.siglip import siglip, siglip_classifier_head, siglip_head
 from tests.support.family_case import PATCH, FamilyCase, Inputs, Row, images
-from tests.support.slow_model import Anatomy, Outputs, Weights, linear
+from tests.support.slow_model import Anatomy, Outputs
+from tests.support.slow_parts import Weights, linear
 
 
 def siglip2(root: str = "", head: Callable[..., Outputs] = siglip_head) -> Anatomy:

@@ -19,7 +19,8 @@ from tests.support import slow_model
 from tests.support.families import CASES
 from tests.support.family_case import PATCH, FamilyCase
 from tests.support.packed_rows import SQUARE, Grids, rows_of
-from tests.support.slow_model import Reduction, Weights
+from tests.support.slow_parts import Weights
+from tests.support.slow_steps import Reduction, in_place
 from tests.support.unmerging import tensors
 
 
@@ -86,7 +87,7 @@ def test_images_of_several_sizes_equal_the_slow_reference(case: FamilyCase, atte
         for index, features in enumerate(getattr(output, "deepstack_features", ())):
             found[f"tap {index}"] = features[squares]
             assert tap is not None
-            expected[f"tap {index}"] = tap(weights, index, slow_model.in_place(trail[index]))
+            expected[f"tap {index}"] = tap(weights, index, in_place(trail[index]))
         assert found.keys() == expected.keys()
         for name in found:
             torch.testing.assert_close(found[name].double(), expected[name], atol=2e-5, rtol=1e-5)

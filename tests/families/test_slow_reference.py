@@ -22,7 +22,7 @@ from tests.support.families import ROWS
 from tests.support.family_case import Row
 from tests.support.passes import of_image
 from tests.support.slow_anatomies import first_token_logits, vit_like
-from tests.support.slow_model import Tokens
+from tests.support.slow_steps import Tokens
 
 
 # Each method as the package takes it, and as the reference does.

@@ -13,7 +13,8 @@ from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification,
 from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, UnsupportedModelError, attach
 from tests.support.family_case import FamilyCase, Inputs, Row, clips
 from tests.support.slow_anatomies import mean, tubelets, vit_like
-from tests.support.slow_model import Anatomy, Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Anatomy, Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 from tests.support.unmerging import run_recording
 
 

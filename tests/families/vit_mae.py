@@ -10,7 +10,7 @@ from transformers import ViTMAEForPreTraining, ViTMAEModel
 from dtem_hf import DTEMConfig, EViTConfig, MergeConfig, ToMeConfig, attach
 from tests.support.family_case import FamilyCase, Inputs, Row, images
 from tests.support.slow_anatomies import normed_tokens, patches, vit_like
-from tests.support.slow_model import Weights
+from tests.support.slow_parts import Weights
 from tests.support.unmerging import run_recording
 
 

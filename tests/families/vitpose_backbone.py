@@ -14,7 +14,7 @@ from dtem_hf import MergeConfig, ToMeConfig, UnsupportedModelError, attach
 from tests.support import methods, slow_model
 from tests.support.family_case import FamilyCase, Inputs, images
 from tests.support.slow_anatomies import normed_tokens, vit_like
-from tests.support.slow_model import Weights
+from tests.support.slow_parts import Weights, layer_norm
 from tests.support.unmerging import METHODS, assert_the_reader_gets_all_tokens
 
 
@@ -74,7 +74,7 @@ def test_the_feature_map_is_the_slow_one_with_all_tokens_in_place(method: str, a
         one = {name: value[image].double() for name, value in inputs.items()}
         _, trail = slow_model.run(weights, ANATOMY, one, reduction)
         place = {member: i for i, members in enumerate(trail[-1].members) for member in members}
-        last = slow_model.layer_norm(weights, "layernorm", trail[-1].x, 1e-12)
+        last = layer_norm(weights, "layernorm", trail[-1].x, 1e-12)
         expected = torch.stack([last[place[patch]] for patch in range(64)])
         torch.testing.assert_close(found[image].double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -13,7 +13,8 @@ from transformers import VivitForVideoClassification, VivitModel
 from dtem_hf import BadValue, ToMeConfig, attach
 from tests.support.family_case import FamilyCase, Inputs, Row, clips
 from tests.support.slow_anatomies import first_token_logits, tubelets, vit_like
-from tests.support.slow_model import Outputs, Weights, layer_norm, linear
+from tests.support.slow_model import Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear
 
 
 def embed(root: str) -> Callable[[Weights, Inputs], Tensor]:

@@ -13,7 +13,8 @@ from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, attach
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Inputs, Row, clips
 from tests.support.slow_anatomies import tubelets, vit_like
-from tests.support.slow_model import Anatomy, Outputs, Weights, gelu, layer_norm, linear
+from tests.support.slow_model import Anatomy, Outputs
+from tests.support.slow_parts import Weights, gelu, layer_norm, linear
 from tests.support.unmerging import assert_the_reader_gets_all_tokens, put_back, traced
 
 

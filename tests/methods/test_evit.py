@@ -20,7 +20,7 @@ from dtem_hf import (
 )
 from tests.support import slow_model
 from tests.support.families import row_of
-from tests.support.slow_model import Reduction
+from tests.support.slow_steps import Reduction
 
 
 Make = Callable[..., Any]

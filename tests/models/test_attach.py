@@ -62,7 +62,7 @@ def test_attaching_again_replaces_what_was_attached(make_classifier: Make, pixel
         assert attach(model, config) is model
         torch.manual_seed(0)
         fresh = attach(make_classifier(), config)
-        assert model.merge_config is config
+        assert model.merge_config == config
         assert list(model.state_dict()) == list(fresh.state_dict())
         assert type(model) is type(fresh)
         assert torch.equal(logits(model, pixels), logits(fresh, pixels))
@@ -279,7 +279,7 @@ def test_a_bad_set_reduction_leaves_the_model_as_it_was(
         model.set_reduction(**arguments)
     assert message in str(raised.value)
     assert_unchanged(model, before)
-    assert model.merge_config is config
+    assert model.merge_config == config
     assert torch.equal(logits(model, pixels), expected)
 
 

@@ -265,7 +265,10 @@ def test_models_that_cannot_be_merged_are_refused_with_those_that_can(base: Path
     assert type(AutoModel.from_pretrained(tmp_path / "bert")) is BertModel
     with pytest.raises(UnsupportedModelError, match=r"'bert' cannot be merged: none of the encoders"):
         AutoModel.from_pretrained(tmp_path / "bert", merge=ToMeConfig(r=1))
-    with pytest.raises(UnsupportedModelError, match=r"AutoModelForCausalLM for model type 'vit'"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"AutoModelForCausalLM has no model of type 'vit'; AutoModelForImageClassification has",
+    ):
         AutoModelForCausalLM.from_pretrained(base, merge=ToMeConfig(r=1))
 
 

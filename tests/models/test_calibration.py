@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from dtem_hf import BadValue, DTEMConfig, EViTConfig, ToMeConfig, UnsupportedModelError, attach, calibrate
+from dtem_hf import BadValue, DTEMConfig, DTPSConfig, EViTConfig, ToMeConfig, UnsupportedModelError, attach, calibrate
 
 
 CONFIG = {
@@ -17,10 +17,9 @@ CONFIG = {
 }
 
 
-def make(kind=ViTForImageClassification):
+def make(kind=ViTForImageClassification, **more):
     torch.manual_seed(0)
-    model = kind(ViTConfig(**CONFIG, num_labels=5, initializer_range=0.3)).eval()
-    return model
+    return kind(ViTConfig(**CONFIG | more, num_labels=5, initializer_range=0.3)).eval()
 
 
 def images(count=24):
@@ -52,6 +51,16 @@ def test_better_than_the_even_plan_at_no_more_multiply_adds(config):
     assert mean_kl(even, pixels) == pytest.approx(result.even_distance, rel=1e-4)
     # Merging here and there differs in a model with random weights, so an even plan is hardly ever the best.
     assert result.distance < result.even_distance
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_a_method_that_learns_scores_keeps_the_number_of_its_layers(depth):
+    """Three layers have only two in front of which patches can leave."""
+    model = attach(make(num_hidden_layers=depth), DTPSConfig(keep_rate=0.7))
+    result = calibrate(model, images(8), evaluations=12)
+    assert len(model.merge_config.layers) == depth - 1 and 0 not in model.merge_config.layers
+    assert mean_kl(model, images(8)) == pytest.approx(result.distance, rel=1e-4)
+    assert result.distance <= result.even_distance
 
 
 def test_same_images_same_plan_however_they_come():

@@ -11,7 +11,7 @@ from dtem_hf import DTEMConfig, attach
 from tests.families.test_slow_reference import weights_of
 from tests.support import slow_model
 from tests.support.families import row_of
-from tests.support.slow_model import Reduction
+from tests.support.slow_steps import Reduction
 
 
 R = [7, 0, 6, 5]

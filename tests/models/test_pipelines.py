@@ -21,8 +21,8 @@ from torch import Tensor
 import dtem_hf
 from dtem_hf import ToMeConfig, attach
 from tests.families.test_registered import tokenizer
-from tests.models.test_containers import built, depth_anything, llava, upernet
 from tests.models.test_processor import saved_processor
+from tests.support.containers import built, depth_anything, llava, upernet
 from tests.support.families import CASES
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dtem_hf
 from dtem_hf import DTEMConfig, ToMeConfig, attach
 from dtem_hf.families import find_place
-from tests.models.test_containers import VIT, built, llava, paligemma, vipllava
+from tests.support.containers import VIT, built, llava, paligemma, vipllava
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "\n", "<image>", "what", "is", "this", "and", "that"]

@@ -15,9 +15,9 @@ VANISHING = 1e-6
 
 
 def soft_merging(
-    x: Tensor, sizes: Tensor, metric: Tensor, active: int, r: int, prefix: int = 1, *options: float, **named: float
+    x: Tensor, sizes: Tensor, metric: Tensor, active: int, r: int, prefix: int = 1, **options: float
 ) -> tuple[Tensor, Tensor]:
-    assignment = ops.soft_assignment(metric, active, r, prefix, *options, **named)
+    assignment = ops.soft_assignment(metric, active, r, prefix, **options)
     return ops.move_mass(x, sizes, assignment, active, prefix)
 
 
@@ -131,7 +131,8 @@ def test_merge_equals_the_slow_reference_with_gradients(
     x, sizes, metric = (t.requires_grad_() for t in layer(prefix, 20))
     r = (active - prefix) // 3
     to_x, to_sizes = torch.randn(2, 20, 5), torch.randn(2, 20)
-    new_x, new_sizes = soft_merging(x, sizes, metric, active, r, prefix, 3, *temperatures)
+    options = dict(zip(("score_temperature", "assignment_temperature"), temperatures, strict=True))
+    new_x, new_sizes = soft_merging(x, sizes, metric, active, r, prefix, top_k=3, **options)
     ours = torch.autograd.grad((new_x * to_x).sum() + (new_sizes * to_sizes).sum(), (x, sizes, metric))
     for image in range(2):
         exact = [t[image].detach().double().requires_grad_() for t in (x, sizes, metric)]

@@ -19,7 +19,7 @@ from dtem_hf import (
 )
 from tests.support import slow_reference as slow
 from tests.support.family_case import Row
-from tests.support.slow_model import Reduction, Step
+from tests.support.slow_steps import Reduction, Step
 
 
 # Softly merged tokens are sorted by size: at these temperatures no two sizes are equal but for rounding.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.support.family_case import PATCH, Inputs
-from tests.support.slow_model import Anatomy, Outputs, Weights, gelu, layer_norm, linear
+from tests.support.slow_model import Anatomy, Outputs
+from tests.support.slow_parts import Weights, gelu, layer_norm, linear
 
 
 SQUARE, FRAMES = 2, 2

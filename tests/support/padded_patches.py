@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tests.support.family_case import PATCH, Inputs, images
 from tests.support.slow_anatomies import clip_like, patches
-from tests.support.slow_model import Anatomy, Outputs, Weights, layer_norm, tanh_gelu
+from tests.support.slow_model import Anatomy, Outputs
+from tests.support.slow_parts import Weights, layer_norm, tanh_gelu
 
 
 UNEVEN_RANGE = "ONNX counts a range of fractions otherwise than torch, unless the patches of a side are a power of two"

@@ -10,7 +10,7 @@ from torch import Tensor
 from dtem_hf import MergeConfig, attach
 from tests.support import slow_reference as slow
 from tests.support.family_case import FamilyCase, Inputs
-from tests.support.slow_model import Weights, gelu, layer_norm, linear
+from tests.support.slow_parts import Weights, gelu, layer_norm, linear
 from tests.support.unmerging import put_back, traced
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.slow_model import Anatomy, Inputs, Outputs, Weights, layer_norm, linear, quick_gelu
+from tests.support.slow_model import Anatomy, Inputs, Outputs
+from tests.support.slow_parts import Weights, layer_norm, linear, quick_gelu
 
 
 PATCH = 4  # of all models here

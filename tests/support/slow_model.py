@@ -8,31 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tests.support import slow_reference as slow
+from tests.support.slow_parts import Weights, gelu, layer_norm, learned_of, linear
+from tests.support.slow_steps import Reduction, Tokens, draw, each_seeing_itself, in_place, predict, reduce
 
 
-Weights = Mapping[str, Tensor]
 Inputs = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], slow.Joined]
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
-
-
-def tanh_gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x / (1 + (-1.702 * x).exp())
 
 
 @dataclass(frozen=True)
@@ -70,42 +57,6 @@ class Anatomy:
     reader: Callable[[Weights, Tokens], Outputs] | None = None
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """What the layers of a method do; one entry per layer of `r` (tokens fewer), `keep_rates` (None: all) or `steps`.
-
-    A step gets tokens, sizes, metric, attention of the CLS token, the number of prefix tokens and that of the patches
-    that entered the first layer; None: all stay. `between`: the step is behind the layer's MLP, and gets the scores of
-    its predictor in the place of that attention. `noise` is Gumbel noise [N - P, 2] for one image, by the layer behind
-    which dTPS draws in training with it which patches are kept.
-    """
-
-    steps: list[Step | None] = field(default_factory=list)
-    r: list[int] = field(default_factory=list)
-    keep_rates: list[float | None] = field(default_factory=list)
-    between: bool = False
-    soft: bool = False
-    proportional: bool = True
-    relaxation: Mapping[str, Any] = field(default_factory=dict)
-    noise: Mapping[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of one image: features [n, D], sizes [n], and where the tokens lie [n, 2], if they lie anywhere.
-
-    `members` are the tokens of the first layer that each stands for; `active` of them still take part. `kept` are 1 or
-    0 with a gradient [n], where pruned tokens stay.
-    """
-
-    x: Tensor
-    sizes: Tensor
-    places: Tensor | None
-    members: list[list[int]]
-    active: int
-    kept: Tensor | None = None
-
-
 def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction) -> tuple[Outputs, list[Tokens]]:
     """Outputs for one image, and the tokens behind every layer."""
     x = anatomy.embed(weights, inputs)
@@ -130,12 +81,6 @@ def run(weights: Weights, anatomy: Anatomy, inputs: Inputs, reduction: Reduction
     if "features" in outputs:  # of the patches alone
         outputs["features"] = outputs["features"][: trail[-1].active - anatomy.prefix]
     return outputs, trail[1:]
-
-
-def in_place(tokens: Tokens) -> Tensor:
-    """For every token of the first layer, the token that stands for it: [N, D]."""
-    place = {member: i for i, members in enumerate(tokens.members) for member in members}
-    return tokens.x[[place[i] for i in range(len(place))]]
 
 
 def run_layer(
@@ -196,137 +141,6 @@ def run_layer(
     counted = (merged.sizes > 0).to(h.dtype)
     scores = predict(weights, f"merge_embedding.predictors.{stage}.", merged.x, counted, anatomy.prefix)[:, 0]
     return reduce(merged.x, merged, start, index, metric, scores, anatomy.prefix, reduction)
-
-
-def each_seeing_itself(counted: Tensor) -> Tensor:
-    """How often a token counts for each query: as `counted` [N], and for itself once at least: [1, N, N]."""
-    rows = []
-    for i in range(len(counted)):
-        own = counted.detach()[i].clamp(min=1)
-        rows.append(torch.stack([own if j == i else counted[j] for j in range(len(counted))]))
-    return torch.stack(rows).unsqueeze(0)
-
-
-def draw(
-    weights: Weights, tokens: Tokens, start: Tokens, index: int, prefix: int, noise: Mapping[int, Tensor]
-) -> Tokens:
-    """Section 9, dTPS in training: no token leaves, those that are drawn to be pruned now join their hosts."""
-    x, before = tokens.x, (start.sizes > 0).to(tokens.x.dtype) if tokens.kept is None else tokens.kept
-    stage = sum(layer < index for layer in noise)
-    both = predict(weights, f"merge_embedding.predictors.{stage}.", x, before, prefix)
-    kept = list(before[:prefix])
-    for i in range(prefix, len(x)):
-        keep, drop = ((both[i] + noise[index][i - prefix]) / 1.0).exp()
-        soft = keep / (keep + drop)
-        kept.append(before[i] * ((1.0 if keep > drop else 0.0) + soft - soft.detach()))
-    hosts = [j for j in range(prefix, len(x)) if kept[j] > 0.5]
-    pruned = [i for i in range(prefix, len(x)) if before[i] > 0.5 and i not in hosts]
-    host = {i: max(hosts, key=lambda j: slow.cosine(x[i], x[j]).item()) for i in pruned}
-    rows, sizes, members = list(x), list(tokens.sizes.detach()), [list(own) for own in tokens.members]
-    for j in hosts:
-        joining = [i for i in pruned if host[i] == j]
-        shares = [slow.cosine(x[i], x[j]).exp() for i in joining]
-        total = math.e * x[j] + sum(share * x[i] for share, i in zip(shares, joining, strict=True))
-        rows[j] = total / (math.e + sum(shares))
-        sizes[j] = sizes[j] + sum(tokens.sizes[i].detach() for i in joining)
-        members[j] = sorted([*members[j], *(member for i in joining for member in tokens.members[i])])
-    for i in pruned:
-        members[i] = []
-    places = tokens.places
-    if places is not None:
-        places = torch.stack(
-            [start.places[own].mean(dim=0) if own else place for own, place in zip(members, places, strict=True)]
-        )
-    kept = torch.stack(kept)
-    return Tokens(torch.stack(rows), torch.stack(sizes) * kept, places, members, len(x), kept)
-
-
-def predict(weights: Weights, name: str, x: Tensor, counted: Tensor, prefix: int) -> Tensor:
-    """Section 9, dTPS: log-probabilities that a predictor keeps and prunes each token [N, 2].
-
-    It sees patches alone, each as often as it is counted [N].
-    """
-    learned = {key[key.index(name) + len(name) :]: value for key, value in weights.items() if name in key}
-    u = [gelu(linear(learned, "embed", layer_norm(learned, "norm", token, 1e-5))) for token in x]
-    half = x.shape[1] // 2
-    shared = sum(counted[i] * u[i][half:] for i in range(prefix, len(x))) / counted[prefix:].sum()
-    scores = []
-    for token in u:
-        hidden = gelu(linear(learned, "fc1", torch.cat([token[:half], shared])))
-        both = linear(learned, "fc3", gelu(linear(learned, "fc2", hidden)))
-        scores.append(both - both.exp().sum().log())
-    return torch.stack(scores)
-
-
-def reduce(
-    x: Tensor,
-    tokens: Tokens,
-    start: Tokens,
-    index: int,
-    metric: Tensor,
-    attended: Tensor,
-    prefix: int,
-    reduction: Reduction,
-) -> Tokens:
-    """The tokens that a layer hands to its MLP; a merged token lies at the mean of all that it stands for."""
-    if reduction.keep_rates:
-        rate, patches = reduction.keep_rates[index], len(x) - prefix
-        num_kept = patches if rate is None else math.ceil(rate * patches - 1e-9)
-        if patches - num_kept < 2:
-            return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
-        x, sizes, source = slow.fuse(x, tokens.sizes, attended, num_kept, prefix)
-        return follow(x, sizes, source, tokens, start)
-    if reduction.steps:
-        step = reduction.steps[index]
-        if step is None:
-            return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
-        return follow(*step(x, tokens.sizes, metric, attended, prefix, len(start.x) - prefix), tokens, start)
-    r = reduction.r[index]
-    if r == 0:
-        return Tokens(x, tokens.sizes, tokens.places, tokens.members, tokens.active)
-    if not reduction.soft:
-        pairs = slow.hard_matching(metric, r, prefix, tokens.sizes)
-        x, sizes, source, _ = slow.hard_merge(x, tokens.sizes, pairs, prefix)
-        return follow(x, sizes, source, tokens, start)
-    # What the tokens carry is moved as their features are.
-    carried = x if tokens.places is None else torch.cat([x, tokens.places], dim=1)
-    padded = bool((start.sizes == 0).any())
-    carried, sizes = slow.soft_merge(
-        carried, tokens.sizes, metric, tokens.active, r, prefix, padded=padded, **reduction.relaxation
-    )
-    order = slow.sort_by_size(sizes, tokens.active, prefix)
-    places = None if tokens.places is None else carried[order][:, x.shape[1] :]
-    members = [tokens.members[i] for i in order]
-    return Tokens(carried[order][:, : x.shape[1]], sizes[order], places, members, tokens.active - r)
-
-
-def follow(x: Tensor, sizes: Tensor, source: list[int], tokens: Tokens, start: Tokens) -> Tokens:
-    """The tokens that a source map leads to."""
-    members = [
-        sorted(m for i, place in enumerate(source) if place == new for m in tokens.members[i]) for new in range(len(x))
-    ]
-    places = None if start.places is None else torch.stack([start.places[group].mean(dim=0) for group in members])
-    return Tokens(x, sizes, places, members, len(x))
-
-
-def learned_of(weights: Weights, name: str) -> Tensor | None:
-    """What an encoder has learned under a name, wherever the encoder is in the model."""
-    return next((value for key, value in weights.items() if key.endswith(name)), None)
-
-
-def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """A linear map, which may have a bias."""
-    mapped = x @ weights[f"{name}.weight"].T
-    return mapped + weights[f"{name}.bias"] if f"{name}.bias" in weights else mapped
-
-
-def layer_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
-    """Every token minus its mean, by its standard deviation; without a bias, by its root mean square alone."""
-    if f"{name}.bias" not in weights:
-        return x / ((x**2).mean(dim=-1, keepdim=True) + eps).sqrt() * weights[f"{name}.weight"]
-    centred = x - x.mean(dim=-1, keepdim=True)
-    variance = (centred**2).mean(dim=-1, keepdim=True)
-    return centred / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def relative_bias(table: Tensor, places: Tensor, original: Tensor, prefix: int) -> Tensor:

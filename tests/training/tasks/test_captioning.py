@@ -11,7 +11,7 @@ from dtem_hf.models.distances import caption_losses
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from dtem_hf.training.tasks.captioning import word_divergence
-from tests.models.test_containers import built, llava
+from tests.support.containers import built, llava
 from tests.support.training_processes import logged
 
 

@@ -10,8 +10,8 @@ from dtem_hf import AutoModelForImageTextToText, BadValue, DTEMConfig, MergeAdap
 from dtem_hf.models.distances import feature_distance, recorded_features
 from dtem_hf.training.parameters import freeze_backbone, relax
 from dtem_hf.training.tasks.feature_distillation import nearest
-from tests.models.test_containers import built, llava, llava_next, paligemma, prompt, qwen2_vl, vipllava
 from tests.models.test_processor import saved_processor
+from tests.support.containers import built, llava, llava_next, paligemma, prompt, qwen2_vl, vipllava
 
 
 CASES = [
