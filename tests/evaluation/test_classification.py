@@ -295,7 +295,7 @@ def test_results_go_into_the_card_of_a_local_adapter(options, adapter):
     )
     (adapter / "README.md").write_text("mine")
     with pytest.warns(UserWarning, match=r"README\.md was edited and is kept"):
-        main([*flags, "--r", "2", "--write_card", "True"])
+        main(flags(options, r=["2"], flops=None, write_card=True))
     assert json.loads((adapter / "evaluation.json").read_text())["rows"][2]["r"] == 2
     assert (adapter / "README.md").read_text() == "mine"
     with pytest.raises(BadValue, match="write_card=True"):
