@@ -17,7 +17,7 @@ from .client import download, publish
 from .folder_card import folder_card, is_made
 from .layout import CARD_NAME, EVALUATION_NAME, LARGEST_CARD, MODEL_CONFIG_NAME, TRAINING_NAME, WEIGHTS_NAME
 from .reading import check_is_adapter, parse_tensors, read_config, split_reference
-from .records import clean, read_record, without_private
+from .records import clean, is_repo_id, read_record, without_private
 
 
 # The model type in config.json. transformers has no such type, so its error names an adapter as what it is.
@@ -60,6 +60,8 @@ def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) 
     repository. `config.json` is added for transformers. Raises FileNotFoundError, and ValueError for an adapter that
     is not sound, and for links, pipes, devices and files of no reasonable size.
     """
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise BadValue("repo_id", repo_id, "USER/REPO, of letters, digits, '-', '_' and '.'")
     folder = Path(folder)
     check_is_adapter(folder)
     files = {}

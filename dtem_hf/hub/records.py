@@ -73,13 +73,13 @@ def data_name_of(record: Mapping[str, Any] | None, where: str) -> str | None:
     return clean(entry(data, f"{where}.data", "name", str, "")) or None
 
 
-def is_repo_id(name: str | None) -> bool:
+def is_repo_id(name: Any) -> bool:
     """Whether a name could be a repository's on the Hub."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
         return False
-    return bool(name)
+    return True
 
 
 def without_private(value: Any) -> Any:

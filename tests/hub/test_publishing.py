@@ -17,7 +17,7 @@ from PIL import Image
 from dtem_hf import DTEMConfig, MergeAdapter, attach
 from dtem_hf.errors import AdapterError, BadValue
 from dtem_hf.hub.folder_card import folder_card, refreshed_card, write_card
-from dtem_hf.hub.publishing import card_results, published_files
+from dtem_hf.hub.publishing import card_results, publish_folder, published_files
 
 
 @pytest.fixture
@@ -210,3 +210,10 @@ def test_a_hostile_card_has_no_results(folder: Path, text: str, monkeypatch: pyt
     (folder / "README.md").write_text(text)
     assert card_results(str(folder)) == []
     assert not (folder / "pwned").exists()
+
+
+@pytest.mark.parametrize("repo_id", ["bad id", "", 3, "a/b/c"])
+def test_what_is_no_id_of_a_repository_is_named_before_a_token_is_asked_for(folder, repo_id):
+    for publish in (published_files, publish_folder):
+        with pytest.raises(ValueError, match=r"repo_id=.*: USER/REPO"):
+            publish(folder, repo_id)
