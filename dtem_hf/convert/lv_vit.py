@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BadValue
 from ..extra_models.lv_vit import LVViTConfig, LVViTForImageClassification
-from ..programs.arguments import option, parse_arguments
+from ..programs.arguments import above_zero, option, parse_arguments
 from .checkpoint import (
     ConvertArguments,
     check_heads,
@@ -56,6 +56,9 @@ class ConvertLVViTArguments(ConvertArguments):
     residual_scale: float | None = option(
         "factor of what attention and MLP add; needed only where the widths are not those of LV-ViT-S", default=None
     )
+
+    def __post_init__(self) -> None:
+        above_zero(self, "residual_scale")
 
 
 def lv_vit_config(

@@ -26,11 +26,9 @@ LOWEST_OPSET = 18
 def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
     """Write a graph as an ONNX file; many weights lie in a second file beside it.
 
-    Returns the files. Raises ValueError for an opset below 18.
+    Returns the files. Raises ValueError for an opset that cannot be written.
     """
-    if opset < LOWEST_OPSET:
-        raise BadValue("opset", opset, f"{LOWEST_OPSET} or more")
-    need("onnx", "a graph in ONNX", "onnx", "onnxscript")
+    check_opset(opset)
     # Of torchvision's operators, which no graph here has.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -49,6 +47,19 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
         )
     beside = path.with_name(f"{path.name}.data")
     return [path, *([beside] if beside.is_file() else [])]
+
+
+def check_opset(opset: int) -> None:
+    """Raise ValueError for an opset that torch's exporter, which converts graphs by onnxscript, cannot write."""
+    need("onnx", "a graph in ONNX", "onnx", "onnxscript")
+    from onnx import helper
+    from onnxscript.version_converter import convert_version
+
+    graph, lowest = helper.make_graph([], "empty", [], []), helper.make_opsetid("", LOWEST_OPSET)
+    try:
+        convert_version(helper.make_model(graph, opset_imports=[lowest]), opset)
+    except ValueError as error:
+        raise BadValue("opset", opset, f"one that onnxscript writes ({error})") from error
 
 
 def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:

@@ -22,6 +22,7 @@ from ..models.attach import attach
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.timing import synchronize
+from ..programs.arguments import check_no_adapter
 from ..schedule import FlopsSchedule, KeepRateSchedule, as_schedule
 
 
@@ -47,8 +48,7 @@ class EvaluatedMethod:
     def sources(self, adapters: dict[str, MergeAdapter]) -> dict[str | None, Any]:
         """What is attached, by the adapter's name where there are several. Raises ValueError where none is there."""
         own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.soft}
-        if not own and self.config.needs_adapter:
-            raise BadValue("methods", [self.config.method], "a method that needs no training, or an adapter of it")
+        check_no_adapter("methods", None if own else self.config)
         return {name if len(own) > 1 else None: a for name, a in own.items()} or {None: self.config}
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:

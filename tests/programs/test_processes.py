@@ -35,3 +35,14 @@ def test_every_program_refuses_it_before_anything_is_loaded(program: str, tmp_pa
     with pytest.raises(BadValue, match="device='zz'"):
         import_module(program).main(given)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS.keys() - {"recipes.benchmark_device", "dtem_hf.training.small_git"}))
+def test_every_program_names_a_model_that_is_not_there(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of this package: transformers speaks of a connection instead."""
+    monkeypatch.setattr(import_module(program), "load_function", lambda *_: None, raising=False)
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere here, and on the Hub nowhere"):
+        import_module(program).main([*PROGRAMS[program], "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
