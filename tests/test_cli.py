@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
@@ -298,7 +299,8 @@ class TestErrors:
     def test_no_such_model(self, tmp_path):
         self.check(run("plan", tmp_path / "nothing"), 1, f"there is no folder {tmp_path / 'nothing'}")
 
-    def test_no_such_model_by_a_name_without_a_folder(self, tmp_path):
+    def test_no_such_model_by_a_name_without_a_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         Image.new("RGB", (32, 32)).save(tmp_path / "cat.png")
         for command in (["plan"], ["info"], ["visualize", tmp_path / "cat.png"]):
             shown = run(command[0], "nowhere", *command[1:])

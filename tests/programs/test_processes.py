@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from dtem_hf import BadValue
 from dtem_hf.programs.processes import choose_device
@@ -42,6 +43,7 @@ def test_every_program_names_a_model_that_is_not_there(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the words of this package: transformers speaks of a connection instead."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(import_module(program), "load_function", lambda *_: None, raising=False)
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere here, and on the Hub nowhere"):
         import_module(program).main([*PROGRAMS[program], "--output_dir", str(tmp_path / "run")])
