@@ -240,6 +240,7 @@ def visualize(
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg dog.jpg --method tome --r 13
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
     """
+    from .files import check_file
     from .labels import method_name
     from .models.auto import auto_class
     from .opening import load_processor, open_image
@@ -249,6 +250,7 @@ def visualize(
     if merge and method is not None:
         raise BadValue("method", method, "nothing beside --merge, which says its own")
     reduction = read_reduction(r, flops)
+    check_file("output", output)
     if by_layer and len(images) > 1:
         raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
     for path in images:

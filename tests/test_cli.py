@@ -306,10 +306,16 @@ class TestErrors:
             shown = run(command[0], "nowhere", *command[1:])
             self.check(shown, 1, "there is no folder nowhere here, and on the Hub")
 
+    def test_a_folder_is_no_picture(self, model_folder, tmp_path):
+        self.check(run("visualize", model_folder, "x.png", "--output", tmp_path), 2, "output=", "this is a folder")
+
     def test_an_untrained_method_is_not_drawn(self, model_folder, tmp_path):
         picture = tmp_path / "cat.png"
         Image.new("RGB", (32, 32)).save(picture)
-        for options, field in ((("--method", "dtps"), "method"), (("--merge", tmp_path / "merge_config.json"), "merge")):
+        for options, field in (
+            (("--method", "dtps"), "method"),
+            (("--merge", tmp_path / "merge_config.json"), "merge"),
+        ):
             DTPSConfig().save_pretrained(tmp_path)
             self.check(run("visualize", model_folder, picture, *options), 2, f"{field}='dtps': a method that needs no")
 

@@ -120,7 +120,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
     device = arguments.choose_device()
     model = _load(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     adapters = arguments.load_adapters()
-    variants = arguments.make_variants(model, adapters)
+    variants = arguments.make_variants(model, adapters, image_size=arguments.image_size)
     shape = image_shape(model, arguments.image_size)
     torch.manual_seed(arguments.seed)
     entries: list[Entry]

@@ -160,6 +160,9 @@ def export(arguments: ExportArguments) -> list[dict[str, Any]]:
         need("openvino" if arguments.int8 is None else "int8", "--formats openvino")
     device = arguments.choose_device()
     model = load_for_export(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
+    if arguments.image_size is not None:
+        family, encoder = find_encoder(model)
+        family.num_tokens(encoder, arguments.image_size)  # refuses images that hold no patch
     records = []
     for kind in (progress := tqdm(arguments.formats, desc="export", unit="file")):
         progress.set_postfix_str(kind)

@@ -22,7 +22,15 @@ from ..models.auto import AutoModel, load_trained_classifier
 from ..models.calibration import calibrate
 from ..models.dense_head import DenseHead
 from ..models.distances import FEATURES
-from ..programs.arguments import at_least, one_of, option, parse_arguments, parse_reduction, read_config, read_reduction
+from ..programs.arguments import (
+    at_least,
+    one_of,
+    option,
+    parse_arguments,
+    parse_reduction,
+    read_config,
+    read_reduction,
+)
 from ..programs.conditions import conditions, describe_model
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in

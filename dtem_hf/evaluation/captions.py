@@ -127,9 +127,8 @@ def evaluate_captions(
     images = ImageFolder(annotated, Path(a.images), load_processor(a.model))
     tokenizer, settings = AutoTokenizer.from_pretrained(a.model), a.generation()
     words = digest(tokenizer.get_vocab())
-    run = a.run_facts(
-        model, variants, adapters, images.processor, images=images.digest(), settings=settings, tokenizer=words
-    )
+    read = {"split": a.split, "num_images": len(images), "images": images.digest()}
+    run = a.run_facts(model, variants, adapters, images.processor, **read, settings=settings, tokenizer=words)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     columns = parts.measure(
         images,

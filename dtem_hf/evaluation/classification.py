@@ -162,8 +162,9 @@ def evaluate(
     variants = a.make_variants(model.to(device).eval(), adapters, image_size=shape[-2:], **weighing)
     if a.runtime != "eager":
         variants = [variant.in_runtime(a.runtime, shape) for variant in variants]
-    read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
-    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime, **facts, **weighing)
+    read = {"data": a.data, "split": a.split, "num_images": len(images), "images": data_digest(images)}
+    read["classes"] = digest(classes.ids)
+    run = a.run_facts(model, variants, adapters, processor, **read, runtime=a.runtime, **facts, **weighing)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     columns = parts.measure(
         processed,

@@ -57,7 +57,7 @@ class EvaluatedMethod:
         known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == by_keep_rate]
         return [*known, *map(FlopsSchedule, shares)]
 
-    def plan(self, model: Any, image_size: tuple[int, int] | None = None) -> MergePlan:
+    def plan(self, model: Any, image_size: int | tuple[int, int] | None = None) -> MergePlan:
         """Tokens and multiply-adds of a model that is set to a row, for images of a size (None: the model's own)."""
         plan: MergePlan = model.merge_plan(image_size)
         if not self.soft:
@@ -142,7 +142,7 @@ def make_variants(
     reductions: Sequence[Any],
     shares: Sequence[float],
     adapters: dict[str, MergeAdapter] | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     proportional_attention: bool | None = None,
     **options: Any,
 ) -> list[Variant]:

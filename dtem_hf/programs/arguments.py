@@ -24,7 +24,7 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from ..configuration import MergeConfig
 from ..errors import AdapterError, BadValue, UnsupportedModelError, check_number
-from ..files import check_is_there
+from ..files import check_file, check_folder, check_is_there
 from ..hub.client import clear_errors
 from ..progress import hide_other_bars
 from ..schedule import R_EXPECTED
@@ -91,11 +91,18 @@ class ImageArguments(ModelArguments):
 
 
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
-    """`read_arguments` of a program that runs now: the folders of `model` and `adapter` have to be there."""
+    """`read_arguments` of a program that runs now: the folders of `model` and `adapter` have to be there.
+
+    Where the results go, nothing else may stand.
+    """
     found = read_arguments(kind, argv, description, leading)
     for name in ("model", "adapter"):
         if isinstance(value := getattr(found, name, None), str):
             check_is_there(value.partition("@")[0])
+    if isinstance(value := getattr(found, "output_dir", None), str):
+        check_folder("output_dir", value)
+    if isinstance(value := getattr(found, "output", None), str):
+        check_file("output", value)
     return found
 
 

@@ -158,6 +158,14 @@ def test_an_untrained_method_is_refused(vit_folder):
         load_for_export(ExportArguments(model=str(vit_folder), method="dtps"))
 
 
+@pytest.mark.parametrize("method", ["none", "tome"])
+def test_images_smaller_than_a_patch_are_refused(vit_folder, tmp_path, method):
+    arguments = ExportArguments(model=str(vit_folder), method=method, image_size=1, output_dir=str(tmp_path / "out"))
+    with pytest.raises(BadValue, match="image_size=1: at least one patch of"):
+        export(arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_shows_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -48,10 +48,7 @@ EXTRA: dict[type, dict[str, Any]] = {
     TrainingStepArguments: {},
 }
 FLOATS = [
-    (kind, f.name)
-    for kind in EXTRA
-    for f in fields(kind)
-    if get_type_hints(kind)[f.name] in (float, float | None)
+    (kind, f.name) for kind in EXTRA for f in fields(kind) if get_type_hints(kind)[f.name] in (float, float | None)
 ]
 
 

@@ -38,7 +38,9 @@ def test_every_program_refuses_it_before_anything_is_loaded(program: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("program", sorted(PROGRAMS.keys() - {"recipes.benchmark_device", "dtem_hf.training.small_git"}))
+@pytest.mark.parametrize(
+    "program", sorted(PROGRAMS.keys() - {"recipes.benchmark_device", "dtem_hf.training.small_git"})
+)
 def test_every_program_names_a_model_that_is_not_there(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
