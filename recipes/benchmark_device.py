@@ -35,7 +35,7 @@ from dtem_hf.deploy.runtimes import COMPILE_MODES
 from dtem_hf.files import write_json, write_text
 from dtem_hf.models.timing import time_interleaved
 from dtem_hf.ops import kernels
-from dtem_hf.programs.arguments import DTYPES, above_zero, at_least, one_of, option, parse_arguments, run_script
+from dtem_hf.programs.arguments import DTYPES, at_least, one_of, option, parse_arguments, run_script
 from dtem_hf.programs.conditions import conditions
 from dtem_hf.programs.lock import only_run_in
 from dtem_hf.programs.processes import choose_device
@@ -87,7 +87,7 @@ class DeviceArguments:
     def __post_init__(self) -> None:
         one_of(self, "models", SHAPES)
         one_of(self, "runtimes", ("eager", *COMPILE_MODES))
-        above_zero(self, "minutes")
+        at_least(self, 0, "minutes")
         at_least(self, 1, "rounds")
         if self.tiny:
             self.batch_sizes, self.runtimes, self.attentions, self.rounds = [2], ["eager", "default"], ["sdpa"], 1
