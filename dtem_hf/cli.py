@@ -89,10 +89,13 @@ def plan(
       dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5 --json
     """
     from .labels import reduction_label
+    from .programs.arguments import read_reduction
 
+    reduction = read_reduction(r, flops)
     config = _read_config(model)
     merged = _without_weights(config, _merge_of(config, method))
-    _set_reduction(merged, r, flops)
+    if reduction:
+        merged.set_reduction(**reduction)
     merge_plan = merged.merge_plan(image_size)
     if as_json:
         found = {"model": model, "merge": merged.merge_config.to_dict(), **merge_plan.to_dict()}
@@ -237,13 +240,17 @@ def visualize(
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg dog.jpg --method tome --r 13
       dtem-hf visualize facebook/deit-small-patch16-224 cat.jpg --merge user/dtem-deit-small --output cat.png
     """
+    from .files import check_file
     from .labels import method_name
     from .models.auto import auto_class
     from .opening import load_processor, open_image
+    from .programs.arguments import check_no_adapter, read_reduction
     from .report.pictures import draw_merged_layers, draw_merged_tokens
 
     if merge and method is not None:
         raise BadValue("method", method, "nothing beside --merge, which says its own")
+    reduction = read_reduction(r, flops)
+    check_file("output", output)
     if by_layer and len(images) > 1:
         raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
     for path in images:
@@ -254,8 +261,10 @@ def visualize(
     merges = {reference: _read_merge(reference) for reference in merge or ()}
     models: dict[str, Any] = {}
     for label, wanted in (merges or {"": _merge_of(config, method)}).items():
+        check_no_adapter("merge" if merge else "method", wanted if isinstance(wanted, MergeConfig) else None)
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
-        _set_reduction(merged, r, flops)
+        if reduction:
+            merged.set_reduction(**reduction)
         # The last part of its name only: a picture is published, and the folders of this machine are private.
         name = method_name(merged.merge_config.method)
         models[name if name not in models else f"{name} ({Path(label).name}, {len(models) + 1})"] = merged
@@ -289,12 +298,9 @@ for _name, (_module, _summary) in PROGRAMS.items():
 
 
 def _read_config(model: str) -> PretrainedConfig:
-    from transformers import AutoConfig
+    from .programs.arguments import read_config
 
-    from .files import check_is_there
-
-    check_is_there(model)
-    return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return read_config(model)
 
 
 def _without_weights(config: PretrainedConfig, merge: Any) -> Any:
@@ -320,13 +326,6 @@ def _read_merge(reference: str) -> MergeConfig | str:
     """Read a config's file; `from_pretrained` reads an adapter's folder or Hub id itself."""
     path = Path(reference)
     return MergeConfig.from_pretrained(path.parent) if path.name == CONFIG_NAME else reference
-
-
-def _set_reduction(model: Any, r: str | None, flops: float | None) -> None:
-    from .programs.arguments import parse_reduction
-
-    if r is not None or flops is not None:
-        model.set_reduction(None if r is None else parse_reduction(r), flops=flops)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,8 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it takes the place of `path` only if nothing was raised."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    with _naming_a_full_disk(path):
+    with _naming_a_full_disk(path), making_folder(path.parent):
         try:
             # The kernel applies the process's umask, which Python could only read by setting it.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -69,6 +68,35 @@ def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(path, folder / path.name)
 
 
+@contextmanager
+def making_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder and those above it; afterwards, remove those of them that are empty."""
+    path = Path(folder)
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+
+
+def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError naming `option` where a file stands in the place of a folder, or of one above it."""
+    path = Path(folder)
+    there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+    if not there.is_dir():
+        raise BadValue(option, str(folder), f"a folder; {there} is a file")
+
+
+def check_file(option: str, file: str) -> None:
+    """Raise ValueError naming `option` where a folder stands in the place of a file, or a file above it."""
+    check_folder(option, Path(file).parent)
+    if Path(file).is_dir():
+        raise BadValue(option, file, "a file, and this is a folder")
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove from a folder what a killed process left of the writes above.
 
@@ -87,9 +115,9 @@ def _temporary(path: Path) -> Path:
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
     staging = _temporary(path)
-    staging.mkdir(parents=True)
-    with _naming_a_full_disk(path):
+    with _naming_a_full_disk(path), making_folder(path.parent):
         try:
+            staging.mkdir()
             yield staging
         finally:
             _discard(staging, path)

@@ -29,7 +29,7 @@ from .files import write_json, write_text
 from .hub.folder_card import write_card
 from .models.attach import attach
 from .models.auto import AutoModelForImageClassification
-from .programs.arguments import option, parse_arguments
+from .programs.arguments import at_least, option, parse_arguments
 from .progress import tqdm
 from .report.pictures import draw_merged_tokens
 from .report.plots import plot_accuracy
@@ -53,6 +53,9 @@ class QuickstartArguments:
     epochs: int = option("passes over the digits when the plain ViT is trained", default=15)
     steps: int = option("steps of learning the merge embedding", default=150)
     seed: int = option("of everything that is drawn", default=0)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "epochs", "steps")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,11 +32,10 @@ from dtem_hf import ops
 from dtem_hf.benchmark.program import BenchmarkArguments, benchmark
 from dtem_hf.benchmark.tables import markdown, print_benchmark
 from dtem_hf.deploy.runtimes import COMPILE_MODES
-from dtem_hf.errors import BadValue
 from dtem_hf.files import write_json, write_text
 from dtem_hf.models.timing import time_interleaved
 from dtem_hf.ops import kernels
-from dtem_hf.programs.arguments import DTYPES, one_of, option, parse_arguments, run_script
+from dtem_hf.programs.arguments import DTYPES, at_least, one_of, option, parse_arguments, run_script
 from dtem_hf.programs.conditions import conditions
 from dtem_hf.programs.lock import only_run_in
 from dtem_hf.programs.processes import choose_device
@@ -88,8 +87,8 @@ class DeviceArguments:
     def __post_init__(self) -> None:
         one_of(self, "models", SHAPES)
         one_of(self, "runtimes", ("eager", *COMPILE_MODES))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise BadValue("device", self.device, "cpu: torch sees no CUDA device here")
+        at_least(self, 0, "minutes")
+        at_least(self, 1, "rounds")
         if self.tiny:
             self.batch_sizes, self.runtimes, self.attentions, self.rounds = [2], ["eager", "default"], ["sdpa"], 1
 

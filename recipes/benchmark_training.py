@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from dtem_hf.benchmark.efficiency import peak_memory, spread
 from dtem_hf.configuration import DTEMConfig
@@ -31,7 +31,7 @@ from dtem_hf.models.install import merging_of, recorded_steps, set_merge_config
 from dtem_hf.models.timing import time_interleaved
 from dtem_hf.models.vision import image_shape
 from dtem_hf.ops import relaxation
-from dtem_hf.programs.arguments import ModelArguments, at_least, option, parse_arguments, run_script
+from dtem_hf.programs.arguments import ModelArguments, at_least, option, parse_arguments, read_config, run_script
 from dtem_hf.programs.conditions import conditions
 from dtem_hf.programs.lock import only_run_in
 from dtem_hf.progress import tqdm
@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
     """Run all rows in turn, `rounds` times. Returns the content of `training_step.json`."""
     a, device = arguments, arguments.choose_device()
+    config = read_config(a.model)
     if a.random_weights:
-        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(a.model))
+        model = AutoModelForImageClassification.from_config(config)
     else:
         model = AutoModelForImageClassification.from_pretrained(a.model)
     model = attach(model.to(device), DTEMConfig(r=a.r))

@@ -4,21 +4,31 @@ make model-cards
 python recipes/model_cards.py path/to/adapters   # another folder of adapter folders
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dtem_hf.configuration import CONFIG_NAME
+from dtem_hf.errors import BadValue
 from dtem_hf.files import read_json
 from dtem_hf.hub.folder_card import write_card
 from dtem_hf.hub.layout import EVALUATION_NAME
+from dtem_hf.programs.arguments import option, parse_arguments, run_script
 from dtem_hf.report.plots import plot_accuracy
 
 
-MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"
+@dataclass(kw_only=True)
+class CardsArguments:
+    """Write cards and plots again."""
+
+    folder: str = option("folder of adapter folders", default=str(Path(__file__).resolve().parents[1] / "model_cards"))
 
 
-def main(folder: Path) -> None:
-    for adapter in sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}")):
+def main() -> None:
+    folder = Path(parse_arguments(CardsArguments, None, __doc__ or "", leading=("folder",)).folder)
+    adapters = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not adapters:
+        raise BadValue("folder", str(folder), f"a folder of adapter folders, each with a {CONFIG_NAME}")
+    for adapter in adapters:
         if (adapter / EVALUATION_NAME).is_file():
             evaluation = read_json(adapter / EVALUATION_NAME)
             if "kl" in evaluation["rows"][0]:  # else it is of a dense head, and has a picture of maps
@@ -27,4 +37,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL_CARDS)
+    run_script(main)

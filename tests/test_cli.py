@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from dtem_hf import DTEMConfig, MergeAdapter, ToMeConfig, __version__, attach
+from dtem_hf import DTEMConfig, DTPSConfig, MergeAdapter, ToMeConfig, __version__, attach
 from dtem_hf.cli import app
 from dtem_hf.hub.facts import BackboneFacts
 from tests.support.children import run_python
@@ -275,8 +276,9 @@ class TestErrors:
             (("--method", "nothing"), ("method", "'nothing'", "dtem, dtps, etps, evit, pitome, tofu, tome")),
             (("--r", "-1"), ("r=-1", "from 0")),
             (("--r", "many"), ("r='many'",)),
+            (("--r", "null"), ("r='null'", "a whole number")),
             (("--r", "[3]"), ("1 layers", "the model has 2")),
-            (("--r", "3", "--flops", "0.5"), ("exactly one",)),
+            (("--r", "3", "--flops", "0.5"), ("r, flops=('3', 0.5): one of them",)),
             (("--flops", "2"), ("flops=2.0",)),
             (("--image-size", "4"), ("image_size=4",)),
         ],
@@ -296,6 +298,26 @@ class TestErrors:
 
     def test_no_such_model(self, tmp_path):
         self.check(run("plan", tmp_path / "nothing"), 1, f"there is no folder {tmp_path / 'nothing'}")
+
+    def test_no_such_model_by_a_name_without_a_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "cat.png")
+        for command in (["plan"], ["info"], ["visualize", tmp_path / "cat.png"]):
+            shown = run(command[0], "nowhere", *command[1:])
+            self.check(shown, 1, "there is no folder nowhere here, and on the Hub")
+
+    def test_a_folder_is_no_picture(self, model_folder, tmp_path):
+        self.check(run("visualize", model_folder, "x.png", "--output", tmp_path), 2, "output=", "this is a folder")
+
+    def test_an_untrained_method_is_not_drawn(self, model_folder, tmp_path):
+        picture = tmp_path / "cat.png"
+        Image.new("RGB", (32, 32)).save(picture)
+        for options, field in (
+            (("--method", "dtps"), "method"),
+            (("--merge", tmp_path / "merge_config.json"), "merge"),
+        ):
+            DTPSConfig().save_pretrained(tmp_path)
+            self.check(run("visualize", model_folder, picture, *options), 2, f"{field}='dtps': a method that needs no")
 
     def test_no_such_adapter(self, tmp_path):
         self.check(run("info", tmp_path), 1, "merge_config.json")

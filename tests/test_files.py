@@ -125,6 +125,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
 
 
+def test_a_write_that_fails_leaves_no_folders(tmp_path: Path) -> None:
+    """Of those that it made; an empty one that was there stays."""
+    (tmp_path / "mine").mkdir()
+    for write in (replacing, replacing_folder, replacing_together):
+        with pytest.raises(RuntimeError, match="disk on fire"), write(tmp_path / "mine" / "out" / "exp"):
+            raise RuntimeError("disk on fire")
+        assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
 def test_files_that_belong_together_come_together_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("old")
     with pytest.raises(RuntimeError, match="disk on fire"), replacing_together(tmp_path) as staging:

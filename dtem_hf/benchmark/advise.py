@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime, need_runtime
 from ..evaluation.arguments import DrawnImages
 from ..files import write_json, write_text
 from ..models.auto import auto_class, load_encoder
 from ..models.distances import FEATURES
-from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
+from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments, read_config
 from ..programs.conditions import conditions, describe_model
 from ..programs.lock import only_run_in
 from ..programs.processes import say
@@ -115,7 +114,7 @@ def advise_on(
     """Load model and images, and measure. Returns what is written to `advice.json`; `report` gets it as it grows."""
     a, device = arguments, arguments.choose_device()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before there is this program's own
-    kind = auto_class(AutoConfig.from_pretrained(a.model, trust_remote_code=False))
+    kind = auto_class(read_config(a.model))
     options = {"merge": None, "dtype": getattr(torch, a.dtype)}
     model, loaded = kind.from_pretrained(a.model, output_loading_info=True, **options)
     if loaded["missing_keys"]:

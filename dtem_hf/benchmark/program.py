@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
 
 from ..deploy.runtimes import COMPILE_MODES, RUNTIMES, check_runtime
 from ..errors import BadValue
@@ -28,7 +27,7 @@ from ..families.containers import container_of
 from ..files import write_json, write_text
 from ..models.auto import auto_class
 from ..models.vision import image_shape
-from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments
+from ..programs.arguments import DTYPES, at_least, one_of, option, parse_arguments, read_config
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
@@ -121,7 +120,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
     device = arguments.choose_device()
     model = _load(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     adapters = arguments.load_adapters()
-    variants = arguments.make_variants(model, adapters)
+    variants = arguments.make_variants(model, adapters, image_size=arguments.image_size)
     shape = image_shape(model, arguments.image_size)
     torch.manual_seed(arguments.seed)
     entries: list[Entry]
@@ -166,7 +165,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
 
 
 def _load(arguments: BenchmarkArguments) -> Any:
-    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
+    config = read_config(arguments.model)
     kind = auto_class(config)
     options = {} if arguments.attention is None else {"attn_implementation": arguments.attention}
     if arguments.random_weights:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BadValue
 from ..extra_models.lv_vit import LVViTConfig, LVViTForImageClassification
-from ..programs.arguments import option
+from ..programs.arguments import above_zero, option
 from .checkpoint import ConvertArguments, Layout, check_heads, count_blocks, imagenet_processor, shape_of, side_of_grid
 
 
@@ -44,6 +44,9 @@ class ConvertLVViTArguments(ConvertArguments):
     residual_scale: float | None = option(
         "factor of what attention and MLP add; needed only where the widths are not those of LV-ViT-S", default=None
     )
+
+    def __post_init__(self) -> None:
+        above_zero(self, "residual_scale")
 
 
 def lv_vit_config(

@@ -45,6 +45,19 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
     return [path, *([beside] if beside.is_file() else [])]
 
 
+def check_opset(opset: int) -> None:
+    """Raise ValueError for an opset that torch's exporter, which converts graphs by onnxscript, cannot write."""
+    need("onnx", "a graph in ONNX", "onnx", "onnxscript")
+    from onnx import helper
+    from onnxscript.version_converter import convert_version
+
+    graph, lowest = helper.make_graph([], "empty", [], []), helper.make_opsetid("", LOWEST_OPSET)
+    try:
+        convert_version(helper.make_model(graph, opset_imports=[lowest]), opset)
+    except ValueError as error:
+        raise BadValue("opset", opset, f"one that onnxscript writes ({error})") from error
+
+
 def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
     """Quantise an ONNX file's linear layers to int8 by ONNX Runtime, weights by output channel, in its place.
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from .. import ops
 from ..configuration import MergeConfig
@@ -37,13 +36,24 @@ from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.vision import image_part, image_shape
 from ..opening import load_processor
-from ..programs.arguments import DTYPES, ModelArguments, at_least, one_of, option, parse_arguments, parse_reduction
+from ..programs.arguments import (
+    DTYPES,
+    ModelArguments,
+    above_zero,
+    at_least,
+    check_no_adapter,
+    one_of,
+    option,
+    parse_arguments,
+    read_config,
+    read_reduction,
+)
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.processes import say
 from ..progress import tqdm
 from .aot_inductor import PackageRunner, write_package
 from .graph import INPUT_NAME, attention_as, export_graph, output_names
-from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, quantise_onnx, write_onnx, written_opset
+from .onnx_runtime import LOWEST_OPSET, OPSET, OnnxRunner, check_opset, quantise_onnx, write_onnx, written_opset
 from .openvino_runtime import OpenVinoRunner, write_openvino
 from .parity import TOLERANCE, Runner, check_parity, measure_change
 
@@ -104,7 +114,6 @@ class ExportArguments(ModelArguments):
         one_of(self, "attention", ("auto", "eager", "sdpa"))
         one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
         one_of(self, "formats", FORMATS)
-        at_least(self, LOWEST_OPSET, "opset")
         if "openvino" in self.formats and self.dtype == "bfloat16":
             raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
         if self.int8 is not None and ("aot_inductor" in self.formats or self.dtype != "float32" or self.unchecked):
@@ -112,13 +121,10 @@ class ExportArguments(ModelArguments):
         if self.check is not None and self.int8 is None:
             raise BadValue("check", self.check, "nothing without --int8; other files are checked on random images")
         at_least(self, 2, "limit")
-        if self.tolerance <= 0:
-            raise BadValue("tolerance", self.tolerance, "a number above 0")
+        above_zero(self, "tolerance")
         if self.merge is not None and self.method is not None:
             raise BadValue("method", self.method, "nothing beside --merge, which says its own")
-        if self.r is not None and self.flops is not None:
-            raise BadValue("r, flops", (self.r, self.flops), "one of them")
-        if self.method == _PLAIN and (self.r is not None or self.flops is not None):
+        if read_reduction(self.r, self.flops) and self.method == _PLAIN:
             raise BadValue("r, flops", (self.r, self.flops), f"neither of them with --method {_PLAIN}")
 
 
@@ -147,10 +153,14 @@ def export(arguments: ExportArguments) -> list[dict[str, Any]]:
     """Write every format. Returns the records beside the files; a format that fails leaves no file."""
     if "onnx" in arguments.formats:
         need("onnx", "--formats onnx", *(["onnx", "onnxscript"] if arguments.unchecked else []))
+        check_opset(arguments.opset)
     if "openvino" in arguments.formats:
         need("openvino" if arguments.int8 is None else "int8", "--formats openvino")
     device = arguments.choose_device()
     model = load_for_export(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
+    if arguments.image_size is not None:
+        family, encoder = find_encoder(model)
+        family.num_tokens(encoder, arguments.image_size)  # refuses images that hold no patch
     records = []
     for kind in (progress := tqdm(arguments.formats, desc="export", unit="file")):
         progress.set_postfix_str(kind)
@@ -278,20 +288,20 @@ def _write_configs(model: Any, name: str, folder: Path) -> None:
 
 def load_for_export(arguments: ExportArguments) -> Any:
     """The model that the arguments ask for, merged as they say, with random weights if they say so."""
-    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
+    config = read_config(arguments.model)
     merge: Any = arguments.merge or UNSET
     if arguments.method == _PLAIN:
         merge = None
     elif arguments.method is not None or (merge is UNSET and getattr(config, "merge", None) is None):
         merge = MergeConfig.from_dict({"method": arguments.method or "dtem"})
+        check_no_adapter("method", None if arguments.random_weights else merge)
     if arguments.random_weights:
         torch.manual_seed(arguments.seed)
         model = auto_class(config).from_config(config, merge=merge)
     else:
         model = auto_class(config).from_pretrained(arguments.model, merge=merge)
-    if arguments.r is not None or arguments.flops is not None:
-        r = None if arguments.r is None else parse_reduction(arguments.r)
-        model.set_reduction(r, flops=arguments.flops)
+    if reduction := read_reduction(arguments.r, arguments.flops):
+        model.set_reduction(**reduction)
     return model
 
 

@@ -26,7 +26,7 @@ from ..models.attach import attach
 from ..models.auto import AutoModelForImageClassification
 from ..models.copies import share_weights
 from ..opening import load_processor
-from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction
+from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, parse_reduction, read_config
 from ..programs.conditions import conditions, data_name, describe_model
 from ..programs.lock import only_run_in
 from ..progress import tqdm
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def analyze(arguments: AnalyzeArguments) -> dict[str, Any]:
     """Draw the pictures, and return what is written to `correlation.json`."""
     device = arguments.choose_device()
+    read_config(arguments.model)  # names a model that is not there
     model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=None).to(device)
     adapter = MergeAdapter.from_reference(arguments.adapter)
     images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures), NO_LABELS)

@@ -102,6 +102,7 @@ class ResumableArguments(RowArguments):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "limit")
+        at_least(self, 0, "num_workers")
         one_of(self, "dtype", DTYPES)
 
     def run_facts(

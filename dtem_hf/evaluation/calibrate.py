@@ -22,7 +22,15 @@ from ..models.auto import AutoModel, load_trained_classifier
 from ..models.calibration import calibrate
 from ..models.dense_head import DenseHead
 from ..models.distances import FEATURES
-from ..programs.arguments import at_least, one_of, option, parse_arguments, parse_reduction
+from ..programs.arguments import (
+    at_least,
+    one_of,
+    option,
+    parse_arguments,
+    parse_reduction,
+    read_config,
+    read_reduction,
+)
 from ..programs.conditions import conditions, describe_model
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in
@@ -63,8 +71,7 @@ class CalibrateArguments(DrawnImages):
             raise BadValue("features", self.features, "auto or grid: the head reads every patch")
         if (self.adapter is None) == (self.method is None):
             raise BadValue("adapter, method", (self.adapter, self.method), "one of the two")
-        if self.r is not None and self.flops is not None:
-            raise BadValue("r, flops", (self.r, self.flops), "one of the two")
+        read_reduction(self.r, self.flops)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
     a, device = arguments, arguments.choose_device()
+    read_config(a.model)  # names a model that is not there
     head = None if a.head is None else DenseHead(load_function("head", a.head), a.head)
     load = load_trained_classifier if a.features == "auto" and head is None else AutoModel.from_pretrained
     model = load(a.model, merge=None).to(device).eval()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..data.captioned_images import MODEL_INPUTS, CaptionCollate, CaptionedImages, Images, hold_out
 from ..data.captions import read_annotations
@@ -21,7 +21,7 @@ from ..files import write_json
 from ..models.auto import auto_class
 from ..models.distances import caption_losses
 from ..opening import load_processor
-from ..programs.arguments import at_least, option, parse_arguments
+from ..programs.arguments import at_least, option, parse_arguments, read_config
 from ..programs.conditions import data_name
 from ..programs.lock import output_folder
 from ..progress import tqdm
@@ -45,6 +45,7 @@ class CaptionLossArguments(RowArguments):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "hold_out")
+        at_least(self, 2, "max_caption_tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
     """Every row's mean loss per caption (nats per token), and the captions for which it is below ToMe's at its r."""
     a, device = arguments, arguments.choose_device()
-    config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
+    config = read_config(a.model)
     model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
     variants = a.make_variants(model, a.load_adapters())
     images: Images = read_annotations(a.captions, a.split)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..data.captioned_images import ImageFolder
 from ..data.captions import read_annotations, read_predictions, write_predictions
-from ..errors import BadValue
+from ..errors import BadValue, check_number
 from ..files import write_json
 from ..models.auto import auto_class
 from ..opening import load_processor
-from ..programs.arguments import at_least, option, parse_arguments
+from ..programs.arguments import at_least, option, parse_arguments, read_config
 from ..programs.conditions import command, data_name
 from ..programs.identity import digest
 from ..programs.lock import only_run_in, output_folder
@@ -62,6 +62,7 @@ class EvaluateCaptionsArguments(ResumableArguments):
             raise BadValue("images", None, "the folder of the annotated images")
         super().__post_init__()
         at_least(self, 1, "num_beams", "max_new_tokens")
+        check_number("length_penalty", self.length_penalty, -1e3, 1e3)
 
     def generation(self) -> dict[str, Any]:
         """The options of `generate`; a greedy search has no length penalty."""
@@ -118,7 +119,7 @@ def evaluate_captions(
     """
     a, device = arguments, arguments.choose_device()
     assert a.model is not None and a.images is not None
-    config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
+    config = read_config(a.model)
     model = auto_class(config).from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device).eval()
     adapters = a.load_adapters()
     variants = a.make_variants(model, adapters)
@@ -126,9 +127,8 @@ def evaluate_captions(
     images = ImageFolder(annotated, Path(a.images), load_processor(a.model))
     tokenizer, settings = AutoTokenizer.from_pretrained(a.model), a.generation()
     words = digest(tokenizer.get_vocab())
-    run = a.run_facts(
-        model, variants, adapters, images.processor, images=images.digest(), settings=settings, tokenizer=words
-    )
+    read = {"split": a.split, "num_images": len(images), "images": images.digest()}
+    run = a.run_facts(model, variants, adapters, images.processor, **read, settings=settings, tokenizer=words)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     columns = parts.measure(
         images,

@@ -32,7 +32,15 @@ from ..hub.folder_card import refreshed_card
 from ..models.auto import load_encoder, load_trained_classifier
 from ..models.distances import POOLED_FEATURES, kl_to
 from ..opening import load_processor
-from ..programs.arguments import LABEL_COLUMN_HELP, ImageArguments, at_least, one_of, option, parse_arguments
+from ..programs.arguments import (
+    LABEL_COLUMN_HELP,
+    ImageArguments,
+    at_least,
+    one_of,
+    option,
+    parse_arguments,
+    read_config,
+)
 from ..programs.conditions import data_name
 from ..programs.identity import digest
 from ..programs.lock import only_run_in, output_folder
@@ -143,6 +151,7 @@ def evaluate(
     batches lie in `output_dir/parts` until `keep` has written the result: the same command goes on where it stopped.
     """
     a, device = arguments, arguments.choose_device()
+    read_config(a.model)  # names a model that is not there
     adapters = a.load_adapters()
     model, num_labels, measure, make, facts = a.open()
     weighing = {"proportional_attention": a.proportional_attention}
@@ -153,8 +162,9 @@ def evaluate(
     variants = a.make_variants(model.to(device).eval(), adapters, image_size=shape[-2:], **weighing)
     if a.runtime != "eager":
         variants = [variant.in_runtime(a.runtime, shape) for variant in variants]
-    read = [a.data, a.split, len(images), data_digest(images), digest(classes.ids)]
-    run = a.run_facts(model, variants, adapters, processor, data=read, runtime=a.runtime, **facts, **weighing)
+    read = {"data": a.data, "split": a.split, "num_images": len(images), "images": data_digest(images)}
+    read["classes"] = digest(classes.ids)
+    run = a.run_facts(model, variants, adapters, processor, **read, runtime=a.runtime, **facts, **weighing)
     parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
     columns = parts.measure(
         processed,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from ..configuration import KeepRateConfig
 from ..data.folders import NO_LABELS
 from ..data.images import ProcessedImages, collate, load_images
-from ..errors import BadValue
+from ..errors import BadValue, check_number
 from ..files import write_json, write_text
 from ..hub.folder_card import refreshed_card
 from ..labels import reduction_label, series_name
@@ -35,7 +35,7 @@ from ..models.dense_head import DenseHead
 from ..models.distances import map_error
 from ..models.install import merging_of
 from ..opening import load_processor
-from ..programs.arguments import ImageArguments, at_least, option, parse_arguments
+from ..programs.arguments import ImageArguments, at_least, option, parse_arguments, read_config
 from ..programs.conditions import data_name
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in, output_folder
@@ -69,6 +69,7 @@ class DenseArguments(SeveralAdapters, ImageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "num_workers", "pictures")
+        check_number("threshold", self.threshold, -1e38, 1e38)
         if self.picture_r is not None and self.picture_r not in self.r:
             raise BadValue("picture_r", self.picture_r, f"one of {', '.join(self.r)}")
         if self.write_card and (self.adapter is None or not os.path.isdir(self.adapter)):
@@ -111,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> dict[str, Any]:
     """Measure every row on every image, and draw some maps. Returns what is written to `dense.json`."""
     a, device = arguments, arguments.choose_device()
+    read_config(a.model)  # names a model that is not there
     head = DenseHead(load_function("head", a.head), a.head)
     model = AutoModel.from_pretrained(a.model, merge=None).to(device).eval()
     processor = load_processor(a.model)

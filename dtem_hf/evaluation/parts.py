@@ -46,7 +46,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: str) -> None:
-        self.folder, self.digest = folder, digest(run)
+        self.folder, self.run, self.digest = folder, run, digest(run)
         self.state = known_processes()
         self._finished = folder.with_name(f".{folder.name}.finished")
         if self.state.is_main_process:
@@ -56,10 +56,7 @@ class Parts:
         self.state.wait_for_everyone()
         if (folder / _RUN_NAME).is_file():
             _check_same_run(read_json(folder / _RUN_NAME), run, folder)
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            write_json(folder / _RUN_NAME, run)
-        self.state.wait_for_everyone()
+        self.state.wait_for_everyone()  # before one of them writes
 
     def measure(
         self,
@@ -89,6 +86,8 @@ class Parts:
             columns = measure(batch, number)
             if place == 0 or len(batches[number]) < len(batches[0]):
                 columns["seconds_per_image"][:] = np.nan
+            if place == 0:  # now there is something to go on with; every process writes the same
+                write_json(self.folder / _RUN_NAME, self.run)
             with replacing(self._path(number)) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **columns)  # type: ignore[arg-type]
         self.state.wait_for_everyone()

@@ -31,7 +31,7 @@ from ..files import write_json
 from ..models.auto import AutoModel, AutoModelForSemanticSegmentation
 from ..models.vision import image_shape, run_on_pixels
 from ..opening import load_processor
-from ..programs.arguments import at_least, option, parse_arguments
+from ..programs.arguments import above_zero, at_least, option, parse_arguments, read_config
 from ..programs.conditions import data_name
 from ..programs.lock import only_run_in
 from ..progress import tqdm
@@ -75,6 +75,7 @@ class SegmentationArguments(RowArguments):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_size", "limit", "num_classes", "window_stride")
+        above_zero(self, "lr")
         if self.num_classes is not None and self.num_classes > IGNORED:
             raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
         if not self.r and not self.flops:
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
     """Measure every row with a head that was trained on unmerged patches, or the model's own: `segmentation.json`."""
     device = arguments.choose_device()
+    read_config(arguments.model)  # names a model that is not there
     columns = (arguments.image_column, arguments.mask_column, arguments.limit)
     test = load_segmentation(arguments.test, arguments.test_split, *columns)
     processor = load_processor(arguments.model)

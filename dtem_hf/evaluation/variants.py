@@ -22,6 +22,7 @@ from ..models.attach import attach
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.timing import synchronize
+from ..programs.arguments import check_no_adapter
 from ..schedule import FlopsSchedule, KeepRateSchedule, as_schedule
 
 
@@ -47,8 +48,7 @@ class EvaluatedMethod:
     def sources(self, adapters: dict[str, MergeAdapter]) -> dict[str | None, Any]:
         """What is attached, by the adapter's name where there are several. Raises ValueError where none is there."""
         own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.soft}
-        if not own and self.config.needs_adapter:
-            raise BadValue("methods", [self.config.method], "a method that needs no training, or an adapter of it")
+        check_no_adapter("methods", None if own else self.config)
         return {name if len(own) > 1 else None: a for name, a in own.items()} or {None: self.config}
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
@@ -57,7 +57,7 @@ class EvaluatedMethod:
         known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == by_keep_rate]
         return [*known, *map(FlopsSchedule, shares)]
 
-    def plan(self, model: Any, image_size: tuple[int, int] | None = None) -> MergePlan:
+    def plan(self, model: Any, image_size: int | tuple[int, int] | None = None) -> MergePlan:
         """Tokens and multiply-adds of a model that is set to a row, for images of a size (None: the model's own)."""
         plan: MergePlan = model.merge_plan(image_size)
         if not self.soft:
@@ -142,7 +142,7 @@ def make_variants(
     reductions: Sequence[Any],
     shares: Sequence[float],
     adapters: dict[str, MergeAdapter] | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     proportional_attention: bool | None = None,
     **options: Any,
 ) -> list[Variant]:

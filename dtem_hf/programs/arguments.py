@@ -6,6 +6,8 @@ import argparse
 import ast
 import dataclasses
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
@@ -17,10 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
-from ..errors import AdapterError, BadValue, UnsupportedModelError
-from ..files import check_is_there
+from ..configuration import MergeConfig
+from ..errors import AdapterError, BadValue, UnsupportedModelError, check_number
+from ..files import check_file, check_folder, check_is_there
+from ..hub.client import clear_errors
 from ..progress import hide_other_bars
 from ..schedule import R_EXPECTED
 from .processes import choose_device
@@ -37,11 +42,19 @@ def option(help: str, **kwargs: Any) -> Any:
 
 
 def at_least(arguments: Any, low: float, *names: str) -> None:
-    """Raise ValueError for the first option below `low`; None is no value and passes."""
+    """Raise ValueError for the first option that is below `low` or not finite; None is no value and passes."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not value >= low:
-            raise BadValue(name, value, f"{low} or more")
+        if value is not None and not low <= value < math.inf:
+            raise BadValue(name, value, f"{low} or more{', and finite' if value == math.inf else ''}")
+
+
+def above_zero(arguments: Any, *names: str) -> None:
+    """Raise ValueError for the first option that is not a finite number above 0; None is no value and passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise BadValue(name, value, f"a number above 0{', and finite' if value == math.inf else ''}")
 
 
 def one_of(arguments: Any, name: str, allowed: Collection[Any]) -> None:
@@ -78,11 +91,18 @@ class ImageArguments(ModelArguments):
 
 
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
-    """`read_arguments` of a program that runs now: the folders of `model` and `adapter` have to be there."""
+    """`read_arguments` of a program that runs now: the folders of `model` and `adapter` have to be there.
+
+    Where the results go, nothing else may stand.
+    """
     found = read_arguments(kind, argv, description, leading)
     for name in ("model", "adapter"):
         if isinstance(value := getattr(found, name, None), str):
             check_is_there(value.partition("@")[0])
+    if isinstance(value := getattr(found, "output_dir", None), str):
+        check_folder("output_dir", value)
+    if isinstance(value := getattr(found, "output", None), str):
+        check_file("output", value)
     return found
 
 
@@ -197,9 +217,43 @@ def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
     return options
 
 
+def read_config(model: str) -> PretrainedConfig:
+    """The config of a model. Raises OSError that says what to do where there is no such folder and Hub id."""
+    check_is_there(model)
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except OSError as error:
+        if os.path.isdir(model) or error.__cause__ is None or isinstance(error.__cause__, RemoteEntryNotFoundError):
+            raise
+        with clear_errors(model):
+            raise error.__cause__ from None
+
+
+def check_no_adapter(option: str, config: MergeConfig | None) -> None:
+    """Raise ValueError for a method that is of no use untrained; `config` is used without an adapter."""
+    if config is not None and config.needs_adapter:
+        raise BadValue(option, config.method, "a method that needs no training, or an adapter of it")
+
+
 def parse_reduction(text: str, name: str = "r") -> Any:
     """Read r from a command line: `16`, `[16, 16, 8]` or `{"kind": "linear", "r": 13, "slope": 0.5}`."""
     try:
-        return json.loads(text)
+        r = json.loads(text)
     except ValueError as error:
         raise BadValue(name, text, R_EXPECTED) from error
+    if r is None:  # which stands for an r that is left out
+        raise BadValue(name, text, R_EXPECTED)
+    return r
+
+
+def read_reduction(r: str | None, flops: float | None) -> dict[str, Any]:
+    """What `set_reduction` takes, from the options r and flops; nothing where both are left out.
+
+    Raises ValueError for both of them, and for values that make no sense.
+    """
+    if r is not None and flops is not None:
+        raise BadValue("r, flops", (r, flops), "one of them")
+    if flops is not None:
+        check_number("flops", flops, 0, 1, above=True)
+        return {"flops": flops}
+    return {} if r is None else {"r": parse_reduction(r)}

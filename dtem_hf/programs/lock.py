@@ -7,10 +7,11 @@ import platform
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ..errors import BadValue, need
+from ..files import making_folder
 from .processes import known_processes
 
 
@@ -25,15 +26,14 @@ _held: set[int] = set()  # open lock files of this process
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a program's only file, made before any work, without a lock.
+    """The folder of a program's only file, which is written to without a lock, and made only then.
 
     Raises OSError where nothing can be written to it, and RuntimeError where the processes of a launch do not know
     each other.
     """
     known_processes()
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+    with making_folder(folder), tempfile.TemporaryFile(dir=folder):
         return folder
 
 
@@ -48,20 +48,21 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
     with its process, however the process ends.
     """
     state, lock, holder = known_processes(), None, ""
-    if state.is_main_process:
-        lock = _Lock(Path(folder))
-        holder = lock.holder
-    if state.num_processes > 1:
-        from accelerate.utils import gather_object
+    with making_folder(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            lock = _Lock(Path(folder))
+            holder = lock.holder
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
 
-        holder = gather_object([holder])[0]
-    if holder:
-        raise BadValue("output_dir", str(folder), f"a folder that no other run is using; {holder} is using it")
-    try:
-        yield Path(folder)
-    finally:
-        if lock is not None:
-            lock.release()
+            holder = gather_object([holder])[0]
+        if holder:
+            raise BadValue("output_dir", str(folder), f"a folder that no other run is using; {holder} is using it")
+        try:
+            yield Path(folder)
+        finally:
+            if lock is not None:
+                lock.release()
 
 
 class _Lock:
@@ -71,8 +72,7 @@ class _Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.made_folder = folder / LOCK_NAME, not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK_NAME
         while True:
             self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             self.holder = _lock(self.handle)
@@ -87,15 +87,12 @@ class _Lock:
         os.pwrite(self.handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
     def release(self) -> None:
-        """Remove the file, and the folder if this lock made it and it is empty."""
+        """Remove the file."""
         _held.discard(self.handle)
         os.ftruncate(self.handle, 0)
         with suppress(OSError):  # Windows does not remove open files
             self.path.unlink()
         os.close(self.handle)
-        if self.made_folder:
-            with suppress(OSError):
-                self.path.parent.rmdir()
 
     def _is_at_path(self) -> bool:
         with suppress(OSError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import need
+from ..errors import BadValue, need
 
 
 if TYPE_CHECKING:
@@ -32,8 +32,22 @@ def known_processes() -> PartialState:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process; `auto` takes an accelerator if there is one."""
-    return known_processes().device if name == "auto" else torch.device(name)
+    """The device of this process; `auto` takes an accelerator if there is one.
+
+    Raises ValueError for a name that torch does not know, and for a device that does not work on this machine.
+    """
+    state = known_processes()
+    if name == "auto":
+        return state.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # fails without the hardware, its driver, or a torch that is built for it
+    except (RuntimeError, AssertionError, ImportError) as error:
+        kind = torch.accelerator.current_accelerator(check_available=True)
+        here = ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+        reason = str(error).strip().partition("\n")[0]
+        raise BadValue("device", name, f"auto, or one of this machine: {', '.join(here)} ({reason})") from error
+    return device
 
 
 def say(text: str) -> None:

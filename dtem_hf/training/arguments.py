@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..configuration import LEARN_FIELDS
 from ..errors import BadValue
-from ..programs.arguments import at_least, option
+from ..programs.arguments import above_zero, at_least, option
 from .task_arguments import TaskArguments
 from .tasks import task_names
 
@@ -82,14 +83,11 @@ class TrainArguments(TaskArguments):
         at_least(self, 1, "validate_every", "checkpoint_every", "keep_checkpoints")
         at_least(self, 0, "glance_every", "push_every", "num_workers", "warmup_steps")
         at_least(self, 0, "min_lr", "weight_decay", "backbone_lr", "backbone_weight_decay")
-        for name in ("epochs", "max_grad_norm", "aggregation_lr", "shift_lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise BadValue(name, value, "a number above 0")
+        above_zero(self, "epochs", "max_grad_norm", "aggregation_lr", "shift_lr")
         if not 0 < self.layer_decay <= 1:
             raise BadValue("layer_decay", self.layer_decay, "above 0 and at most 1, which is none")
         aggregates = any(getattr(self, name) for name in LEARN_FIELDS)
-        if not self.lr >= 0 or (self.lr == 0 and not aggregates):
+        if not 0 <= self.lr < math.inf or (self.lr == 0 and not aggregates):
             right = "a number above 0" + (", or 0" if aggregates else f"; with {' or '.join(LEARN_FIELDS)} also 0")
             raise BadValue("lr", self.lr, right)
         if self.push_to_hub and not self.hub_model_id:

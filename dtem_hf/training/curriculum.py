@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from ..configuration import DTEMConfig, DTPSConfig
 from ..errors import BadValue
-from ..programs.arguments import at_least, one_of, option, parse_reduction
+from ..programs.arguments import above_zero, at_least, one_of, option, parse_reduction
 from ..schedule import as_schedule
 
 
@@ -77,10 +77,7 @@ class CurriculumArguments(MergeArguments):
                 as_schedule(r)
             except BadValue as error:
                 raise BadValue("sample_r", self.sample_r, f"numbers, lists or schedules ({error})") from error
-        for name in ("last_score_temperature", "last_assignment_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise BadValue(name, value, "a number above 0")
+        above_zero(self, "last_score_temperature", "last_assignment_temperature")
         self.merge_config()
 
     def _refuse(self, name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..programs.arguments import parse_arguments
+from ..programs.arguments import parse_arguments, read_config
 from ..programs.lock import only_run_in
 from .arguments import TrainArguments
 from .interruption import Interruption
@@ -28,4 +28,5 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     ValueError where another run uses the output folder.
     """
     with only_run_in(arguments.output_dir), Interruption() as interruption:
+        read_config(arguments.model)  # names a model that is not there
         return Run(arguments, interruption).train()

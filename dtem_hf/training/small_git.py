@@ -26,7 +26,7 @@ from ..data.captioned_images import ImageFolder, hold_out
 from ..data.captions import read_annotations
 from ..errors import BadValue
 from ..files import write_json
-from ..programs.arguments import at_least, option, parse_arguments
+from ..programs.arguments import above_zero, at_least, option, parse_arguments
 from ..programs.conditions import command, hardware, versions
 from ..programs.lock import only_run_in
 from ..progress import tqdm
@@ -57,6 +57,9 @@ class SmallGitArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_size", "vision_layers", "text_layers", "vocab_size")
+        at_least(self, 1, "image_size", "patch_size", "hidden_size", "max_tokens")
+        at_least(self, 0, "validation_size")
+        above_zero(self, "lr")
         if self.image_size % self.patch_size:
             raise BadValue("patch_size", self.patch_size, f"a divisor of image_size {self.image_size}")
         if self.hidden_size % 4:

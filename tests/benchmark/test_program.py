@@ -61,6 +61,12 @@ def test_every_row_at_every_batch_size(vit_folder, tmp_path, capsys):
     assert (tmp_path / "speedup.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("methods", [["none"], ["none", "tome"]])
+def test_images_smaller_than_a_patch_are_refused(vit_folder, methods):
+    with pytest.raises(BadValue, match="image_size=1: at least one patch of"):
+        benchmark(BenchmarkArguments(model=str(vit_folder), methods=methods, image_size=1, **ONCE))
+
+
 def test_runtimes_and_peers_stand_in_the_same_rounds(one_layer_vit_folder, peers):
     pytest.importorskip("onnxruntime")
     settings = {"model": str(one_layer_vit_folder), "methods": ["tome"], "r": ["4"], **ONCE}

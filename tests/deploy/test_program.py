@@ -131,7 +131,6 @@ def test_parity_is_found_and_missed(merged):
         ({"formats": ["tensorrt"]}, "formats"),
         ({"formats": []}, "formats"),
         ({"dtype": "int8"}, "dtype"),
-        ({"opset": 17}, "opset"),
         ({"merge_form": "sparse"}, "merge_form"),
         ({"attention": "flash_attention_2"}, "attention"),
         ({"method": "pool"}, "method"),
@@ -145,6 +144,26 @@ def test_parity_is_found_and_missed(merged):
 def test_bad_options_are_named(change, message):
     with pytest.raises(BadValue, match=message):
         ExportArguments(model="m", **change)
+
+
+@pytest.mark.parametrize("opset", [17, 99])
+def test_an_opset_that_cannot_be_written_is_refused_before_the_model_is_loaded(opset):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(BadValue, match=f"opset={opset}: one that onnxscript writes"):
+        export(ExportArguments(model="nowhere", opset=opset))
+
+
+def test_an_untrained_method_is_refused(vit_folder):
+    with pytest.raises(BadValue, match="method='dtps': a method that needs no training"):
+        load_for_export(ExportArguments(model=str(vit_folder), method="dtps"))
+
+
+@pytest.mark.parametrize("method", ["none", "tome"])
+def test_images_smaller_than_a_patch_are_refused(vit_folder, tmp_path, method):
+    arguments = ExportArguments(model=str(vit_folder), method=method, image_size=1, output_dir=str(tmp_path / "out"))
+    with pytest.raises(BadValue, match="image_size=1: at least one patch of"):
+        export(arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_shows_the_commands(capsys):

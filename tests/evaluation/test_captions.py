@@ -154,7 +154,7 @@ def test_captions_of_other_images_are_not_gone_on_with(options, coco, tmp_path, 
         shutil.copy(path, tmp_path)
     options = {**options, "images": str(tmp_path)}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        watch(patched, captions, "caption_batch", stop_behind=0)
+        watch(patched, captions, "caption_batch", stop_behind=1)
         evaluate_captions(EvaluateCaptionsArguments(**options))
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "8.png")
     with pytest.raises(BadValue, match=r"images=.*the unfinished run"):

@@ -72,7 +72,7 @@ def change_the_processor(folders):
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [(mend_labels, "data"), (change_an_image, "data"), (change_the_processor, "processor")],
+    [(mend_labels, "images"), (change_an_image, "images"), (change_the_processor, "processor")],
     ids=["labels", "image", "processor"],
 )
 def test_a_run_with_other_input_is_not_gone_on_with(options, folders, monkeypatch, change, field):
@@ -82,6 +82,24 @@ def test_a_run_with_other_input_is_not_gone_on_with(options, folders, monkeypatc
         evaluate(EvaluateArguments(**options))
     anew = figures(evaluate(EvaluateArguments(**options, resume="never")))
     assert anew == figures(evaluate(EvaluateArguments(**{**options, "output_dir": str(folders / "other")})))
+
+
+def test_the_option_that_differs_is_named(options, monkeypatch):
+    interrupt(options, monkeypatch)
+    for change, said in (
+        ({"limit": 9}, "num_images=9:.* has 48"),
+        ({"split": "test"}, "split='test':.* 'validation'"),
+    ):
+        with pytest.raises(BadValue, match=said):
+            evaluate(EvaluateArguments(**options, **change))
+
+
+def test_a_run_that_measured_nothing_leaves_nothing(options, folders, monkeypatch):
+    """It neither stands in the way of the next command nor leaves empty folders."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        watch(patched, classification, "measure_batch", stop_behind=0)
+        main(flags({**options, "output_dir": str(folders / "new" / "out")}))
+    assert not (folders / "new").exists()
 
 
 def test_parts_that_a_kill_left_are_not_another_runs(options, folders, monkeypatch):
@@ -121,12 +139,6 @@ def test_a_full_disk_is_one_line(options, monkeypatch, capsys):
     errors = capsys.readouterr().err
     assert ended.value.code == 1
     assert "Traceback" not in errors and "Error: [Errno 27] File too large" in errors.splitlines()[-1]
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(options, folders):
-    (folders / "file").write_text("")
-    with pytest.raises(NotADirectoryError):
-        main(flags({**options, "model": "no/such-model", "output_dir": str(folders / "file" / "out")}))
 
 
 def test_home_of_the_hub_may_be_read_only(options, folders):

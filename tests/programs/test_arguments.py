@@ -1,5 +1,6 @@
 """Command lines and YAML files make the same arguments; what is wrong is named."""
 
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -140,4 +141,16 @@ def test_what_a_scripts_user_can_mend_is_one_line(capsys):
 def test_every_recipe_with_options_runs_so():
     recipes = {path.stem: path.read_text() for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.py")}
     others = {name for name, text in recipes.items() if "run_script(" not in text}
-    assert others == {"model_cards", "peers"} and len(recipes) > 15
+    assert others == {"peers"} and len(recipes) > 15  # peers.py is a module of functions
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"), [(["--help"], 0, "folder of adapter"), (["nowhere"], 2, "folder=")]
+)
+def test_cards_are_written_in_a_folder_that_has_adapters(given, code, said, monkeypatch, capsys):
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "model_cards.py"
+    monkeypatch.setattr(sys, "argv", [str(recipe), *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(recipe), run_name="__main__")
+    shown = capsys.readouterr()
+    assert ended.value.code == code and said in shown.out + shown.err

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from dtem_hf import BadValue
+from dtem_hf.evaluation import captions
+from dtem_hf.evaluation.caption_loss import CaptionLossArguments
+from dtem_hf.programs.arguments import parse_arguments
 from dtem_hf.programs.lock import LOCK_NAME, only_run_in
 
 
 NOWHERE = "nowhere"
 IMAGES = ["--model", NOWHERE, "--data", NOWHERE]
 CAPTIONED = ["--images", NOWHERE, "--captions", NOWHERE]
+CAPTION_LOSS = ["--model", NOWHERE, *CAPTIONED]
 PROGRAMS = {
     "dtem_hf.benchmark.advise": IMAGES,
     "recipes.benchmark_device": ["--device", "cpu"],
@@ -41,6 +45,32 @@ def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded(name: str
         assert list((tmp_path / "run").iterdir()) == before == [tmp_path / "run" / LOCK_NAME]
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_is_no_folder(name: str, below: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").touch()
+    with pytest.raises(BadValue, match=r"output_dir='.*': a folder; .*bad\.jpg is a file"):
+        import_module(name).main([*PROGRAMS[name], "--output_dir", str(tmp_path / "bad.jpg" / below)])
+
+
+@pytest.mark.parametrize(("output", "right"), [("there", "a file"), ("bad.jpg/x.html", "a folder; .*bad.jpg is a")])
+def test_a_folder_is_no_file(output: str, right: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "bad.jpg").touch()
+    with pytest.raises(BadValue, match=f"output='.*': {right}"):
+        parse_arguments(CaptionLossArguments, [*CAPTION_LOSS, "--output", str(tmp_path / output)], "")
+
+
+def test_scores_of_predictions_that_cannot_be_read_leave_no_folder(tmp_path: Path) -> None:
+    for name in ("references.json", "bad.json"):
+        (tmp_path / name).write_text("{")
+    before = sorted(tmp_path.iterdir())
+    given = ["--annotations", before[1], "--predictions", before[0], "--output", tmp_path / "runs" / "a" / "s.json"]
+    with pytest.raises(BadValue, match="is not valid JSON"):
+        captions.main([str(each) for each in given])
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", [*PROGRAMS, "dtem_hf.evaluation.caption_loss"])
 def test_strangers_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launched as two by torchrun, and Accelerate knows of one."""
@@ -48,7 +78,7 @@ def test_strangers_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     target = ["--output_dir", str(tmp_path / "run")]
     if name == "dtem_hf.evaluation.caption_loss":
-        target = ["--model", NOWHERE, *CAPTIONED, "--output", str(tmp_path / "run" / "loss.json")]
+        target = [*CAPTION_LOSS, "--output", str(tmp_path / "run" / "loss.json")]
     with pytest.raises(RuntimeError, match="2 processes were launched and Accelerate sees 1"):
         import_module(name).main([*PROGRAMS.get(name, []), *target])
     assert not (tmp_path / "run").exists()

@@ -43,5 +43,5 @@ def test_bad_options_are_named():
     with pytest.raises(BadValue, match="models"):
         DeviceArguments(models=["vit-huge"], device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(BadValue, match="no CUDA device"):
-            DeviceArguments()
+        with pytest.raises(BadValue, match="device='cuda': auto, or one of this machine: cpu"):
+            main([])
