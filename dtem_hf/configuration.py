@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -80,19 +81,12 @@ class MergeConfig(ABC):
 
     @abstractmethod
     def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
-        """The same config with another r, for an encoder of given cost and number of tokens.
-
-        Raises ValueError for an r that does not suit the method.
-        """
+        """The same config with another r, for an encoder's cost and tokens; ValueError for one that does not suit."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON with `method` and `version`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Schedule):
-                values[name] = value.to_json()
-            elif isinstance(value, list):
-                values[name] = list(value)
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        values = {name: value.to_json() if isinstance(value, Schedule) else copy(value) for name, value in given}
         return {"method": self.method, "version": ".".join(map(str, FORMAT_VERSION)), **values}
 
     @classmethod
@@ -157,8 +151,7 @@ class MatchingConfig(MergeConfig):
         if isinstance(self.r, list | tuple):  # a copy: the caller may change theirs
             self.r = [each.item() if isinstance(each, np.generic) else each for each in self.r]
         schedule = as_schedule(self.r)
-        if isinstance(self.r, dict):
-            self.r = schedule
+        self.r = schedule if isinstance(self.r, dict) else self.r
 
     @property
     def schedule(self) -> Schedule:

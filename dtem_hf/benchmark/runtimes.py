@@ -26,7 +26,11 @@ def room_for_graphs(count: int) -> Iterator[None]:
 
 
 def peer_run(name: str, model: nn.Module, r: Any) -> Run:
-    """The callable that a peer returns for a model and an r. Raises ValueError where it is not callable."""
+    """What a peer, `module:function`, returns for a plain model and an r: a callable of pixels [B, C, H, W].
+
+    The model is in eval mode, on the device and in the dtype that are measured. Raises ValueError where what the
+    function returns is not callable.
+    """
     run = load_function("peer", name)(model, r)
     if not callable(run):
         raise BadValue("peer", name, f"a function that returns a callable, not {type(run).__name__}")

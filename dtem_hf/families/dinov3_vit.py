@@ -74,7 +74,7 @@ class DINOv3ViTMerging(LayerMerging):
         return bias
 
     def rotated(self, keys: Tensor, state: TokenState) -> Tensor:
-        return apply_rotary_pos_emb(keys, keys, *state.rotation)[1]
+        return apply_rotary_pos_emb(keys[:, :0], keys, *state.rotation)[1]
 
 
 class DINOv3ViTFamily(Family):

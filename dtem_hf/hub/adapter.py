@@ -24,6 +24,7 @@ from ..errors import AdapterError
 from ..files import replacing, write_json, write_text
 from .card import card_of
 from .facts import BackboneFacts
+from .folder_card import marked
 from .layout import CARD_NAME, WEIGHTS_NAME
 from .publishing import publish_folder
 from .reading import read_adapter, split_reference, tensors_digest
@@ -116,7 +117,7 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         directory = Path(save_directory)
         self._save_pretrained(directory)
         if not (directory / CARD_NAME).exists():
-            write_text(directory / CARD_NAME, f"{self.generate_model_card()}\n")
+            write_text(directory / CARD_NAME, marked(self.generate_model_card()))
         if push_to_hub:
             return publish_folder(directory, repo_id or directory.name, **push_to_hub_kwargs)
         return None

@@ -6,7 +6,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+
+from huggingface_hub import ModelCard
 
 from ..configuration import CONFIG_NAME
 from ..files import read_text, write_text
@@ -16,6 +19,7 @@ from .reading import read_config
 from .records import read_record
 
 
+_MARK = "<!-- made by dtem-hf, which keeps a card that was edited: "
 PathLike = str | os.PathLike[str]
 
 
@@ -31,7 +35,7 @@ def folder_card(adapter_dir: PathLike, repo_id: str | None = None) -> str:
         read_record(folder / name) if (folder / name).exists() else None for name in (EVALUATION_NAME, TRAINING_NAME)
     )
     card = card_of(read.config, read.backbone, evaluation, training=training, pictures=pictures, repo_id=repo_id)
-    return f"{card}\n"
+    return marked(card)
 
 
 def write_card(adapter_dir: PathLike) -> Path:
@@ -49,7 +53,7 @@ def refreshed_card(adapter_dir: PathLike) -> Iterator[Path]:
     """
     folder = Path(adapter_dir)
     path = folder / CARD_NAME
-    untouched = not os.path.lexists(path) or _is_untouched(path, folder)
+    untouched = not os.path.lexists(path) or _is_untouched(path)
     yield folder
     if untouched:
         write_card(folder)
@@ -57,13 +61,24 @@ def refreshed_card(adapter_dir: PathLike) -> Iterator[Path]:
         warnings.warn(f"{path} was edited and is kept; remove it to have it made again.", stacklevel=3)
 
 
-def _is_untouched(path: Path, folder: Path) -> bool:
+def _is_untouched(path: Path) -> bool:
     try:
-        return is_made(read_text(path, LARGEST_CARD), folder)
-    except ValueError:  # no program wrote this file, or what lies beside it makes no card
+        return is_made(read_text(path, LARGEST_CARD))
+    except ValueError:  # no program wrote this file
         return False
 
 
-def is_made(card: str, adapter_dir: PathLike) -> bool:
-    """Whether a card is what `folder_card` makes of the folder, and so was not edited."""
-    return card.rstrip() == folder_card(adapter_dir).rstrip()
+def marked(card: ModelCard) -> str:
+    """The text of a card, and a last line by which an edited one is told from one that a program made."""
+    text = f"{card}".rstrip() + "\n"
+    return f"{text}\n{_MARK}{_digest(text)} -->\n"
+
+
+def is_made(text: str) -> bool:
+    """Whether a program made a card, and it was not edited since."""
+    body, mark, digest = text.partition(f"\n{_MARK}")
+    return bool(mark) and digest.strip() == f"{_digest(body)} -->"
+
+
+def _digest(text: str) -> str:
+    return sha256(text.replace("\r\n", "\n").strip().encode()).hexdigest()[:16]

@@ -74,7 +74,7 @@ def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) 
     card = folder_card(folder, repo_id=repo_id if repo_id and "/" in repo_id else None)
     if os.path.lexists(folder / CARD_NAME):
         written = read_text(folder / CARD_NAME, LARGEST_CARD, links=False)
-        card = card if is_made(written, folder) else written
+        card = card if is_made(written) else written
     files[CARD_NAME] = card.encode()
     for path in sorted(folder.iterdir()):
         if path.suffix in _PICTURE_SUFFIXES and f"({path.name})" in card:

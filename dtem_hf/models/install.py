@@ -217,12 +217,13 @@ def detach(model: PreTrainedModel) -> Any:
     """
     inner: Any = inside_peft(model)
     merged: list[Any] = [module for module in inner.modules() if is_merged(module)]
-    if is_merged(inner) and not hasattr(type(inner), "merge_config"):
+    if merged and not any(hasattr(type(module), "merge_config") for module in merged):
         raise BadValue("model", type(inner).__name__, "the merged model that this is a part of")
     for module in merged:
         if is_installed(module):
             for layer in module.merging.family.layers(module):
-                forget_keys(module.merging.family.anatomy.key_module(layer))
+                for part in layer.modules():  # PEFT may have wrapped the key projection since
+                    forget_keys(part)
                 del layer.merge_index
             if embedding_of(module) is not None:
                 del module.merge_embedding

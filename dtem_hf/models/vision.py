@@ -55,14 +55,15 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, .
 
 def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
     """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
+    wanted = "pixel values [n, C, H, W], or batches of them; at least one"
     if isinstance(images, str):
-        batches = []
-    elif isinstance(images, Tensor):
+        raise BadValue("images", images, wanted)
+    if isinstance(images, Tensor):
         batches = list(images.split(batch_size)) if images.dim() == 4 else []
     else:
         batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
     if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
-        raise BadValue("images", type(images).__name__, "pixel values [n, C, H, W], or batches of them; at least one")
+        raise BadValue("images", type(images).__name__, wanted)
     return batches
 
 

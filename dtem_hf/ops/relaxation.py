@@ -84,9 +84,8 @@ def move_mass(
         # A token of B that left in an earlier layer and that no token joins now has no mass: it becomes 0.
         new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
         left = 1 - assignment.sum(dim=-1)
-        new_size_a = size_a * (
-            left + (left.clamp(0, 1) - left).detach()
-        )  # clipped, with the gradient of the unclipped
+        # The share that is left is clipped to [0, 1], with the gradient of the unclipped one.
+        new_size_a = size_a * (left + (left.clamp(0, 1) - left).detach())
     at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
     x = x.index_copy(1, at_b, new_b.to(x.dtype))
     return x, sizes.index_copy(1, at_b, new_size_b).index_copy(1, at_a, new_size_a)

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 import dtem_hf
 from dtem_hf.hub.card import card_of
-from dtem_hf.hub.folder_card import folder_card, write_card
+from dtem_hf.hub.folder_card import folder_card, is_made, marked, write_card
 from tests.hub.test_card import BASE, evaluation, row, training
 
 
@@ -37,7 +37,7 @@ def test_a_card_takes_the_place_of_the_one_before_and_nothing_else_changes(adapt
     written = write_card(adapter_folder)
     assert written == adapter_folder / "README.md"
     assert sorted(path.name for path in adapter_folder.iterdir()) == before
-    assert written.read_text(encoding="utf-8").endswith(".\n")
+    assert is_made(written.read_text(encoding="utf-8"))
     assert len(ModelCard.load(written).data.eval_results) == 6
     dtem_hf.MergeAdapter.from_pretrained(adapter_folder)
 
@@ -52,7 +52,8 @@ def test_a_folders_card_is_what_card_of_says(adapter_folder):
     expected = card_of(
         adapter.config, adapter.backbone, evaluation(), training=training(), pictures=pictures, repo_id="me/adapter"
     )
-    assert folder_card(adapter_folder, "me/adapter").strip() == str(expected).strip()
+    text = folder_card(adapter_folder, "me/adapter")
+    assert text == marked(expected) and text.startswith(str(expected).strip())
 
 
 def test_the_training_record_beside_the_adapter_is_read(adapter_folder):

@@ -50,9 +50,7 @@ def test_what_is_published_is_what_lies_there(folder: Path) -> None:
 def test_pictures_go_with_the_card_that_shows_them(folder: Path) -> None:
     for name in ("accuracy.png", "own.jpg", "unused.png"):
         Image.new("RGB", (2, 2)).save(folder / name)
-    assert "accuracy.png" not in published_files(folder)  # the card was written before it was there, and is kept
-    (folder / "README.md").unlink()
-    assert "accuracy.png" in published_files(folder)
+    assert "accuracy.png" in published_files(folder)  # a card that was not edited is made anew
     (folder / "README.md").write_text("![mine](own.jpg) and [a link](/etc/passwd) and ![far](http://a.example/x.png)")
     files = published_files(folder)
     assert {name for name in files if name.endswith(("png", "jpg"))} == {"own.jpg"}
@@ -161,9 +159,24 @@ def test_a_card_follows_its_folder_until_it_is_edited(folder: Path) -> None:
 
 def test_a_record_that_makes_no_card_is_no_obstacle_to_the_one_that_takes_its_place(folder: Path) -> None:
     (folder / "training.json").write_text("[]")
-    with pytest.warns(UserWarning, match="is kept"), refreshed_card(folder):
+    with refreshed_card(folder):
         (folder / "training.json").write_text('{"steps": 7}')
-    assert "- Steps" not in (folder / "README.md").read_text()
+    assert "- Steps: 7" in (folder / "README.md").read_text()
+
+
+def test_a_card_that_was_made_is_made_again_whatever_came_into_the_folder(folder: Path) -> None:
+    (folder / "README.md").write_text(folder_card(folder, repo_id="me/a").replace("\n", "\r\n"))  # as downloaded
+    (folder / "accuracy.png").write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt), refreshed_card(folder):
+        (folder / "training.json").write_text('{"steps": 7}')
+        raise KeyboardInterrupt
+    with refreshed_card(folder):
+        pass
+    text = (folder / "README.md").read_text()
+    assert "- Steps: 7" in text and "(accuracy.png)" in text
+    (folder / "README.md").write_text(text.replace("- Steps: 7", "- Steps: 8"))
+    with pytest.warns(UserWarning, match="is kept"), refreshed_card(folder):
+        pass
 
 
 def test_results_are_numbers_and_their_names_one_clean_line(folder: Path) -> None:

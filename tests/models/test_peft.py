@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from dtem_hf import DTEMConfig, MergeAdapter, attach, detach
+from dtem_hf import DTEMConfig, MergeAdapter, ToMeConfig, attach, detach
 
 
 Make = Callable[..., Any]
@@ -144,3 +144,11 @@ def test_an_embedding_that_peft_trains_and_saves_is_the_one_that_counts(
     read = MergeAdapter.from_pretrained(tmp_path / "trained")
     assert {id(p) for p in parameters} == {id(p) for p in model.merge_parameters()}
     torch.testing.assert_close(logits(attach(make_classifier(), read), pixels), trained)
+
+
+def test_detached_no_hook_stays_on_keys_that_were_wrapped(make_classifier):
+    model = attach(make_classifier(), ToMeConfig(r=2))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["k_proj"], r=4))
+    assert any(module._forward_hooks for module in wrapped.modules())
+    detach(wrapped)
+    assert not any(module._forward_hooks for module in wrapped.modules())

@@ -89,3 +89,11 @@ def test_an_adapter_names_the_part_that_it_is_for(plain_folder, tmp_path):
     ):
         assert merged_parts(again) == [VIDEOS]
         assert torch.equal(next(again.merge_parameters()), next(model.merge_parameters()))
+
+
+def test_what_lies_between_a_merged_model_and_its_layers_is_not_detached_alone(make_classifier):
+    model = attach(make_classifier(), ToMeConfig(r=2))
+    for part in (model.vit, model.vit.layers, model.vit.layers[0]):
+        with pytest.raises(BadValue, match=r"model='.*': the merged model that this is a part of"):
+            detach(part)
+    assert model.merge_config.r == 2 and "merging" in vars(model.vit)
