@@ -1,71 +1,18 @@
-"""The command line: what it prints is counted by hand, and what goes wrong is one line."""
+"""The command line: what it prints is counted by hand."""
 
 from __future__ import annotations
 
-import json
 import sys
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from huggingface_hub import constants
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
-from typer.testing import CliRunner
+from transformers import ViTConfig, ViTForImageClassification
 
-from dtem_hf import DTEMConfig, DTPSConfig, MergeAdapter, ToMeConfig, __version__, attach
-from dtem_hf.cli import app
-from dtem_hf.hub.facts import BackboneFacts
+from dtem_hf import ToMeConfig, __version__, attach
 from tests.support.children import run_python
-
-
-# 4 × 4 patches of 8 × 8 pixels and CLS: 17 tokens; width 16, two heads, an MLP of 32, five classes.
-TINY = ViTConfig(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    image_size=32,
-    patch_size=8,
-    num_labels=5,
-)
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def run_json(*arguments: Any) -> Any:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-@pytest.fixture
-def config_folder(tmp_path: Path) -> Path:
-    """A model's config, and no weights."""
-    TINY.save_pretrained(tmp_path / "config")
-    return tmp_path / "config"
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
-    """A whole checkpoint, with its image processor."""
-    ViTForImageClassification(TINY).save_pretrained(tmp_path / "model")
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def adapter_folder(tmp_path: Path) -> Path:
-    """An adapter of width 4 for a backbone of 2 layers of width 16."""
-    tensors = {f"layers.{i}.weight": torch.ones(4, 16) for i in range(2)}
-    tensors |= {f"layers.{i}.bias": torch.zeros(4) for i in range(2)}
-    backbone = BackboneFacts("vit", num_layers=2, hidden_size=16, base_model="user/tiny")
-    MergeAdapter(DTEMConfig(r=3, init="random", embed_dim=4), tensors, backbone).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+from tests.support.command_line import TINY, run, run_json
 
 
 CARD = """---
@@ -258,83 +205,6 @@ class TestVisualize:
         assert Image.open(tmp_path / "layers.png").width > 0
         two = run(*arguments[:3], picture, "--by-layer")
         assert two.exit_code == 2 and "by_layer=True: one image, not 2" in two.stderr
-
-
-class TestErrors:
-    """One line on stderr and nothing on stdout; 2 for a bad value, 1 for what is not there."""
-
-    def check(self, result: Any, exit_code: int, *words: str) -> None:
-        assert result.exit_code == exit_code
-        assert result.stdout == ""
-        assert len(result.stderr.splitlines()) == 1
-        for word in words:
-            assert word in result.stderr
-
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (("--method", "nothing"), ("method", "'nothing'", "dtem, dtps, etps, evit, pitome, tofu, tome")),
-            (("--r", "-1"), ("r=-1", "from 0")),
-            (("--r", "many"), ("r='many'",)),
-            (("--r", "null"), ("r='null'", "a whole number")),
-            (("--r", "[3]"), ("1 layers", "the model has 2")),
-            (("--r", "3", "--flops", "0.5"), ("r, flops=('3', 0.5): one of them",)),
-            (("--flops", "2"), ("flops=2.0",)),
-            (("--image-size", "4"), ("image_size=4",)),
-        ],
-    )
-    def test_bad_value(self, config_folder, arguments, words):
-        self.check(run("plan", config_folder, *arguments), 2, *words)
-
-    def test_model_that_cannot_be_merged(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-
-        self.check(run("plan", tmp_path), 2, "'bert' cannot be merged: ")
-
-    def test_config_without_a_model_type(self, tmp_path):
-        (tmp_path / "config.json").write_text("{}")
-
-        self.check(run("plan", tmp_path), 2, "model_type")
-
-    def test_no_such_model(self, tmp_path):
-        self.check(run("plan", tmp_path / "nothing"), 1, f"there is no folder {tmp_path / 'nothing'}")
-
-    def test_no_such_model_by_a_name_without_a_folder(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        Image.new("RGB", (32, 32)).save(tmp_path / "cat.png")
-        for command in (["plan"], ["info"], ["visualize", tmp_path / "cat.png"]):
-            shown = run(command[0], "nowhere", *command[1:])
-            self.check(shown, 1, "there is no folder nowhere here, and on the Hub")
-
-    def test_a_folder_is_no_picture(self, model_folder, tmp_path):
-        self.check(run("visualize", model_folder, "x.png", "--output", tmp_path), 2, "output=", "this is a folder")
-
-    def test_an_untrained_method_is_not_drawn(self, model_folder, tmp_path):
-        picture = tmp_path / "cat.png"
-        Image.new("RGB", (32, 32)).save(picture)
-        for options, field in (
-            (("--method", "dtps"), "method"),
-            (("--merge", tmp_path / "merge_config.json"), "merge"),
-        ):
-            DTPSConfig().save_pretrained(tmp_path)
-            self.check(run("visualize", model_folder, picture, *options), 2, f"{field}='dtps': a method that needs no")
-
-    def test_no_such_adapter(self, tmp_path):
-        self.check(run("info", tmp_path), 1, "merge_config.json")
-
-    def test_damaged_adapter(self, adapter_folder):
-        (adapter_folder / "merge_adapter.safetensors").write_bytes(b"nothing")
-
-        self.check(run("info", adapter_folder), 2, "merge_adapter.safetensors")
-
-    def test_no_such_picture(self, model_folder, tmp_path):
-        self.check(run("visualize", model_folder, tmp_path / "cat.jpg"), 1, "cat.jpg")
-
-    def test_merge_beside_method(self, model_folder, tmp_path):
-        self.check(run("visualize", model_folder, "x.png", "--merge", "a/b", "--method", "tome"), 2, "method='tome'")
-
-    def test_traceback_on_request(self, config_folder):
-        assert isinstance(run("--traceback", "plan", config_folder, "--r", "-1").exception, ValueError)
 
 
 @pytest.mark.parametrize(
