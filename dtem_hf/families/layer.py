@@ -55,12 +55,14 @@ class LayerMerging:
             attended = attended[0]
         # The residual first, as sums keep the memory layout of their first term, and RMS norms round by it.
         hidden_states = hidden_states + self.branch(attended, parts.branch1)
-        if not state.method.between:
-            hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
-        hidden_states = self.feed_forward(hidden_states, parts)
         if state.method.between:
-            hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
-        return hidden_states
+            hidden_states = self.feed_forward(hidden_states, parts)
+            return state.method.reduce(hidden_states, normed, self, state, bias)
+        hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
+        # The MLP takes the most memory. What is not read again is freed in front of it, so that it can be used anew.
+        state.projected = None
+        del attended, normed, bias
+        return self.feed_forward(hidden_states, parts)
 
     def feed_forward(self: Any, x: Tensor, parts: Anatomy) -> Tensor:
         """The layer behind attention and a merge: [B, n, D] -> [B, n, D]."""
