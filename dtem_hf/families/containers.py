@@ -66,6 +66,14 @@ CONTAINERS: Mapping[str, Container] = {
     "vision-text-dual-encoder": Container("tokens"),
 }
 
+# Other types that hold an encoder, unless their config says otherwise: `register` has to know them.
+OTHERS = (
+    *("aria", "chmv2", "cohere2_vision", "colmodernvbert", "colpali", "colqwen2", "cosmos3_omni", "deepseek_vl"),
+    *("deepseek_vl_hybrid", "depth_pro", "granite4_vision", "lfm2_vl", "llava_next_video", "modernvbert"),
+    *("nemotron_h_omni", "pi0", "shieldgemma2", "t5gemma2", "t5gemma2_encoder", "tipsv2_dpt", "ultravbert"),
+    "video_llava",
+)
+
 
 def container_of(model_class: Any) -> Container:
     """How models of a class read the tokens of an encoder inside."""

@@ -16,7 +16,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from ..errors import AdapterError, BadValue, NoTrainedHead, UnsupportedModelError
 from ..families import SUPPORTED, find_place, unsupported
-from ..families.containers import CONTAINERS
+from ..families.containers import CONTAINERS, OTHERS
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
 from .derived import stock_class
@@ -230,13 +230,15 @@ def unregister() -> None:
 
 def _register(variant: Callable[[type], type]) -> None:
     """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
-    containers = {CONFIG_MAPPING[model_type] for model_type in CONTAINERS}
+    containers = {CONFIG_MAPPING[name] for name in (*CONTAINERS, *OTHERS) if name in CONFIG_MAPPING}
     for auto in _BY_PREFERENCE:
         stock = getattr(transformers, auto.__name__)
         for config_class in {*_CONFIGS, *containers}:
             classes = _mapped_classes(stock, config_class)
             merges = PreTrainedModel if config_class in containers else SUPPORTED
-            chosen = tuple(variant(cls) if issubclass(cls, merges) else cls for cls in classes)
+            # `register` of transformers takes only a class that was made for the config.
+            own = {cls for cls in classes if issubclass(cls, merges) and cls.config_class is config_class}
+            chosen = tuple(variant(cls) if cls in own else cls for cls in classes)
             if chosen != classes:
                 stock.register(_key(config_class), chosen[0] if len(chosen) == 1 else chosen, exist_ok=True)
 

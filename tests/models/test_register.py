@@ -19,7 +19,12 @@ from dtem_hf import (
     register,
     unregister,
 )
+from dtem_hf.families import SUPPORTED
+from dtem_hf.models.derived import Renamed
 from tests.models.test_auto import Make, logits
+
+
+ENCODERS = {cls.config_class for cls in SUPPORTED}
 
 
 @pytest.fixture
@@ -86,6 +91,42 @@ def test_register_is_idempotent_and_undone(base: Path) -> None:
     assert type(stock.from_pretrained(base)) is ViTForImageClassification
     unregister()
     assert type(stock.from_pretrained(base)) is ViTForImageClassification
+
+
+def test_every_type_of_model_that_holds_an_encoder_by_default_is_registered() -> None:
+    stock = transformers.AutoModel, transformers.AutoModelForPreTraining, transformers.AutoModelForDepthEstimation
+    holders = [config for config in transformers.CONFIG_MAPPING.values() if holds_encoder(config)]
+    assert transformers.VideoLlavaConfig in holders
+    offered = [(auto, config) for auto in stock for config in holders if config in auto._model_mapping]
+    register()
+    try:
+        plain = [config.model_type for auto, config in offered if not issubclass(mapped(auto, config), Renamed)]
+    finally:
+        unregister()
+    assert not plain
+
+
+def holds_encoder(config_class: Any) -> bool:
+    """Whether a model of a type has, by default, an encoder of another type inside that can be merged."""
+    if not getattr(config_class, "sub_configs", None):
+        return False
+    try:
+        config = config_class()
+    except Exception:  # a type that has no default: each says so by an error of its own
+        return False
+    return any(isinstance(part, encoder) for part in inner(config) for encoder in ENCODERS)
+
+
+def inner(config: Any) -> Iterator[Any]:
+    for part in vars(config).values():
+        if isinstance(part, transformers.PretrainedConfig):
+            yield part
+            yield from inner(part)
+
+
+def mapped(auto: Any, config: Any) -> Any:
+    found = auto._model_mapping[config]
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 @pytest.mark.usefixtures("registered")

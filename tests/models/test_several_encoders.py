@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
+import dtem_hf
 from dtem_hf import AutoModelForImageTextToText, BadValue, DTEMConfig, MergeAdapter, ToMeConfig, attach, detach
 
 
@@ -97,3 +99,13 @@ def test_what_lies_between_a_merged_model_and_its_layers_is_not_detached_alone(m
         with pytest.raises(BadValue, match=r"model='.*': the merged model that this is a part of"):
             detach(part)
     assert model.merge_config.r == 2 and "merging" in vars(model.vit)
+
+
+def test_transformers_own_auto_class_takes_it_when_registered(tmp_path):
+    attach(make(), DTEMConfig(r=2), part="image_tower").save_pretrained(tmp_path)
+    dtem_hf.register()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    finally:
+        dtem_hf.unregister()
+    assert merged_parts(model) == [IMAGES] and model.merge_config == DTEMConfig(r=2, part=IMAGES)
