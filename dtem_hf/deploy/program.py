@@ -182,7 +182,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
     with replacing_together(arguments.output_dir) as folder, attention_as(model, attention):
         path = folder / FORMATS[kind]
         names = output_names(model, torch.zeros(1, *shape, device=device))
-        with ops.merge_form({"onnx": arguments.merge_form, "openvino": "openvino"}.get(kind, "scatter")):
+        with ops.merge_form({"onnx": arguments.merge_form, "openvino": "openvino"}.get(kind, "torch")):
             program = export_graph(model, shape)
         if arguments.int8 is not None:
             images, held_out = _calibration_images(arguments, shape)

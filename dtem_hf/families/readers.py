@@ -60,7 +60,7 @@ def _untraced(call: Callable[[], Any]) -> Any:
     Behind a graph break, it would trace parts of the call alone, which could not read a scope that was opened outside
     of their trace, and would quietly be those of the plain model.
     """
-    return call() if is_traced() or torch.compiler.is_exporting() else _eagerly(call)
+    return call() if is_traced() or ops.is_exporting() else _eagerly(call)
 
 
 @torch.compiler.disable

@@ -2,7 +2,7 @@
 
 from .attention import attention_dtype, extend_keys, see_itself, size_bias
 from .damage import first_order_change
-from .forms import MERGE_FORMS, exports_openvino, merge_form
+from .forms import MERGE_FORMS, exports_openvino, is_exporting, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .hosts import energies, match_by_energy, squeeze_hosts, with_hosts
 from .lengths import norms_of, prune_tokens, restore_lengths
@@ -35,6 +35,7 @@ __all__ = [
     "first_order_change",
     "fuse_tokens",
     "fused_source_map",
+    "is_exporting",
     "join_in_place",
     "match_by_energy",
     "merge_along_flow",

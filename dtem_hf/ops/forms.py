@@ -5,21 +5,31 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from packaging.version import Version
 
 from ..errors import BadValue
 
 
-MERGE_FORMS = ("scatter", "one_hot", "openvino")
-_FORM: ContextVar[str] = ContextVar("dtem_hf_merge_form", default="scatter")
+def _is_exporting_without_dynamo() -> bool:
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+# Whether torch.export traces. In torch before 2.13, Dynamo takes the answer to be yes in every graph of torch.compile.
+_DYNAMO_KNOWS = Version(torch.__version__) >= Version("2.13")
+is_exporting = torch.compiler.is_exporting if _DYNAMO_KNOWS else _is_exporting_without_dynamo
+
+MERGE_FORMS = ("torch", "scatter", "one_hot", "openvino")
+_FORM: ContextVar[str] = ContextVar("dtem_hf_merge_form", default="torch")
 
 
 @contextmanager
 def merge_form(form: str) -> Iterator[None]:
     """What `torch.export` writes for matching and merging inside the block; elsewhere it makes no difference.
 
-    "scatter" adds the merged tokens in place; "one_hot" multiplies by the one-hot matrix of the matching, for runtimes
-    that cannot scatter with a sum (TensorRT) or are slow at it. "openvino" scatters, too, and sorts and sums in ways
-    that OpenVINO is fast and exact at. Raises ValueError for another form.
+    "torch", the default, orders equal scores as eager does wherever the graph runs. The others leave that to the
+    runtime: "scatter" is for ONNX Runtime, and "one_hot", which multiplies by the one-hot matrix of the matching, for
+    runtimes that cannot scatter with a sum (TensorRT) or are slow at it. "openvino" orders as "torch" does, and finds
+    maxima and sums in ways that OpenVINO is fast and exact at. Raises ValueError for another form.
     """
     if form not in MERGE_FORMS:
         raise BadValue("merge_form", form, f"one of {', '.join(MERGE_FORMS)}")
@@ -35,6 +45,11 @@ def exports_one_hot() -> bool:
     return _exports("one_hot")
 
 
+def exports_onnx() -> bool:
+    """Whether a graph is being exported for ONNX alone, whose TopK keeps the order of equal values."""
+    return _exports("scatter", "one_hot")
+
+
 def exports_openvino() -> bool:
     """Whether a graph is being exported for OpenVINO.
 
@@ -43,7 +58,6 @@ def exports_openvino() -> bool:
     return _exports("openvino")
 
 
-def _exports(form: str) -> bool:
-    # Dynamo, which cannot ask, never exports a form.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    return exporting and _FORM.get() == form
+def _exports(*forms: str) -> bool:
+    # Dynamo, which cannot read a ContextVar, never exports a form.
+    return _is_exporting_without_dynamo() and _FORM.get() in forms

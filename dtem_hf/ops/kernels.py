@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .forms import is_exporting
+
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The types of the devices that the kernels run on. find_spec does not import Triton, which takes a while.
@@ -30,7 +32,7 @@ def disabled() -> Iterator[None]:
 
 def can_match(metric: Tensor) -> bool:
     """Whether `match` runs on a metric that lies on one of `devices`. An exported graph holds no kernel."""
-    return metric.dtype in _DTYPES and not torch.compiler.is_exporting()
+    return metric.dtype in _DTYPES and not is_exporting()
 
 
 def can_merge(x: Tensor, sizes: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
-from .forms import exports_openvino
+from .forms import exports_onnx, exports_openvino, is_exporting
 from .splitting import split_even_odd
 
 
@@ -45,15 +45,16 @@ def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
 
 def descending_order(x: Tensor) -> Tensor:
     """Indices that sort the last dimension, largest first, equal values by position."""
-    if torch.compiler.is_exporting() and exports_openvino():
-        return _order_by_rank(x)
-    if torch.compiler.is_exporting():
-        return x.topk(x.shape[-1]).indices  # ONNX has no stable sort; its TopK keeps the order of equal values
+    if is_exporting():  # ONNX has no stable sort, and torch's topk is not stable
+        return x.topk(x.shape[-1]).indices if exports_onnx() else _order_by_rank(x)
     return x.argsort(dim=-1, descending=True, stable=True)
 
 
 def _order_by_rank(x: Tensor) -> Tensor:
-    """`descending_order` of [B, n] without a sort: OpenVINO's is unstable, or five times as slow as comparing all."""
+    """`descending_order` of [B, n] without a sort, by comparing all.
+
+    OpenVINO's sort is unstable, or five times as slow.
+    """
     places = torch.arange(x.shape[1], device=x.device)
     theirs, ours = x.unsqueeze(1), x.unsqueeze(2)
     ahead = (theirs > ours) | ((theirs == ours) & (places < places.unsqueeze(1)))
@@ -81,7 +82,7 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
-    if torch.compiler.is_exporting() and exports_openvino():
+    if is_exporting() and exports_openvino():
         # It reads an index of a maximum from a TopK that keeps no order of ties.
         best, last = scores.amax(dim=-1, keepdim=True), scores.shape[2] - 1
         places = torch.arange(last + 1, device=scores.device)
@@ -114,7 +115,7 @@ def bipartite_soft_matching(
     order = descending_order(best)
     places = torch.add(num_prefix_tokens + num_prefix_tokens % 2, order, alpha=2)
     leaving, kept = places[:, :r], places[:, r:]
-    if torch.compiler.is_exporting():  # ONNX writes a sort as a topk of a computed number
+    if is_exporting():  # ONNX writes a sort as a topk of a computed number
         kept = kept.topk(kept.shape[1], largest=False).values
     else:
         kept = kept.sort(dim=-1).values

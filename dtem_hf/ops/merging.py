@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .forms import exports_one_hot
+from .forms import exports_one_hot, is_exporting
 from .matching import Matching
 
 
@@ -22,7 +22,7 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
     May overwrite `base`.
     """
-    if base.is_cuda or (torch.compiler.is_exporting() and exports_one_hot()):
+    if base.is_cuda or (is_exporting() and exports_one_hot()):
         # A product with the one-hot matrix: CUDA scatters by atomics in no fixed order, and TensorRT cannot.
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
@@ -36,7 +36,7 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         return base.index_add_(1, index[0], rows)
     # Along rows of all images below each other: along tokens, the index would be read anew for every feature.
     flat, index, rows = base.flatten(0, 1), _rows(index, base.shape[1]), rows.flatten(0, 1)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return flat.index_put((index,), rows, accumulate=True).view_as(base)
     return flat.index_add_(0, index, rows).view_as(base)
 
