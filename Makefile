@@ -11,11 +11,12 @@ OLDEST = "$(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/\1/p' pyproject.toml).
 OLDEST_BIN := .venv-oldest/bin
 OLDEST_TESTS := convert deploy/test_static_shapes.py evaluation/test_captions.py families hub/test_adapter.py \
 	hub/test_adapter_refusals.py hub/test_hub.py hub/test_hub_content.py hub/test_hub_faults.py \
-	methods models ops/test_attention.py ops/test_matching.py ops/test_merging.py test_scope.py
+	methods models ops/test_attention.py ops/test_forms.py ops/test_matching.py ops/test_merging.py test_scope.py
 
 MEASURED := --random_weights True --device cpu --r 16
 SMALL := --model recipes/configs/deit_small $(MEASURED) --rounds 12
 PEERS := --peer recipes.peers:sliced
+BOTH := $(PEERS) recipes.peers:sliced_layers
 EXPORTED := onnxruntime openvino openvino_bfloat16
 RUNTIMES := --methods tome --runtimes $(EXPORTED) $(PEERS) --peer_runtimes $(EXPORTED) --batch_sizes 1 16
 VIDEO := --model recipes/configs/videomae_base --random_weights True --device cpu --methods tome --r 121 --batch_sizes 1 \
@@ -61,11 +62,11 @@ ecosystem: $(VENV)/.installed-test  ## Write docs/ecosystem.md anew from the fam
 	$(BIN)/python -m tests.support.ecosystem
 
 performance: $(addprefix $(VENV)/.installed-,evaluate train onnx openvino)  ## Measure speed on a CPU and write the tables in docs/performance anew
-	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(PEERS) --output_dir docs/performance/deit-small
+	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome dtem --rounds 20 --batch_sizes 1 16 --breakdown True $(BOTH) --output_dir docs/performance/deit-small
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --batch_sizes 16 --output_dir docs/performance/deit-small-compile
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes eager compile --dtype bfloat16 --batch_sizes 16 --output_dir docs/performance/deit-small-bfloat16
 	$(BIN)/python recipes/benchmark.py $(SMALL) --methods tome --runtimes onnxruntime onnxruntime_one_hot --batch_sizes 8 --output_dir docs/performance/deit-small-onnx
-	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome dtem --runtimes eager compile --rounds 60 --batch_sizes 1 $(PEERS) --output_dir docs/performance/deit-tiny
+	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome dtem --runtimes eager compile --rounds 60 --batch_sizes 1 $(BOTH) --peer_runtimes eager compile --output_dir docs/performance/deit-tiny
 	$(BIN)/python recipes/benchmark.py $(TINY) --methods tome --runtimes eager compile --rounds 10 --batch_sizes 1 4 16 64 256 --output_dir docs/performance/deit-tiny-batches
 	$(BIN)/python recipes/benchmark.py $(TINY) $(RUNTIMES) --rounds 15 --output_dir docs/performance/deit-tiny-runtimes
 	$(BIN)/python recipes/benchmark.py $(SMALL) $(RUNTIMES) --rounds 10 --output_dir docs/performance/deit-small-runtimes

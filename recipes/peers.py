@@ -7,6 +7,7 @@ python recipes/benchmark.py --model recipes/configs/deit_small --random_weights 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,19 @@ def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
         return model.classifier(model.vit.layernorm(x)[:, 0])
 
     return run
+
+
+def sliced_layers(model: Any, r: int) -> Callable[[Tensor], Tensor]:
+    """`sliced` in transformers' own modules: what a merged model lacks of it is the price of merging alone."""
+
+    def drop(layer: Any, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x = x + layer.attention(layer.layernorm_before(x), attention_mask=attention_mask, **kwargs)[0]
+        x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)]
+        return x + layer.mlp(layer.layernorm_after(x))
+
+    for layer in model.vit.layers:
+        layer.forward = partial(drop, layer)
+    return lambda pixels: model(pixel_values=pixels).logits
 
 
 def sliced_video(model: Any, r: int) -> Callable[[Tensor], Tensor]:

@@ -44,6 +44,13 @@ def test_tokens_are_dropped_for_nothing(model: Any, pixels: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_transformers_own_layers_drop_the_same_tokens(model: Any, pixels: Tensor) -> None:
+    expected = [peers.sliced(model, r)(pixels) for r in (0, 16, 100)]
+    for r, logits in zip((0, 16, 100), expected, strict=True):
+        torch.testing.assert_close(peers.sliced_layers(model, r)(pixels), logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_tokens_of_a_video_are_dropped_for_nothing() -> None:
     config = VideoMAEConfig(
         hidden_size=32,
