@@ -10,10 +10,9 @@ from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from typing_extensions import Self
 
 from .costs import EncoderCost
 from .errors import MOST_LAYERS, WIDEST, BadValue, check_number, check_whole

@@ -7,9 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
-
-from typing_extensions import Self
+from typing import Any, ClassVar, Self
 
 from .costs import EncoderCost
 from .errors import MOST_LAYERS, MOST_TOKENS, BadValue, check_number, check_whole

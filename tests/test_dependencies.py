@@ -7,10 +7,9 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -21,8 +20,6 @@ from tests.support.hub_client import hub_environment
 from tests.support.loopback_hub import LoopbackHub
 
 
-# huggingface_hub brings tomli for Python 3.10.
-tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 PACKAGE = Path(dtem_hf.__file__).parent
 # Distributions whose module has another name.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
