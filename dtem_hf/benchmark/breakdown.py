@@ -30,7 +30,7 @@ _PARTS = {
         "prune_tokens",
         "restore_lengths",
         "split_by_score",
-        "squeeze_hosts",
+        "match_pruned_to_kept",
     ),
     "attention bias": ("size_bias",),
 }

@@ -18,7 +18,7 @@ from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
 from ..models.copies import share_weights
 from ..models.install import is_merged
-from ..models.processor import count_dropped, count_read
+from ..models.processor import count_dropped_tokens, count_placeholders
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
 from ..progress import tqdm
@@ -120,7 +120,7 @@ def answering_entries(
     `merged` are the variants whose language model reads merged tokens: its prompts are shorter by as many.
     """
     plain = variants[0].model
-    like, num_plain = next(plain.parameters()), variants[0].plan.num_tokens - count_dropped(plain)
+    like, num_plain = next(plain.parameters()), variants[0].plan.num_tokens - count_dropped_tokens(plain)
     image, vocabulary = plain.config.image_token_id, plain.config.get_text_config().vocab_size
     text = torch.randint(vocabulary - 1, (prompt,), device=like.device)
     text += text >= image  # any token but the placeholder
@@ -128,7 +128,7 @@ def answering_entries(
     entries = []
     for variant in tqdm([*variants, *merged], desc="count", unit="row", leave=False):
         model = variant.standalone()
-        number = count_read(model, num_plain) if is_merged(model) else num_plain
+        number = count_placeholders(model, num_plain) if is_merged(model) else num_plain
         row = torch.cat([text.new_full((number,), image), text])
 
         def answer(pixels: Tensor, tokens: int = length, model: Any = model, row: Tensor = row) -> Tensor:

@@ -15,11 +15,11 @@ _FORM: ContextVar[str] = ContextVar("dtem_hf_merge_form", default="scatter")
 
 @contextmanager
 def merge_form(form: str) -> Iterator[None]:
-    """What `torch.export` writes for matching and merging inside the block; elsewhere it makes no difference.
+    """Choose the operations that `torch.export` writes for matching and merging inside the block.
 
-    "scatter" adds the merged tokens in place; "one_hot" multiplies by the one-hot matrix of the matching, for runtimes
-    that cannot scatter with a sum (TensorRT) or are slow at it. "openvino" scatters, too, and sorts and sums in ways
-    that OpenVINO is fast and exact at. Raises ValueError for another form.
+    "scatter" adds the merged tokens in place. "one_hot" multiplies by the one-hot matrix of the matching, for runtimes
+    that cannot scatter with a sum (TensorRT) or do it slowly. "openvino" scatters, too, and uses sorts and sums that
+    OpenVINO runs fast and exactly. Other passes do not change. Raises ValueError for another form.
     """
     if form not in MERGE_FORMS:
         raise BadValue("merge_form", form, f"one of {', '.join(MERGE_FORMS)}")
@@ -31,19 +31,19 @@ def merge_form(form: str) -> Iterator[None]:
 
 
 def exports_one_hot() -> bool:
-    """Whether a graph is being exported that is to have no scatter."""
+    """Whether the graph that is being exported must hold no scatter."""
     return _exports("one_hot")
 
 
 def exports_openvino() -> bool:
     """Whether a graph is being exported for OpenVINO.
 
-    Its TopK is unstable, or slow, and its sum over heads slower than additions.
+    OpenVINO's TopK is unstable or slow, and its sum over heads is slower than additions.
     """
     return _exports("openvino")
 
 
 def _exports(form: str) -> bool:
-    # Dynamo, which cannot ask, never exports a form.
+    # Dynamo cannot read the ContextVar, and never exports a form.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     return exporting and _FORM.get() == form

@@ -140,7 +140,7 @@ def test_saved_and_loaded_as_adapter_and_as_model(make_classifier: Make, pixels:
     plain.save_pretrained(tmp_path / "plain")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "plain", merge=tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, pixels), merged)
-    with pytest.raises(BadValue, match="learn_shifts=False: True, as the embedding was learned"):
+    with pytest.raises(BadValue, match="learn_shifts=False: True, as in the learned embedding"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "model", merge=DTEMConfig(r=5))
 
 

@@ -147,7 +147,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(
 def test_an_unsupported_model_stays_as_it_was() -> None:
     model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged: none of the encoders"):
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged: it holds no encoder"):
         attach(model, DTEMConfig(r=1))
     assert_unchanged(model, before)
 

@@ -77,7 +77,7 @@ def test_an_adapter_brings_it_along(make_classifier, pixels, tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(logits(again, pixels), logits(model, pixels))
-    with pytest.raises(BadValue, match="learn_norms=False: True, as the embedding was learned"):
+    with pytest.raises(BadValue, match="learn_norms=False: True, as in the learned embedding"):
         AutoModelForImageClassification.from_pretrained(
             tmp_path / "model", merge=DTEMConfig(r=5, learn_exponents=True)
         )
@@ -119,7 +119,7 @@ def test_exponents_of_other_heads_do_not_fit(make_classifier, tmp_path):
 
 
 def test_config_refusals():
-    with pytest.raises(BadValue, match="learn_exponents=True: False, or proportional_attention"):
+    with pytest.raises(BadValue, match="learn_exponents=True: False, or use proportional_attention"):
         DTEMConfig(learn_exponents=True, proportional_attention=False)
     with pytest.raises(BadValue, match="learn_norms='yes'"):
         DTEMConfig(learn_norms="yes")
