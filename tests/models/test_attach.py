@@ -247,7 +247,7 @@ def test_a_share_of_flops_is_met(make_classifier: Make) -> None:
 def test_an_r_that_no_layer_can_merge_is_lowered_and_named(make_classifier: Make, r: Any) -> None:
     """Of 64 patches a layer can merge half; fewer tokens further on are as usual, and give no warning."""
     largest = max(r) if isinstance(r, list) else r
-    with pytest.warns(UserWarning, match=rf"r={largest}: .* 64 patches, .* half, 32, at most"):
+    with pytest.warns(UserWarning, match=rf"r={largest}: .* 64 patches, .* at most half, 32;"):
         model = attach(make_classifier(num_hidden_layers=2), ToMeConfig(r=r))
     assert max(model.merge_plan().reductions) == 32
     with warnings.catch_warnings():
