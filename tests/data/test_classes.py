@@ -84,7 +84,7 @@ def test_order_is_said_and_another_number_of_classes_refused(tmp_path, capsys):
     images = folders(tmp_path / "three", ["a", "b", "c"])
     found = match_labels(images, config)
     assert [found.class_of(label) for label in images["label"]] == [0, 1, 2] and found.how == "order"
-    assert "the 3 classes of the data (a, b, c) are taken for the model's (LABEL_0, LABEL_1, LABEL_2)" in (
+    assert "the 3 classes of the data (a, b, c) are matched with the model's (LABEL_0, LABEL_1, LABEL_2)" in (
         capsys.readouterr().err
     )
     two = folders(tmp_path / "two", ["a", "b"])
@@ -92,7 +92,7 @@ def test_order_is_said_and_another_number_of_classes_refused(tmp_path, capsys):
         match_labels(two, config)
     left_out = match_labels(two, config, needed=False)
     assert [left_out.class_of(label) for label in (0, 1, -1)] == [-1, -1, -1]
-    assert "labels are left out" in capsys.readouterr().err
+    assert "labels are not used" in capsys.readouterr().err
 
 
 def test_streamed_folders_are_matched_as_loaded_ones(tmp_path):

@@ -77,7 +77,7 @@ class TestRoundTrip:
         [
             ("tome", r"merge='tome': for this method, write ToMeConfig\(\)"),
             ("DTEM", r"merge='DTEM': for this method, write DTEMConfig\(\)"),
-            ("my-adapter", r"merge='my-adapter': a folder that is there, a Hub id \(user/repo\)"),
+            ("my-adapter", r"merge='my-adapter': a folder that exists, a Hub id \(user/repo\)"),
             (8, r"merge=8: a config such as ToMeConfig\(r=8\)"),
         ],
     )
