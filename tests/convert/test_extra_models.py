@@ -232,7 +232,9 @@ def test_what_is_missing_or_odd_is_named(
 
 def test_what_shapes_do_not_tell_is_asked_for() -> None:
     """But for LV-ViT-S, which is known."""
-    with pytest.raises(BadValue, match=r"residual_scale=\(None, None\): .* 3 layers of width 32; known is LV-ViT-S"):
+    with pytest.raises(
+        BadValue, match=r"residual_scale=\(None, None\): .* 3 layers of width 32; only LV-ViT-S is known"
+    ):
         lv_vit_config(lv_vit_checkpoint())
     with pytest.raises(BadValue, match="num_attention_heads=5: a number that divides the width"):
         lv_vit_config(lv_vit_checkpoint(), 5, 0.5)
