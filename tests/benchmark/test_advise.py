@@ -158,7 +158,7 @@ def test_an_encoder_without_its_architecture_gets_no_random_head(
     main([str(tmp_path / "model"), str(image_folder), *options, "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "advice.json").read_text())["rows"]
     assert rows[1]["agreement"] is None and 0 < rows[1]["cosine"] < 1
-    assert "classifier.bias is not in the checkpoint and would be random" in capsys.readouterr().err
+    assert "the checkpoint lacks classifier.bias, which would be random" in capsys.readouterr().err
 
 
 def test_the_options_of_the_documentation_are_enough(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def reshaped(name: str, *shape: int) -> Callable[[Checkpoint], Any]:
         (reshaped("patch_embed.proj.weight", 32, 1, 4, 4), "patch_embed.proj.weight=[32, 1, 4, 4]: a tensor of"),
         (reshaped("blocks.2.mlp.fc1.weight", 60, 32), "blocks.2.mlp.fc1.weight=[60, 32]: a tensor of shape 64×32"),
         (reshaped("head.bias", 8), "head.bias=[8]: a tensor of shape 7"),
-        (reshaped("blocks.0.ls1.gamma", 32), "checkpoint='blocks.0.ls1.gamma': tensors of an MAE classifier only"),
+        (reshaped("blocks.0.ls1.gamma", 32), "checkpoint='blocks.0.ls1.gamma': only tensors of an MAE classifier"),
         (reshaped("blocks.4.norm1.weight", 32), "blocks.3.attn.qkv.weight=None"),
         (reshaped("mask_token", 1, 1, 32), "which transformers has as ViTMAEForPreTraining"),
         (lambda tensors: tensors.clear(), "fc_norm.weight, norm.weight='neither'"),

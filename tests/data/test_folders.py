@@ -120,7 +120,10 @@ def test_columns_are_named_where_none_is_of_labels(tmp_path, capsys):
     table = Dataset.from_dict({"image": [picture] * 2, "fine_label": [3, 4], "target": [0, 1]})
     table.to_parquet(str(tmp_path / "a.parquet"))
     assert load_images(str(tmp_path))["label"] == [-1, -1]
-    assert "the columns of the data are image, fine_label, target; --label_column" in capsys.readouterr().err
+    assert (
+        "the columns of the data are image, fine_label, target; choose one with --label_column"
+        in capsys.readouterr().err
+    )
     assert load_images(str(tmp_path), label_column="fine_label")["label"] == [3, 4]
     assert [row["label"] for row in stream_images(str(tmp_path), label_column="target")] == [0, 1]
     with pytest.raises(BadValue, match="label_column='coarse': one of the columns image, fine_label, target"):

@@ -152,7 +152,7 @@ def test_saved_and_loaded_as_adapter_and_as_model(make_classifier: Make, pixels:
             r"shifts.layers.2.mlp.fc1.bias: the model has this parameter",
         ),
         (lambda t: [t.pop(name) for name in list(t) if name.startswith("shifts.")], "the model has this parameter"),
-        (lambda t: t.update({"shifts.layers.9.mlp.fc1.bias": torch.ones(4)}), "the model has no place for it"),
+        (lambda t: t.update({"shifts.layers.9.mlp.fc1.bias": torch.ones(4)}), "the model no such tensor"),
         (
             lambda t: t.update({"shifts.layernorm.bias": torch.ones(5)}),
             r"shifts.layernorm.bias: the adapter has \[5\]",

@@ -88,8 +88,11 @@ def test_an_adapter_brings_it_along(make_classifier, pixels, tmp_path):
     [
         (lambda t: t.pop("exponents.2"), "exponents.2"),
         (lambda t: t.pop("exponents.0"), "exponents.0"),
-        (lambda t: t.update({"exponents.1": torch.ones(5)}), r"exponents.1 is F32 \[5\], and F32 \[4\]"),
-        (lambda t: t.update({"norms.1": torch.ones(2)}), r"norms.1 is F32 \[2\], and F32 \[1\]"),
+        (
+            lambda t: t.update({"exponents.1": torch.ones(5)}),
+            r"exponents.1 is F32 \[5\], and its config needs F32 \[4\]",
+        ),
+        (lambda t: t.update({"norms.1": torch.ones(2)}), r"norms.1 is F32 \[2\], and its config needs F32 \[1\]"),
         (lambda t: t.update({"norms.4": torch.ones(1)}), "norms.4"),
         (lambda t: t.update({"norms.1": torch.tensor([torch.nan])}), "norms.1 holds NaN"),
     ],
