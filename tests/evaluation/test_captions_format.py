@@ -106,7 +106,7 @@ def test_predictions_come_back_as_written(tmp_path):
     [
         ([], None, r"file.json='list'.*'images'"),
         ({"images": []}, None, "split=None"),
-        (KARPATHY, None, "split=None: one of test, train"),
+        (KARPATHY, None, "split=None: one of the splits in file.json: test, train"),
         (KARPATHY, "val", "split='val': one of the splits in file.json: test, train"),
         (COCO, "test", "split='test'.*COCO's format"),
         ({"images": [{"id": "7"}], "annotations": []}, None, r"images\[0\].id='7': a whole number"),
