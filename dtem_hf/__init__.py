@@ -1,4 +1,4 @@
-"""Token merging for Hugging Face vision transformers: faster by one keyword, and adapters learn what to merge."""
+"""Token merging for Hugging Face vision transformers: one keyword makes a model faster; adapters learn to merge."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-if TYPE_CHECKING:  # an alias like the name itself makes a name public
+if TYPE_CHECKING:  # type checkers treat `import X as X` as a public name
     from .benchmark.advice import Advice as Advice
     from .benchmark.advice import advise as advise
     from .configuration import DTEMConfig as DTEMConfig

@@ -3,7 +3,7 @@
     dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5
     dtem-hf quickstart   # a laptop's CPU
 
-A command imports what it needs when it runs, so that `dtem-hf --help` answers at once.
+Each command imports its modules when it runs, so that `dtem-hf --help` answers at once.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ _R_HELP = next(f.metadata["help"] for f in fields(MatchingConfig) if f.name == "
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's Hub id or local folder.")]
 _METHODS = "|".join(sorted(MergeConfig._methods))
-Method = Annotated[str | None, typer.Option(metavar=_METHODS, help="Left out: as the model was saved, or dtem.")]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar=_METHODS, help="The method; left out, the one that the model was saved with, or dtem."),
+]
 Reduction = Annotated[str | None, typer.Option("--r", metavar="R", help=f"{_R_HELP.capitalize()}, as JSON.")]
 Flops = Annotated[float | None, typer.Option(metavar="SHARE", help="Merge to this share of the multiply-adds.")]
 Pixels = Annotated[int | None, typer.Option(metavar="PIXELS", help="Height and width; left out: the model's own.")]
-Branch = Annotated[str | None, typer.Option(metavar="NAME", help="Commit to this branch, made if it is not there.")]
+Branch = Annotated[str | None, typer.Option(metavar="NAME", help="Commit to this branch; a missing branch is made.")]
 Message = Annotated[str | None, typer.Option(metavar="TEXT", help="The message of the commit.")]
 _MERGES = f"An adapter's folder or Hub id, or a {CONFIG_NAME}; several give several columns."
 Merges = Annotated[list[str] | None, typer.Option(metavar="ADAPTER", help=_MERGES)]
@@ -124,7 +127,7 @@ def info(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show an adapter's method, backbone, size and results; of a merged model's folder, how it is merged.
+    """Show an adapter's method, backbone, size and results, or how the model in a folder is merged.
 
     \b
     Examples:
@@ -178,21 +181,22 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter's folder.")],
     repo_id: Annotated[
         str | None,
-        typer.Argument(metavar="USER/REPO", help="The repository, made if it is not there; --dry-run needs none."),
+        typer.Argument(metavar="USER/REPO", help="The repository; a missing one is made. --dry-run needs none."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make it private; refused where it is public.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository; a public one is refused.")
+    ] = False,
     branch: Branch = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit as a pull request.")] = False,
     commit_message: Message = None,
-    overwrite_card: Annotated[
-        bool, typer.Option("--overwrite-card", help="Replace a README.md that is there.")
-    ] = False,
+    overwrite_card: Annotated[bool, typer.Option("--overwrite-card", help="Replace a README.md that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be published.")] = False,
 ) -> None:
-    """Publish an adapter on the Hub, in one commit. A merged model is published by its own push_to_hub.
+    """Publish an adapter on the Hub, in one commit. For a merged model, call its own push_to_hub.
 
-    It publishes config, tensors, card with pictures, and the records of training and evaluation without the folders
-    of this machine; nothing else of the folder. The token is that of `hf auth login`, or HF_TOKEN.
+    The commit holds the config, the tensors, the card with its pictures, and the records of training and evaluation,
+    without paths of this machine. Other files of the folder are not sent. The command uses the token of
+    `hf auth login`, or HF_TOKEN.
 
     \b
     Examples:
@@ -230,10 +234,12 @@ def visualize(
     method: Method = None,
     r: Reduction = None,
     flops: Flops = None,
-    by_layer: Annotated[bool, typer.Option("--by-layer", help="Draw one image by layers, a row per adapter.")] = False,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Draw one image layer by layer, a row per adapter.")
+    ] = False,
     output: Annotated[str, typer.Option(metavar="FILE", help="Where to write the picture.")] = "merged_tokens.png",
 ) -> None:
-    """Draw which patches of an image end in the same token.
+    """Draw which patches of an image merge into the same token.
 
     \b
     Examples:
@@ -248,7 +254,7 @@ def visualize(
     from .report.pictures import draw_merged_layers, draw_merged_tokens
 
     if merge and method is not None:
-        raise BadValue("method", method, "nothing beside --merge, which says its own")
+        raise BadValue("method", method, "nothing beside --merge: the adapter or config names its method")
     reduction = read_reduction(r, flops)
     check_file("output", output)
     if by_layer and len(images) > 1:
@@ -265,7 +271,7 @@ def visualize(
         merged = auto_class(config).from_pretrained(model, merge=wanted).eval()
         if reduction:
             merged.set_reduction(**reduction)
-        # The last part of its name only: a picture is published, and the folders of this machine are private.
+        # Only the last part of the path: pictures are published, and folder names of this machine are private.
         name = method_name(merged.merge_config.method)
         models[name if name not in models else f"{name} ({Path(label).name}, {len(models) + 1})"] = merged
     if by_layer:
@@ -288,8 +294,8 @@ def _add_program(name: str, module: str, summary: str) -> None:
 
         hide_other_bars()
         if name in EXTRAS and not {"-h", "--help"} & set(ctx.args):
-            need(name, f"dtem-hf {name}")  # all that is missing, before the first import fails
-        sys.argv = [ctx.command_path, *ctx.args]  # argparse shows the first, and records hold all
+            need(name, f"dtem-hf {name}")  # names every missing package before the first import fails
+        sys.argv = [ctx.command_path, *ctx.args]  # argparse shows the first; run records store all of them
         load_program(module, ctx.args)()
 
 
@@ -314,7 +320,7 @@ def _without_weights(config: PretrainedConfig, merge: Any) -> Any:
 
 
 def _merge_of(config: PretrainedConfig, method: str | None) -> Any:
-    """The named method with its defaults; if none is named, what the checkpoint was saved with, or DTEM."""
+    """The named method with its defaults. Without a name: the merge saved in the checkpoint, or else DTEM."""
     from .models.attach import UNSET
 
     if method is None and getattr(config, "merge", None) is not None:

@@ -1,4 +1,4 @@
-"""What is merged and how: one dataclass per method, kept in `model.config.merge` and in an adapter as plain JSON."""
+"""Merge configs: one dataclass per method. `model.config.merge` and adapters hold them as plain JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .version import __version__
 
 
 CONFIG_NAME = "merge_config.json"
-# Written into every config. A higher minor version loads with a warning, a higher major version is refused.
+# Every saved config holds it. A higher minor version loads with a warning, a higher major version is refused.
 FORMAT_VERSION = (1, 0)
-# An adapter's config has these beside the method's fields.
+# An adapter's config file has these keys beside the method's fields.
 ADAPTER_KEYS = ("backbone", "tensors_sha256")
 
 
@@ -34,10 +34,10 @@ def _help(text: str, **kwargs: Any) -> Any:
 
 @dataclass(kw_only=True)
 class MergeConfig(ABC):
-    """The fields of all methods. `method` names the method; `MergeConfig.from_dict` gives back the right subclass.
+    """The fields that all methods share. `MergeConfig.from_dict` returns the subclass that `method` names.
 
-    `title` is the method's name in tables and plots. `learns`: whether the method has learned tensors;
-    `needs_adapter`: whether it is of no use with untrained ones.
+    `title` is the method's name in tables and plots. `learns`: the method has learned tensors. `needs_adapter`: it is
+    useless with untrained tensors.
     """
 
     method: ClassVar[str]
@@ -50,10 +50,10 @@ class MergeConfig(ABC):
         "let a token that stands for m patches count m times in attention", default=True
     )
     unmerge: bool | None = _help(
-        "give all tokens back in place (true), or hand on the merged ones (false); left out, what reads them decides",
+        "return all tokens in place (true) or the merged tokens (false); left out, the model that reads them decides",
         default=None,
     )
-    part: str | None = _help("the dotted name of the encoder to merge, in a model that holds several", default=None)
+    part: str | None = _help("the dotted name of the encoder to merge, if a model holds several", default=None)
 
     def __init_subclass__(cls) -> None:
         if "method" in cls.__dict__:
@@ -63,7 +63,7 @@ class MergeConfig(ABC):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError for the first field whose value makes no sense."""
+        """Raise ValueError for the first field with an invalid value."""
         self._check_flags("proportional_attention", *(() if self.unmerge is None else ("unmerge",)))
         if not isinstance(self.part, (str, type(None))) or self.part == "":
             raise BadValue("part", self.part, "the dotted name of a module, or none")
@@ -76,11 +76,11 @@ class MergeConfig(ABC):
     @property
     @abstractmethod
     def schedule(self) -> Schedule:
-        """How many tokens each layer loses, as an object that resolves to one r per layer."""
+        """The schedule: it resolves to one r per layer, the number of tokens that the layer merges away."""
 
     @abstractmethod
     def with_reduction(self, r: Any, cost: EncoderCost, num_tokens: int) -> Self:
-        """The same config with another r, for an encoder's cost and tokens; ValueError for one that does not suit."""
+        """A copy with another r, for an encoder of this cost and number of tokens. Raises ValueError for a bad r."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON with `method` and `version`."""
@@ -90,14 +90,14 @@ class MergeConfig(ABC):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read `to_dict`'s output; keys of a newer version are dropped with a warning.
+        """Read the output of `to_dict`. Unknown keys, of a newer version, are dropped with a warning.
 
-        Raises ValueError for an unknown method, a newer major version, or a value that makes no sense.
+        Raises ValueError for an unknown method, a newer major version, or an invalid value.
         """
         if not isinstance(values, dict):
             raise BadValue("merge", values, "a JSON object made by MergeConfig.to_dict()")
         values = dict(values)
-        # First, because a newer format may have methods that this version does not know.
+        # Check the version first: a newer format may name methods that this version does not know.
         check_version(values.pop("version", None))
         method = values.pop("method", getattr(cls, "method", None))
         kind = MergeConfig._methods.get(method) if isinstance(method, str) else None
@@ -116,12 +116,12 @@ class MergeConfig(ABC):
         return kind(**{name: value for name, value in values.items() if name in known})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `merge_config.json` into a folder (made if needed), whole or not at all."""
+        """Write `merge_config.json` into a folder, which is made if needed. A failed write leaves no partial file."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
-        """Read `merge_config.json` from a folder, an adapter's for example. Raises FileNotFoundError or ValueError."""
+        """Read `merge_config.json` from a folder, such as an adapter's. Raises FileNotFoundError or ValueError."""
         values = read_json(Path(directory) / CONFIG_NAME)
         if isinstance(values, dict):
             values = {name: value for name, value in values.items() if name not in ADAPTER_KEYS}
@@ -147,7 +147,7 @@ class MatchingConfig(MergeConfig):
         super().check()
         if isinstance(self.r, np.ndarray | np.generic):
             self.r = self.r.tolist()
-        if isinstance(self.r, list | tuple):  # a copy: the caller may change theirs
+        if isinstance(self.r, list | tuple):  # a copy: the caller may change the list later
             self.r = [each.item() if isinstance(each, np.generic) else each for each in self.r]
         schedule = as_schedule(self.r)
         self.r = schedule if isinstance(self.r, dict) else self.r
@@ -162,13 +162,13 @@ class MatchingConfig(MergeConfig):
 
 @dataclass
 class ToMeConfig(MatchingConfig):
-    """ToMe: merge by the similarity of attention keys; nothing to learn (ICLR 2023, arXiv 2210.09461)."""
+    """ToMe: merge by the similarity of attention keys, without training (ICLR 2023, arXiv 2210.09461)."""
 
     method: ClassVar[str] = "tome"
     title: ClassVar[str] = "ToMe"
 
 
-# Fields of DTEMConfig that add to what is learned.
+# Fields of DTEMConfig that add learned parameters beside the embedding.
 LEARN_FIELDS = ("learn_exponents", "learn_norms", "learn_shifts")
 _CHOICES = {"init": ("keys", "random"), "relaxation": ("auto", "straight_through", "soft", "hard")}
 
@@ -182,7 +182,7 @@ class DTEMConfig(MatchingConfig):
     learns: ClassVar[bool] = True
 
     embed_dim: int | None = _help(
-        "width of the embedding; None: the width of a head, doubled where the model is 1024 wide or more", default=None
+        "width of the embedding; None: the width of a head, doubled if the model is 1024 wide or more", default=None
     )
     top_k: int = _help("similarities that soft grouping keeps per token", default=3)
     score_temperature: float = _help("temperature of the similarities in soft grouping", default=0.1)
@@ -191,22 +191,22 @@ class DTEMConfig(MatchingConfig):
         "start from the mean attention key (equal to ToMe), or at random", default="keys"
     )
     relaxation: Literal["auto", "straight_through", "soft", "hard"] = _help(
-        "auto: soft in .train(), hard in .eval(); straight_through: hard, and in .train() with the gradients of the "
-        "soft one; soft or hard: always that",
+        "auto: merge softly in .train(), hard in .eval(); straight_through: always merge hard, in .train() with the "
+        "gradients of the soft merge; soft, hard: the same in both modes",
         default="auto",
     )
     learn_exponents: bool = _help(
-        "learn for each head how much a token's size counts in attention: m to a learned power, which starts at 1",
+        "learn for each head how much token sizes count in attention: size m is raised to a learned power, at first 1",
         default=False,
         kw_only=True,
     )
     learn_norms: bool = _help(
-        "learn for each layer how much of its length a merged token gets back, as a mean is shorter than its tokens",
+        "learn for each layer what share of the length that a mean of tokens loses a merged token gets back",
         default=False,
         kw_only=True,
     )
     learn_shifts: bool = _help(
-        "learn by how much the backbone's LayerNorm parameters and biases move while tokens are merged",
+        "learn shifts of the backbone's LayerNorm parameters and biases, added in proportion to the merged tokens",
         default=False,
         kw_only=True,
     )
@@ -215,7 +215,7 @@ class DTEMConfig(MatchingConfig):
         super().check()
         self._check_flags(*LEARN_FIELDS)
         if self.learn_exponents and not self.proportional_attention:
-            raise BadValue("learn_exponents", True, "False, or proportional_attention=True, whose sizes it raises")
+            raise BadValue("learn_exponents", True, "False, or use proportional_attention=True, which it changes")
         if self.embed_dim is not None:
             check_whole("embed_dim", self.embed_dim, 1, WIDEST)
         check_whole("top_k", self.top_k, 1, WIDEST)
@@ -228,13 +228,13 @@ class DTEMConfig(MatchingConfig):
 
 @dataclass
 class PiToMeConfig(MatchingConfig):
-    """PiToMe: merge where many tokens are alike, protect those that stand out (NeurIPS 2024, arXiv 2405.16148)."""
+    """PiToMe: merge tokens that many others resemble, protect distinct tokens (NeurIPS 2024, arXiv 2405.16148)."""
 
     method: ClassVar[str] = "pitome"
     title: ClassVar[str] = "PiToMe"
 
     margin: float = _help("cosine above which two tokens count as alike, in the first layer", default=0.9)
-    last_margin: float = _help("the same in the last layer; it changes linearly between the two", default=0.1)
+    last_margin: float = _help("this margin in the last layer; between, it changes linearly", default=0.1)
 
     def check(self) -> None:
         super().check()
@@ -244,12 +244,12 @@ class PiToMeConfig(MatchingConfig):
 
 @dataclass
 class ToFuConfig(MatchingConfig):
-    """ToFu: prune in early layers, in late ones merge by means of full length (WACV 2024, arXiv 2312.01026)."""
+    """ToFu: early layers prune, late layers merge and restore the length (WACV 2024, arXiv 2312.01026)."""
 
     method: ClassVar[str] = "tofu"
     title: ClassVar[str] = "ToFu"
 
-    prune_layers: int | None = _help("how many of the first layers prune; None: half of them", default=None)
+    prune_layers: int | None = _help("how many layers prune, from the first on; None: half of all", default=None)
 
     def check(self) -> None:
         super().check()
@@ -259,11 +259,12 @@ class ToFuConfig(MatchingConfig):
 
 @dataclass
 class KeepRateConfig(MergeConfig):
-    """The fields of the methods that keep a share of the patch tokens in some layers."""
+    """The fields of the methods that keep a share of the patch tokens (the keep rate) in some layers."""
 
     keep_rate: float = _help("share of the patch tokens that a reducing layer keeps", default=0.7)
     layers: list[int] | None = _help(
-        "layers that reduce, counted from 0; None: those at one, two and three quarters of the depth", default=None
+        "layers that reduce, counted from 0; None: the layers at one, two and three quarters of the depth",
+        default=None,
     )
     proportional_attention: bool = _help(
         "let a token that stands for m patches count m times in attention", default=False, kw_only=True
@@ -300,7 +301,7 @@ class EViTConfig(KeepRateConfig):
 
 @dataclass
 class ETPSConfig(KeepRateConfig):
-    """eTPS: as EViT, but each other patch joins the kept one that it resembles most (CVPR 2023, arXiv 2304.10716)."""
+    """eTPS: like EViT, but each pruned patch joins the most similar kept patch (CVPR 2023, arXiv 2304.10716)."""
 
     method: ClassVar[str] = "etps"
     title: ClassVar[str] = "eTPS"
@@ -309,7 +310,7 @@ class ETPSConfig(KeepRateConfig):
 
 @dataclass
 class DTPSConfig(KeepRateConfig):
-    """dTPS: as eTPS, by scores that a small network learns, in front of layers (CVPR 2023, arXiv 2304.10716)."""
+    """dTPS: like eTPS, but a learned network scores patches, in front of layers (CVPR 2023, arXiv 2304.10716)."""
 
     method: ClassVar[str] = "dtps"
     title: ClassVar[str] = "dTPS"
@@ -319,7 +320,7 @@ class DTPSConfig(KeepRateConfig):
 
 
 def check_version(version: Any) -> None:
-    """Refuse a format of a newer major version, warn about a newer minor one; None is the first version."""
+    """Raise ValueError for a newer major version, warn about a newer minor version; None is the first version."""
     if version is None:
         return
     found = re.fullmatch(r"(\d{1,5})\.(\d{1,5})", str(version), re.ASCII)
@@ -343,6 +344,6 @@ def check_version(version: Any) -> None:
 
 
 def _shorten(names: list[str]) -> str:
-    """A few names for a message; they come from a file and may be long or unprintable."""
+    """At most five names for a message, shortened: a file may hold long or unprintable names."""
     shown = ", ".join(name if name.isidentifier() else repr(name) for name in (name[:50] for name in names[:5]))
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""What commands show in a terminal: errors and notes in one line each, and small tables."""
+"""Terminal output of the commands: errors and notes of one line each, and small tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .version import __version__
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and end the command, where it is wanted."""
+    """Print the version and end the command, if `wanted`."""
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
 
 
 class OneLineErrors(TyperGroup):
-    """Errors that a user can correct are one red line on stderr: exit code 2 for a bad value, 1 for all others."""
+    """Show an error that a user can correct as one red line on stderr; exit with 2 for ValueError, else with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -38,12 +38,12 @@ class OneLineErrors(TyperGroup):
 
 
 def _show_note(message: Warning, *_: Any) -> None:
-    """A warning as one line, without the place in the code."""
+    """Show a warning as one line, without the line of code that raised it."""
     typer.secho(f"Note: {message}", fg=typer.colors.YELLOW, err=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Print rows; columns with a header are aligned to the right."""
+    """Print rows as a table; columns with a header are aligned to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,6 +1,6 @@
-"""Multiply-adds: of a method's metric, of a layer, of an encoder, and the plan that follows from one r per layer.
+"""Multiply-adds of a metric, a layer and an encoder, and the plan that one r per layer gives.
 
-A layer with too few tokens left for its r merges as many as it can.
+A layer that has too few tokens for its r merges as many as it can.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 
 class MetricCost(NamedTuple):
-    """Multiply-adds of a layer's metric: per token, per image, and the width of the features that are compared.
+    """Multiply-adds of a layer's metric: per token, per image, and the `width` of the compared features.
 
-    `compared` says which pairs of tokens outside the prefix are compared: each of one half with each of the other
-    ("halves"), each with each ("all"), or each that leaves with each that stays ("leaving").
+    `compared` says which pairs of non-prefix tokens the method compares: A tokens with B tokens ("halves"), all tokens
+    with all ("all"), or the tokens that leave with the tokens that stay ("leaving").
     """
 
     per_token: int
@@ -23,7 +23,7 @@ class MetricCost(NamedTuple):
     compared: Literal["halves", "all", "leaving"] = "halves"
 
     def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int) -> int:
-        """Multiply-adds for one image of `num_tokens` tokens, of which a layer merges r away."""
+        """Multiply-adds for one image of `num_tokens` tokens in a layer that merges r of them away."""
         free = num_tokens - num_prefix_tokens
         some = {"halves": free // 2, "all": free, "leaving": r}[self.compared]
         others = free if self.compared == "all" else free - some
@@ -32,10 +32,10 @@ class MetricCost(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-adds of one encoder layer, as numbers that do not depend on the number of tokens.
+    """Multiply-adds of one encoder layer, independent of the number of tokens.
 
-    `before` and `after`: per token, before and after the merge (projections; MLP). `per_pair`: per query-key pair
-    (scores and values). `metric` counts only where tokens are merged.
+    `before`: per token before the merge (projections). `after`: per token after the merge (MLP). `per_pair`: per pair
+    of query and key (scores and values). `metric` counts only if the layer merges tokens.
     """
 
     before: int
@@ -44,9 +44,9 @@ class LayerCost:
     metric: MetricCost
 
     def multiply_adds(self, num_tokens: int, r: int, num_prefix_tokens: int, between: bool = False) -> int:
-        """Multiply-adds of the layer for one image of `num_tokens` tokens, of which it merges r away.
+        """Multiply-adds of the layer for one image of `num_tokens` tokens, if it merges r of them away.
 
-        `between`: behind the MLP, in front of the next layer.
+        `between`: it merges behind its MLP, in front of the next layer.
         """
         grown = num_tokens if between else num_tokens - r
         total = num_tokens * self.before + num_tokens**2 * self.per_pair + grown * self.after
@@ -55,11 +55,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """Multiply-adds of a model, in its encoder's layers and around them.
+    """Multiply-adds of a model: of its encoder's layers, and outside of them.
 
-    `stem` per patch, `head` per image, `tail` per output token, `tail_pairs` per pair of them. `pairwise`: a layer can
-    merge at most half of its free tokens, as each of them needs a partner that stays. `between`: tokens are merged
-    between layers, not inside.
+    `stem` counts per patch, `head` per image, `tail` per output token, `tail_pairs` per pair of output tokens.
+    `pairwise`: a layer can merge at most half of its non-prefix tokens, as each merged token needs a partner that
+    stays. `between`: the method merges between layers, not inside them.
     """
 
     layers: tuple[LayerCost, ...]
@@ -72,7 +72,7 @@ class EncoderCost:
     between: bool = False
 
     def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
-        """The plan of one r per layer for `num_tokens` tokens; an r is lowered where too few tokens are left."""
+        """The plan for `num_tokens` tokens and one r per layer; an r too large for its layer is lowered."""
         if self.pairwise:
             reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
         tokens, costs, n = [], [], num_tokens
@@ -87,22 +87,23 @@ class EncoderCost:
             reductions=list(reductions),
             tokens=tokens,
             layer_multiply_adds=costs,
-            multiply_adds=around + self._behind(n) + sum(costs),
-            unmerged_multiply_adds=around + self._behind(num_tokens) + plain,
+            multiply_adds=around + self._on_output(n) + sum(costs),
+            unmerged_multiply_adds=around + self._on_output(num_tokens) + plain,
             output_tokens=n,
         )
 
-    def _behind(self, num_tokens: int) -> int:
+    def _on_output(self, num_tokens: int) -> int:
+        """Multiply-adds on the tokens that the encoder returns."""
         return num_tokens * (self.tail + num_tokens * self.tail_pairs)
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The tokens and multiply-adds of one image, computed without running the model.
+    """Tokens and multiply-adds of one image, computed without running the model.
 
-    `num_tokens` (with the prefix) enter the first layer; layer i merges `reductions[i]` away and leaves `tokens[i]`.
-    `multiply_adds` are the whole model's; of a captioner or a dual encoder, the image encoder's. `output_tokens` count
-    all frames of an input together.
+    `num_tokens` tokens, with the prefix, enter the first layer. Layer i merges `reductions[i]` away and returns
+    `tokens[i]`. `multiply_adds` counts the whole model, or the image encoder alone in a captioner or dual encoder.
+    `output_tokens` counts all frames of an input together.
     """
 
     num_tokens: int

@@ -1,4 +1,4 @@
-"""Import every module of a package, so that a new file in it is all that a new family or method needs."""
+"""Import every module of a package, so that a new file is enough to add a family or a method."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""The decoupled embedding: one small affine map per layer, by which tokens are compared (METHOD.md section 2)."""
+"""The decoupled embedding: one affine map per layer makes the features to compare tokens by (METHOD.md section 2)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .errors import BadValue, need
 
 @dataclass(frozen=True)
 class Geometry:
-    """The widths and counts of an encoder that merging goes by; H = `num_heads`, d = `head_dim`, D = `hidden_size`.
+    """Widths and counts of an encoder; H = `num_heads`, d = `head_dim`, D = `hidden_size`.
 
-    `shiftable`: names and lengths of the encoder's parameters that `DTEMConfig.learn_shifts` moves.
+    `shiftable`: names and lengths of the encoder's parameters that `DTEMConfig.learn_shifts` shifts.
     """
 
     num_layers: int
@@ -49,12 +49,11 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """What is learned of an encoder: its layers, its width D, the width d' of the embedding, and options.
+    """The shapes of the learned parameters: number of layers, hidden width D, embedding width d', and options.
 
-    `exponent_heads`: the number of heads that have an exponent of token sizes, 0 for none. `norms`: whether each layer
-    has a share of the length that a mean of tokens loses and gets back. `predictors`: the number of networks that
-    score tokens, which dTPS has in the place of an embedding (`embed_dim` 0). `shifts`: names and lengths of the
-    backbone's parameters that move while tokens are merged.
+    `exponent_heads`: the number of heads with an exponent of token sizes, 0 for none. `norms`: each layer learns what
+    share of its lost length a merged token gets back. `predictors`: the number of networks that score tokens; dTPS has
+    them and no embedding (`embed_dim` 0). `shifts`: names and lengths of the backbone's parameters that are shifted.
     """
 
     num_layers: int
@@ -66,7 +65,7 @@ class EmbeddingShape:
     shifts: tuple[tuple[str, int], ...] = ()
 
     def tensors(self) -> dict[str, list[int]]:
-        """Shapes by the names that tensors have in an adapter."""
+        """Shapes by the tensors' names in an adapter."""
         shapes = {}
         for i in range(self.predictors):
             shapes[f"predictors.{i}.norm.weight"] = shapes[f"predictors.{i}.norm.bias"] = [self.hidden_size]
@@ -86,7 +85,7 @@ class EmbeddingShape:
 class Projection(nn.Module):
     """A learned affine map: [..., D] -> [..., d'].
 
-    No `nn.Linear`, which quantisers and PEFT's "all-linear" would change along with the backbone's.
+    It is no `nn.Linear`: quantisers and PEFT's "all-linear" would change that along with the backbone's.
     """
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | None = None) -> None:
@@ -106,7 +105,7 @@ def predictor_widths(width: int) -> dict[str, tuple[int, int]]:
 
 
 class Predictor(nn.Module):
-    """dTPS's network: from tokens and their weighted mean, whether to keep or to prune each."""
+    """dTPS's network: it scores from each token and the mean of all kept tokens whether to keep the token."""
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -115,9 +114,9 @@ class Predictor(nn.Module):
         self.embed, self.fc1, self.fc2, self.fc3 = (Projection(*pair, device) for pair in widths)
 
     def forward(self, x: Tensor, counted: Tensor) -> Tensor:
-        """Logarithms of the probabilities to keep and to prune: x [B, n, D], `counted` [B, n] -> [B, n, 2].
+        """Log-probabilities to keep and to prune each token: x [B, n, D], `counted` [B, n] -> [B, n, 2].
 
-        In float32 at least. Tokens that are `counted` 0 are not in the mean.
+        The result is float32 or wider. `counted` holds the tokens' weights in the mean; 0 leaves a token out.
         """
         u = F.gelu(self.embed(self.norm(x.to(self.norm.weight.dtype))))
         local, shared = u.split([u.shape[-1] - u.shape[-1] // 2, u.shape[-1] // 2], dim=-1)
@@ -130,7 +129,7 @@ class Predictor(nn.Module):
 
 
 class LearnedVector(nn.Module):
-    """A learned vector [n]; read by calling the module, so that offloading and sharding bring it in."""
+    """A learned vector [n]. Call the module to read it: offloading and sharding load the values at a call."""
 
     def __init__(self, length: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -141,9 +140,9 @@ class LearnedVector(nn.Module):
 
 
 class Shifts(nn.Module):
-    """What is added to parameters of the backbone, times the share of the tokens that are gone.
+    """Learned shifts of backbone parameters. A pass adds them, times the share of the tokens merged so far.
 
-    Read by calling the module, which gives all of them by name.
+    Call the module to read them, by name.
     """
 
     def __init__(self, lengths: Sequence[tuple[str, int]], device: torch.device | None = None) -> None:
@@ -156,10 +155,10 @@ class Shifts(nn.Module):
 
     @staticmethod
     def key(*name: str) -> str:
-        """The key of a parameter in what the module returns, from the parts of its name.
+        """The key of a parameter in the module's output, made from the parts of the parameter's name.
 
-        A module allows no dots, and transformers renames keys that look like a backbone's own when it loads some
-        checkpoints; its patterns are of small letters.
+        Module names must not contain dots. The key is in capitals because transformers, when it loads some
+        checkpoints, renames keys that match patterns in small letters.
         """
         return "-".join(name).upper()
 
@@ -167,7 +166,7 @@ class Shifts(nn.Module):
 class DecoupledEmbedding(nn.Module):
     """The learned parameters of an encoder: `projections`, and `exponents`, `norms`, `shifts` and `predictors`.
 
-    Made without values (nothing is drawn): a method or an adapter fills it.
+    The constructor leaves the values uninitialised; a method or an adapter fills them.
     """
 
     def __init__(self, shape: EmbeddingShape, device: torch.device | None = None) -> None:
@@ -185,14 +184,14 @@ class DecoupledEmbedding(nn.Module):
         self.shifts = Shifts(shape.shifts, device)
 
     def exponents_of(self, layer: int) -> Tensor | None:
-        """The powers to which sizes are raised in a layer's attention, one per head [H]; None where they are 1."""
+        """The learned exponents of token sizes in a layer's attention, one per head [H]; None if none are learned."""
         return self.exponents[layer]() if self.exponents else None
 
     def lengthen(self, layer: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
-        """Give means of tokens a learned share of the length that they lost: x [B, n, D] -> [B, n, D].
+        """Give merged tokens back a learned share of their lost length: x [B, n, D] -> [B, n, D].
 
-        `norms` makes the size-weighted mean length of the tokens that each x is the mean of, [B, n, 1]. Single tokens
-        stay as they are, and all do where nothing is learned.
+        `norms` returns, for each merged token, the size-weighted mean length of the tokens that were merged into it,
+        [B, n, 1]. Unmerged tokens do not change. Without learned shares, x is returned.
         """
         if not self.norms:
             return x
@@ -200,33 +199,34 @@ class DecoupledEmbedding(nn.Module):
         return (x * lost.pow(self.norms[layer]().to(x.device, torch.float32))).to(x.dtype)
 
     def zero(self) -> Tensor | None:
-        """A zero that depends on every parameter that learns: added to an output, it gives each a gradient, if only 0.
+        """A zero that depends on every trainable parameter; None if there is none.
 
-        None where nothing learns. DistributedDataParallel waits for the gradients of all parameters.
+        Added to an output, it gives each parameter a gradient, if only 0. DistributedDataParallel waits for a gradient
+        of every parameter.
         """
         learning = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         return 0 * torch.stack([p.sum(dtype=torch.float32) for p in learning]).sum() if learning else None
 
     def aggregation_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that say how merged tokens count."""
+        """The exponents of token sizes and the shares of lost length."""
         yield from self.exponents.parameters()
         yield from self.norms.parameters()
 
     @torch.no_grad()
     def reset_aggregation(self) -> None:
-        """Set exponents to 1, shares of lost length and shifts to 0, which is plain merging."""
+        """Make merging plain: set exponents to 1, and shares of lost length and shifts to 0."""
         for parameter in self.exponents.parameters():
             parameter.fill_(1)
         for parameter in (*self.norms.parameters(), *self.shifts.parameters()):
             parameter.zero_()
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The parameters by the names that `EmbeddingShape.tensors` gives them; not copied."""
+        """The parameters themselves, by their names in an adapter (`EmbeddingShape.tensors`)."""
         return {name: self.get_parameter(_module_name(name)) for name in self.shape.tensors()}
 
     @torch.no_grad()
     def adapter_values(self) -> dict[str, Tensor]:
-        """Copies of the parameters in float32 on the CPU, by the same names; offloaded and sharded ones, too."""
+        """Copies of all parameters, offloaded and sharded ones too, in float32 on the CPU, by their adapter names."""
         values = {}
         for name in self.shape.tensors():
             module_name, _, parameter_name = _module_name(name).rpartition(".")
@@ -239,13 +239,13 @@ class DecoupledEmbedding(nn.Module):
 
     @torch.no_grad()
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors with an adapter's names into the parameters. Raises KeyError for one that is missing."""
+        """Copy an adapter's tensors into the parameters. Raises KeyError for a missing tensor."""
         for name, parameter in self.adapter_tensors().items():
             parameter.copy_(tensors[name])
 
 
 def _parameters_in_reach(module: nn.Module) -> AbstractContextManager[Any]:
-    """Accelerate keeps the parameters of an offloaded module elsewhere; without it, no module has its hook."""
+    """Inside the block, an offloaded module has its parameters; Accelerate keeps them elsewhere."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     need("train", "an offloaded model", "accelerate")
@@ -256,9 +256,9 @@ def _parameters_in_reach(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _module_name(adapter_name: str) -> str:
-    """The name in the module of a tensor of an adapter.
+    """The module's name for an adapter's tensor.
 
-    The module has no child called `layers`: transformers renames keys with that word when it loads some checkpoints.
+    The module has no child `layers`: transformers renames keys with that word when it loads some checkpoints.
     """
     kind, rest = adapter_name.split(".", 1)
     if kind == "layers":
@@ -274,10 +274,10 @@ def default_embed_dim(geometry: Geometry) -> int:
 
 
 def mean_key_projection(keys: KeyProjection, embed_dim: int | None = None) -> tuple[Tensor, Tensor]:
-    """The mean over heads of W_k and b_k, or over each of as many groups of heads as fill `embed_dim`.
+    """The mean over heads of W_k and b_k; for an `embed_dim` of g head widths, the means of g groups of heads.
 
     Returns weight [d', D] and bias [d'].
-    Raises ValueError where `embed_dim` is not a multiple of the head's width, at most one per head.
+    Raises ValueError if `embed_dim` is not a multiple of the head width, or is larger than all heads together.
     """
     head_dim, heads = keys.head_dim, keys.num_heads
     groups, rest = divmod(head_dim if embed_dim is None else embed_dim, head_dim)
@@ -306,7 +306,7 @@ def initialize_from_keys(embedding: DecoupledEmbedding, keys: Sequence[KeyProjec
 
 @torch.no_grad()
 def initialize_randomly(embedding: DecoupledEmbedding, std: float, seed: int | None = None) -> None:
-    """Normal weights of the given standard deviation, biases of zero; with a seed, always the same."""
+    """Draw normal weights of the given standard deviation and set biases to zero; a seed fixes the draw."""
     draw = None
     if seed is not None:
         draw = torch.Generator(next(embedding.parameters()).device).manual_seed(seed)

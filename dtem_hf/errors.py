@@ -1,4 +1,4 @@
-"""The errors that callers may want to catch, the checks of numbers that raise one, and that of optional packages."""
+"""The errors that callers may catch, and the checks of numbers and of optional packages that raise errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 MOST_LAYERS = 4096
 MOST_TOKENS = 1 << 20
 WIDEST = 1 << 20
-# The modules that each extra of pyproject.toml brings. Running a merged model takes none of them.
+# The modules that each extra of pyproject.toml installs. A merged model runs without any of them.
 _PROGRAMS = ("accelerate", "datasets", "psutil", "pyarrow")
 _TRAIN = (*_PROGRAMS, "kornia")
 _EVALUATE = (*_PROGRAMS, "evaluate", "matplotlib", "scipy")
@@ -33,12 +33,12 @@ EXTRAS = {
 
 
 class BadValue(ValueError):
-    """A field holds a value that makes no sense: names the field, the value, and what would fit."""
+    """A field holds an invalid value. The message names the field, the value, and what would fit."""
 
     def __init__(self, field: str, value: Any, expected: str) -> None:
         try:
             shown = repr(value)
-        except ValueError:  # Python writes no whole number of more than 4,300 digits
+        except ValueError:  # Python does not print integers of more than 4,300 digits
             shown = f"<{type(value).__name__} of too many digits>"
         super().__init__(f"{field}={shown if len(shown) <= 200 else shown[:200] + '…'}: {expected}.")
         self.field, self.value, self.expected = field, value, expected
@@ -48,26 +48,26 @@ class BadValue(ValueError):
 
 
 class NoTrainedHead(BadValue):
-    """A checkpoint is of an encoder alone: the classification head of a model made from it would be random."""
+    """A checkpoint holds an encoder without a classification head; a classifier would get a random head."""
 
 
 class UnsupportedModelError(ValueError):
-    """No family is known for a model, or the way it is set up cannot be merged."""
+    """The package has no family for a model, or it cannot merge a model with this setting."""
 
 
 class AdapterError(ValueError):
-    """An adapter cannot be read, or does not fit the backbone it is attached to."""
+    """An adapter cannot be read, or does not fit the model."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty; of an error without one, its class."""
+    """The first non-empty line of an error's message, or the name of its class if there is none."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def need(extra: str, what: str, *modules: str) -> None:
-    """Raise ImportError that names `what` lacks its packages and the line that installs them.
+    """Raise ImportError if packages that `what` needs are missing; the message names them and the command to install.
 
-    `modules`: those of the extra that are needed; all of them if left out.
+    `modules` are the needed modules of the extra; left out, all of them.
     """
     missing = [module for module in modules or EXTRAS[extra] if not _is_installed(module)]
     if missing:
@@ -75,18 +75,18 @@ def need(extra: str, what: str, *modules: str) -> None:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a package can be imported: no script, and no plain folder, that has its name."""
+    """Whether a package is installed. A script or a plain folder of its name does not count."""
     with without_scripts_named(module):
         found = find_spec(module)
-    # pycocoevalcap is a plain folder as well, and one that a distribution brings.
+    # pycocoevalcap is a plain folder, too, but a distribution installs it.
     return found is not None and (found.has_location or module in packages_distributions())
 
 
 @contextmanager
 def without_scripts_named(module: str) -> Iterator[None]:
-    """Inside the block, a package is not looked for in folders that hold a script of its name.
+    """Inside the block, Python does not search folders that hold a script of the package's name.
 
-    Python puts a script's folder first in its search path, and recipes/ has an `evaluate.py`.
+    Python searches the folder of the running script first, and recipes/ has an `evaluate.py`.
     """
     former = sys.path[:]
     sys.path[:] = [folder for folder in former if not Path(folder, f"{module}.py").is_file()]

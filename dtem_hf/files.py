@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and regular files that are read up to a bound."""
+"""Write files and folders atomically (whole or not at all), and read regular files of bounded size."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .errors import BadValue
 LARGEST_JSON = 1 << 20
 _DEEPEST_JSON = 64
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What is raised where a file cannot be written: torch raises RuntimeError.
+# The errors that failed writes raise; torch raises RuntimeError.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it takes the place of `path` only if nothing was raised."""
+    """Yield a temporary path beside `path` to write to. It replaces `path` if the block raises nothing."""
     path = Path(path)
     temporary = _temporary(path)
     with _naming_a_full_disk(path), making_folder(path.parent):
         try:
-            # The kernel applies the process's umask, which Python could only read by setting it.
+            # os.open applies the process's umask; Python cannot read the umask without setting it.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
             os.replace(temporary, path)
@@ -44,7 +44,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` to fill; it takes the place of `path` only if nothing was raised."""
+    """Yield a temporary folder beside `path` to fill. It replaces `path` if the block raises nothing."""
     path = Path(path)
     with _staging(path) as staging:
         filled = staging / "new"
@@ -57,9 +57,9 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder to write files to; they take their places in `folder` only if nothing was raised.
+    """Yield an empty folder to write files to. If the block raises nothing, the files move to `folder`.
 
-    They move in the order of their names' lengths: `model.onnx` is there before the record of it, `model.onnx.json`.
+    Shorter names move first, so that `model.onnx` arrives before its record `model.onnx.json`.
     """
     folder = Path(folder)
     with _staging(folder / "files") as staging:
@@ -70,7 +70,7 @@ def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def making_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a folder and those above it; afterwards, remove those of them that are empty."""
+    """Make a folder and its parents; after the block, remove the new folders that are still empty."""
     path = Path(folder)
     made = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def making_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
-    """Raise ValueError naming `option` where a file stands in the place of a folder, or of one above it."""
+    """Raise ValueError naming `option` if the path of the folder, or of one of its parents, is a file."""
     path = Path(folder)
     there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
     if not there.is_dir():
@@ -91,17 +91,17 @@ def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
 
 
 def check_file(option: str, file: str) -> None:
-    """Raise ValueError naming `option` where a folder stands in the place of a file, or a file above it."""
+    """Raise ValueError naming `option` if the path of the file is a folder, or one of its parents is a file."""
     check_folder(option, Path(file).parent)
     if Path(file).is_dir():
-        raise BadValue(option, file, "a file, and this is a folder")
+        raise BadValue(option, file, "the path of a file; this is a folder")
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove from a folder what a killed process left of the writes above.
+    """Remove the temporary files and folders that a killed process left in a folder.
 
-    Call it only while no other process writes to the folder. A folder that was moved aside and not yet replaced is
-    moved back.
+    Call it only while no other process writes to the folder. If the process was killed while it replaced a folder,
+    the old folder is moved back.
     """
     for path in Path(folder).glob(".*.tmp"):
         if found := _TEMPORARY.fullmatch(path.name):
@@ -125,7 +125,7 @@ def _staging(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk inside the block into an OSError naming `path`."""
+    """Turn the error of a full disk inside the block into an OSError that names `path`."""
     try:
         yield
     except WRITE_ERRORS as error:
@@ -136,14 +136,17 @@ def _naming_a_full_disk(path: Path) -> Iterator[None]:
 
 
 def full_disk(error: Exception) -> int | None:
-    """The code of the error where a disk or a quota is full; torch and safetensors say it in their message alone."""
+    """The errno of an error caused by a full disk or quota, else None.
+
+    Errors of torch and safetensors hold it only in the text of their message.
+    """
     if isinstance(error, OSError):
         return error.errno if error.errno in _DISK_IS_FULL else None
     return next((code for code in _DISK_IS_FULL if os.strerror(code) in str(error)), None)
 
 
 def _discard(temporary: Path, path: Path) -> None:
-    """Remove a temporary file or folder; where it holds the only version of `path`, that is moved back first."""
+    """Remove a temporary file or folder. If it holds the only version of `path`, move that back first."""
     if (temporary / "old").exists() and not path.exists():
         (temporary / "old").rename(path)
     if temporary.is_dir() and not temporary.is_symlink():
@@ -153,25 +156,25 @@ def _discard(temporary: Path, path: Path) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write indented JSON, whole or not at all. NaN and infinity are refused, as JSON has neither."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_bytes(path: str | os.PathLike[str], largest: int, links: bool = True) -> bytes:
-    """Read a regular file of at most `largest` bytes; without `links`, a symbolic link is refused.
+    """Read a regular file of at most `largest` bytes; `links` allows symbolic links.
 
-    Raises FileNotFoundError, or BadValue for a pipe, a device, a folder, a refused link or a larger file.
+    Raises FileNotFoundError, or BadValue for a pipe, a device, a folder, a link that is not allowed, or a larger file.
     """
     path = Path(path)
     try:
@@ -179,12 +182,12 @@ def read_bytes(path: str | os.PathLike[str], largest: int, links: bool = True) -
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}") from None
     if stat.S_ISLNK(facts.st_mode):
-        raise BadValue(path.name, str(path), "a file in the folder itself, and no link")
+        raise BadValue(path.name, str(path), "a file in the folder itself, not a symbolic link")
     if not stat.S_ISREG(facts.st_mode):
         raise BadValue(path.name, str(path), "a regular file")
     size = facts.st_size
     if size <= largest:
-        # Another file may have taken its place: a pipe must not block, and no more is read than was announced.
+        # Another file may replace it after the check: a pipe must not block, and no more than `size` bytes are read.
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= 0 if links else getattr(os, "O_NOFOLLOW", 0)
         with open(os.open(path, flags), "rb") as file:
@@ -195,12 +198,12 @@ def read_bytes(path: str | os.PathLike[str], largest: int, links: bool = True) -
 
 
 def read_text(path: str | os.PathLike[str], largest: int, links: bool = True) -> str:
-    """Read a UTF-8 text file as `read_bytes` does; line ends become "\\n". Raises ValueError for other text."""
+    """Read a UTF-8 text file as `read_bytes` does; line ends become "\\n". Raises ValueError if it is not UTF-8."""
     return read_bytes(path, largest, links).decode().replace("\r\n", "\n")
 
 
 def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON, links: bool = True) -> Any:
-    """Read a JSON file of at most `largest` bytes and 64 levels as `read_bytes` does. Raises what it raises."""
+    """Read a JSON file of at most `largest` bytes and 64 levels; errors are those of `read_bytes`, and BadValue."""
     content = read_bytes(path, largest, links)
     name = Path(path).name
     try:
@@ -217,7 +220,7 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_JSON, links: 
 
 
 def check_is_there(name: str) -> None:
-    """Raise FileNotFoundError for the path of a folder that does not exist, before a Hub is asked for it."""
+    """Raise FileNotFoundError if a name is the path of a missing folder, so that the Hub is not asked for it."""
     is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
     if (is_path or ("/" in name and Path(name).parent.is_dir())) and not os.path.exists(name):
         raise FileNotFoundError(f"there is no folder {name}")

@@ -1,4 +1,4 @@
-"""What methods, schedules and multiply-adds are called in tables, plots and cards."""
+"""Names of methods and schedules, and units of multiply-adds, for tables, plots and cards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .configuration import MergeConfig
 from .schedule import ConstantSchedule, ListSchedule, as_schedule
 
 
-# In the order in which tables list them: methods that learn come last.
+# The order of tables: methods that learn come last.
 _TITLES = {
     name: config.title for name, config in sorted(MergeConfig._methods.items(), key=lambda item: item[1].learns)
 }
@@ -24,7 +24,7 @@ def method_name(method: str) -> str:
 def reduction_label(r: Any) -> str:
     """The name of a schedule in tables and plots: "r=16", "flops=0.5", "linear r=8"; "–" for None.
 
-    Raises ValueError for what is no schedule.
+    Raises ValueError for an r that is no schedule.
     """
     if r is None:
         return "–"
@@ -37,11 +37,11 @@ def reduction_label(r: Any) -> str:
 
 
 def multiply_adds_unit(largest: float) -> tuple[float, str]:
-    """The unit for multiply-adds up to `largest`: its factor and its letter."""
+    """The unit for multiply-adds up to `largest`: its factor and its letter, G or M."""
     return (1e9, "G") if largest >= 1e9 else (1e6, "M")
 
 
 def series_name(row: dict[str, Any]) -> str:
-    """The line that a row belongs to: its method, and the adapter where there are several."""
+    """The name of a row's series in plots and tables: its method, and its adapter if the row names one."""
     name = method_name(row["method"])
     return f"{name} ({row['adapter']})" if row.get("adapter") else name

@@ -1,4 +1,4 @@
-"""Opening images, alike in every program: upright, in RGB with 8 bits, within a bound on pixels; their processor."""
+"""Open images in the same way in every program (upright, 8-bit RGB, bounded size), and load image processors."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from .errors import BadValue, need
 
 
-# WebDataset's name of an example.
+# The field in which WebDataset stores the name of an example.
 SHARD_KEY = "__key__"
-# 134 million: larger than any camera's, and half a gigabyte in RGB with alpha.
+# 134 million: more than any camera has, and half a gigabyte in RGB with alpha.
 MOST_PIXELS = 1 << 27
-# Files whose content is part of a digest.
+# A digest reads the content of at least so many files.
 _DIGESTED = 2000
-# The values that may stand for white where a mode leaves it open; the smallest that an image reaches is taken.
+# Modes that do not define the value of white, with the values it may have. The first that is at least the image's
+# maximum is taken.
 _WHITE = {"I": (255, 65535, 2**31 - 1), "F": (1.0, 255.0, 65535.0)}
 
 
 class UnreadableImage(ValueError):
-    """An image cannot be decoded; the message names it."""
+    """An image cannot be decoded. The message names the image."""
 
 
 def load_processor(model: str) -> Any:
-    """The image processor of a model, on PIL, which needs no torchvision."""
+    """The image processor of a model, with the PIL backend, which needs no torchvision."""
     return AutoImageProcessor.from_pretrained(model, backend="pil")
 
 
 def open_image(source: Any, name: str) -> Image.Image:
-    """An image in RGB, as `as_rgb` makes it. Raises UnreadableImage that names it.
+    """Open an image and convert it with `as_rgb`. Raises UnreadableImage, with `name` in its message.
 
-    `source` is a path, a Pillow image, or what an undecoded image column holds: {"bytes", "path"}.
+    `source` is a path, a Pillow image, or an entry of an undecoded image column: {"bytes", "path"}.
     """
     try:
         with _opened(source) as image:
@@ -50,7 +51,7 @@ def open_image(source: Any, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Turned upright by its EXIF orientation, 16-bit and float values scaled to 8 bits, transparent parts on white."""
+    """Convert an image to 8-bit RGB: turn it upright by EXIF, scale 16-bit and float values, put it on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in _WHITE or image.mode.startswith("I;16"):
         image = Image.fromarray(_eight_bit(np.asarray(image), _WHITE.get(image.mode, (65535,))))
@@ -61,9 +62,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def files_digest(files: Iterable[tuple[str, Any]], count: int) -> str:
-    """A short hash of `count` files, each given as what to call it and its path or content.
+    """A short hash of `count` files, given as pairs of a label and a path or content.
 
-    The sizes of all of them count, and the content of 2,000 that are spread evenly.
+    It covers the labels and sizes of all files, and the content of all, or of at least 2,000 spread evenly.
     """
     found, step = hashlib.sha256(), max(1, count // _DIGESTED)
     for i, (text, source) in enumerate(files):

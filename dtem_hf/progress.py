@@ -1,4 +1,4 @@
-"""Progress bars, for those who look: in a terminal and in a notebook, and not in a log or a pipe."""
+"""Progress bars in terminals and notebooks; none in a log or a pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm.auto import tqdm as _tqdm
 
 
 def are_shown() -> bool:
-    """Whether bars are drawn: stderr is a terminal, or a notebook runs."""
+    """Whether to draw bars: stderr is a terminal, or a notebook is running."""
     if sys.stderr.isatty():
         return True
     ipython = sys.modules.get("IPython")
@@ -18,12 +18,12 @@ def are_shown() -> bool:
 
 
 def tqdm(*args: Any, disable: bool = False, **options: Any) -> Any:
-    """A bar of tqdm, drawn where bars are."""
+    """A tqdm bar, hidden unless `are_shown`."""
     return _tqdm(*args, disable=disable or not are_shown(), **options)
 
 
 def hide_other_bars() -> None:
-    """Hide the bars of transformers and huggingface_hub, where none are drawn."""
+    """Hide the bars of transformers and huggingface_hub unless `are_shown`."""
     from transformers.utils import logging
 
     if not are_shown():

@@ -52,14 +52,14 @@ class QuickstartArguments:
     output_dir: str = option("folder for all results", default="runs/quickstart")
     epochs: int = option("passes over the digits when the plain ViT is trained", default=15)
     steps: int = option("steps of learning the merge embedding", default=150)
-    seed: int = option("of everything that is drawn", default=0)
+    seed: int = option("the seed of all random numbers", default=0)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "epochs", "steps")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the quickstart; each part prints its results and where they are."""
+    """Run the quickstart; each part prints its results."""
     arguments = parse_arguments(QuickstartArguments, argv, __doc__ or "")
     output = Path(arguments.output_dir)
     torch.manual_seed(arguments.seed)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accuracy = train_backbone(output, arguments)
     print(f"     plain model: {accuracy:.1f} % of {_TEST_IMAGES} held-out digits")
 
-    print(f"2/5  a merge embedding learns from the plain model alone, without labels (r = {LEARNED_AT})")
+    print(f"2/5  a merge embedding learns from the plain model's outputs, without labels (r = {LEARNED_AT})")
     train(
         TrainArguments(
             model=str(output / "vit"),
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapter = output / "merge" / "adapter"
 
-    print("3/5  none, ToMe and DTEM at several r")
+    print("3/5  accuracy without merging, with ToMe and with DTEM, at several r")
     result = evaluate(
         EvaluateArguments(
             model=str(output / "vit"),
@@ -174,7 +174,7 @@ def _batches(data: dict[str, Tensor], size: int, epochs: int) -> Iterator[tuple[
 
 
 def _jitter(pixels: Tensor) -> Tensor:
-    """Shift a batch by up to one pixel of the scan in each direction, edges repeated."""
+    """Shift a batch by up to one pixel of the scan in each direction, and repeat the edges."""
     dx, dy = (int(torch.randint(-_SCALE, _SCALE + 1, ())) for _ in range(2))
     padded = F.pad(pixels, [_SCALE] * 4, mode="replicate")
     size = pixels.shape[-1]
@@ -182,7 +182,7 @@ def _jitter(pixels: Tensor) -> Tensor:
 
 
 def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
-    """Write evaluation.json, the plot, the picture of merged tokens and the card into the adapter's folder."""
+    """Write the evaluation's record, the plot, the picture of merged tokens and the card into the adapter's folder."""
     write_json(adapter / "evaluation.json", result)
     plot_accuracy(result["rows"], adapter / "accuracy.png", title="Handwritten digits, small ViT")
     test = output / "digits" / "test"
@@ -199,7 +199,7 @@ def draw(output: Path, result: dict[str, Any], adapter: Path) -> None:
 
 
 def check_round_trip(output: Path, adapter: Path) -> None:
-    """Load the adapter in two ways and a merged checkpoint, and compare the logits bit for bit."""
+    """Load the adapter with `merge=` and with `attach`, and a saved merged model; raise if any logit differs."""
     name = output / "vit"
     pixels = torch.randn(8, 3, 8 * _SCALE, 8 * _SCALE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""How many tokens each layer merges away: schedules, each of which becomes one r per layer."""
+"""Schedules: how many tokens each layer merges away. A schedule resolves to one r per layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import MOST_LAYERS, MOST_TOKENS, BadValue, check_number, check_whol
 
 
 def _spread(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `weights` that add up to `total`, by rounding the running sum."""
+    """Split `total` into whole numbers in proportion to `weights`, by rounding the running sum."""
     whole = sum(weights)
     upto = [int(total * running / whole + 0.5) if whole else 0 for running in accumulate(weights)]
     return [later - earlier for earlier, later in pairwise([0, *upto])]
@@ -26,9 +26,9 @@ def falling(num_layers: int, slope: float) -> list[float]:
 
 
 def reductions_for(cost: EncoderCost, num_tokens: int, weights: Sequence[float], flops: float) -> list[int]:
-    """The fewest merged tokens, in proportion to one weight per layer, that reach a share of the multiply-adds.
+    """One r per layer, in proportion to `weights`: the fewest merged tokens that reach the share `flops`.
 
-    Raises ValueError where merging everything does not reach it.
+    `flops` is a share of the unmerged multiply-adds. Raises ValueError if merging everything does not reach it.
     """
 
     def ratio(total: int) -> float:
@@ -37,7 +37,7 @@ def reductions_for(cost: EncoderCost, num_tokens: int, weights: Sequence[float],
     totals = range(num_tokens * len(cost.layers) + 1)
     if ratio(totals[-1]) > flops:
         raise BadValue("flops", flops, f"merging everything still leaves {ratio(totals[-1]):.3f} of the multiply-adds")
-    # The first merged token of a layer costs more than it saves, so bisection misses that 0 may be enough.
+    # The first merged token of a layer costs more than it saves, so bisection would not find that 0 is enough.
     if ratio(0) <= flops:
         return _spread(weights, 0)
     return _spread(weights, bisect_left(totals, True, key=lambda total: ratio(total) <= flops))
@@ -53,7 +53,7 @@ class Schedule:
         Schedule._kinds[cls.kind] = cls
 
     def resolve(self, cost: EncoderCost, num_tokens: int) -> list[int]:
-        """One r per layer, before clamping. Raises ValueError where the schedule does not fit the encoder."""
+        """One r per layer, before clamping. Raises ValueError if the schedule does not fit the encoder."""
         raise NotImplementedError
 
     def to_json(self) -> Any:
@@ -137,7 +137,10 @@ class InflectedSchedule(Schedule):
 
 @dataclass(frozen=True)
 class FlopsSchedule(Schedule):
-    """The fewest merged tokens that bring a model to `flops` times its multiply-adds; r falls by ± `slope`."""
+    """The fewest merged tokens that bring a model to the share `flops` of its multiply-adds.
+
+    r falls linearly over the layers, in proportion to 1 + slope in the first and 1 - slope in the last.
+    """
 
     flops: float
     slope: float = 0.0
@@ -155,7 +158,8 @@ class FlopsSchedule(Schedule):
 class KeepRateSchedule(Schedule):
     """EViT's schedule: some layers keep a share of their patch tokens and fuse the others into one.
 
-    `layers` count from 0; None: those at one, two and three quarters of the depth. Source: EViT, arXiv 2202.07800.
+    `layers` count from 0; None: the layers at one, two and three quarters of the depth. Source: EViT (arXiv
+    2202.07800).
     """
 
     keep_rate: float
@@ -178,20 +182,23 @@ class KeepRateSchedule(Schedule):
         return reductions
 
     def chosen(self, depth: int) -> list[int]:
-        """The layers that reduce, in order. Raises ValueError where an encoder of that depth lacks one."""
+        """The layers that reduce, in order. Raises ValueError if an encoder of this depth lacks one of them."""
         layers = {depth // 4, depth // 2, 3 * depth // 4} if self.layers is None else set(self.layers)
         if layers and max(layers) >= depth:
             raise BadValue("layers", sorted(layers), f"layers from 0 to {depth - 1}, as the model has {depth}")
         return sorted(layers)
 
     def left(self, patches: int, first: int, stage: int) -> int:
-        """Patch tokens behind a layer that `patches` enter; `first` entered the first layer, `stage` counts from 1."""
-        return math.ceil(self.keep_rate * patches - 1e-9) + 1  # the fused token is one more that stays
+        """The patch tokens that a reducing layer leaves of the `patches` that enter it.
+
+        `first` patches entered the encoder; `stage` numbers the reducing layers from 1.
+        """
+        return math.ceil(self.keep_rate * patches - 1e-9) + 1  # plus the fused token
 
     def for_flops(self, cost: EncoderCost, num_tokens: int, flops: float) -> Self:
         """The highest keep rate, in thousandths, that brings the model to a share of its multiply-adds."""
         check_number("flops", flops, 0, 1, above=True)
-        # One by one: the first fused token of a layer costs more than it saves, which bisection would miss.
+        # No bisection: the ratio is not monotonic, as the first fused token of a layer costs more than it saves.
         for thousandths in range(1000, 0, -1):
             schedule = replace(self, keep_rate=thousandths / 1000)
             if cost.plan(num_tokens, schedule.resolve(cost, num_tokens)).ratio <= flops:
@@ -201,9 +208,9 @@ class KeepRateSchedule(Schedule):
 
 @dataclass(frozen=True)
 class SqueezeSchedule(KeepRateSchedule):
-    """TPS's schedule: behind the s-th of some layers, ⌊ρˢ N⌋ of the N patches are left, at least one.
+    """TPS's schedule: the s-th reducing layer leaves ⌊ρˢ N⌋ of the N patches, at least one.
 
-    `keep_rate` is ρ. `layers` count from 0; None: those at one, two and three quarters of the depth. Source: TPS,
+    `keep_rate` is ρ. `layers` count from 0; None: the layers at one, two and three quarters of the depth. Source: TPS,
     arXiv 2304.10716.
     """
 
@@ -215,7 +222,10 @@ class SqueezeSchedule(KeepRateSchedule):
 
 @dataclass(frozen=True)
 class SqueezeBetweenSchedule(SqueezeSchedule):
-    """The same in front of these layers: what layer i loses counts as lost by layer i - 1. No layer is the first."""
+    """TPS's schedule in front of the layers: tokens that leave in front of layer i count for layer i - 1.
+
+    The first layer cannot be one of them.
+    """
 
     kind: ClassVar[str] = "squeeze_between"
 
@@ -232,7 +242,7 @@ class SqueezeBetweenSchedule(SqueezeSchedule):
 
 
 def _checked_list(field: str, values: Any, most: int) -> tuple[int, ...]:
-    """A list with one number for each of some layers, as a tuple; each from 0 to `most`."""
+    """Check a list of whole numbers from 0 to `most`, one per layer, and return it as a tuple."""
     if not isinstance(values, (list, tuple)) or len(values) > MOST_LAYERS:
         raise BadValue(field, values, f"a list of at most {MOST_LAYERS} whole numbers, one per layer")
     for i, value in enumerate(values):
@@ -246,7 +256,7 @@ R_EXPECTED = "a whole number, or a list with one for each layer, or a schedule s
 
 
 def as_schedule(r: Any) -> Schedule:
-    """Read what a user may give for r: an int, a list with one int per layer, a schedule, or a schedule's JSON."""
+    """Make a schedule of the user's r: an int, a list with one int per layer, a schedule, or a schedule's JSON."""
     if isinstance(r, Schedule):
         return r
     if isinstance(r, (list, tuple)):

@@ -1,7 +1,7 @@
-"""What the modules of one forward pass know of each other, without state on a module or a change of a signature.
+"""Scopes share data between the modules of one forward pass, without state on a module or changed signatures.
 
-A merged encoder opens a scope with its token state; its layers, and the heads that read its tokens, ask for the
-innermost one. A scope belongs to a thread and a call: nested models and two threads never see each other's.
+A merged encoder opens a scope with its token state. Its layers, and the heads that read its tokens, use the innermost
+scope. A scope belongs to one thread and one call: nested models and other threads never see it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .token_state import TokenState
 class Scope:
     """One open scope.
 
-    `reader` says how the model that opened it reads the encoder's tokens (see `families.readers`). `state` is the
-    token state of the encoder that runs, or of the last one that ran inside. `masked` says whether the user gave a
-    mask over patches, where the encoder gets one that the model made itself; None: the encoder's own arguments tell.
-    `num_tokens` adds up the tokens that the encoders inside have returned. An encoder's own scope is `closed`: models
-    that run inside it (a teacher in a hook, say) are not read by the models around it. `sizes` [B, n] are those of the
-    tokens that the reader got from the encoder, in this pass or an earlier one; None: each of them counts once.
+    `reader` says how the model that opened the scope reads the encoder's tokens (see `families.readers`). `state` is
+    the token state of the running encoder, or of the last encoder that ran inside. `masked`: the user gave a mask of
+    patches. A model sets it if it always makes a mask for the encoder; None: the encoder's arguments decide.
+    `num_tokens` is the sum of the tokens that the encoders inside returned. An encoder's own scope is `closed`: models
+    outside do not read a model that runs inside it (a teacher in a hook, say). `sizes` [B, n] are the sizes of the
+    tokens that the reader got, in this pass or an earlier one; None: each token counts once.
     """
 
     reader: str = "tokens"
@@ -38,23 +38,23 @@ class Scope:
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("dtem_hf_scope", default=None)
-# Dynamo cannot read a ContextVar: while it traces, in one thread, the scope is kept here.
+# Dynamo cannot read a ContextVar. While it traces, in one thread, this variable holds the scope.
 _traced: Scope | None = None
 
 
 def current_scope() -> Scope | None:
-    """The innermost scope, None outside of all."""
+    """The innermost scope; None outside of all scopes."""
     return _traced if torch.compiler.is_dynamo_compiling() else _SCOPE.get()
 
 
 def current_state() -> TokenState | None:
-    """The token state of the merged encoder that is running; None where none is, or where it runs unmerged."""
+    """The token state of the running merged encoder; None if no encoder runs, or if it runs unmerged."""
     scope = _traced if torch.compiler.is_dynamo_compiling() else _SCOPE.get()
     return None if scope is None else scope.state
 
 
 def is_traced() -> bool:
-    """Whether a scope is open in the trace that torch.compile is making."""
+    """Whether a scope is open in torch.compile's current trace."""
     return _traced is not None
 
 

@@ -1,4 +1,4 @@
-"""What travels with the tokens of one forward pass, and what a user can ask to see of it."""
+"""The state of the tokens in one forward pass: sizes, source maps, positions; and the trace of it for users."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .errors import MOST_LAYERS, UnsupportedModelError
 
 @dataclass
 class MergeTrace:
-    """What the latest forward pass under `trace_merging()` did, layer by layer.
+    """The merges of the latest forward pass under `trace_merging()`, layer by layer.
 
-    `source_maps[i]` [B, N] int64: the position, behind layer i, of the token that every original token ended in.
+    `source_maps[i]` [B, N] int64: for every original token, the position behind layer i of the token that holds it.
     `sizes[i]` [B, n_i] float32: how many original tokens each token behind layer i stands for.
     """
 
@@ -32,11 +32,11 @@ class MergeTrace:
 
 @dataclass
 class MergeStep:
-    """What a layer chose its merges from, for training that scores every possible merge.
+    """The inputs of one layer's merge, for training that scores every possible merge.
 
-    Tokens `x` [B, n, D] (their gradient can be asked for), `sizes` [B, n] or None where all are 1, the features that
-    they were compared by (`metric`) and their mean attention keys (`keys`) [B, n, d], which of them are `padding`
-    [B, n] or None, and how many were merged away.
+    `x` [B, n, D] are the tokens (they require a gradient), `sizes` [B, n] or None if all are 1. `metric` [B, n, d] are
+    the features that tokens are compared by, `keys` [B, n, d] the mean attention keys. `padding` [B, n] marks padding,
+    None if there is none. The layer merged r tokens away.
     """
 
     x: Tensor
@@ -48,16 +48,16 @@ class MergeStep:
 
 
 class TokenState:
-    """Token sizes and counts of one forward pass, by layer; made new for every pass and never kept on a module.
+    """Token sizes and counts of one forward pass, by layer. Every pass makes a new one; no module keeps it.
 
-    Entry i of a list belongs to the tokens that enter layer i. A layer that is run again (gradient checkpointing)
-    reads the entry it read before.
+    Entry i of a list belongs to the tokens that enter layer i. A layer that runs again (gradient checkpointing) reads
+    the same entry as before.
 
-    `method` reduces the tokens and `anatomy` names the parts of a layer; `resolve` maps a number of tokens to one r
-    per layer. `sizes` [B, N] are given where the tokens come with padding, which has size 0. With `keep_sources`,
-    every layer's source map is kept; `steps` is filled, if it is given. `states_read` are the hidden states, by index,
-    that a reader stacks: layers behind the last of them pass their tokens on as they are, and tokens of the others
-    are merged as those of the last are.
+    `method` reduces the tokens, `anatomy` names the parts of a layer, and `resolve` maps a number of tokens to one r
+    per layer. `sizes` [B, N] are given if the input has padding, which has size 0. `keep_sources` keeps the source map
+    of every layer. `steps`, if given, gets a `MergeStep` of every merging layer. `states_read` are the indices of the
+    hidden states that a reader stacks. Layers behind the last of them return their tokens unchanged; earlier states
+    are merged in the same way as the last one.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class TokenState:
         self.method = method
         self.anatomy = anatomy
         self.embedding = embedding
-        # By how much parameters of the backbone move once all tokens are gone.
+        # Learned shifts of the backbone's parameters, at full strength (all tokens merged away).
         self._shifts = {} if embedding is None else embedding.shifts()
         self.steps = steps
         self.layers_read = None if states_read is None else max(states_read)
         self._stacks = set(states_read or ()) - {self.layers_read}
-        # Where the latest layer ran.
+        # The device of the latest layer.
         self._device: torch.device | None = None
-        # The layer that is running, and the key projection that ran in it with what it returned.
+        # The index of the running layer, and its key projection with the output.
         self.layer = 0
         self.projected: tuple[nn.Module, Tensor] | None = None
-        # By which keys and queries were rotated in it, in a family that rotates them.
+        # The rotation of the layer's queries and keys, in a family with rotary positions.
         self.rotation: Any = None
-        # Whether the encoder has returned all tokens, each in its place.
+        # Whether the encoder returned all tokens, each in its place.
         self.unmerged = False
-        # Set when the encoder has returned: a layer that runs after that is run again by gradient checkpointing.
+        # Set when the encoder has returned. Gradient checkpointing runs layers again after that.
         self.finished = False
-        # Of packed images: the rows [S, N] of those that have N tokens each, with a state of their own.
+        # For packed images: for each number of tokens N, the rows [S, N] of the images with N tokens, and their state.
         self.parts: list[tuple[Tensor, TokenState]] = []
         self._masked = masked
         self._padded = sizes is not None
@@ -106,19 +106,21 @@ class TokenState:
         self._sizes: list[Tensor | None] = [sizes]
         self._active: list[int] = []
         self._positions: list[Tensor | None] = [None]
-        # By index, tokens that have entered earlier layers, as the layers since then have merged them.
+        # Hidden states of earlier layers by index, merged along with the tokens since.
         self._stacked: list[dict[int, Tensor]] = [{}]
         self._sources: list[Tensor] = []
-        # Where pruned tokens stay behind a mask (dTPS in training): by the layer in front of which it was drawn, which
-        # tokens are kept, [B, n], 1 or 0 with a gradient.
+        # For dTPS in training, where pruned tokens stay behind a mask: the keep masks [B, n], 1 or 0 with a gradient,
+        # by the layer in front of which they were drawn.
         self.kept: dict[int, Tensor] = {}
         self._first_merge = MOST_LAYERS  # none so far
 
     def divide(self, rows: Sequence[Tensor]) -> None:
-        """Give packed images of each length a state of their own: `rows` [S, N] are theirs, for each length N."""
+        """Make one state for the packed images of each length N; `rows` holds their rows [S, N] for each length."""
         if len(rows) > 1 and (self._trace is not None or self.steps is not None):
             lengths = ", ".join(str(each.shape[1]) for each in rows)
-            raise UnsupportedModelError(f"A trace is for images of one number of tokens, and these have {lengths}.")
+            raise UnsupportedModelError(
+                f"A trace needs images with the same number of tokens; these have {lengths} tokens."
+            )
         common = (self._resolve, self.num_prefix_tokens, self.method, self.anatomy, self.embedding, self._trace)
         self.parts = [(each, TokenState(*common, keep_sources=True, steps=self.steps)) for each in rows]
 
@@ -128,15 +130,15 @@ class TokenState:
 
     @property
     def final_sizes(self) -> Tensor | None:
-        """Sizes of the tokens that the encoder returns: [B, n] float32, or None where nothing was merged."""
+        """Sizes of the tokens behind the last layer: [B, n] float32, or None if nothing was merged."""
         return self._sizes[-1] if self.changed else None
 
     def source(self, layer: int) -> Tensor:
-        """Where the original tokens are behind a layer (-1: the last), if source maps are kept: int64 [B, N]."""
+        """The source map behind a layer (-1: the last): int64 [B, N]. Only if source maps are kept."""
         return self._sources[layer]
 
     def padding(self, layer: int) -> Tensor | None:
-        """Which tokens that enter a layer stand for nothing: bool [B, n], or None where none can."""
+        """Which of the tokens that enter a layer are padding: bool [B, n], or None if the input has none."""
         sizes = self._sizes[layer]
         return sizes.detach() <= 0 if self._padded and sizes is not None else None
 
@@ -151,11 +153,11 @@ class TokenState:
 
     @property
     def num_active(self) -> int:
-        """How many of the tokens behind the last layer that has run still take part; they are the first."""
+        """How many tokens are still active behind the latest layer; they are the first of its output."""
         return self._active[-1]
 
     def num_active_after(self, layers: int) -> int:
-        """How many tokens still take part behind a number of layers."""
+        """How many tokens are still active behind a number of layers."""
         return self._active[min(layers, len(self._active) - 1)]
 
     @property
@@ -164,13 +166,13 @@ class TokenState:
         return len(self._sizes) - 1
 
     def kept_before(self, layer: int) -> Tensor | None:
-        """Which tokens that enter a layer are kept, [B, n]; None where no mask was drawn in front of it."""
+        """The keep mask [B, n] of the tokens that enter a layer; None if no mask was drawn in front of it."""
         drawn = [index for index in self.kept if index <= layer]
         return self.kept[max(drawn)] if drawn else None
 
     @property
     def merges_softly(self) -> bool:
-        """Whether the encoder has all tokens, and each counts in its own place by what is left of it."""
+        """Whether the merges were soft: all tokens stay, and each counts by the size that it has left."""
         sizes = self.final_sizes
         return sizes is not None and sizes.shape[1] == self.num_tokens and not self.kept
 
@@ -180,11 +182,11 @@ class TokenState:
         return self._first_merge < MOST_LAYERS
 
     def positions(self, layer: int) -> Tensor | None:
-        """Where the tokens that enter a layer lie, as the family counts it: [B, n, k] float32, or None."""
+        """Positions of the tokens that enter a layer, in the family's coordinates: [B, n, k] float32, or None."""
         return self._positions[layer]
 
     def move_to(self, layer: int, device: torch.device) -> None:
-        """Move what belongs to the tokens that enter a layer to their device: layers may lie on several."""
+        """Move sizes, positions and source map of the tokens that enter a layer to the layer's device."""
         if device == self._device:
             return
         self._device = device
@@ -194,28 +196,28 @@ class TokenState:
                 kept[index] = tensor.to(device)
 
     def stack(self, layer: int, x: Tensor) -> None:
-        """Keep the tokens that enter a layer, if the reader stacks them: x [B, n, D]."""
+        """Keep the tokens x [B, n, D] that enter a layer if the reader stacks them."""
         if layer in self._stacks:
             self._stacked[layer].setdefault(layer, x)
 
     @property
     def stacked(self) -> dict[int, Tensor]:
-        """By index, the hidden states that the reader stacks under the last: [B, n, D], merged as that one is."""
+        """The earlier hidden states that the reader stacks, by index: [B, n, D], merged like the last one."""
         return self._stacked[-1]
 
     def place(self, positions: Tensor) -> None:
-        """Set where the tokens of the first layer lie; merged tokens then take the size-weighted mean."""
+        """Set the positions of the first layer's tokens; a merged token gets the size-weighted mean."""
         self._positions[0] = positions
 
     def begin_layer(self, layer: int, num_tokens: int) -> tuple[int, int]:
-        """How many of the tokens that enter a layer still take part, and how many of them it merges away."""
+        """The number of active tokens that enter a layer, and the layer's r."""
         if layer == 0 and not self._active:
             self._active.append(num_tokens)
             self._reductions = self._resolve(num_tokens)
         return self._active[layer], self._reductions[layer]
 
     def record_unchanged(self, layer: int, x: Tensor) -> None:
-        """Record that a layer returns all tokens that entered it: x [B, n, D]."""
+        """Record that a layer merged nothing: x [B, n, D]."""
         if len(self._sizes) == layer + 1:
             self._positions.append(self._positions[layer])
             self._stacked.append(dict(self._stacked[layer]))
@@ -231,13 +233,13 @@ class TokenState:
         carry: Callable[[Tensor], Tensor],
         kept: Tensor | None = None,
     ) -> None:
-        """Record what a layer returns: x [B, n', D], sizes [B, n'], of which `num_active` tokens still take part.
+        """Record a layer's merge: its output x [B, n', D] and sizes [B, n'], of which `num_active` tokens are active.
 
-        `source` makes its source map, and is called only if it is kept; `carry` merges positions and stacked tokens as
-        the layer merged its own. Where pruned tokens stay, `kept` [B, n'] is 0 for them, and 1 for all others.
+        `source` makes the layer's source map; it is called only if source maps are kept. `carry` merges positions and
+        stacked tokens as the layer merged its tokens. If pruned tokens stay, `kept` [B, n'] is 0 for them, else 1.
         """
         positions = self._positions[layer]
-        # Also when the layer is run again: gradient checkpointing wants the same operations both times.
+        # Also when the layer runs again: gradient checkpointing needs the same operations both times.
         carried = None if positions is None else carry(positions)
         stacked = {index: carry(tokens.to(x.device)) for index, tokens in self._stacked[layer].items()}
         if len(self._sizes) > layer + 1:
@@ -267,10 +269,10 @@ class TokenState:
     def attention_bias(
         self, layer: int, dtype: torch.dtype, attention_mask: Tensor | None, wanted: bool, by_query: bool = True
     ) -> Tensor | None:
-        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own before any merge.
+        """The additive mask for a layer's attention: log sizes [B, 1, 1, n], or the model's own mask before any merge.
 
-        Where sizes are not `wanted`, only padding is left out. Where pruned tokens stay, they are left out, too, and
-        each token sees itself, [B, 1, n, n], unless the queries are others than the tokens (not `by_query`).
+        If sizes are not `wanted`, the mask hides padding only. If pruned tokens stay, it hides them, too, and each
+        token sees itself: [B, 1, n, n]. Without `by_query`, queries are not the tokens, and it stays [B, 1, 1, n].
         """
         sizes = self._sizes[layer]
         if sizes is None or self._first_merge >= layer:
@@ -279,7 +281,7 @@ class TokenState:
             raise UnsupportedModelError(
                 "attention_mask: a mask over patches cannot follow tokens that are merged; leave it out, or use r=0."
             )
-        # An exported model makes a mask in which all tokens see all tokens, which no longer fits their number.
+        # An exported model makes a mask in which all tokens see all tokens; behind a merge its shape does not fit.
         kept = self.kept_before(layer) if self.kept else None
         if not wanted and not self._padded and kept is None:
             return None
@@ -291,21 +293,22 @@ class TokenState:
             exponents = None if exponents is None else exponents.to(sizes.device)
         counted = sizes if wanted else (sizes > 0).float() if kept is None else kept.to(sizes.device)
         bias = ops.size_bias(counted, dtype, exponents)
-        if self._padded and not sizes.requires_grad:  # as the model itself masks it; a gradient needs the exact floor
+        # The model masks padding by the smallest number, too. A gradient needs the floor of `size_bias` instead.
+        if self._padded and not sizes.requires_grad:
             bias = bias.masked_fill((sizes <= 0)[:, None, None, :], torch.finfo(bias.dtype).min)
         return ops.see_itself(bias, counted) if kept is not None and by_query else bias
 
     def shifted(self, key: str, parameter: Tensor) -> Tensor:
-        """A parameter of the backbone, moved by the share of the tokens that are gone behind the running layer.
+        """A backbone parameter plus its learned shift, times the share of tokens merged away behind the running layer.
 
-        In the first layer it stays; behind the last one, it is moved as in the last layer.
+        The first layer does not shift; modules behind the last layer shift as in the last layer.
         """
         shift = self._shifts.get(key)
         if shift is None or self.layer == 0:
             return parameter
-        gone = 1 - (self._active[self.layer] - self._reductions[self.layer]) / self._active[0]
-        return torch.add(parameter, shift.to(parameter), alpha=gone) if gone else parameter
+        merged_share = 1 - (self._active[self.layer] - self._reductions[self.layer]) / self._active[0]
+        return torch.add(parameter, shift.to(parameter), alpha=merged_share) if merged_share else parameter
 
     def final_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask for attention over the tokens that the encoder returns; None where none is needed."""
+        """The additive mask for attention over the encoder's output tokens; None if none is needed."""
         return self.attention_bias(len(self._sizes) - 1, dtype, None, wanted=True, by_query=False)

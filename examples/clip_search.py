@@ -1,4 +1,4 @@
-"""Zero-shot classes and image search with CLIP or SigLIP, whose image embeddings come from merged tokens.
+"""Zero-shot classification and image search with a merged CLIP or SigLIP.
 
 python examples/clip_search.py path/to/images --labels "a photo of a cat" "a photo of a dog"
 python examples/clip_search.py path/to/images --query "a red car" --model google/siglip-base-patch16-224

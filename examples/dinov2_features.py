@@ -1,9 +1,10 @@
-"""Dense features with a merged DINOv2: every patch keeps its place, and gets the token that it was merged into.
+"""Dense features with a merged DINOv2: every patch gets the token that it was merged into, in its place.
 
     python examples/dinov2_features.py photo.jpg
     python examples/dinov2_features.py photo.jpg --model facebook/dinov2-small --r 12 --output features.png
 
-The picture shows the image, and the three main directions of the features as red, green and blue: plain and merged.
+The picture shows the image, then the plain and the merged model's features: their three main directions as red, green
+and blue.
 """
 
 import argparse

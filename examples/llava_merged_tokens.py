@@ -1,10 +1,10 @@
-"""Ask LLaVA or PaliGemma about an image; the language model is handed merged tokens, so its prompt is shorter.
+"""Ask LLaVA or PaliGemma about an image. The language model reads merged tokens, so its prompt is shorter.
 
     python examples/llava_merged_tokens.py photo.jpg "What is this?"
     python examples/llava_merged_tokens.py photo.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --r 12
 
-With `unmerge=False` the language model reads merged tokens. The prompt then needs as many image placeholders as
-tokens are left: `dtem_hf.AutoProcessor.from_pretrained(..., merge=model)` writes them.
+`unmerge=False` gives the language model merged tokens. The prompt then needs one image placeholder for each merged
+token: `dtem_hf.AutoProcessor.from_pretrained(..., merge=model)` writes them.
 """
 
 import argparse

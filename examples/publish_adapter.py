@@ -19,8 +19,8 @@ from dtem_hf.hub.publishing import publish_folder, published_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("repo_id", help="user/repository; it is made if it is not there")
-    parser.add_argument("--push", action="store_true", help="publish; left out: a dry run, without any call")
+    parser.add_argument("repo_id", help="user/repository; created if it does not exist")
+    parser.add_argument("--push", action="store_true", help="publish; left out: a dry run without network")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     args = parser.parse_args()
 

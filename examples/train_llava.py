@@ -1,10 +1,10 @@
-"""Train an adapter for LLaVA on the language model's own loss: which patches the answers can do without.
+"""Train an adapter for LLaVA on the language model's own loss, so that it merges patches the answers do not need.
 
     python examples/train_llava.py answers.csv --output my-adapter
     python examples/train_llava.py answers.csv --model llava-hf/llava-1.5-7b-hf --r 12 --steps 500
 
-`answers.csv` has the columns image (a path beside the file), question and answer. Images without answers will do for
-`recipes/train.py --task feature_fisher --model llava-hf/llava-1.5-7b-hf`, which needs no language model.
+`answers.csv` has the columns image (a path relative to the file), question and answer. To train on images without
+answers, use `recipes/train.py --task feature_fisher --model llava-hf/llava-1.5-7b-hf`; it needs no language model.
 """
 
 import argparse

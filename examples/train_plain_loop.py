@@ -1,4 +1,4 @@
-"""Train an adapter in a plain PyTorch loop, and see what it gained over ToMe on images it did not see.
+"""Train an adapter in a plain PyTorch loop, and compare it with ToMe on images that it was not trained on.
 
 python examples/train_plain_loop.py path/to/images --output my-adapter
 python examples/train_plain_loop.py path/to/images --model facebook/deit-small-patch16-224 --r 16 --steps 500

@@ -1,14 +1,16 @@
-"""All measurements on an accelerator in one call: DeiT-S to DINOv2-L at batch 1, 32 and 256 in bfloat16.
+"""Run all measurements on an accelerator in one call: DeiT-S to DINOv2-L at batch 1, 32 and 256 in bfloat16.
 
 python recipes/benchmark_device.py --output_dir runs/device
 python recipes/benchmark_device.py --models deit-small --runtimes reduce-overhead --batch_sizes 32 --minutes 4
-python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # in small, on a laptop
+python recipes/benchmark_device.py --tiny True --device cpu --dtype float32    # a tiny model, on a laptop
 
-Plain and merged models with random weights, eager and compiled, by each attention implementation; what share of a
-step matching and merging take; whether attention is faster with the sizes as a mask or as extra features of the keys;
-and, on CUDA, how far the Triton kernels are from the plain path and how much time they save. device.json is written
-anew after every measurement, and a folder for each. Eager models come first: to compile one takes a minute or more.
-Measurements that would start after --minutes are left out, and named.
+It times plain and merged models with random weights, eager and compiled, with each attention implementation. It
+measures the share of a pass that matching and merging take. It finds out whether attention is faster with the sizes as
+a mask or as extra features of the keys. On CUDA it compares the Triton kernels with tensor operations: difference and
+time.
+
+Every measurement has a folder; device.json is written again after each. Eager models run first, because compiling a
+model takes a minute or more. No measurement starts after --minutes; those left out are listed.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from dtem_hf.programs.processes import choose_device
 
 _CLASSIFIER: dict[str, Any] = {"architectures": ["ViTForImageClassification"]}
 _LARGE: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-# The models, and the r that halves their multiply-adds.
+# The models, each with the r that halves its multiply-adds.
 SHAPES: dict[str, tuple[Any, int]] = {
     "deit-small": (ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, **_CLASSIFIER), 16),
     "vit-large": (ViTConfig(**_LARGE, intermediate_size=4096, **_CLASSIFIER), 8),
@@ -180,9 +182,10 @@ def summarize(result: dict[str, Any], model: str, runtime: str, seconds: float) 
 
 @torch.inference_mode()
 def compare_bias_forms(batch_size: int, config: Any, device: torch.device, dtype: str, rounds: int) -> dict[str, Any]:
-    """Median seconds of fused attention without a size bias, with one as a mask, and with one on the keys.
+    """Time fused attention without a size bias, with the bias as a mask, and with the bias in the keys.
 
-    Of half the tokens that a model of the config has. Also the kernels that run, and which form of the bias is faster.
+    It uses half of the tokens of the config's model. Returns median seconds, the kernels that run, and the faster form
+    of the bias.
     """
     heads, num_tokens = config.num_attention_heads, (config.image_size // config.patch_size) ** 2 // 2
     dim = config.hidden_size // heads
@@ -215,16 +218,16 @@ def compare_bias_forms(batch_size: int, config: Any, device: torch.device, dtype
 
 @torch.inference_mode()
 def compare_kernels(device: torch.device, batch_size: int, rounds: int = 30) -> dict[str, Any] | None:
-    """The Triton kernels beside the plain path on the same device, by dtype; None where they do not run.
+    """Compare the Triton kernels with tensor operations on the same device, for each dtype; None without kernels.
 
-    Whether they match the same tokens, how far the merged tokens are apart, and median seconds of both.
+    Returns whether matching and sizes are equal, the largest difference of merged tokens, and median seconds of both.
     """
     if device.type not in kernels.devices:
         return None
     found: dict[str, Any] = {"batch_size": batch_size}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         draw = torch.Generator().manual_seed(0)
-        # Signs: every score is exact, and ties are many.
+        # With ±1 entries every score is exact, and there are many ties.
         metric = (torch.randint(0, 2, (batch_size, 197, 16), generator=draw) * 2.0 - 1).to(device, dtype)
         x = torch.randn(batch_size, 197, 384, generator=draw).to(device, dtype)
 

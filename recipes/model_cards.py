@@ -31,7 +31,7 @@ def main() -> None:
     for adapter in adapters:
         if (adapter / EVALUATION_NAME).is_file():
             evaluation = read_json(adapter / EVALUATION_NAME)
-            if "kl" in evaluation["rows"][0]:  # else it is of a dense head, and has a picture of maps
+            if "kl" in evaluation["rows"][0]:  # cards of dense heads have a picture of maps instead
                 plot_accuracy(evaluation["rows"], adapter / "accuracy.png", title=evaluation["model"]["name"])
         print(f"written: {write_card(adapter)}")
 

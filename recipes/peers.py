@@ -1,4 +1,4 @@
-"""A peer for recipes/benchmark.py: what fewer tokens save on a machine by themselves.
+"""Peers for recipes/benchmark.py that drop tokens at no cost: the upper bound of the speed-up by merging.
 
 python recipes/benchmark.py --model recipes/configs/deit_small --random_weights True --r 16 \
     --peer recipes.peers:sliced
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 
 def sliced(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """A ViT that drops its last r tokens (at most half of them) after every attention, which costs nothing.
+    """A ViT that drops its last r tokens (at most half of them) after every attention.
 
-    It has no metric, matching, merging or sizes; all other operations are the same.
+    It has no metric, matching, merging or sizes. All other operations are the same.
     """
     _check(model)
 
@@ -70,6 +70,6 @@ def _check(model: Any) -> None:
 
 
 def _attend(x: Tensor, projections: Sequence[Any], head_size: int) -> Tensor:
-    """Attention of all heads to queries, keys and values that are projected from x [B, N, D]: [B, N, D]."""
+    """Self-attention: project x [B, N, D] to queries, keys and values, and attend in all heads. Returns [B, N, D]."""
     heads = [projection(x).view(*x.shape[:2], -1, head_size).transpose(1, 2) for projection in projections]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)  # [B, H, N, d] -> [B, N, H · d]

@@ -1,13 +1,12 @@
-"""Make the adapter of model_cards/deit-tiny-sample and its card again, from nothing, and say how close it comes.
+"""Train the adapter of model_cards/deit-tiny-sample again, write its card, and compare it with the published one.
 
 make reproduce-sample                              # ASSETS=folder with deit_tiny, images/train and images/dev
 make reproduce-sample STEPS=2 LIMIT=16             # only to see that it runs
 python recipes/reproduce_sample.py --model M --train IMAGES --dev LABELLED_IMAGES
 
-Both trainings run one after the other, by recipes/configs/deit_tiny_sample.yaml and deit_tiny_sample_aggregation.yaml.
+Two trainings run one after the other, by recipes/configs/deit_tiny_sample.yaml and deit_tiny_sample_aggregation.yaml.
 Then ToMe, the published adapter and the new one are measured in one pass over the same images. The new adapter, its
-card and reproduction.json are in output_dir. A run that was killed goes on where it stopped when the same command is
-given again.
+card and reproduction.json are in output_dir. After a stop, the same command goes on where the run stopped.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _training(arguments: ReproduceArguments, name: str, start: Sequence[str]) -> TrainArguments:
-    """The options of a recipe, on these images, in a folder of its own."""
+    """The options of one training: the recipe's, with these images and a folder for this training."""
     words = ["--config", str(RECIPES / "configs" / f"{name}.yaml"), "--output_dir", f"{arguments.output_dir}/{name}"]
     words += ["--model", arguments.model, "--data", arguments.train, *start]
     words += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
@@ -77,7 +76,10 @@ def _training(arguments: ReproduceArguments, name: str, start: Sequence[str]) ->
 
 
 def measure(arguments: ReproduceArguments, adapter: Path, records: dict[str, Any]) -> None:
-    """Measure both adapters; write the new one's evaluation and card, and reproduction.json. `records`: training's."""
+    """Measure both adapters; write the new one's evaluation and card, and reproduction.json.
+
+    `records` holds the record of each training.
+    """
     sides = {"published": arguments.published, "rebuilt": str(adapter)}
     comparison = CompareArguments(
         model=arguments.model,
@@ -114,7 +116,7 @@ def measure(arguments: ReproduceArguments, adapter: Path, records: dict[str, Any
 
 
 def side_by_side(rows: Sequence[dict[str, Any]], sides: dict[str, str]) -> list[dict[str, Any]]:
-    """For each r, what ToMe and the adapter of each side keep, and the new one's KL and top-1 less the published."""
+    """For each r, the figures of ToMe and both adapters, and new minus published in KL and top-1."""
     found: dict[Any, dict[str, Any]] = {}
     names = {folder: side for side, folder in sides.items()}
     for row in rows:

@@ -1,10 +1,10 @@
-"""One backbone trained in several ways: the recipes train and evaluate every row of a list, and a table shows them.
+"""Train and evaluate one backbone in several ways, one row of a YAML list each, and write a table of the results.
 
 python recipes/training_table.py --rows recipes/configs/training_table.yaml --model path/to/deit_tiny \\
     --train path/to/images --dev path/to/labelled/images --output_dir docs/training
 
-A finished row (its JSON is in output_dir, with the same options) is not made again, so the same command goes on where
-it stopped. --only takes names of rows, so several commands can share the work.
+A row whose JSON is in output_dir, with the same options, is finished and not made again. So the same command goes on
+where it stopped. --only takes names of rows, so several commands can share the work.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TrainingTableArguments:
 
 @dataclass
 class Row:
-    """One row of the YAML file: trained, calibrated (`program`), or with `method` a method without training."""
+    """One row of the YAML file: trained, calibrated (with `program`), or a method without training (with `method`)."""
 
     name: str
     title: str
@@ -84,7 +84,7 @@ class _Table:
         self.output, self.work = Path(arguments.output_dir), Path(arguments.work_dir)
 
     def chosen(self) -> list[Row]:
-        """The chosen rows, each after the row that it goes on from."""
+        """The chosen rows, each after the row that it starts from."""
         names = self.arguments.only or list(self.rows)
         for name in names:
             if name not in self.rows:
@@ -117,7 +117,7 @@ class _Table:
         write_json(path, record)
 
     def write(self) -> Path:
-        """The table and the plot of all rows that are finished."""
+        """Write the table and the plot of all finished rows."""
         records = [
             (row, read_json(p)) for row in self.rows.values() if (p := self.output / f"{row.name}.json").is_file()
         ]
@@ -165,14 +165,14 @@ class _Table:
         return self._run("evaluate", self.arguments.dev, asked, self.work / row.name / "evaluation", "evaluation.json")
 
     def _adapter(self, name: str) -> Path:
-        """A row's adapter, or, where the row only made a plan, the adapter that it started from."""
+        """A row's adapter. A calibrated row has no adapter, so it uses the one that it started from."""
         row = self.rows[name]
         if row.program == "calibrate" and row.start_from is not None:
             return self._adapter(row.start_from)
         return self.work / name / "adapter"
 
     def _run(self, recipe: str, data: str, options: dict[str, Any], folder: Path, result: str) -> dict[str, Any]:
-        """Run a recipe as a user would, and read its result. Raises CalledProcessError where it fails."""
+        """Run a recipe in another process and read its result. Raises CalledProcessError if it fails."""
         words = []
         for name, value in {"model": self.arguments.model, "data": data, **options, "output_dir": folder}.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

@@ -53,7 +53,7 @@ def test_int8(runtime, suffix):
 def test_adapters_beside_tome():
     one, mean = (evaluated(CARDS / name / "evaluation.json") for name in ("deit-tiny-sample", "deit-tiny-mean"))
     shifts = evaluated(DOCS / "deit-tiny/shifts/evaluation.json")
-    shown = table_below("training.md", "On 1,000 images that neither chose")
+    shown = table_below("training.md", "On 1,000 images that were used neither")
     for r in (4, 8, 13, 16, 20):
         found = [mean["tome", r], one.get(("dtem", r)), shifts["dtem", r], mean["dtem", r]]
         cells = [f"{row['kl']:.4f}, {row['top1']:.1f}" if row else "–" for row in found]

@@ -1,4 +1,4 @@
-"""Speed: programs that time merged models beside plain ones, and write tables."""
+"""Programs that time merged models beside plain ones, and write tables."""
 
 from ..errors import need
 

@@ -1,4 +1,4 @@
-"""Measure a model as it is and merged by several r, and say which r to take on this machine."""
+"""Measure a model unmerged and merged with several r, and advise which r to take on this machine."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from .runtimes import room_for_graphs
 from .verdict import Row, judge, least, pick, sentence
 
 
-# Those that merge r tokens per layer.
+# The methods that merge r tokens per layer.
 METHODS = [name for name, config in MergeConfig._methods.items() if issubclass(config, MatchingConfig)]
-# Without r: the smallest ones that leave these shares of the multiply-adds.
+# The default r are the smallest that leave these shares of the multiply-adds.
 _SHARES = (0.75, 0.6, 0.5)
-# What may be lost where nothing is said: of 1 - agreement, of 1 - cosine.
+# The default largest loss: of 1 - agreement for logits, of 1 - cosine for features.
 _MOST_LOSS = {"logits": 0.1, "features": 0.05}
-_BATCH = 16  # images that are compared at once
+_BATCH = 16  # images per batch when outputs are compared
 _LEAST_ROUNDS = 4
-# A row is timed no longer where the 95 % interval of its mean speed-up is no wider than this, to either side.
+# The timing of a row ends when the 95 % interval of its mean speed-up is within this share, to either side.
 _NARROW = 0.02
-# Compiling takes a minute for each row, and other forms of a runtime are for those who ask for them.
+# The default runtimes: without compile, which takes a minute per row, and without other forms of a runtime.
 _USUAL = [name for name in RUNTIMES if name != "compile" and not name.startswith(tuple(f"{n}_" for n in RUNTIMES))]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The sentence, what was picked (`method`, `r`, or None), a verdict per batch size, and the measured rows.
+    """The advice as a sentence, the picked `method` and `r` (or None), a verdict per batch size, the measured rows.
 
-    A row's `loss`: the share of images whose class changes, or one minus the features' cosine. `left_out` says why.
-    `finished` is False while speeds are still measured.
+    A row's `loss` is the share of images whose class changes, or one minus the features' cosine. `left_out` gives the
+    reason for every runtime that was not measured. `finished` is False while speeds are still measured.
     """
 
     sentence: str
@@ -84,17 +84,17 @@ def advise(
     minutes: float = 3.0,
     report: Callable[[Advice], Any] = lambda advice: None,
 ) -> Advice:
-    """Measure a model as it is and merged by several r, on the device it lies on, and say which r to take.
+    """Measure a model unmerged and merged with several r, on its device, and advise which r to take.
 
-    `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 100 will do.
-    `methods` left out are ToMe and the adapter's; `runtimes` left out are those that can run here, without compiled
-    models, which take a minute for each row. `r` left out are three that leave 0.75, 0.6 and 0.5 of the multiply-adds;
-    then only the one that is taken runs in other runtimes than the first. `max_loss` is the share of images whose
-    class may change (left out: 0.1), or one minus the cosine of the `features` (auto, pooled, cls, patches or grid) of
-    a model without classes (0.05). A row is timed in at most `rounds` rounds, fewer where its speed-up is known to 2 %
-    or `minutes` are over. `report` is called with what is known whenever more is. The model is not changed. Raises
-    ValueError for nonsense and for a runtime that was asked for and cannot run the model, ImportError where its
-    packages are absent.
+    `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 100 are enough.
+    The default `methods` are ToMe and the adapter's. The default `runtimes` are those that work on this machine,
+    without torch.compile, which takes a minute per row. The default `r` are the smallest that leave 0.75, 0.6 and 0.5
+    of the multiply-adds; then only the picked r runs in runtimes other than the first. `max_loss` is the share of
+    images whose class may change (default 0.1). For a model without classes it is one minus the cosine of the
+    `features` (auto, pooled, cls, patches or grid; default 0.05). A row is timed for at most `rounds` rounds, fewer if
+    its speed-up is known to 2 % or `minutes` are over. `report` is called with each intermediate advice. The model
+    does not change. Raises ValueError for invalid values and for a named runtime that cannot run the model,
+    ImportError if its packages are missing.
     """
     end = time.monotonic() + 60 * minutes
     for name, values in (("r", r), ("batch_sizes", batch_sizes)):
@@ -144,15 +144,15 @@ def _advice(rows: list[Row], picked: Row | None, max_loss: float, left_out: dict
 
 
 def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
-    """A few r for a plain model and images of [C, H, W]: the smallest that leave 0.75, 0.6 and 0.5 of its cost."""
+    """A few r for a plain model and images of [C, H, W], one for each of the shares of multiply-adds `_SHARES`."""
     merged, found = attach(share_weights(model), ToMeConfig(r=0)), [0]
 
     def ratio(r: int) -> float:
         merged.set_reduction(r)
         return merged.merge_plan(shape[-2:]).ratio
 
-    most = merged.merge_plan(shape[-2:]).num_tokens // 2 + 1  # a layer merges fewer
-    with warnings.catch_warnings():  # of an r that is too large for images of the model's own size
+    most = merged.merge_plan(shape[-2:]).num_tokens // 2 + 1  # above what a layer can merge
+    with warnings.catch_warnings():  # no warnings for an r that is too large for images of the model's own size
         warnings.simplefilter("ignore")
         for share in _SHARES:
             found += [next((r for r in range(found[-1] + 1, most) if ratio(r) <= share), most)]
@@ -161,7 +161,7 @@ def handful(model: Any, shape: tuple[int, ...]) -> list[int]:
 
 @contextmanager
 def _bar(end: float) -> Iterator[Callable[[str], None]]:
-    """A progress bar of the time until `end`, when no new round starts; yields a function that shows what is done."""
+    """A progress bar of the time until `end`, after which no round starts; yields a function to show an activity."""
     began = time.monotonic()
     with tqdm(total=end - began, desc="advise", bar_format="{desc}: {percentage:3.0f}%|{bar:20}|{postfix}") as bar:
 
@@ -179,12 +179,12 @@ def _bar(end: float) -> Iterator[Callable[[str], None]]:
 def _losses(
     models: Sequence[Any], pixels: Tensor, features: str, show: Callable[[str], None]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Whether logits or features are compared, and how far every model's are from the first one's."""
+    """Compare every model's outputs with the first model's: returns "logits" or "features", and a dict per model."""
     lost: list[list[Tensor]] = [[] for _ in models]
     divergences: list[list[Tensor]] = [[] for _ in models]
     batches = pixels.split(_BATCH)
     for number, batch in enumerate(batches, 1):
-        show(f"compare answers, batch {number} of {len(batches)}")
+        show(f"compare outputs, batch {number} of {len(batches)}")
         kind, reference = output_of(models[0], batch, features)
         for i, model in enumerate(models):
             output = output_of(model, batch, features)[1] if i else reference
@@ -214,9 +214,9 @@ def _runs(
     compile_mode: str,
     show: Callable[[str], None],
 ) -> tuple[dict[tuple[str, int], Run], dict[str, str]]:
-    """The wanted models in every runtime, by runtime and number, and why others were left out.
+    """The wanted models in every runtime, by runtime and number, and the reasons for runtimes that were left out.
 
-    Unless it `may_lack`, a runtime must run.
+    A runtime may be left out only if `may_lack`; otherwise its error is raised.
     """
     runs: dict[tuple[str, int], Run] = {}
     left_out: dict[str, str] = {}
@@ -244,9 +244,9 @@ def _time(
     end: float,
     show: Callable[[str], None],
 ) -> Iterator[None]:
-    """Fill the rows' `batches` anew after every round; what is left until `end` is shared by the batch sizes.
+    """Fill the rows' `batches` anew after every round; the batch sizes share the time until `end`.
 
-    `speedup` is over the unmerged model in its runtime, `over_first` in the first one.
+    `speedup` is over the unmerged model in the row's runtime, `over_first` over the unmerged model in the first one.
     """
     plain = [i for i, row in enumerate(rows) if not row["r"]]
     own = [max(start for start in plain if start <= i) for i in range(len(rows))]
@@ -259,7 +259,7 @@ def _time(
         calls = [partial(run, batch) for run in runs]
         for number, one in enumerate(timed_rounds(calls, pixels.device, batch_size=size, skipped=known)):
             show(f"batches of {size}, round {number + 1}")
-            if number == 0:  # it warms up
+            if number == 0:  # a warm-up round
                 warm = time.monotonic()
                 continue
             found.append(one)
@@ -275,7 +275,7 @@ def _time(
 def _add_cells(
     rows: Sequence[Row], place: int, seconds: np.ndarray, size: int, plain: Sequence[int], own: Sequence[int]
 ) -> None:
-    """Write what some rounds say into the rows' `batches`."""
+    """Write the figures of the rounds so far into the rows' `batches`."""
     best = min(plain, key=lambda i: np.nanmedian(seconds[:, i]))
     over = {
         name: [cell["speedup"] for cell in speeds(seconds, size, [reference] * len(rows))]
@@ -286,7 +286,7 @@ def _add_cells(
 
 
 def _is_narrow(seconds: np.ndarray, reference: int, i: int) -> bool:
-    """Whether the speed-up of a run is known: seconds [rounds, runs]."""
+    """Whether the interval of a run's speed-up is narrow enough: seconds [rounds, runs]."""
     ratios = seconds[:, reference] / seconds[:, i]
     ratios = ratios[~np.isnan(ratios)]
     spread = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5 if len(ratios) >= _LEAST_ROUNDS else np.inf

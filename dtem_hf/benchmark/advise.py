@@ -1,11 +1,11 @@
-"""Which r to take on this machine and for your images, and whether merging pays at all. Labels are not read.
+"""Advise which r to take on this machine for your images, and whether merging pays at all. Labels are not read.
 
 dtem-hf advise facebook/deit-small-patch16-224 path/to/images
 dtem-hf advise MODEL IMAGES --adapter user/dtem-deit-small --runtimes eager onnxruntime --max_loss 0.05
 
-For a handful of r: how many answers of the model change, how fast it is in every runtime, and a sentence that takes
-the largest r within the loss. All rows run in turn within every round, so that other load falls on all of them. What
-was measured is written after every round, so a run that is stopped leaves it.
+For a few r, the program measures how many predictions change and how fast the model is in every runtime. Its advice is
+the largest r within the allowed loss. All rows run in turn within every round, so that other load on the machine
+affects all alike. It writes the results after every round, so that an interrupted run leaves its results.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from .tables import advice_cells, advice_page
 
 @dataclass(kw_only=True)
 class AdviseArguments(DrawnImages):
-    """Measure what merging saves and changes, and say which r to take."""
+    """Measure what merging saves and changes, and advise which r to take."""
 
     adapter: str | None = option("trained adapter to measure beside ToMe: Hub id or local folder", default=None)
     methods: list[str] = option(
-        f"some of {', '.join(METHODS)}; left out: tome, and the adapter's", default_factory=list
+        f"some of {', '.join(METHODS)}; left out: tome, and the adapter's method", default_factory=list
     )
     r: list[int] = option(
         "tokens merged per layer, one row each; left out: three that leave 0.75, 0.6 and 0.5 of the "
-        "multiply-adds, and only the one that is taken runs in other runtimes than the first",
+        "multiply-adds, of which only the picked one runs in runtimes other than the first",
         default_factory=list,
     )
     runtimes: list[str] = option(
-        f"some of {', '.join(RUNTIMES)}; left out: those that run here, without compile, which takes minutes",
+        f"some of {', '.join(RUNTIMES)}; left out: those that work here, without compile, which takes minutes",
         default_factory=list,
     )
-    compile_mode: str = option(f"torch.compile's: {', '.join(COMPILE_MODES)}", default="default")
-    batch_sizes: list[int] = option("images at a time, one verdict each", default_factory=lambda: [1, 16])
+    compile_mode: str = option(f"mode of torch.compile: {', '.join(COMPILE_MODES)}", default="default")
+    batch_sizes: list[int] = option("images per batch, one verdict each", default_factory=lambda: [1, 16])
     max_loss: float | None = option(
-        "the largest r is taken that changes the class of at most this share of the images (left out: 0.1), or, "
-        "without classes, the features by at most this much of one minus cosine (0.05)",
+        "largest share of the images whose class may change (left out: 0.1), or, for a model without classes, largest "
+        "one minus cosine of its features (0.05)",
         default=None,
     )
-    features: str = option(f"of a model without classes: {', '.join(FEATURES)}", default="auto")
+    features: str = option(f"features of a model without classes: {', '.join(FEATURES)}", default="auto")
     rounds: int = option(
-        "most timed rounds; a row leaves them when its speed-up is known to within 2 percent", default=10
+        "largest number of timed rounds; a row ends when its speed-up is known to within 2 percent", default=10
     )
-    minutes: float = option("start no round after these, once every row had four", default=3.0)
+    minutes: float = option("time limit for starting rounds; every row gets at least four", default=3.0)
     dtype: str = option(", ".join(DTYPES), default="float32")
     output_dir: str = option("folder for advice.json, advice.md and advice.png", default="runs/advise")
 
@@ -79,7 +79,7 @@ class AdviseArguments(DrawnImages):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, write JSON, page and picture; print the table and the sentence."""
+    """Parse the command line, measure, write JSON, page and picture, and print the table and the advice."""
     arguments = parse_arguments(AdviseArguments, argv, __doc__ or "", leading=("model", "data"))
     result: dict[str, Any] = {}
     with only_run_in(arguments.output_dir) as folder:
@@ -104,21 +104,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(result["sentence"])
     print(f"written: {folder / 'advice.json'}, advice.md{' and advice.png' if is_timed else ''}")
     if not result["finished"]:
-        print("stopped: this is what was measured until then; the same command starts over")
+        print("stopped: these are the results until then; the same command starts over")
         raise SystemExit(130)
 
 
 def advise_on(
     arguments: AdviseArguments, report: Callable[[dict[str, Any]], Any] = lambda result: None
 ) -> dict[str, Any]:
-    """Load model and images, and measure. Returns what is written to `advice.json`; `report` gets it as it grows."""
+    """Load model and images, measure, and return the content of `advice.json`; `report` gets intermediate versions."""
     a, device = arguments, arguments.choose_device()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before there is this program's own
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # read before this program adds its own load
     kind = auto_class(read_config(a.model))
     options = {"merge": None, "dtype": getattr(torch, a.dtype)}
     model, loaded = kind.from_pretrained(a.model, output_loading_info=True, **options)
     if loaded["missing_keys"]:
-        say(f"{min(loaded['missing_keys'])} is not in the checkpoint and would be random: features are compared")
+        say(f"the checkpoint lacks {min(loaded['missing_keys'])}, which would be random: features are compared")
         model = load_encoder(a.model, a.features, dtype=options["dtype"])
     model = model.to(device)
     pixels, data = a.draw()

@@ -1,4 +1,4 @@
-"""Where a merged model's time goes: the metric, matching and merging, the attention bias, and the rest."""
+"""Time the parts of a merged model: the metric, matching and merging, the attention bias, and the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..models.install import merging_of
 from ..models.timing import synchronize
 
 
-# The functions of `ops` that make up a part.
+# The functions of `ops` that belong to each part.
 _PARTS = {
     "matching and merging": (
         "bipartite_soft_matching",
@@ -30,7 +30,7 @@ _PARTS = {
         "prune_tokens",
         "restore_lengths",
         "split_by_score",
-        "squeeze_hosts",
+        "match_pruned_to_kept",
     ),
     "attention bias": ("size_bias",),
 }
@@ -38,14 +38,14 @@ PARTS = ("metric", *_PARTS)
 
 
 class _Stopwatch:
-    """Times calls on the device itself: on CUDA by events, for which nothing waits."""
+    """Times calls on the device; on CUDA by events, which do not make the device wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose calls count for a part."""
+        """Wrap a function, so that the time of its calls counts for a part."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             started = self._now()
@@ -56,7 +56,7 @@ class _Stopwatch:
         return call
 
     def seconds(self) -> dict[str, float]:
-        """What every part took since it was last asked."""
+        """The seconds of every part since the last call."""
         synchronize(self.device)
         taken = {part: sum(self._between(*span) for span in spans) for part, spans in self._spans.items()}
         self._spans.clear()
@@ -80,7 +80,7 @@ def break_down(
 ) -> dict[str, Any] | None:
     """Median seconds and shares of a merged model's parts in eager runs; None for a plain model.
 
-    The parts are wrapped only while this function runs.
+    The functions are wrapped only during this call.
     """
     if not hasattr(model, "merge_config"):
         return None
@@ -116,9 +116,9 @@ def _parts_timed(model: Any, watch: _Stopwatch) -> Iterator[None]:
 
 
 class MergingAlone(nn.Module):
-    """Matching and merging of every layer of a plan, on tokens of noise, and nothing else of the model.
+    """Matching and merging of every layer of a plan, on random tokens, without the rest of the model.
 
-    It is timed in place of the parts of a compiled model, which cannot be timed one by one.
+    The parts of a compiled model cannot be timed separately, so this module is timed instead.
     """
 
     def __init__(self, plan: MergePlan, num_prefix_tokens: int) -> None:
@@ -134,7 +134,7 @@ class MergingAlone(nn.Module):
 
 
 def merging_alone(model: Any, plan: MergePlan, batch_size: int, compile_mode: str) -> Callable[[], Any] | None:
-    """A call of the compiled matching and merging of a model; None for one that does not merge as ToMe does."""
+    """A call of a model's matching and merging, compiled; None if the model does not merge as ToMe does."""
     if not hasattr(model, "merge_config") or not any(plan.reductions):
         return None
     merging = merging_of(model)

@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, parameters, images per second, peak memory; and from which batch size it pays."""
+"""The costs of a model: multiply-adds, images per second, peak memory; and the batch size from which merging pays."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..models.timing import Run
 
 
 def count_multiply_adds(run: Run) -> int:
-    """Multiply-adds of everything a call does, by torch's own counter: matrix products and convolutions."""
-    # Attention as two matrix products: the counter does not know every fused kernel.
+    """Multiply-adds of a call, by torch's counter: matrix products and convolutions."""
+    # The math backend runs attention as two matrix products: the counter does not know every fused kernel.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops()) // 2
 
 
 def peak_memory(run: Run, device: torch.device) -> int | None:
-    """Bytes of tensors that a call holds at its worst moment, beside those that were there before it.
+    """The peak of the memory that a call allocates for tensors, in bytes, without tensors that existed before.
 
     None for a device whose allocator cannot be observed.
     """
@@ -51,14 +51,14 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """Median and quartiles of some numbers, as JSON; NaN does not count."""
+    """Median and quartiles of numbers, without NaN, as JSON."""
     return dict(zip(("median", "q25", "q75"), np.nanquantile(values, (0.5, 0.25, 0.75)).tolist(), strict=True))
 
 
 def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int]) -> list[dict[str, Any]]:
     """Images per second and speed-up of every run: seconds [rounds, runs] -> one dict per run.
 
-    `references` are the runs that each is compared with.
+    `references` holds, for every run, the index of the run to compare it with.
     """
     return [
         {
@@ -70,7 +70,7 @@ def speeds(seconds: np.ndarray, batch_size: int, references: Sequence[int]) -> l
 
 
 def break_even(speedup_by_batch_size: Mapping[int, float]) -> int | None:
-    """The smallest batch size from which on merging is never slower than the unmerged model; None if there is none."""
+    """The smallest batch size from which merging is never slower than the unmerged model; None if there is none."""
     smallest = None
     for batch_size in sorted(speedup_by_batch_size, reverse=True):
         if speedup_by_batch_size[batch_size] < 1:

@@ -1,15 +1,15 @@
-"""What merging saves on this machine: multiply-adds, images per second and memory, at several batch sizes.
+"""Measure what merging saves on this machine: multiply-adds, images per second and memory, at several batch sizes.
 
 python recipes/benchmark.py --model facebook/deit-small-patch16-224 --methods tome --r 8 16 --batch_sizes 1 16 64
 python recipes/benchmark.py --model path/to/config --random_weights True --rounds 5    # a laptop's CPU
 python recipes/benchmark.py --model ... --runtimes eager compile onnxruntime openvino openvino_bfloat16
 python recipes/benchmark.py --model ... --dtype bfloat16 --runtimes compile --compile_mode reduce-overhead    # CUDA
-python recipes/benchmark.py --model ... --peer my_library:merged    # beside your function
+python recipes/benchmark.py --model ... --peer my_library:merged    # with your own function beside
 python recipes/benchmark.py --task captioning --model microsoft/git-base --r 4 8 12 --batch_sizes 1 8
 python recipes/benchmark.py --task answering --model llava-hf/llava-1.5-7b-hf --r 12 --dtype bfloat16 --batch_sizes 1 8
 
-Every round runs every row once, so that other load on the machine falls on all of them. A speed-up is the median of
-the ratios within rounds, to the unmerged model in the same runtime.
+Every round runs every row once, so that other load on the machine affects all alike. A speed-up is the median of the
+ratios within rounds to the unmerged model in the same runtime.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from .tables import markdown, print_benchmark
 
 @dataclass(kw_only=True)
 class BenchmarkArguments(RowArguments):
-    """Measure what merging saves; the images are noise, as their content does not change the cost."""
+    """Measure what merging saves. The images are noise, because their content does not change the cost."""
 
-    model: str = option("model: Hub id or local folder; of one that also reads text, the part that sees images")
+    model: str = option("model: Hub id or local folder; if it also reads text, the part that reads images")
     task: Literal["images", "captioning", "answering"] = option(
-        "images: one pass over images; captioning: captions of a fixed length by generate, greedily; answering: the "
-        "same of a vision-language model with a prompt, whose language model reads all tokens, then merged ones",
+        "images: one pass over images; captioning: greedy captions of a fixed length; answering: greedy answers of a "
+        "vision-language model to a prompt, first with all tokens for its language model, then with merged tokens",
         default="images",
     )
     methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["none", "dtem"])
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "16"])
-    random_weights: bool = option("read the model's config alone, which is enough to time it", default=False)
+    random_weights: bool = option("read only the model's config, which is enough to time it", default=False)
     runtimes: list[str] = option(
         f"some of {', '.join(RUNTIMES)}; every row is measured in each", default_factory=lambda: ["eager"]
     )
     compile_mode: str = option(
-        f"torch.compile's: {', '.join(COMPILE_MODES)}; reduce-overhead is for CUDA, by CUDA graphs", default="default"
+        f"mode of torch.compile: {', '.join(COMPILE_MODES)}; reduce-overhead uses CUDA graphs", default="default"
     )
     attention: str | None = option(
         "attn_implementation: sdpa, flash_attention_2, flex_attention, ...; left out, transformers chooses",
@@ -61,23 +61,23 @@ class BenchmarkArguments(RowArguments):
     )
     peer: list[str] = option(
         "module:function to measure in the same run: function(model, r) gets a plain model (in eval mode, on the "
-        "device, in the dtype) and each r, and returns a callable that takes pixels [B, C, H, W]",
+        "device, in the dtype) and one r, and returns a callable that takes pixels [B, C, H, W]",
         default_factory=list,
     )
     peer_runtimes: list[str] = option(
-        "runtimes to measure peers in; for others than eager, what a peer returns must be one graph of tensors",
+        "runtimes to measure peers in; in others than eager, the peer's callable must be one graph of tensors",
         default_factory=lambda: ["eager"],
     )
-    breakdown: bool = option("measure which parts the time of merged rows goes to", default=False)
+    breakdown: bool = option("measure the time of the parts of merged rows", default=False)
     batch_sizes: list[int] = option("images per batch, one column each", default_factory=lambda: [1, 16, 64])
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
-    caption_tokens: int = option("captioning: tokens that every caption has", default=20)
-    prompt_tokens: int = option("answering: tokens of the prompt beside the image's", default=40)
-    answer_tokens: int = option("answering: tokens that every answer has", default=20)
-    rounds: int = option("timed rounds, in each of which every row runs once", default=20)
-    warmup: int = option("rounds before those", default=3)
+    caption_tokens: int = option("captioning: tokens per caption", default=20)
+    prompt_tokens: int = option("answering: text tokens of the prompt", default=40)
+    answer_tokens: int = option("answering: tokens per answer", default=20)
+    rounds: int = option("timed rounds; each runs every row once", default=20)
+    warmup: int = option("rounds before the timed ones", default=3)
     dtype: str = option(", ".join(DTYPES), default="float32")
-    seed: int = option("of random weights and of the images", default=0)
+    seed: int = option("seed of random weights and images", default=0)
     output_dir: str = option("folder for benchmark.json, benchmark.md and speedup.png", default="runs/benchmark")
 
     def __post_init__(self) -> None:
@@ -92,19 +92,19 @@ class BenchmarkArguments(RowArguments):
         one_of(self, "peer_runtimes", RUNTIMES)
         check_runtime(self, *self.runtimes, *(self.peer_runtimes if self.peer else []))
         if self.task != "images" and (self.runtimes != ["eager"] or self.peer or self.breakdown):
-            raise BadValue("task", self.task, "the runtime eager alone, without peers and breakdown")
+            raise BadValue("task", self.task, "only the runtime eager, without peers and breakdown")
         if self.task == "answering" and self.image_size is not None:
             raise BadValue("image_size", self.image_size, "none: answering reads images of the model's own size")
         for name in self.peer:
             load_function("peer", name)
 
 
-# The options that say how long the texts of a task are.
+# The options for the lengths of a task's texts.
 LENGTHS = {"captioning": ("caption_tokens",), "answering": ("prompt_tokens", "answer_tokens")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print the table, write JSON, Markdown and a plot."""
+    """Parse the command line, measure, print the table, and write JSON, Markdown and a plot."""
     arguments = parse_arguments(BenchmarkArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir) as folder:
         result = benchmark(arguments)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
-    """Measure every row at every batch size. Returns what is written to `benchmark.json`."""
+    """Measure every row at every batch size, and return the content of `benchmark.json`."""
     device = arguments.choose_device()
     model = _load(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     adapters = arguments.load_adapters()

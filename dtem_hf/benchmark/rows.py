@@ -1,4 +1,4 @@
-"""The rows of a benchmark: what runs in which runtime, and what measuring it says."""
+"""The rows of a benchmark: make the runs in every runtime, and measure them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
 from ..models.copies import share_weights
 from ..models.install import is_merged
-from ..models.processor import count_dropped, count_read
+from ..models.processor import count_dropped_tokens, count_placeholders
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
 from ..progress import tqdm
@@ -30,10 +30,10 @@ from .runtimes import PeerGraph, peer_run
 
 @dataclass
 class Entry:
-    """One row: `run` takes pixels [B, C, H, W]; `reference` is the row that it is compared with.
+    """One row: `run` takes pixels [B, C, H, W], and `reference` is the index of the row to compare it with.
 
-    `model` is None for a peer; `multiply_adds` are those of one image, None where they cannot be counted. `begin` runs
-    until the first token of an answer; `tokens_read` says which tokens the language model reads, "all" or "merged".
+    `model` is None for a peer; `multiply_adds` is per image, None if it cannot be counted. `begin` runs until the
+    first token of an answer. `tokens_read` says which tokens the language model reads, "all" or "merged".
     """
 
     runtime: str
@@ -58,9 +58,9 @@ def image_entries(
     peers: Sequence[tuple[str, Any]] = (),
     peer_runtimes: Sequence[str] = ("eager",),
 ) -> list[Entry]:
-    """Every variant in every runtime, then every peer at every r; the first variant is the unmerged model.
+    """Make a row for every variant in every runtime, then for every peer at every r; the first variant is unmerged.
 
-    A peer is compared with the unmerged model in its own runtime, or else in eager.
+    A peer is compared with the unmerged model in the peer's runtime, or else in eager.
     """
     like = next(model.parameters())
     one = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
@@ -82,7 +82,7 @@ def image_entries(
             progress.set_postfix_str(name)
             shared = share_weights(model)
             run = peer_run(name, shared, r)
-            # Work outside of torch is not counted; a count of 0 says nothing.
+            # The counter sees only torch; a count of 0 means unknown.
             counted = count_multiply_adds(partial(run, one)) or None
             for runtime in peer_runtimes:
                 reference = plain.get(runtime, plain.get("eager", 0))
@@ -94,7 +94,7 @@ def image_entries(
 
 
 def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], length: int) -> list[Entry]:
-    """Every variant writing greedy captions of exactly `length` tokens."""
+    """Make a row for every variant that writes greedy captions of exactly `length` tokens."""
     if not hasattr(variants[0].model, "generate"):
         raise BadValue("task", "captioning", f"a model that writes text, not a {type(variants[0].model).__name__}")
     settings = {"max_new_tokens": length, "min_new_tokens": length, "num_beams": 1, "do_sample": False}
@@ -115,12 +115,13 @@ def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], leng
 def answering_entries(
     variants: Sequence[Variant], merged: Sequence[Variant], shape: tuple[int, ...], prompt: int, length: int
 ) -> list[Entry]:
-    """Every variant writing greedy answers of exactly `length` tokens to an image and a text of `prompt` tokens.
+    """Make a row for every variant that writes greedy answers of exactly `length` tokens.
 
-    `merged` are the variants whose language model reads merged tokens: its prompts are shorter by as many.
+    A prompt is an image and a text of `prompt` tokens. For the variants in `merged`, the language model reads merged
+    tokens, and the prompt has fewer image tokens.
     """
     plain = variants[0].model
-    like, num_plain = next(plain.parameters()), variants[0].plan.num_tokens - count_dropped(plain)
+    like, num_plain = next(plain.parameters()), variants[0].plan.num_tokens - count_dropped_tokens(plain)
     image, vocabulary = plain.config.image_token_id, plain.config.get_text_config().vocab_size
     text = torch.randint(vocabulary - 1, (prompt,), device=like.device)
     text += text >= image  # any token but the placeholder
@@ -128,7 +129,7 @@ def answering_entries(
     entries = []
     for variant in tqdm([*variants, *merged], desc="count", unit="row", leave=False):
         model = variant.standalone()
-        number = count_read(model, num_plain) if is_merged(model) else num_plain
+        number = count_placeholders(model, num_plain) if is_merged(model) else num_plain
         row = torch.cat([text.new_full((number,), image), text])
 
         def answer(pixels: Tensor, tokens: int = length, model: Any = model, row: Tensor = row) -> Tensor:
@@ -161,9 +162,9 @@ def measure_entries(
     breakdown: bool,
     compile_mode: str,
 ) -> list[dict[str, Any]]:
-    """Costs of every row on noise of [C, H, W], batch size by batch size, all rows in turn within each round.
+    """Measure every row on noise of [C, H, W] at every batch size; all rows run in turn within each round.
 
-    `dtype` is the pixels' in runtimes that run no exported graph.
+    `dtype` is the dtype of the pixels, except for exported graphs, which take float32.
     """
     rows = [_facts(entry, entries[entry.reference]) for entry in entries]
     runs_each = len(entries) + sum(entry.begin is not None for entry in entries)
@@ -187,7 +188,7 @@ def measure_entries(
                     "of_ideal": None if ideal is None else timing["speedup"]["median"] / ideal,
                     "peak_memory": peak_memory(run, device) if entry.runtime in ("eager", "compile") else None,
                 }
-                if entry.begin is not None:  # then every entry has it
+                if entry.begin is not None:  # if one entry has it, all have it
                     cell["prefill_seconds"] = spread(prefill[:, i])
                     cell["decoding_seconds"] = spread(seconds[:, i] - prefill[:, i])
                 if breakdown and entry.runtime == "eager":
@@ -195,7 +196,7 @@ def measure_entries(
                 elif breakdown and entry.runtime == "compile":
                     alone = entry.plan and merging_alone(entry.model, entry.plan, batch_size, compile_mode)
                     cell["merging"] = None
-                    if alone:  # matching and merging, compiled and timed by themselves
+                    if alone:  # matching and merging, compiled and timed separately
                         median = float(np.median(time_interleaved([alone], device, rounds, warmup)))
                         cell["merging"] = {"seconds": median, "share": median / float(np.median(seconds[:, i]))}
                 row["batches"].append(cell)

@@ -1,4 +1,4 @@
-"""What a benchmark runs beside its models: functions that the user names, and room for compiled graphs."""
+"""Peers, the user's functions that a benchmark measures beside its models, and room for compiled graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..programs.functions import load_function
 
 @contextmanager
 def room_for_graphs(count: int) -> Iterator[None]:
-    """Let torch.compile keep so many graphs of the same code: each row has one, and another for a batch of one."""
+    """Let torch.compile keep `count` graphs of the same code, and as many for batches of one image."""
     with torch._dynamo.config.patch(
         recompile_limit=max(2 * count, torch._dynamo.config.recompile_limit),
         accumulated_recompile_limit=max(2 * count, torch._dynamo.config.accumulated_recompile_limit),
@@ -26,10 +26,10 @@ def room_for_graphs(count: int) -> Iterator[None]:
 
 
 def peer_run(name: str, model: nn.Module, r: Any) -> Run:
-    """What a peer, `module:function`, returns for a plain model and an r: a callable of pixels [B, C, H, W].
+    """Call a peer, `module:function`, with a plain model and an r; it returns a callable of pixels [B, C, H, W].
 
-    The model is in eval mode, on the device and in the dtype that are measured. Raises ValueError where what the
-    function returns is not callable.
+    The model is in eval mode, on the benchmark's device and in its dtype. Raises ValueError if the result is not
+    callable.
     """
     run = load_function("peer", name)(model, r)
     if not callable(run):
@@ -38,7 +38,7 @@ def peer_run(name: str, model: nn.Module, r: Any) -> Run:
 
 
 class PeerGraph(ImageGraph):
-    """What a peer runs on pixels, as a module that can be exported; `model` is the model that it was made of."""
+    """A peer's callable as a module that can be exported; `model` is the model that the peer was called with."""
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""A benchmark and an advice as tables, for a terminal and for Markdown."""
+"""Tables of a benchmark and of an advice, for a terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..report.tables import SPEEDUP_LEGEND, as_markdown, benchmark_cells, print_
 from .verdict import is_same
 
 
-# How far a merged model is from the unmerged one: of classifiers, and of other models.
+# Figures that compare a merged model with the unmerged one: two for classifiers, the last for other models.
 _ADVICE_MEASURES = (("agreement", ".1f"), ("kl", ".4f"), ("cosine", ".4f"))
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
-    """Show a benchmark in the terminal: a line per row, speed, speed-up and memory under every batch size."""
+    """Show a benchmark in the terminal: a line per row, with speed, speed-up and memory for every batch size."""
     measured = "answers" if result["task"] == "answering" else "images"
     title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: {measured}/s (quartiles), speed-up"
     columns, lines = benchmark_cells(result["rows"])
@@ -24,12 +24,12 @@ def print_benchmark(result: dict[str, Any]) -> None:
 
 
 def _broken_at_commas(lines: list[list[str]], first: int) -> list[list[str]]:
-    """Cells from column `first` on with a figure per line, so that a narrow terminal parts no figure from its unit."""
+    """Put each figure of the cells from column `first` on its own line, so that no figure is split from its unit."""
     return [[*line[:first], *(cell.replace(", ", "\n") for cell in line[first:])] for line in lines]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A benchmark as a page: how it was measured, the table, and where the time goes if that was asked."""
+    """A benchmark as a Markdown page: conditions, the table, and the breakdown if there is one."""
     kind = {
         "captioning": ", captions of {caption_tokens} tokens",
         "answering": ", answers of {answer_tokens} tokens to prompts of {prompt_tokens} tokens and an image (prefill: "
@@ -40,7 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {result['model']['name']}: what merging saves",
         f"{result['hardware']}, {result['dtype']}, {size} pixels{kind}; medians of {result['rounds']} interleaved "
         "rounds, quartiles in brackets. A speed-up is the median of the ratios within rounds to the unmerged model in "
-        "the same runtime (peers: in eager); of the ideal, to what the multiply-adds alone would give.",
+        'the same runtime, or else in eager (peers). "Of ideal": speed-up as a share of the ratio of multiply-adds.',
         f"`{result['command']}`",
         as_markdown(*benchmark_cells(result["rows"]), "---"),
     ]
@@ -52,7 +52,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Milliseconds and shares by part, of eager rows; and of compiled ones, what merging takes."""
+    """Milliseconds and shares: of all parts for eager rows, of matching and merging for compiled rows."""
     eager, compiled = [], []
     for row in result["rows"]:
         for batch in row["batches"]:
@@ -73,7 +73,7 @@ def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]
 
 
 def advice_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A line per method and r; speed and speed-up (to the unmerged model in the same runtime) in every runtime."""
+    """A line per method and r, with speed and speed-up (over the unmerged model in the same runtime) per runtime."""
     first = [row for row in rows if row["runtime"] == rows[0]["runtime"]]
     measures = [(name, digits) for name, digits in _ADVICE_MEASURES if first[0][name] is not None]
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
@@ -94,7 +94,7 @@ def advice_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 def advice_page(result: dict[str, Any]) -> str:
-    """An advice as a page: the sentence, how it was measured, the table and the picture."""
+    """An advice as a Markdown page: the sentence, the table, the conditions and the picture."""
     data, load = result["data"], shown(result["load_average"], ".1f")
     left_out = [f"Not measured: {name} ({reason})." for name, reason in result["left_out"].items()]
     conditions = (
@@ -110,7 +110,7 @@ def advice_page(result: dict[str, Any]) -> str:
         as_markdown(*advice_cells(result["rows"])),
         conditions,
         *left_out,
-        *([] if result["finished"] else ["The run was stopped, or still runs: speeds are lacking."]),
+        *([] if result["finished"] else ["The run was stopped, or still runs: some speeds are missing."]),
         f"`{result['command']}`",
         "![What is kept against speed](advice.png)",
     ]

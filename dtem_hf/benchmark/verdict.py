@@ -1,6 +1,6 @@
-"""Which r to take, and whether merging pays: read from measured rows, without measuring anything.
+"""Decide from measured rows which r to take, and whether merging pays.
 
-A row is one method at one r (0: the unmerged model) in one runtime; the rows of the first runtime come first.
+A row is one method at one r (0: the unmerged model) in one runtime. The rows of the first runtime come first.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ Row = dict[str, Any]
 
 
 def pick(rows: Sequence[Row], max_loss: float) -> Row | None:
-    """The row with the largest r that loses at most `max_loss`, of several methods with the smallest loss, or None."""
+    """The row with the largest r whose loss is at most `max_loss`, or None; of several methods, that of least loss."""
     allowed = [row for row in rows if row["r"] and row["loss"] <= max_loss]
     return max(allowed, key=lambda row: (row["r"], -row["loss"]), default=None)
 
 
 def least(rows: Sequence[Row]) -> Row:
-    """The merged row that loses least."""
+    """The merged row with the smallest loss."""
     return min((row for row in rows if row["r"]), key=lambda row: row["loss"])
 
 
 def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
-    """What a picked method and r give at one batch size (the one at `place`), in the runtime where they are fastest.
+    """Judge a picked method and r at one batch size (the one at `place`), in its fastest runtime.
 
-    It pays where it beats the fastest unmerged runtime in three of four rounds or more; else `because` says why not.
-    `merging_share` is the part of the whole gain over the first runtime, unmerged, that merging brings (the rest is
-    the runtime's): the share of the logarithm, as the two factors multiply. None where there is no gain.
+    Merging pays if it beats the fastest unmerged runtime in at least three of four rounds; else `because` gives the
+    reason. `merging_share` is merging's part of the gain over the unmerged model in the first runtime; the rest is the
+    runtime's part. It is a share of the logarithm, as the two factors multiply. None if there is no gain.
     """
     cells = {row["runtime"]: row["batches"][place] for row in rows if is_same(row, picked)}
     plain = {row["runtime"]: row["batches"][place] for row in rows if not row["r"]}
@@ -70,7 +70,7 @@ def judge(rows: Sequence[Row], picked: Row, place: int) -> dict[str, Any]:
 
 
 def sentence(rows: Sequence[Row], picked: Row | None, verdicts: Sequence[dict[str, Any]], max_loss: float) -> str:
-    """The advice: what to take and what it gives at every batch size, or why merging does not pay."""
+    """The advice in words: which r to take and its gain at every batch size, or why merging does not pay."""
     if picked is None:
         row = least(rows)
         return f"It does not pay here, because even {_name(row)} {_cost(row)}, and max_loss={max_loss:g} allows less."
@@ -87,7 +87,7 @@ def sentence(rows: Sequence[Row], picked: Row | None, verdicts: Sequence[dict[st
 
 
 def is_same(row: Row, other: Row) -> bool:
-    """Whether two rows are one method at one r."""
+    """Whether two rows have the same method and the same r."""
     return (row["method"], row["r"]) == (other["method"], other["r"])
 
 
@@ -112,7 +112,7 @@ def _cost(row: Row) -> str:
 
 
 def _gain(verdict: dict[str, Any]) -> str:
-    """What merging gives at one batch size: in its runtime, over the best unmerged one, and over the first."""
+    """The gain at one batch size: over unmerged in the same runtime, in the best, and in the first runtime."""
     v = verdict
     text = f"{v['speedup']:.2f}× with {_batch(v)} in {v['runtime']} ({v['images_per_second']:.1f} images/s"
     if v["best_plain"] != v["runtime"]:

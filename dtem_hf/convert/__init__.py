@@ -1,1 +1,1 @@
-"""Checkpoints of other libraries as models of transformers, with the same outputs."""
+"""Convert checkpoints of other libraries to models of transformers with the same outputs."""

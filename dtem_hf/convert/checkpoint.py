@@ -1,4 +1,4 @@
-"""What converters share: reading a checkpoint in its authors' layout, renaming its tensors, writing the model."""
+"""Shared code of the converters: read a checkpoint in its authors' layout, rename its tensors, write the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..files import replacing_folder
 from ..programs.arguments import option, parse_arguments
 
 
-# One line of Python that unpickles tensors and the options of the training program, but no code.
+# One line of Python that unpickles only tensors and the options of the training program, and runs no code.
 _TO_SAFETENSORS = (
     "import argparse, sys, torch; from safetensors.torch import save_file; "
     "torch.serialization.add_safe_globals([argparse.Namespace]); "
@@ -28,7 +28,7 @@ _TO_SAFETENSORS = (
     "state = state.get('model', state.get('state_dict', state)); "
     "save_file({k: v.contiguous() for k, v in state.items()}, sys.argv[2])"
 )
-# The names of a ViT block's parts in timm's layout, by transformers' names of them.
+# Patterns of transformers' names for the parts of a ViT block, with timm's names.
 _BLOCK = (
     (r"layernorm_before\.", "norm1."),
     (r"layernorm_after\.", "norm2."),
@@ -41,23 +41,23 @@ _BLOCK = (
 class ConvertArguments:
     """Convert a checkpoint to a model of transformers with the same outputs."""
 
-    checkpoint: str = option("model in its authors' layout, as safetensors; a .pth gets its conversion command shown")
-    output_dir: str = option("folder for the converted model and its image processor; must not exist, or be empty")
+    checkpoint: str = option("model in its authors' layout, as safetensors; for a .pth, a conversion command is shown")
+    output_dir: str = option("folder for the converted model and its image processor; must be missing or empty")
     num_attention_heads: int | None = option(
-        "heads per layer; needed only where the widths are not those of a published size", default=None
+        "heads per layer; needed only for sizes that are not published", default=None
     )
-    labels: str | None = option("text file with the name of a class per line, in the head's order", default=None)
+    labels: str | None = option("text file with one class name per line, in the head's order", default=None)
 
 
 def read_checkpoint(path: Path, output: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, once `output` is found to be free. Raises ValueError that names the file."""
+    """The tensors of a safetensors file. Raises ValueError that names the file, or `output` if it is not empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BadValue("output_dir", str(output), "a folder that is empty or does not exist")
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no such file")
+        raise FileNotFoundError(f"checkpoint={str(path)!r}: this file does not exist")
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
         line = shlex.join(["python", "-c", _TO_SAFETENSORS, str(path), str(path.with_suffix(".safetensors"))])
-        raise BadValue("checkpoint", str(path), f"safetensors, which holds no code; this line makes it: {line}")
+        raise BadValue("checkpoint", str(path), f"a safetensors file, which holds no code; make it with: {line}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -66,7 +66,7 @@ def read_checkpoint(path: Path, output: Path) -> dict[str, Tensor]:
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, expected: Sequence[int | None]) -> tuple[int, ...]:
-    """A tensor's shape, in which None fits any number. Raises ValueError that names it where it does not fit."""
+    """A tensor's shape. Raises ValueError that names the tensor if the shape is not `expected`; None fits any size."""
     shown = "×".join("any" if size is None else str(size) for size in expected)
     if name not in tensors:
         raise BadValue(name, None, f"a tensor of shape {shown}; the checkpoint has none of that name")
@@ -80,17 +80,17 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, expected: Sequence[int | 
 
 
 def side_of_grid(tensors: Mapping[str, Tensor], name: str, width: int) -> int:
-    """Patches in a row of the square that positions are for, CLS in front of them: [1, 1 + side², width]."""
+    """The number of patches in a row, from the position embeddings of CLS and a square grid: [1, 1 + side², width]."""
     num_patches = shape_of(tensors, name, (1, None, width))[1] - 1
     side = math.isqrt(num_patches)
     if side < 1 or side**2 != num_patches:
         found = list(tensors[name].shape)
-        raise BadValue(name, found, "one position for CLS and a square of them for patches")
+        raise BadValue(name, found, "one position for CLS, and a square number of positions for patches")
     return side
 
 
 def count_blocks(tensors: Mapping[str, Tensor], root: str) -> int:
-    """How many numbers follow the name `root`. Raises ValueError where there is none."""
+    """The number of blocks, from the numbers behind the name `root`. Raises ValueError if there are none."""
     found = {match[1] for name in tensors if (match := re.match(rf"{re.escape(root)}(\d+)\.", name))}
     if not found:
         raise BadValue(f"{root}0.norm1.weight", None, "a tensor; the checkpoint has no blocks")
@@ -98,7 +98,7 @@ def count_blocks(tensors: Mapping[str, Tensor], root: str) -> int:
 
 
 def check_heads(width: int, heads: int) -> int:
-    """The number of heads, if it divides the width. Raises ValueError."""
+    """Return the number of heads. Raises ValueError if it does not divide the width."""
     if heads < 1 or width % heads:
         raise BadValue("num_attention_heads", heads, f"a number that divides the width, {width}")
     return heads
@@ -106,13 +106,14 @@ def check_heads(width: int, heads: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a kind of checkpoint becomes a model.
+    """How to convert one kind of checkpoint to a model.
 
-    `kind` names such a checkpoint in errors. `names` are pairs for `re.sub`, applied in turn to the model's own names:
-    they give those of the checkpoint, without those of a ViT block, which all kinds share. Tensors `transposed` are
-    stored the other way round, and `unread` may be left over. `config` reads the model's config off the tensors, the
-    number of heads and what `arguments` add. `processor` makes the image processor of that config, `title` the model's
-    name and what its classes are read from. `auto` is the Auto class that loads the model.
+    `kind` names such a checkpoint in errors. `names` are pairs for `re.sub`, applied in turn to the model's names;
+    they give the checkpoint's names. The names of a ViT block, which all kinds share, are not among them. The
+    checkpoint stores the tensors `transposed` in transposed form, and may hold the tensors `unread`, which are not
+    used. `config` makes the model's config from the tensors, the number of heads and the options of `arguments`.
+    `processor` makes the image processor from this config, `title` the model's name and a text about its head. `auto`
+    is the Auto class that loads the model.
     """
 
     kind: str
@@ -127,17 +128,17 @@ class Layout:
     unread: Sequence[str] = ()
 
     def load(self, tensors: Mapping[str, Tensor], config: Any) -> Any:
-        """The model, in float32 and in `.eval()`, with a checkpoint's tensors, each of them used.
+        """The model with all tensors of a checkpoint, in float32 and in eval mode.
 
-        Raises ValueError that names the first tensor that is missing, unknown, or of an odd shape.
+        Raises ValueError that names the first tensor that is missing, unknown, or has a wrong shape.
         """
         with torch.device("meta"):
             model = self.model_class(config)
         state, used = {}, set(self.unread)
         for key, like in model.state_dict().items():
             name = key
-            for ours, theirs in (*self.names, *_BLOCK):
-                name = re.sub(ours, theirs, name)
+            for pattern, replacement in (*self.names, *_BLOCK):
+                name = re.sub(pattern, replacement, name)
             name, _, part = name.partition(":")  # "….attn.qkv:q.weight"
             expected = [*like.shape]
             if part:
@@ -150,12 +151,12 @@ class Layout:
             state[key] = tensor.to(like.dtype).contiguous()
             used.add(name)
         for name in sorted(tensors.keys() - used):
-            raise BadValue("checkpoint", name, f"tensors of {self.kind} only; it has no place for this one")
+            raise BadValue("checkpoint", name, f"only tensors of {self.kind}, which has no such tensor")
         model.load_state_dict(state, assign=True)
         return model.eval()
 
     def convert(self, argv: Sequence[str] | None, description: str | None) -> None:
-        """Read a checkpoint, write model and processor into a folder, whole or not at all, and say what they are."""
+        """Read a checkpoint, write model and processor into a folder, atomically, and describe them."""
         arguments = vars(parse_arguments(self.arguments, argv, description or ""))
         path, output, labels = (arguments.pop(name) for name in ("checkpoint", "output_dir", "labels"))
         tensors = read_checkpoint(Path(path), Path(output))
@@ -174,7 +175,7 @@ class Layout:
 
 
 def imagenet_processor(image_size: int, kept: float) -> BitImageProcessorPil:
-    """Bicubic, ImageNet's mean and deviation, a centre crop that keeps a share of the shortest edge."""
+    """A bicubic processor with ImageNet's mean and deviation; its centre crop keeps a share of the shortest edge."""
     return BitImageProcessorPil(
         size={"shortest_edge": int(image_size / kept)},
         crop_size={"height": image_size, "width": image_size},
@@ -184,7 +185,7 @@ def imagenet_processor(image_size: int, kept: float) -> BitImageProcessorPil:
 
 
 def name_labels(config: Any, labels: str | None) -> None:
-    """Give the classes the names in a text file, a line each. Raises ValueError where their number is another one."""
+    """Name the classes by a text file with one name per line. Raises ValueError for a wrong number of lines."""
     if labels is None:
         return
     lines = [line.strip() for line in Path(labels).read_text(encoding="utf-8").splitlines() if line.strip()]

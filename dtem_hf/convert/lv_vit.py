@@ -2,8 +2,8 @@
 
 python recipes/convert_lv_vit.py --checkpoint lvvit_s-26M-224-83.3.safetensors --output_dir lv-vit-small
 
-The layout is timm's, and beside it the stem's `patch_embed.conv{1,2,3}` and `bn{1,2,3}` and a head on every patch,
-`aux_head`. What a layer adds to its tokens is halved in LV-ViT-S; of other sizes, say the factor.
+The layout is timm's, plus the stem's `patch_embed.conv{1,2,3}` and `bn{1,2,3}`, and `aux_head`, a head on every patch.
+LV-ViT-S halves the output of attention and MLP before it adds them; for other sizes, give the factor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..programs.arguments import above_zero, option
 from .checkpoint import ConvertArguments, Layout, check_heads, count_blocks, imagenet_processor, shape_of, side_of_grid
 
 
-# What shapes do not tell, by width and number of layers: heads, and the factor of the residuals (LV-ViT-S).
+# Values that shapes do not show, by width and number of layers: heads, and the factor of residuals (LV-ViT-S).
 PUBLISHED = {(384, 16): (6, 0.5)}
 _CROP_SHARE = 0.9
 _PATCHES = r"^vit\.embeddings\.patch_embeddings\."
@@ -42,7 +42,7 @@ class ConvertLVViTArguments(ConvertArguments):
     """Convert an LV-ViT classifier to one of this package with the same logits."""
 
     residual_scale: float | None = option(
-        "factor of what attention and MLP add; needed only where the widths are not those of LV-ViT-S", default=None
+        "factor of the outputs of attention and MLP; needed only for sizes other than LV-ViT-S", default=None
     )
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ def lv_vit_config(
     heads, scale = PUBLISHED.get((width, num_layers), (num_attention_heads, residual_scale))
     heads, scale = num_attention_heads or heads, residual_scale or scale
     if heads is None or scale is None:
-        fits = f"a number each for {num_layers} layers of width {width}; known is LV-ViT-S (16 layers, width 384)"
+        fits = f"a number each for {num_layers} layers of width {width}; only LV-ViT-S is known (16 layers, width 384)"
         raise BadValue("num_attention_heads, residual_scale", (heads, scale), fits)
     return LVViTConfig(
         hidden_size=width,

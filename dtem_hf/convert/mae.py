@@ -4,8 +4,8 @@ python recipes/convert_mae.py --checkpoint mae_finetuned_vit_base.safetensors --
 
 The layout is timm's: `cls_token`, `pos_embed`, `patch_embed.proj`, `blocks.{i}`, `fc_norm` (of the mean of the patch
 tokens) or `norm` (of the CLS token), `head`. Such a classifier is exactly a BEiT with absolute positions, no relative
-bias and no layer scale (METHOD.md section 6). BEiT's keys have no bias: a key's bias adds the same to all scores of a
-query, which softmax does not see. ToMe, which compares keys, then compares them without it.
+bias and no layer scale (METHOD.md section 6). BEiT's keys have no bias: it would add the same number to all scores of
+a query, and softmax ignores that. So ToMe compares keys without their bias.
 
 A merged model's mean counts every token by its size. Without training, merge without proportional attention:
 `ToMeConfig(r=16, proportional_attention=False)`.
@@ -23,7 +23,7 @@ from ..errors import BadValue
 from .checkpoint import Layout, check_heads, count_blocks, imagenet_processor, shape_of, side_of_grid
 
 
-# Shapes do not tell the number of heads: those of the published sizes, by width and number of layers.
+# Names and numbers of heads of the published sizes, by width and number of layers; shapes do not show the heads.
 PUBLISHED = {(768, 12): ("ViT-B", 12), (1024, 24): ("ViT-L", 16), (1280, 32): ("ViT-H", 16)}
 _LAYER_NORM_EPS = 1e-6
 _NAMES = (
@@ -40,7 +40,7 @@ _NAMES = (
 def mae_config(tensors: Mapping[str, Tensor], num_attention_heads: int | None = None) -> Any:
     """The config of the BEiT that equals a checkpoint, from the names and shapes of its tensors.
 
-    Raises ValueError that names the first tensor that is missing or of an odd shape.
+    Raises ValueError that names the first tensor that is missing or has a wrong shape.
     """
     _check_kind(tensors)
     width, _, patch_size, _ = stem = shape_of(tensors, "patch_embed.proj.weight", (None, 3, None, None))
@@ -69,7 +69,7 @@ def _check_kind(tensors: Mapping[str, Tensor]) -> None:
         raise BadValue("checkpoint", "decoder_…", fits)
     if ("fc_norm.weight" in tensors) == ("norm.weight" in tensors):
         found = "both" if "norm.weight" in tensors else "neither"
-        fits = "one: fc_norm of the patches' mean, or norm of the CLS token"
+        fits = "exactly one: fc_norm for the patches' mean, or norm for the CLS token"
         raise BadValue("fc_norm.weight, norm.weight", found, fits)
 
 

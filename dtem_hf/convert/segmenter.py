@@ -3,8 +3,9 @@
 python recipes/convert_segmenter.py --checkpoint seg_small_mask.safetensors --output_dir segmenter-small
 
 The layout is timm's under `encoder.`, and under `decoder.`: `proj_dec`, `cls_emb`, `blocks.{i}`, `decoder_norm`,
-`proj_patch`, `proj_classes`, `mask_norm`. `encoder.head`, the classifier that the encoder was trained with, makes no
-masks and is left out. A model of 150 classes is one for ADE20k, in whose masks 0 is no class: its processor says so.
+`proj_patch`, `proj_classes`, `mask_norm`. `encoder.head`, the classifier of the encoder's pre-training, is not needed
+and is left out. A model of 150 classes is taken for one of ADE20k, where 0 means no class in masks: its processor gets
+`do_reduce_labels`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .checkpoint import Layout, check_heads, count_blocks, shape_of, side_of_gri
 # The width of a head in all published sizes.
 _HEAD_DIM = 64
 _ADE20K_CLASSES = 150
-_BILINEAR = 2  # as Pillow numbers it, which is an extra
+_BILINEAR = 2  # Pillow's number for it
 _NAMES = (
     (r"^vit\.embeddings\.position_embeddings", "encoder.pos_embed"),
     (r"^vit\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),

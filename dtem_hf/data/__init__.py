@@ -1,4 +1,4 @@
-"""Images and captions; every program reads them in the same way."""
+"""Reading of images and captions, in the same way in every program."""
 
 from ..errors import need
 

@@ -1,4 +1,4 @@
-"""Augmentation of training images; flips and plain crops are done here, the rest by kornia (`dtem-hf[train]`)."""
+"""Augmentation of training images. Flips and plain crops are done here, all else by kornia (`dtem-hf[train]`)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from ..errors import BadValue
 
 
-# The last two are DeiT's: crop and flip, a policy (RandAugment or TrivialAugment), random erasing.
+# The last two follow DeiT's recipe: crop and flip, a policy (RandAugment or TrivialAugment), random erasing.
 AUGMENTATIONS = ("none", "flip", "crop_flip", "resized_crop", "randaugment", "trivialaugment")
 # As in timm and DeiT: two operations of strength 9 (of kornia's 30), and a quarter of the images erased in part.
 _OPERATIONS, _MAGNITUDE, _ERASED = 2, 9, 0.25
 
 
 def augmented_pixels(image: Image.Image, processor: Any, augmentation: str, key: Sequence[int]) -> Tensor:
-    """An image as a model takes it: RGB -> [C, H, W]. Random numbers depend on `key` alone."""
+    """The augmented pixel values of an RGB image, [C, H, W]. Random numbers depend only on `key`."""
     if augmentation in ("none", "flip", "crop_flip"):
         return _processed(image, processor, augmentation, key)
     height, width = model_size(processor)
@@ -40,14 +40,14 @@ def augmented_pixels(image: Image.Image, processor: Any, augmentation: str, key:
 
 @contextmanager
 def drawn_from(key: Sequence[int]) -> Iterator[None]:
-    """Inside the block torch's random numbers depend on `key` alone; its state is restored afterwards."""
+    """Inside the block torch's random numbers depend only on `key`; afterwards torch's random state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(tuple(key)).generate_state(1, np.uint64)[0] >> 1))
         yield
 
 
 def model_size(processor: Any) -> tuple[int, int]:
-    """Height and width of the images that a processor makes. Raises ValueError where their size varies."""
+    """Height and width of the images that a processor makes. Raises ValueError if they vary."""
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     height, width = size.get("height"), size.get("width")
     if not height or not width:
@@ -59,7 +59,7 @@ def _processed(image: Image.Image, processor: Any, augmentation: str, key: Seque
     crops = augmentation == "crop_flip" and getattr(processor, "do_center_crop", False)
     options = {"do_center_crop": False} if crops else {}
     pixels = processor(image, return_tensors="pt", **options).pixel_values[0]
-    pixels = pixels[0] if pixels.dim() == 4 else pixels  # of an image in tiles, the first
+    pixels = pixels[0] if pixels.dim() == 4 else pixels  # if the processor makes tiles, the first one
     if augmentation == "none":
         return pixels
     draw = np.random.default_rng(tuple(key))
@@ -72,7 +72,10 @@ def _processed(image: Image.Image, processor: Any, augmentation: str, key: Seque
 
 
 def _as_tensor(image: Image.Image, largest: int) -> Tensor:
-    """[1, C, H, W] in [0, 1]. Pillow shrinks a far larger image first, as kornia's crops do not smooth."""
+    """An image as a tensor [1, C, H, W] in [0, 1].
+
+    Pillow shrinks an image whose shorter side is above `largest`, because kornia's crops do not smooth.
+    """
     shortest = min(image.size)
     if shortest > largest:
         width, height = (round(side * largest / shortest) for side in image.size)

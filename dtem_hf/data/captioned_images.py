@@ -1,4 +1,4 @@
-"""Images with captions as models read them: pixels by image, captions by image, and batches of both."""
+"""Datasets of images with captions, and batches of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .augmentation import augmented_pixels
 from .captions import CaptionedImage
 
 
-# The part of a batch that a captioning model reads.
+# The entries of a batch that a captioning model reads.
 MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask")
 Images = Mapping[int, CaptionedImage]
 
 
 @dataclass
 class ImageFolder(torch.utils.data.Dataset):
-    """Images of a folder as a model takes them: {"pixel_values": [C, H, W], "image_id": int}."""
+    """Images of a folder as pixel values: {"pixel_values": [C, H, W], "image_id": int}."""
 
     images: Images
     folder: Path
@@ -56,7 +56,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return open_image(path, path.name)
 
     def digest(self) -> str:
-        """A short hash of what is read: ids, names and sizes of all images, and the content of 2,000 of them."""
+        """A short hash of ids, names and sizes of all images, and of the content of at least 2,000 of them."""
         paths = [self._path(image) for image in self.images.values()]
         return files_digest(((f"{i}:{path.name}", path) for i, path in zip(self.ids, paths, strict=True)), len(self))
 
@@ -68,11 +68,11 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 class CaptionedImages(torch.utils.data.Dataset):
-    """{"pixel_values": [C, H, W], "caption": str, "caption_id", "index", "epoch": int} for i or (epoch, i).
+    """Item i or (epoch, i): {"pixel_values": [C, H, W], "caption": str, "caption_id", "index", "epoch": int}.
 
-    `index` counts images or, with `every_caption`, their captions one after the other; otherwise, which caption an
-    image comes with depends on seed, epoch and index alone. `caption_id` counts the captions of all images. Raises
-    FileNotFoundError where an image is not in the folder.
+    `index` counts images, or with `every_caption` the captions of all images. Without it, one caption of the image is
+    drawn, by seed, epoch and index only. `caption_id` counts the captions of all images. Raises FileNotFoundError if
+    an image is not in the folder.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     @property
     def num_captions(self) -> int:
-        """The captions of all images."""
+        """The number of captions of all images."""
         return int(self._first[-1])
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class CaptionedImages(torch.utils.data.Dataset):
             number = index - int(self._first[image])
         else:
             image = index
-            draw = np.random.default_rng((self.seed, epoch, index, 1))  # 1: not what augmentation draws
+            draw = np.random.default_rng((self.seed, epoch, index, 1))  # 1: other numbers than in augmentation
             number = int(draw.integers(self._first[image + 1] - self._first[image]))
         key = (self.seed, epoch, index)
         return {
@@ -118,7 +118,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 
 def hold_out(images: Images, size: int) -> tuple[Images, Images]:
-    """Split images into those to learn from and `size` to validate on; the split is the same in every run."""
+    """Split images into a training part and `size` images to validate on; the split is the same in every run."""
     ids = list(images)
     chosen = set(np.random.default_rng(0).permutation(len(ids))[:size].tolist())
     parts: tuple[dict[int, CaptionedImage], dict[int, CaptionedImage]] = ({}, {})
@@ -128,9 +128,9 @@ def hold_out(images: Images, size: int) -> tuple[Images, Images]:
 
 
 class CaptionCollate:
-    """Batches: pixel_values [B, C, H, W]; input_ids, attention_mask and labels (-100 at padding) [B, T]; and numbers.
+    """Make batches: pixel_values [B, C, H, W]; input_ids, attention_mask, labels [B, T]; index, epoch, caption_id [B].
 
-    The numbers are index, epoch and caption_id, [B] each.
+    Labels are -100 at padding.
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:

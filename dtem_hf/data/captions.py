@@ -1,4 +1,4 @@
-"""Files of captions: COCO's annotation and result formats, the Karpathy splits, and Flickr8k's table."""
+"""Caption files: COCO's annotation and result formats, the Karpathy splits, and Flickr8k's table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..files import read_json, write_json
 from .folders import read_table
 
 
-# COCO's largest file of captions has 92 MB, the Karpathy splits 144.
+# COCO's largest caption file has 92 MB, the Karpathy splits 144 MB.
 _LARGEST = 1 << 29
 
 
 @dataclass
 class CaptionedImage:
-    """An image's file name and the captions that people wrote for it."""
+    """An image's file name and its reference captions."""
 
     file_name: str
     captions: list[str] = field(default_factory=list)
@@ -28,14 +28,14 @@ class CaptionedImage:
 def read_annotations(path: str | os.PathLike[str], split: str | None = None) -> dict[int, CaptionedImage]:
     """Images by id, in the file's order, from COCO's annotations, Karpathy's `dataset_coco.json`, or a table.
 
-    The table has the columns `image` and `caption`, as Flickr8k's `captions.txt`; its images are numbered. `split`
-    chooses Karpathy's (train, restval, val, test, or several as in train+restval); the others have none. Raises
-    FileNotFoundError or ValueError that names the entry and what it should have been.
+    A table has the columns `image` and `caption`, like Flickr8k's `captions.txt`; its images are numbered. `split`
+    chooses Karpathy's splits (train, restval, val, test, or several as in train+restval); the other formats have none.
+    Raises FileNotFoundError, or ValueError that names the entry and what would be right.
     """
     name = Path(path).name
     if Path(path).suffix in (".txt", ".csv"):
         if split is not None:
-            raise BadValue("split", split, f"nothing, as {name} is a table; Karpathy's JSON has splits")
+            raise BadValue("split", split, f"no split: {name} is a table, only Karpathy's JSON has splits")
         images = _read_table(Path(path))
     else:
         images = _read_json(path, name, split)
@@ -50,7 +50,7 @@ def _read_json(path: str | os.PathLike[str], name: str, split: str | None) -> di
         raise BadValue(name, type(content).__name__, "an object with a list 'images', as COCO and Karpathy write it")
     if isinstance(content.get("annotations"), list):
         if split is not None:
-            raise BadValue("split", split, f"nothing, as {name} is in COCO's format; Karpathy's has splits")
+            raise BadValue("split", split, f"no split: {name} is in COCO's format, only Karpathy's JSON has splits")
         return _read_coco(content, name)
     return _read_karpathy(content["images"], name, split)
 
@@ -58,7 +58,7 @@ def _read_json(path: str | os.PathLike[str], name: str, split: str | None) -> di
 def read_predictions(path: str | os.PathLike[str]) -> dict[int, str]:
     """One caption by COCO id, from COCO's result format: a list of {"image_id": int, "caption": str}.
 
-    Raises FileNotFoundError, or ValueError that names the entry; two captions for one image are an error, too.
+    Raises FileNotFoundError, or ValueError that names the entry, also for two captions of one image.
     """
     name = Path(path).name
     content = read_json(path, _LARGEST)
@@ -69,13 +69,13 @@ def read_predictions(path: str | os.PathLike[str]) -> dict[int, str]:
         where = f"{name}[{i}]"
         image_id = _value(entry, where, "image_id", int)
         if image_id in captions:
-            raise BadValue(f"{where}.image_id", image_id, "one caption per image, and this one has two")
+            raise BadValue(f"{where}.image_id", image_id, "one caption per image; this image has two")
         captions[image_id] = _value(entry, where, "caption", str)
     return captions
 
 
 def write_predictions(path: str | os.PathLike[str], captions: Mapping[int, str]) -> None:
-    """Write COCO's result format, whole or not at all."""
+    """Write captions in COCO's result format, atomically."""
     write_json(path, [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()])
 
 
@@ -114,7 +114,7 @@ def _read_karpathy(entries: list[Any], name: str, split: str | None) -> dict[int
     splits = sorted({str(entry.get("split")) for entry in entries if isinstance(entry, dict)})
     wanted = set() if split is None else set(split.split("+"))
     if not wanted or not wanted <= set(splits):
-        raise BadValue("split", split, f"one of {', '.join(splits)}, which {name} holds, or some joined by +")
+        raise BadValue("split", split, f"one of the splits in {name}: {', '.join(splits)}, or several joined by +")
     images = {}
     for i, entry in enumerate(entries):
         where = f"{name}.images[{i}]"
@@ -122,7 +122,7 @@ def _read_karpathy(entries: list[Any], name: str, split: str | None) -> dict[int
             continue
         sentences = _value(entry, where, "sentences", list)
         captions = [_value(sentence, f"{where}.sentences[{j}]", "raw", str) for j, sentence in enumerate(sentences)]
-        # Files of Flickr images have no COCO id, only an `imgid`.
+        # Karpathy's files for Flickr images have no COCO id, only an `imgid`.
         image_id = _value(entry, where, "cocoid" if "cocoid" in entry else "imgid", int)
         folder = _value(entry, where, "filepath", str, "")
         images[image_id] = CaptionedImage(os.path.join(folder, _value(entry, where, "filename", str)), captions)

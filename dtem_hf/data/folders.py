@@ -1,7 +1,6 @@
-"""Local folders of images, parquet files or WebDataset's tar files, of which no file is left out without a word.
+"""Local folders of images, parquet files or WebDataset's tar files. A message says which files are not read.
 
-Top folders are splits only where all of them are named so (train, val, test, ...). File names tell splits only where
-all of them do.
+Top folders are splits only if all of them have names of splits (train, val, test, ...). The same holds for file names.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..programs.processes import say
 UNDECODED = ImageFeature(decode=False)
 LABELS_NAME = "labels.csv"
 LABEL_COLUMNS = ("label", "labels", "cls")
-# Value of the option label_column that leaves labels unread.
+# Value of the option label_column for "read no labels".
 NO_LABELS = "none"
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -49,7 +48,7 @@ def image_name(images: Dataset, index: int) -> str:
 
 
 def load_folder(folder: Path, split: str, streaming: bool, label_column: str | None = None) -> tuple[Any, str | None]:
-    """A data set of a folder, and the column that still has to be read for labels (None where they are read)."""
+    """The data set in a folder, and the column that the caller must still read labels from (None: already read)."""
     if (folder / LABELS_NAME).is_file():
         listed = _from_csv(folder, label_column)
     else:
@@ -71,9 +70,9 @@ def load_folder(folder: Path, split: str, streaming: bool, label_column: str | N
 
 
 def read_table(path: Path, *needed: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """The columns of a CSV file, and its rows, each behind the name of its line.
+    """The columns of a CSV file, and its rows as pairs of the line's name and the fields.
 
-    Raises FileNotFoundError, or ValueError for a header without the columns `needed`, or a row of too many fields.
+    Raises FileNotFoundError, or ValueError for a header without the columns `needed`, or a row with too many fields.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
@@ -84,13 +83,13 @@ def read_table(path: Path, *needed: str) -> tuple[list[str], list[tuple[str, dic
     if not set(needed) <= set(columns):
         raise BadValue(path.name, columns, f"a header with the columns {' and '.join(needed)}")
     for where, row in rows:
-        if None in row:  # without this, a part of a cell would be lost
+        if None in row:  # surplus fields, which come from an unquoted comma
             raise BadValue(where, row[None], f"{len(columns)} fields; quote commas in cells")
     return columns, rows
 
 
 def named_labels(values: Sequence[str | None]) -> tuple[list[int], Any]:
-    """Labels as numbers, and their feature: class numbers where all are numbers, else places among sorted names."""
+    """Labels as numbers, and their feature: class numbers if all are numbers, else indices into the sorted names."""
     present = sorted({value for value in values if value})
     if all(re.fullmatch(r"-?\d+", value) for value in present):
         return [int(value) if value else -1 for value in values], Value("int64")
@@ -99,9 +98,9 @@ def named_labels(values: Sequence[str | None]) -> tuple[list[int], Any]:
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All files, also through links to folders; names that begin with a dot are left out."""
+    """All files, also behind links to folders, without names that begin with a dot."""
     real = os.path.realpath(folder)
-    if real in above:  # a link back to where it came from
+    if real in above:  # a link to a parent folder
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -128,9 +127,9 @@ def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, labe
     if names is None:
         names = _names_of_folders(images)
         if names is None:
-            why = f"the images are in no class folders, and there is no {LABELS_NAME}"
+            why = f"the images are not in class folders, and there is no {LABELS_NAME}"
             if columns:
-                why = f"the metadata has the columns {', '.join(columns)}; --label_column names one"
+                why = f"the metadata has the columns {', '.join(columns)}; choose one with --label_column"
             say(f"no labels: {why}")
             return Dataset.from_dict(listed, Features({"image": ImageFeature()}))
     labels, kind = named_labels(names)
@@ -138,7 +137,7 @@ def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, labe
 
 
 def _names_of_folders(images: Sequence[PurePosixPath]) -> list[str | None] | None:
-    """Each image's class: its folder, or the top folder where they are nested unevenly; None for a single folder."""
+    """Each image's class: its folder, or the top folder if the depths differ; None for a single folder."""
     common = PurePosixPath(os.path.commonpath([path.parent for path in images]) or ".")
     inner = [path.relative_to(common) for path in images]
     if len({path.parent for path in inner}) < 2:
@@ -150,7 +149,7 @@ def _names_of_folders(images: Sequence[PurePosixPath]) -> list[str | None] | Non
 def _names_in_metadata(
     folder: Path, images: Sequence[PurePosixPath], label_column: str | None
 ) -> tuple[list[str | None] | None, list[str]]:
-    """Labels by image from `metadata.csv` or `.jsonl` files, None where they have none, and the columns they have."""
+    """Labels of the images from `metadata.csv` or `.jsonl` files (None without such files), and the files' columns."""
     found: dict[PurePosixPath, Any] = {}
     columns: list[str] = []
     for place in sorted({path.parent for path in images} | {PurePosixPath(".")}):
@@ -170,7 +169,7 @@ def _names_in_metadata(
 
 
 def no_such_column(label_column: str, columns: Sequence[str]) -> BadValue:
-    """The error for a column of labels that the data do not have."""
+    """The error for a label column that the data lack."""
     return BadValue("label_column", label_column, f"one of the columns {', '.join(columns) or '(there are none)'}")
 
 
@@ -192,7 +191,7 @@ def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, stre
         raise BadValue(
             "data",
             str(folder),
-            f"files whose names all tell a split, or none; {Path(by_split[None][0]).name} does not, and others do",
+            f"files whose names all name a split, or none; {Path(by_split[None][0]).name} does not, and others do",
         )
     wanted = next(iter(by_split)) if len(by_split) == 1 else _chosen({name for name in by_split if name}, split)
     if len(by_split) > 1:
@@ -207,14 +206,14 @@ def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, stre
 
 
 def _split_of(path: PurePosixPath) -> str | None:
-    """The split that a word of a file's name, or a folder's name, tells; None where there is none, or two."""
+    """The split that a word of the file name, or the name of a folder, names; None if there is none, or two."""
     words = [*path.parts[:-1], *re.split(r"[\W_]+", path.stem)]
     found = {_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS}
     return next(iter(found)) if len(found) == 1 else None
 
 
 def _chosen(splits: set[str], split: str) -> str:
-    """The split that is asked for, or the only one."""
+    """The wanted split, or the only one that exists."""
     wanted = _SPLITS.get(split, split)
     if wanted in splits:
         return wanted

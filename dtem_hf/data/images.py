@@ -1,4 +1,4 @@
-"""Images to train on and to measure with: from the Hub, a folder, parquet or WebDataset shards, or a `labels.csv`."""
+"""Images for training and evaluation: from the Hub, a folder, parquet or WebDataset shards, or a `labels.csv`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .folders import LABEL_COLUMNS, NO_LABELS, UNDECODED, image_name, load_folde
 
 
 def load_images(data: str, split: str = "train", limit: int | None = None, label_column: str | None = None) -> Dataset:
-    """A dataset with columns `image` and `label` (-1 where there is none; with names, if the data tell them).
+    """Load a dataset with the columns `image` and `label` (-1: no label; with class names, if the data have them).
 
-    `data` is a local folder with a `labels.csv` (columns `file` and `label`, empty for none), a local folder of class
-    folders, parquet files or WebDataset's tar files, or a Hub dataset id, of which `split` is read. `limit` keeps the
-    first so many. `label_column` is `label`, `labels` or `cls` if left out; "none" reads none. Raises
-    FileNotFoundError or ValueError that names what is wrong.
+    `data` is a local folder with a `labels.csv` (columns `file` and `label`; an empty label means none), a local
+    folder of class folders, parquet files or WebDataset's tar files, or a Hub dataset id. `split` is the split to
+    read, and `limit` keeps only the first images. `label_column` defaults to `label`, `labels` or `cls`; "none" reads
+    no labels. Raises FileNotFoundError or ValueError that names what is wrong.
     """
     dataset = _load(data, split, False, label_column)
     if len(dataset) == 0:
@@ -37,20 +37,20 @@ def load_images(data: str, split: str = "train", limit: int | None = None, label
 
 
 def stream_images(data: str, split: str = "train", label_column: str | None = None) -> IterableDataset:
-    """What `load_images` loads, read as it arrives: rows with `image` undecoded and, where there are any, `label`."""
+    """Stream the data of `load_images`: rows with an undecoded `image` and, if the data have labels, `label`."""
     dataset = _load(data, split, True, label_column)
     kept = [name for name in ("image", "label", SHARD_KEY) if name in dataset.column_names]
     return dataset.select_columns(kept).cast_column("image", UNDECODED)
 
 
 def num_images(stream: IterableDataset, split: str) -> int | None:
-    """How many images a stream has, if its dataset tells."""
+    """The number of images in a stream; None if its dataset does not tell."""
     known = (stream.info.splits or {}).get(split)
     return known.num_examples if known is not None and known.num_examples else None
 
 
 def first_rows(stream: IterableDataset, count: int, data: str) -> Dataset:
-    """The first `count` images of a stream, held in memory; -1 where there is no label."""
+    """The first `count` images of a stream, as a dataset in memory; without labels, the label is -1."""
     rows = list(stream.take(count))
     if not rows:
         raise BadValue("data", data, "at least one image")
@@ -60,7 +60,7 @@ def first_rows(stream: IterableDataset, count: int, data: str) -> Dataset:
 
 
 def data_digest(images: Dataset) -> str:
-    """A short hash of what is read: names, sizes and labels of all images, and the content of 2,000 of them."""
+    """A short hash of names, sizes and labels of all images, and of the content of at least 2,000 of them."""
     rows = images.select_columns(["image", "label"]).cast_column("image", UNDECODED)
     named = ((row["image"], f"{Path(row['image']['path'] or '').name}:{row['label']}") for row in rows)
     return files_digest(((text, image["bytes"] or image["path"]) for image, text in named), len(images))
@@ -76,14 +76,14 @@ def _load(data: str, split: str, streaming: bool, label_column: str | None) -> A
 
 
 def _standard_columns(dataset: Any, label_column: str | None, data: str) -> Any:
-    """Name and type the columns: WebDataset calls them by file endings, others `img` or `labels`."""
+    """Give columns their standard names and types: WebDataset names them by file endings, others `img` or `labels`."""
     names = list(dataset.column_names or [])
     pictures = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, ImageFeature)]
     if "image" not in names:
         if len(pictures) != 1:
             raise BadValue("data", data, f"a dataset with a column 'image', not {names}")
         dataset = dataset.rename_column(pictures[0], "image")
-    elif "image" not in pictures:  # bytes, or a struct of bytes and path, of a file written by other programs
+    elif "image" not in pictures:  # bytes, or a struct of bytes and path, as other programs write it
         dataset = dataset.cast_column("image", ImageFeature())
     if label_column == NO_LABELS:
         return dataset.remove_columns("label") if "label" in names else dataset
@@ -92,7 +92,7 @@ def _standard_columns(dataset: Any, label_column: str | None, data: str) -> Any:
         wanted = next((name for name in LABEL_COLUMNS if name in names), None)
         others = [name for name in names if name not in (SHARD_KEY, "__url__", *pictures, "image")]
         if wanted is None and others:
-            say(f"no labels: the columns of the data are {', '.join(names)}; --label_column names one of labels")
+            say(f"no labels: the columns of the data are {', '.join(names)}; choose one with --label_column")
         if wanted is None:
             return dataset
     if wanted not in names:
@@ -104,7 +104,7 @@ def _standard_columns(dataset: Any, label_column: str | None, data: str) -> Any:
 
 
 def _with_numbers(dataset: Any, data: str) -> Any:
-    """Labels as numbers: those that are text become classes by name. Raises ValueError for what is neither."""
+    """Make labels numbers; text labels become named classes. Raises ValueError for other types."""
     kind = (dataset.features or {}).get("label")
     dtype = str(getattr(kind, "dtype", kind))
     if kind is None or isinstance(kind, ClassLabel) or "int" in dtype:
@@ -117,10 +117,10 @@ def _with_numbers(dataset: Any, data: str) -> Any:
 
 @dataclass
 class ProcessedImages(torch.utils.data.Dataset):
-    """Images as a model takes them: pixel_values [C, H, W], labels, index and epoch (ints) for i or (epoch, i).
+    """Item i or (epoch, i): pixel_values [C, H, W], and labels, index and epoch (ints).
 
-    (epoch, i, row) brings its own row, and `images` may be None. `classes` says which class a label means. What
-    augmentation draws depends on seed, epoch and i alone, so a resumed run draws the same. Raises UnreadableImage.
+    For (epoch, i, row) it reads the given row, and `images` may be None. `classes` maps labels to the model's classes.
+    Augmentation depends only on seed, epoch and i, so a resumed run repeats it. Raises UnreadableImage.
     """
 
     images: Any
@@ -131,7 +131,7 @@ class ProcessedImages(torch.utils.data.Dataset):
     classes: ClassMap = AS_NUMBERS
 
     def __post_init__(self) -> None:
-        if self.images is not None:  # decoded here, where the name of an unreadable image is known
+        if self.images is not None:  # `__getitem__` decodes, and can name an unreadable image
             self.images = self.images.cast_column("image", UNDECODED)
 
     def __len__(self) -> int:
@@ -152,7 +152,7 @@ class ProcessedImages(torch.utils.data.Dataset):
         }
 
     def open(self, index: int) -> Any:
-        """Image `index` in RGB, as a picture."""
+        """Image `index`, in RGB."""
         row = self.images[index]
         return open_image(row["image"], row_name(row, index))
 
@@ -162,7 +162,7 @@ class ProcessedImages(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch: pixel_values [B, C, H, W]; labels, index and epoch [B]. Raises ValueError where sizes differ."""
+    """Make a batch: pixel_values [B, C, H, W]; labels, index and epoch [B]. Raises ValueError if sizes differ."""
     shapes = {tuple(item["pixel_values"].shape) for item in items}
     if len(shapes) > 1:
         raise BadValue("pixel_values", sorted(shapes), "images of one size; use a processor that crops or resizes")

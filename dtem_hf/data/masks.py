@@ -1,4 +1,4 @@
-"""Images with a class for every pixel: a folder's, or a data set's on the Hub."""
+"""Images with a class for every pixel, from a folder or from a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass
 class SegmentationImages:
-    """Pairs of image and mask, by number: a folder's files, or the rows of a dataset."""
+    """Indexed pairs of image and mask: files of a folder, or rows of a dataset."""
 
     pairs: Any
     image_column: str = "image"
@@ -39,10 +39,10 @@ class SegmentationImages:
             image, mask = open_image(pair[self.image_column], str(index)), pair[self.mask_column]
         classes = np.asarray(mask)
         if classes.ndim != 2 or classes.shape != (image.height, image.width):
-            fits = f"one class per pixel, as high and wide as its image {image.size[::-1]}"
+            fits = f"one class per pixel, with the height and width of its image, {image.size[::-1]}"
             raise BadValue(f"mask {index}", classes.shape, fits)
         if classes.min() < 0 or classes.max() > IGNORED:
-            raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED}, which is ignored")
+            raise BadValue(f"mask {index}", int(classes.max()), f"classes from 0 to {IGNORED} ({IGNORED}: ignored)")
         return image, classes.astype(np.uint8)
 
 
@@ -69,9 +69,9 @@ def load_segmentation(
 
 
 def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """The files of a folder by their name without suffix. Raises ValueError for two of one name."""
+    """The files of a folder by their name without suffix. Raises ValueError for two files of one name."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*")):
         if path.suffix.lower() in suffixes and found.setdefault(path.stem, path) != path:
-            raise BadValue("data", str(path), f"one file named {path.stem}; {found[path.stem].name} is there, too")
+            raise BadValue("data", str(path), f"one file named {path.stem}; {found[path.stem].name} is another")
     return found

@@ -1,4 +1,4 @@
-"""Models as they are deployed: graphs for ONNX Runtime and AOTInductor, and what runs them."""
+"""Deployment: export models for ONNX Runtime, OpenVINO and AOTInductor, and run them there."""
 
 from ..errors import need
 

@@ -1,4 +1,4 @@
-"""AOTInductor: a graph compiled ahead of time into one package, which runs without Dynamo and without this library."""
+"""AOTInductor: compile a graph ahead of time into one package, which runs without Dynamo and without this library."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .graph import INPUT_NAME
 
 
 def write_package(program: ExportedProgram, path: Path) -> list[Path]:
-    """Compile a graph for the device it is on into a package, weights included. Returns the file.
+    """Compile a graph for its device into a package, with the weights. Returns the file.
 
-    Raises UnsupportedModelError where compiling fails; on a CPU it needs a C++ compiler.
+    Raises UnsupportedModelError if compiling fails. On a CPU it needs a C++ compiler.
     """
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    except Exception as error:  # the compiler's own errors have no common kind
-        raise UnsupportedModelError(f"AOTInductor does not compile this model here: {first_line(error)}") from error
+    except Exception as error:  # the compiler's errors have no common base class
+        raise UnsupportedModelError(f"AOTInductor cannot compile this model here: {first_line(error)}") from error
     return [path]
 
 

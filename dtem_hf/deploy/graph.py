@@ -1,4 +1,4 @@
-"""The part of a model that sees images as one graph of pixels, for any batch."""
+"""Export the part of a model that reads images as one graph of pixels, for any batch size."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..models.vision import run_on_pixels
 
 
 INPUT_NAME = "pixel_values"
-# Two: a graph that is traced with one image takes only one.
+# Two, because torch.export would fix a batch size of one.
 _TRACED_BATCH = 2
 
 
 class ImageGraph(nn.Module):
-    """pixel_values [B, C, H, W] float32 -> the model's tensors, in the order of `output_names`, as float32.
+    """A module from pixel_values [B, C, H, W] to the model's tensors, in the order of `output_names`.
 
-    The model computes in its own dtype; float32 at both ends is what the arrays of every runtime can hold.
+    Input and outputs are float32, which every runtime has; the model computes in its own dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,15 +35,15 @@ class ImageGraph(nn.Module):
 
 
 def output_names(model: nn.Module, pixel_values: Tensor) -> list[str]:
-    """The names of the tensors that a model returns for pixels [B, C, H, W]: `logits`, `last_hidden_state`, …"""
+    """The names of a model's output tensors for pixels [B, C, H, W]: `logits`, `last_hidden_state`, …"""
     with torch.inference_mode():
         return _tensor_names(run_on_pixels(model, pixel_values))
 
 
 def export_graph(model: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
-    """Trace a model, or an ImageGraph as it is, for images of [C, H, W] and a batch of any size.
+    """Export a model, or an ImageGraph, for images of [C, H, W] and any batch size.
 
-    Raises UnsupportedModelError where that fails.
+    Raises UnsupportedModelError if that fails.
     """
     graph = model if isinstance(model, ImageGraph) else ImageGraph(model)
     pixels = torch.zeros(_TRACED_BATCH, *shape, device=next(model.parameters()).device)
@@ -51,14 +51,14 @@ def export_graph(model: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(graph, (), {INPUT_NAME: pixels}, dynamic_shapes=batch)
-    except Exception as error:  # torch documents no error class for it
+    except Exception as error:  # torch documents no error class for this
         name = f"{type(graph.model).__name__} of {graph.model.config.model_type}"
         raise UnsupportedModelError(f"{name} cannot be exported as one graph: {first_line(error)}") from error
 
 
 @contextmanager
 def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Inside the block a model attends by another implementation."""
+    """Use another attention implementation of a model inside the block."""
     model = model.model if isinstance(model, ImageGraph) else model
     before = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation(implementation)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""ONNX: a graph as a file, and ONNX Runtime to run it."""
+"""ONNX: write a graph as a file, quantise it, and run it in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..errors import BadValue, need
 from .graph import INPUT_NAME
 
 
-# The first with a GELU operator, which ONNX Runtime (1.17 and later) fuses; without it, every MLP costs four passes
-# more. The lowest that torch's exporter writes is 18.
+# 20 is the first opset with a GELU operator, which ONNX Runtime (1.17 and later) fuses; without it, every MLP needs
+# four more passes over its activations. torch's exporter writes 18 or more.
 OPSET = 20
 LOWEST_OPSET = 18
 
 
 def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: int = OPSET) -> list[Path]:
-    """Write a graph as an ONNX file; many weights lie in a second file beside it. Returns the files."""
-    # Of torchvision's operators, which no graph here has.
+    """Write a graph as an ONNX file; more than 1 GiB of weights go to a second file beside it. Returns the files."""
+    # Hide warnings about torchvision's operators: no graph here has them.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        # torch's own exporter copies trees in a way that torch deprecates.
+        # torch's exporter itself uses a deprecated check.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         torch.onnx.export(
             program,
@@ -36,7 +36,7 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
             input_names=[INPUT_NAME],
             output_names=names,
             opset_version=opset,
-            # A protocol buffer ends at 2 GiB.
+            # A protocol buffer holds at most 2 GiB.
             external_data=_weight_bytes(program) > 1 << 30,
             dynamo=True,
             verbose=False,
@@ -46,7 +46,7 @@ def write_onnx(program: ExportedProgram, path: Path, names: list[str], opset: in
 
 
 def check_opset(opset: int) -> None:
-    """Raise ValueError for an opset that torch's exporter, which converts graphs by onnxscript, cannot write."""
+    """Raise ValueError for an opset that torch's exporter cannot write; it converts graphs with onnxscript."""
     need("onnx", "a graph in ONNX", "onnx", "onnxscript")
     from onnx import helper
     from onnxscript.version_converter import convert_version
@@ -59,10 +59,10 @@ def check_opset(opset: int) -> None:
 
 
 def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
-    """Quantise an ONNX file's linear layers to int8 by ONNX Runtime, weights by output channel, in its place.
+    """Quantise the linear layers of an ONNX file to int8 with ONNX Runtime, weights per output channel, in place.
 
-    `images`, batches of pixels [B, C, H, W], tell how large activations are. Products of two activations (attention,
-    and the merge itself) stay in float32.
+    `images`, batches of pixels [B, C, H, W], calibrate the ranges of activations. Products of two activations
+    (attention and merging) stay in float32.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -91,7 +91,7 @@ def quantise_onnx(path: Path, images: Sequence[Tensor]) -> None:
 
 
 def written_opset(path: Path) -> int:
-    """The opset that an ONNX file states."""
+    """The opset of an ONNX file."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -99,10 +99,10 @@ def written_opset(path: Path) -> int:
 
 
 class OnnxRunner:
-    """An ONNX file in ONNX Runtime: pixels [B, C, H, W] -> tensors, on the CPU or, with onnxruntime-gpu, on CUDA.
+    """Runs an ONNX file in ONNX Runtime: pixels [B, C, H, W] -> tensors, on the CPU or, with onnxruntime-gpu, on CUDA.
 
-    It runs with as many threads as torch does. Raises ValueError naming `dtype` or `device` where the runtime has no
-    kernels for it.
+    It uses as many threads as torch. Raises ValueError that names `dtype` or `device` if the runtime lacks kernels for
+    it.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:
@@ -117,7 +117,7 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Threads that spin after their work would take the cores of the next runtime of a benchmark.
+        # No spinning threads: they would take the cores from the next runtime of a benchmark.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         errors = onnxruntime.capi.onnxruntime_pybind11_state
         try:

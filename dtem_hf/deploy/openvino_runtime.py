@@ -1,4 +1,4 @@
-"""OpenVINO: a graph as openvino_model.xml and .bin, int8 by NNCF, and the runtime that runs it on a CPU."""
+"""OpenVINO: write a graph as .xml and .bin files, quantise it with NNCF, and run it on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .graph import INPUT_NAME
 from .onnx_runtime import write_onnx
 
 
-# What OpenVINO may compute in: its names in hints, and among what a processor is capable of.
+# OpenVINO's dtypes: their names in hints, and in the list of a processor's capabilities.
 _PRECISIONS = {"float32": ("f32", "FP32"), "bfloat16": ("bf16", "BF16"), "float16": ("f16", "FP16")}
 
 
@@ -30,8 +30,8 @@ def write_openvino(
 ) -> list[Path]:
     """Write a graph as OpenVINO's .xml, with the weights in a .bin beside it, in float16 with `half_weights`.
 
-    With `images`, batches of pixels [B, C, H, W], NNCF quantises weights and activations to int8 by what they hold.
-    The graph comes by way of ONNX, so that both runtimes get the same one. Returns both files.
+    With `images`, batches of pixels [B, C, H, W] for calibration, NNCF quantises weights and activations to int8. The
+    graph is converted by way of ONNX, so that both runtimes get the same graph. Returns both files.
     """
     import openvino
 
@@ -50,10 +50,11 @@ def write_openvino(
 
 
 class OpenVinoRunner:
-    """An OpenVINO file: pixels [B, C, H, W] -> tensors, on the CPU, with as many threads as torch has.
+    """Runs an OpenVINO file: pixels [B, C, H, W] -> tensors, on the CPU, with as many threads as torch.
 
-    `dtype` is what OpenVINO computes in; a graph in int8 computes the rest in it. The graph is compiled once for each
-    shape of pixels, as one for any shape is slower. Raises ValueError naming `dtype` or `device` where that cannot be.
+    OpenVINO computes in `dtype`; in an int8 graph, this holds for all that is not quantised. The graph is compiled
+    once for each shape of pixels, because a graph for any shape is slower. Raises ValueError that names an unsupported
+    `dtype` or `device`.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: str = "float32") -> None:

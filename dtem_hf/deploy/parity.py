@@ -1,4 +1,4 @@
-"""Whether a deployed model gives the outputs of the model in memory."""
+"""Compare the outputs of an exported model with those of the model in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .graph import ImageGraph
 
 Runner = Callable[[Tensor], Sequence[Tensor]]
 
-# The largest difference between torch and another runtime in float32.
+# The largest allowed difference between torch and another runtime in float32.
 TOLERANCE = 1e-4
-# In half precision, rounding may decide which tokens are merged, and runtimes round differently: another pair moves
-# the outputs by some hundredths of their size, a wrong graph by all of it.
+# In half precision, rounding may decide which tokens merge, and runtimes round differently. Another pair changes the
+# outputs by some hundredths of their size; a wrong graph changes them completely.
 HALF_TOLERANCE = 0.05
 _BATCHES = (1, 2, 5)
 
@@ -35,10 +35,10 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare a runner with the eager model on noise of [C, H, W] in batches of 1, 2 and 5.
 
-    In float32 no number may differ by more than `tolerance`, absolute or relative, whichever is more. In half
-    precision, the root mean square of the difference from float32 (same weights) may be twice that of eager, or
-    HALF_TOLERANCE of the values' own, whichever is more. Returns a record; raises ValueError with the figures where
-    an output is further away.
+    In float32 no number may differ by more than `tolerance`, absolute plus relative. In half precision, the root mean
+    square of the difference from float32 (same weights) may be twice that of eager, or HALF_TOLERANCE of the values'
+    own root mean square, whichever is larger. Returns a record. Raises ValueError with the figures if an output
+    differs by more.
     """
     parameter = next(model.parameters())
     draw = torch.Generator().manual_seed(seed)
@@ -62,7 +62,7 @@ def check_parity(
             raise BadValue(
                 "tolerance",
                 tolerance,
-                f"{name} of the exported model is further from eager than that: {record}",
+                f"{name} of the exported model differs more from eager: {record}",
             )
         outputs[name] = record
     return {"batches": list(_BATCHES), "seed": seed, "tolerance": tolerance, "outputs": outputs}
@@ -70,30 +70,30 @@ def check_parity(
 
 @torch.inference_mode()
 def measure_change(model: nn.Module, run: Runner, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Any]:
-    """How far a quantised model is from eager on images, in batches of pixels [B, C, H, W]: a record.
+    """Compare a quantised model with eager on images, in batches of pixels [B, C, H, W]. Returns a record.
 
-    Of every output the largest difference and its root mean square; of `logits` also in how many per cent of the
-    images both name the same class, and the KL in nats.
+    It holds for every output the largest difference and the root mean square of the difference; for `logits` also the
+    share of the images with the same class, in percent, and the KL in nats.
     """
     expected, found = _outputs(ImageGraph(model), batches), _outputs(run, batches)
     count = sum(len(pixels) for pixels in batches)
     outputs = {}
-    for name, right, ours in zip(names, expected, found, strict=True):
+    for name, eager, quantised in zip(names, expected, found, strict=True):
         record = {
-            "largest_difference": float((ours - right).abs().max()),
-            "rms_from_float32": _rms(ours - right),
-            "float32_rms": _rms(right),
+            "largest_difference": float((quantised - eager).abs().max()),
+            "rms_from_float32": _rms(quantised - eager),
+            "float32_rms": _rms(eager),
         }
-        if name == "logits" and right.numel() % count == 0:
-            ours, right = ours.view(count, -1), right.view(count, -1)
-            record["agreement"] = 100 * float((ours.argmax(-1) == right.argmax(-1)).double().mean())
-            record["kl"] = float(kl_to(right, ours).mean())
+        if name == "logits" and eager.numel() % count == 0:
+            quantised, eager = quantised.view(count, -1), eager.view(count, -1)
+            record["agreement"] = 100 * float((quantised.argmax(-1) == eager.argmax(-1)).double().mean())
+            record["kl"] = float(kl_to(eager, quantised).mean())
         outputs[name] = record
     return {"images": count, "outputs": outputs}
 
 
 def _outputs(run: Runner, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Every output over all batches, flat."""
+    """Every output, flattened and concatenated over all batches."""
     runs = [[value.float().cpu().flatten() for value in run(pixels)] for pixels in batches]
     return [torch.cat(values) for values in zip(*runs, strict=True)]
 

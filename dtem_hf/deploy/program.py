@@ -1,4 +1,4 @@
-"""Write a merged model for ONNX Runtime, OpenVINO or AOTInductor, for any batch, and check it against eager.
+"""Export a merged model for ONNX Runtime, OpenVINO or AOTInductor, for any batch size, and compare it with eager.
 
 python recipes/export.py --model facebook/deit-small-patch16-224 --method tome --r 16
 python recipes/export.py --model facebook/deit-small-patch16-224 --merge me/dtem-deit-small --formats onnx openvino
@@ -6,8 +6,8 @@ python recipes/export.py --model path/to/model --r 16 --formats onnx openvino --
 python recipes/export.py --model path/to/model --flops 0.5 --dtype bfloat16 --formats aot_inductor
 python recipes/export.py --model path/to/config --random_weights True --method none    # the plain model
 
-Every file has a record beside it: model.onnx and model.onnx.json, and so on. ONNX and OpenVINO files lie in a folder
-as Optimum reads it, with config.json and preprocessor_config.json.
+Every file has a record beside it: model.onnx has model.onnx.json, and so on. The folder of ONNX and OpenVINO files has
+Optimum's layout, with config.json and preprocessor_config.json.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from .openvino_runtime import OpenVinoRunner, write_openvino
 from .parity import TOLERANCE, Runner, check_parity, measure_change
 
 
-# The names that Optimum looks for, and AOTInductor's.
+# The file names of Optimum's layout, and of AOTInductor.
 FORMATS = {"onnx": "model.onnx", "openvino": "openvino_model.xml", "aot_inductor": "model.pt2"}
 _LARGEST_HELD_OUT = 100
 _PLAIN = "none"
@@ -66,46 +66,46 @@ _PLAIN = "none"
 
 @dataclass(kw_only=True)
 class ExportArguments(ModelArguments):
-    """Write a merged model for deployment; of one that also reads text, the part that sees images."""
+    """Export a merged model; if the model also reads text, only the part that reads images."""
 
-    model: str = option("model: Hub id or local folder; or, with --random_weights, one that has its config")
+    model: str = option("model: Hub id or local folder; with --random_weights, its config is enough")
     merge: str | None = option("adapter: Hub id, id@revision or local folder", default=None)
     method: str | None = option(
-        f"without an adapter: {', '.join(sorted(MergeConfig._methods))}, or {_PLAIN} for the plain model; left out, "
-        "what the model was saved with, or dtem",
+        f"method without an adapter: {', '.join(sorted(MergeConfig._methods))}, or {_PLAIN} for the plain model; left "
+        "out, the one that the model was saved with, or dtem",
         default=None,
     )
     r: str | None = option("tokens merged per layer: a number, a JSON list or a JSON schedule", default=None)
     flops: float | None = option("share of the multiply-adds to reach, instead of r", default=None)
-    random_weights: bool = option("read the model's config alone, to try out a shape", default=False)
+    random_weights: bool = option("read only the model's config, to try a shape", default=False)
     formats: list[str] = option(f"some of {', '.join(FORMATS)}", default_factory=lambda: ["onnx"])
     dtype: str = option(
-        f"what is computed in: {', '.join(DTYPES)}; input and outputs are float32. Float16 "
-        "halves OpenVINO's weights; what it computes in, it is told when it runs",
+        f"dtype to compute in: {', '.join(DTYPES)}; input and outputs are float32. For OpenVINO, float16 is only the "
+        "dtype of stored weights; the runtime chooses the dtype to compute in",
         default="float32",
     )
     int8: str | None = option(
-        "ONNX, OpenVINO: compute in int8, quantised (by ONNX Runtime, NNCF) on these images: Hub dataset id or folder",
+        "ONNX, OpenVINO: quantise to int8 (by ONNX Runtime, NNCF) with these images: Hub dataset id or folder",
         default=None,
     )
     split: str = option("int8: split of a Hub dataset, or of a folder with train, val or test in it", default="train")
     limit: int = option(
-        f"int8: images to read; a quarter of them, at most {_LARGEST_HELD_OUT}, measures the change", default=400
+        f"int8: images to read; a quarter of them, at most {_LARGEST_HELD_OUT}, measure the change", default=400
     )
     check: str | None = option(
-        "int8: all of these images measure the change instead, and all of --limit quantise", default=None
+        "int8: measure the change on these images instead, and quantise with all of --limit", default=None
     )
     image_size: int | None = option("pixels in height and width; left out, the model's own", default=None)
     opset: int = option(f"ONNX: operator set, {LOWEST_OPSET} or more", default=OPSET)
     merge_form: str = option(
-        "ONNX: one_hot, which every runtime can run (TensorRT has no scatter that adds), or scatter", default="one_hot"
+        "ONNX: one_hot, for every runtime (TensorRT has no scatter that adds), or scatter", default="one_hot"
     )
     attention: str = option(
-        "eager, sdpa, or auto: sdpa in AOTInductor, and eager elsewhere, where it is the shorter graph", default="auto"
+        "eager, sdpa, or auto: sdpa for AOTInductor, else eager, which gives the shorter graph", default="auto"
     )
     tolerance: float = option("largest difference from eager in float32, absolute or relative", default=TOLERANCE)
-    unchecked: bool = option("write a file even where nothing here can run and check it", default=False)
-    seed: int = option("of the images of the check, and of random weights", default=0)
+    unchecked: bool = option("write a file even if nothing on this machine can run and check it", default=False)
+    seed: int = option("seed of the check's images and of random weights", default=0)
     output_dir: str = option("folder for the files", default="runs/export")
 
     def __post_init__(self) -> None:
@@ -115,21 +115,21 @@ class ExportArguments(ModelArguments):
         one_of(self, "method", (None, _PLAIN, *sorted(MergeConfig._methods)))
         one_of(self, "formats", FORMATS)
         if "openvino" in self.formats and self.dtype == "bfloat16":
-            raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which rounds to bfloat16 as it runs")
+            raise BadValue("dtype", self.dtype, "float32 or float16 for OpenVINO, which can run these in bfloat16")
         if self.int8 is not None and ("aot_inductor" in self.formats or self.dtype != "float32" or self.unchecked):
-            raise BadValue("int8", self.int8, "the formats onnx and openvino, and dtype float32, checked")
+            raise BadValue("int8", self.int8, "the formats onnx or openvino with dtype float32, without --unchecked")
         if self.check is not None and self.int8 is None:
-            raise BadValue("check", self.check, "nothing without --int8; other files are checked on random images")
+            raise BadValue("check", self.check, "no value without --int8: other files are checked on random images")
         at_least(self, 2, "limit")
         above_zero(self, "tolerance")
         if self.merge is not None and self.method is not None:
-            raise BadValue("method", self.method, "nothing beside --merge, which says its own")
+            raise BadValue("method", self.method, "nothing beside --merge: the adapter names its method")
         if read_reduction(self.r, self.flops) and self.method == _PLAIN:
-            raise BadValue("r, flops", (self.r, self.flops), f"neither of them with --method {_PLAIN}")
+            raise BadValue("r, flops", (self.r, self.flops), f"neither of the two with --method {_PLAIN}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, write the files, print how far they are from eager."""
+    """Parse the command line, write the files, and print their differences from eager."""
     arguments = parse_arguments(ExportArguments, argv, __doc__ or "")
     for record in export(arguments):
         size = sum(file["bytes"] for file in record["files"])
@@ -150,7 +150,7 @@ def _said(record: dict[str, Any]) -> str:
 
 
 def export(arguments: ExportArguments) -> list[dict[str, Any]]:
-    """Write every format. Returns the records beside the files; a format that fails leaves no file."""
+    """Write every format, and return the records of the files. A format that fails leaves no file."""
     if "onnx" in arguments.formats:
         need("onnx", "--formats onnx", *(["onnx", "onnxscript"] if arguments.unchecked else []))
         check_opset(arguments.opset)
@@ -160,7 +160,7 @@ def export(arguments: ExportArguments) -> list[dict[str, Any]]:
     model = load_for_export(arguments).to(device=device, dtype=getattr(torch, arguments.dtype)).eval()
     if arguments.image_size is not None:
         family, encoder = find_encoder(model)
-        family.num_tokens(encoder, arguments.image_size)  # refuses images that hold no patch
+        family.num_tokens(encoder, arguments.image_size)  # raises for images smaller than a patch
     records = []
     for kind in (progress := tqdm(arguments.formats, desc="export", unit="file")):
         progress.set_postfix_str(kind)
@@ -169,7 +169,7 @@ def export(arguments: ExportArguments) -> list[dict[str, Any]]:
 
 
 def export_format(arguments: ExportArguments, model: Any, kind: str, device: torch.device) -> dict[str, Any]:
-    """Write and check one format: the file and its record, or neither of them. Returns the record."""
+    """Write and check one format, and return its record. If it fails, neither file nor record is left."""
     attention = arguments.attention
     if attention == "auto":
         attention = "sdpa" if kind == "aot_inductor" else "eager"
@@ -239,7 +239,7 @@ def _runner(kind: str, path: Path, device: torch.device, dtype: str) -> Runner:
 def _calibration_images(
     arguments: ExportArguments, shape: tuple[int, ...]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Images [1, C, H, W] to quantise with, and others to measure the change on."""
+    """Images [1, C, H, W] to quantise with, and other images to measure the change on."""
     pixels: Sequence[Tensor] = _Pixels(arguments, str(arguments.int8), arguments.limit)
     if len(pixels) < 2:
         raise BadValue("int8", arguments.int8, "2 images or more")
@@ -253,7 +253,7 @@ def _calibration_images(
 
 
 class _Pixels(Sequence[Tensor]):
-    """Processed images, each as a batch of one, read when they are asked for."""
+    """Processed images, each as a batch of one, which are read on access."""
 
     def __init__(self, arguments: ExportArguments, data: str, limit: int | None) -> None:
         images = load_images(data, arguments.split, limit, NO_LABELS)
@@ -269,7 +269,7 @@ class _Pixels(Sequence[Tensor]):
 
 
 def _write_configs(model: Any, name: str, folder: Path) -> None:
-    """The config of the part that reads images, and its processor if the model has one, as Optimum reads them."""
+    """Write the config of the part that reads images, and the model's processor, if any, in Optimum's layout."""
     part: Any = image_part(model, find_encoder(model)[1])
     config = copy.deepcopy(part.config)
     plain = type(detach(share_weights(part)) if hasattr(part, "merge_config") else part)
@@ -280,14 +280,14 @@ def _write_configs(model: Any, name: str, folder: Path) -> None:
     except (OSError, ValueError):
         say(f"{name} has no image processor: preprocessor_config.json is not written")
         return
-    # ViT's processor could not keep the aspect ratio in transformers 4, which Optimum runs on; CLIP's does the same.
+    # Optimum uses transformers 4, whose ViT processor cannot keep the aspect ratio; CLIP's is the same but for that.
     if processor["image_processor_type"] == "ViTImageProcessor" and "shortest_edge" in processor["size"]:
         processor["image_processor_type"] = "CLIPImageProcessor"
     write_json(folder / "preprocessor_config.json", processor)
 
 
 def load_for_export(arguments: ExportArguments) -> Any:
-    """The model that the arguments ask for, merged as they say, with random weights if they say so."""
+    """Load or make the model of the arguments, and merge it."""
     config = read_config(arguments.model)
     merge: Any = arguments.merge or UNSET
     if arguments.method == _PLAIN:

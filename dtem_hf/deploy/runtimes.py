@@ -1,4 +1,4 @@
-"""The runtimes of a benchmark or an evaluation: eager, torch.compile, ONNX Runtime and OpenVINO."""
+"""The runtimes of benchmarks and evaluations: eager, torch.compile, ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .onnx_runtime import OnnxRunner, write_onnx
 from .openvino_runtime import OpenVinoRunner, write_openvino
 
 
-# Pixels [B, C, H, W] on the model's device -> anything.
+# A function of pixels [B, C, H, W] on the model's device.
 Run = Callable[[Tensor], Any]
 
-# The second form of ONNX Runtime runs graphs that merge by one-hot products instead of a scatter.
+# onnxruntime_one_hot runs graphs that merge by one-hot products instead of a scatter.
 RUNTIMES = ("eager", "compile", "onnxruntime", "onnxruntime_one_hot", "openvino", "openvino_bfloat16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -33,16 +33,16 @@ def is_exported(runtime: str) -> bool:
 
 
 def need_runtime(runtime: str) -> None:
-    """Raise ImportError that names the line which installs what a runtime lacks."""
+    """Raise ImportError, with the command to install, if packages of a runtime are missing."""
     if is_exported(runtime):
         need("openvino" if runtime.startswith("openvino") else "onnx", f"runtime {runtime}")
 
 
 def check_runtime(arguments: Any, *runtimes: str) -> None:
-    """Raise ValueError naming `dtype` where a runtime that is asked for does not compute in it."""
+    """Raise ValueError that names `dtype` if one of the runtimes does not compute in it."""
     if arguments.dtype != "float32" and any(name.startswith("openvino") for name in runtimes):
         raise BadValue(
-            "dtype", arguments.dtype, "float32 with OpenVINO; the runtime openvino_bfloat16 rounds by itself"
+            "dtype", arguments.dtype, "float32 with OpenVINO; the runtime openvino_bfloat16 rounds a float32 model"
         )
     if arguments.dtype == "bfloat16" and any(map(is_exported, runtimes)) and arguments.device == "cpu":
         raise BadValue("dtype", arguments.dtype, "float32 or float16 with the runtime onnxruntime on a CPU")
@@ -54,11 +54,11 @@ def make_run(
     shape: tuple[int, ...],
     compile_mode: str = "default",
 ) -> Run:
-    """Make a model ready to run on images of [C, H, W] in batches of any size; exported graphs take float32 pixels.
+    """Make a function that runs a model in a runtime, on images of [C, H, W] in batches of any size.
 
-    Of an exported graph the run returns a list of tensors. `model` may be an ImageGraph, which is then run itself.
-    Raises ImportError without the packages of a runtime, and ValueError naming `dtype` or `device` where the runtime
-    has no kernels for them.
+    An exported graph takes float32 pixels and returns a list of tensors. `model` may also be an ImageGraph. Raises
+    ImportError if packages of the runtime are missing, and ValueError that names `dtype` or `device` if the runtime
+    has no kernels for it.
     """
     graph = model if isinstance(model, ImageGraph) else None
     if runtime == "eager":

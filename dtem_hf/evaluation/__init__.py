@@ -1,4 +1,4 @@
-"""Measure merged models: accuracy, agreement with the unmerged model, multiply-adds, speed."""
+"""Measure merged models: accuracy, agreement with the unmerged model, multiply-adds and speed."""
 
 from ..errors import need
 

@@ -1,4 +1,4 @@
-"""What an adapter has learned: how its similarities differ from those of keys, and which patches it merges.
+"""Analyse an adapter: compare its token similarities with those of attention keys, and draw which patches it merges.
 
 python recipes/analyze.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
 python recipes/analyze.py --model ... --data ... --adapter ... --limit 16    # a laptop's CPU
@@ -38,7 +38,7 @@ from .correlation import correlation_table, similarity_correlations
 
 @dataclass(kw_only=True)
 class AnalyzeArguments(ImageArguments):
-    """Kendall correlation of similarities before and after training, pictures of merged tokens, and a page of both."""
+    """Kendall correlation of similarities before and after training, pictures of merged tokens, a page with both."""
 
     adapter: str = option("trained adapter: Hub id or local folder")
     limit: int = option("images for the correlation", default=64)
@@ -54,7 +54,7 @@ class AnalyzeArguments(ImageArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, analyse, write everything into one folder."""
+    """Parse the command line, analyse, and write all results into one folder."""
     arguments = parse_arguments(AnalyzeArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir) as output:
         record = analyze(arguments)
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def analyze(arguments: AnalyzeArguments) -> dict[str, Any]:
-    """Draw the pictures, and return what is written to `correlation.json`."""
+    """Draw the pictures, and return the content of `correlation.json`."""
     device = arguments.choose_device()
-    read_config(arguments.model)  # names a model that is not there
+    read_config(arguments.model)  # raises early if the model does not exist
     model = AutoModelForImageClassification.from_pretrained(arguments.model, merge=None).to(device)
     adapter = MergeAdapter.from_reference(arguments.adapter)
     images = load_images(arguments.data, arguments.split, max(arguments.limit, arguments.pictures), NO_LABELS)

@@ -1,4 +1,4 @@
-"""Search for the r of every layer that costs a model least, on unlabelled images, at equal multiply-adds.
+"""Search for the r of every layer that changes a model's outputs least, on unlabelled images, at equal multiply-adds.
 
 python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --adapter runs/deit-tiny/adapter \\
     --data path/to/images --r 16 --output_dir runs/deit-tiny-calibrated
@@ -39,26 +39,28 @@ from .arguments import DrawnImages
 
 @dataclass(kw_only=True)
 class CalibrateArguments(DrawnImages):
-    """Search for a plan."""
+    """Search for a plan: one r per layer."""
 
-    num_images: int = option("images that plans are compared on, drawn by seed", default=256)
-    limit: int | None = option("draw them from the first so many images", default=None)
+    num_images: int = option("images to compare plans on, drawn by seed", default=256)
+    limit: int | None = option("draw them from this many images, the first ones", default=None)
     batch_size: int = option("images per batch", default=32)
     adapter: str | None = option("trained adapter: Hub id or local folder", default=None)
     method: str | None = option(
-        f"method without an adapter: {', '.join(sorted(MergeConfig._methods))}; what learns, from where it starts",
+        f"method without an adapter: {', '.join(sorted(MergeConfig._methods))}; those that learn are untrained",
         default=None,
     )
-    r: str | None = option("the plan has the multiply-adds of this r; left out, of the adapter's own", default=None)
+    r: str | None = option("give the plan the multiply-adds of this r; left out, of the adapter's r", default=None)
     flops: float | None = option("or this share of the unmerged model's multiply-adds", default=None)
     features: str = option(
-        f"of an encoder without a head: {', '.join(FEATURES[1:])}; auto: the model is a classifier", default="auto"
+        f"features to compare, of an encoder without a head: {', '.join(FEATURES[1:])}; auto: compare the logits of a "
+        "classifier",
+        default="auto",
     )
     head: str | None = option(
-        "module:function that makes maps [B, H, W] of patches [B, D, rows, columns]; its maps are compared",
+        "module:function that makes maps [B, H, W] from patches [B, D, rows, columns]; compare these maps",
         default=None,
     )
-    evaluations: int = option("most plans that are measured", default=60)
+    evaluations: int = option("largest number of plans to measure", default=60)
     output_dir: str = option(
         "folder for the adapter with its plan, or the config, and calibration.json", default="runs/calibrate"
     )
@@ -70,25 +72,26 @@ class CalibrateArguments(DrawnImages):
         if self.head is not None and self.features not in ("auto", "grid"):
             raise BadValue("features", self.features, "auto or grid: the head reads every patch")
         if (self.adapter is None) == (self.method is None):
-            raise BadValue("adapter, method", (self.adapter, self.method), "one of the two")
+            raise BadValue("adapter, method", (self.adapter, self.method), "exactly one of the two")
         read_reduction(self.r, self.flops)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, search, and write what was found."""
+    """Parse the command line, search, and write the result."""
     arguments = parse_arguments(CalibrateArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir):
         record = calibrate_model(arguments)
         print(
-            f"r per layer {record['reductions']}: {record['distance']:.4g}, and {record['even_distance']:.4g} evenly"
+            f"r per layer {record['reductions']}: distance {record['distance']:.4g}, even plan "
+            f"{record['even_distance']:.4g}"
         )
         print(f"written: {arguments.output_dir}")
 
 
 def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
-    """Search, write the adapter or config with its new plan; returns what is written to `calibration.json`."""
+    """Search, write the adapter or config with its new plan, and return the content of `calibration.json`."""
     a, device = arguments, arguments.choose_device()
-    read_config(a.model)  # names a model that is not there
+    read_config(a.model)  # raises early if the model does not exist
     head = None if a.head is None else DenseHead(load_function("head", a.head), a.head)
     load = load_trained_classifier if a.features == "auto" and head is None else AutoModel.from_pretrained
     model = load(a.model, merge=None).to(device).eval()

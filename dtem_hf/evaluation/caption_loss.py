@@ -1,4 +1,4 @@
-"""What merging costs a captioning model in the loss of captions that people wrote, on images held out of training.
+"""Measure a merged captioning model by its loss on reference captions of images that training held out.
 
 python recipes/evaluate_caption_loss.py --model runs/small-git --images path/to/flickr8k --captions captions.txt \\
     --hold_out 200 --r 4 8 12 --adapter runs/small-git-dtem/adapter
@@ -32,14 +32,14 @@ from .variants import run_in_turn
 
 @dataclass(kw_only=True)
 class CaptionLossArguments(RowArguments):
-    """Measure a captioning model's loss under several methods and amounts of merging."""
+    """Measure a captioning model's loss with several methods and amounts of merging."""
 
     images: str = option("folder of the captioned images")
     captions: str = option("COCO's annotations, Karpathy's JSON, or a table of image and caption")
     split: str | None = option("split of Karpathy's file: train, restval, val or test", default=None)
-    hold_out: int | None = option("only the images that training with this validation_size holds out", default=None)
+    hold_out: int | None = option("use only the images that training with this validation_size held out", default=None)
     methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["tome", "dtem"])
-    max_caption_tokens: int = option("captions are cut to this length", default=40)
+    max_caption_tokens: int = option("largest length of captions in tokens; longer captions are cut", default=40)
     batch_size: int = option("captions per batch", default=32)
     output: str = option("file for the result", default="runs/caption_loss.json")
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
-    """Every row's mean loss per caption (nats per token), and the captions for which it is below ToMe's at its r."""
+    """Measure every row's mean loss per caption (nats per token), and DTEM's loss minus ToMe's at the same r."""
     a, device = arguments, arguments.choose_device()
     config = read_config(a.model)
     model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
@@ -86,7 +86,7 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
             "ratio": variant.plan.ratio,
             "loss": own.nanmean().item(),
             "loss_ratio": (own.nanmean() / losses[0].nanmean()).item(),
-            # Of the mean difference to the unmerged model, caption by caption.
+            # Mean and standard error of the differences from the unmerged model, caption by caption.
             "added_loss": (own - losses[0]).nanmean().item(),
             "standard_error": standard_error(own - losses[0]),
         }
@@ -120,7 +120,7 @@ def _compare(variants: Sequence[Any], losses: Sequence[torch.Tensor]) -> list[di
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Standard error of the mean of values that are not NaN."""
+    """Standard error of the mean, without NaN values."""
     known = values[~values.isnan()]
     return (known.std() / len(known) ** 0.5).item() if len(known) > 1 else 0.0
 

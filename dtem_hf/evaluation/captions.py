@@ -1,4 +1,4 @@
-"""Captions: what merging does to the text that a model writes about images.
+"""Score the captions that a model writes, with and without merging.
 
 python recipes/evaluate_captions.py --model microsoft/git-base-coco --images coco --annotations dataset_coco.json \\
     --split test --methods tome --r 4 8 12
@@ -37,20 +37,20 @@ from .variants import Variant, median_speeds
 
 @dataclass(kw_only=True)
 class EvaluateCaptionsArguments(ResumableArguments):
-    """Let a model caption images and score what it writes; or, with predictions, score those."""
+    """Let a model caption images, and score its captions; or score given predictions."""
 
     annotations: str = option("references: COCO's annotation format, or Karpathy's dataset_coco.json")
     split: str | None = option("split of Karpathy's file: train, restval, val or test", default=None)
-    predictions: str | None = option("captions to score, in COCO's result format, instead of a model's", default=None)
+    predictions: str | None = option("captions to score instead of a model's, in COCO's result format", default=None)
     output: str = option("file for the scores of predictions", default="runs/captions/scores.json")
     spice_jars: str | None = option(
-        f"folder with SPICE's two CoreNLP jars; left out: {SPICE_VARIABLE}, or beside SPICE itself", default=None
+        f"folder with SPICE's two CoreNLP jars; left out: {SPICE_VARIABLE}, or SPICE's own folder", default=None
     )
     model: str | None = option("captioning model: Hub id or local folder", default=None)  # type: ignore[assignment]
     images: str | None = option("folder of the annotated images", default=None)
     methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["none", "tome"])
     num_beams: int = option("beams of the search; 1 is greedy", default=4)
-    length_penalty: float = option("power of the length that a beam's score is divided by", default=0.6)
+    length_penalty: float = option("exponent of the caption length that divides a beam's score", default=0.6)
     max_new_tokens: int = option("longest caption, in tokens", default=20)
     batch_size: int = option("images per batch", default=16)
     output_dir: str = option("folder for captions.json and one result file per row", default="runs/captions")
@@ -71,7 +71,7 @@ class EvaluateCaptionsArguments(ResumableArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line; caption and score, or score alone; print and write the scores."""
+    """Parse the command line; caption and score, or only score; print and write the scores."""
     arguments = parse_arguments(EvaluateCaptionsArguments, argv, __doc__ or "")
     for metric, reason in unavailable(arguments.spice_jars).items():
         print(f"{metric} will be null: {reason}")
@@ -89,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def score_file(arguments: EvaluateCaptionsArguments) -> dict[str, Any]:
-    """Score a result file; returns what is written: one key per metric, `reasons` for those that are null."""
+    """Score a result file and return the record: one key per metric, and `reasons` for the metrics that are null."""
     assert arguments.predictions is not None
     images = read_annotations(arguments.annotations, arguments.split)
     predictions = read_predictions(arguments.predictions)
     if len(predictions) < len(images):
-        print(f"{len(predictions)} of {len(images)} images have a prediction; those are scored")
+        print(f"{len(predictions)} of {len(images)} images have a prediction; only these are scored")
     references = {image_id: image.captions for image_id, image in images.items()}
     scores = score_captions(references, predictions, arguments.spice_jars)
     for metric, value in scores.values.items():
@@ -112,9 +112,9 @@ def score_file(arguments: EvaluateCaptionsArguments) -> dict[str, Any]:
 def evaluate_captions(
     arguments: EvaluateCaptionsArguments, keep: Callable[[dict[str, Any]], None] = lambda result: None
 ) -> dict[str, Any]:
-    """Caption every image by every row, write COCO result files, score them; returns `captions.json`.
+    """Caption every image with every row, write COCO result files, score them, and return `captions.json`.
 
-    Several processes share the batches, and the first one alone scores and returns a result. Finished batches lie in
+    Several processes share the batches; only the first process scores and returns a result. Finished batches stay in
     `output_dir/parts` until `keep` has written the result.
     """
     a, device = arguments, arguments.choose_device()
@@ -164,7 +164,7 @@ def _score_rows(
     columns: Columns,
     references: Mapping[int, Sequence[str]],
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Write every row's result file; returns the rows with scores and speeds, and why metrics are null."""
+    """Write every row's result file; returns the rows with scores and speeds, and the reasons for null metrics."""
     rows: list[dict[str, Any]] = []
     speeds = median_speeds(columns["seconds_per_image"])
     for i, (variant, (speed, speedup)) in enumerate(zip(variants, speeds, strict=True)):
@@ -186,7 +186,7 @@ def _score_rows(
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Show the rows of a caption evaluation in the terminal, and why a metric is missing."""
+    """Show the rows of a caption evaluation in the terminal, and the reasons for missing metrics."""
     metrics = ("BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
     lines = [
         [

@@ -1,4 +1,4 @@
-"""Captions by a model that reads images, under several methods and amounts of merging, in one pass over the images."""
+"""Generate captions with several methods and amounts of merging, in one pass over the images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def caption_batch(
     device: torch.device,
     first: int = 0,
 ) -> Columns:
-    """Captions of all R rows, row `first` first: `image_id` [B], `captions` [B, R], `seconds_per_image` [1, R].
+    """Caption a batch with all R rows, starting with row `first`; `settings` go to `generate`.
 
-    `settings` are `generate`'s.
+    Returns `image_id` [B], `captions` [B, R] and `seconds_per_image` [1, R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
     written, seconds = run_in_turn(
@@ -44,9 +44,9 @@ def caption_batch(
 
 @torch.no_grad()
 def count_generation(variant: Variant, pixels: Tensor, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-adds of one caption of the greatest length: of the image encoder, and of decoding, which is the rest.
+    """Multiply-adds of one caption of the largest length: of the image encoder, and of decoding (all else).
 
-    pixels [1, C, H, W]. A `generate` that encodes an image once per beam is counted so.
+    `pixels` is [1, C, H, W]. If `generate` encodes the image once per beam, each of these counts.
     """
     length = settings["max_new_tokens"]
     with variant.ready() as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

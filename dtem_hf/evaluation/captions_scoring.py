@@ -1,7 +1,7 @@
 """BLEU, METEOR, ROUGE-L, CIDEr and SPICE as COCO's caption evaluation computes them, by pycocoevalcap.
 
-Its scorers are run one by one: `COCOEvalCap.evaluate` builds SPICE first, which starts a download, and returns
-nothing where that fails. A metric that cannot be computed is None, with the reason; nothing is downloaded.
+This module calls the scorers one by one. `COCOEvalCap.evaluate` would build SPICE first, which starts a download, and
+would return no score if that fails. A metric that cannot be computed is None, with the reason. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ Captions = dict[int, list[str]]
 
 
 class CaptionScores(NamedTuple):
-    """Every metric, as a fraction as its authors define it (CIDEr may exceed 1), or None and why."""
+    """Every metric as a fraction, as its authors define it (CIDEr may exceed 1), or None with a reason."""
 
     values: dict[str, float | None]
     reasons: dict[str, str]
 
 
 class Scorer(NamedTuple):
-    """A scorer of some metrics: tokenised references and predictions by image in, one number per metric out."""
+    """A scorer of some metrics. `score` takes tokenised references and predictions, and returns one number per metric.
+
+    `lacks` says what is missing on this machine.
+    """
 
     metrics: tuple[str, ...]
     score: Callable[[Captions, Captions], Sequence[float]]
-    lacks: str | None = None  # on this machine
+    lacks: str | None = None
 
 
 def score_captions(
@@ -49,8 +52,8 @@ def score_captions(
 ) -> CaptionScores:
     """Score one prediction per image against the references of that image.
 
-    `spice_jars` is a folder with SPICE_JARS (left out: the environment variable DTEM_HF_SPICE_JARS, or beside SPICE
-    itself). Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
+    `spice_jars` is a folder with SPICE_JARS (left out: the environment variable DTEM_HF_SPICE_JARS, or SPICE's own
+    folder). Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
     """
     lacking = unavailable(spice_jars)
     unknown = [image_id for image_id in predictions if not references.get(image_id)]
@@ -67,11 +70,11 @@ def score_captions(
         if reason is None:
             try:
                 values = scorer.score(*tokenised)
-            # A Java program that dies leaves a broken pipe, or an empty line instead of a number.
+            # If a Java program dies, the pipe breaks, or an empty line comes instead of a number.
             except (OSError, ValueError, subprocess.SubprocessError) as error:
                 reason = f"{', '.join(scorer.metrics)} failed: {type(error).__name__}: {error}"
             if values is not None and not all(map(math.isfinite, values)):
-                reason, values = f"{', '.join(scorer.metrics)} came to {values}", None
+                reason, values = f"{', '.join(scorer.metrics)} gave {values}", None
         for i, metric in enumerate(scorer.metrics):
             scores.values[metric] = None if values is None else float(values[i])
             if reason is not None:
@@ -80,7 +83,7 @@ def score_captions(
 
 
 def unavailable(spice_jars: str | None = None) -> dict[str, str]:
-    """The metrics that cannot be computed here, and why; programs ask before they caption.
+    """The metrics that cannot be computed on this machine, with reasons; programs call it before they caption.
 
     Raises ImportError without pycocoevalcap.
     """
@@ -91,14 +94,14 @@ def unavailable(spice_jars: str | None = None) -> dict[str, str]:
 
 
 def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
-    """Captions in lower case, split by the Penn Treebank's rules, without punctuation: the input of every metric.
+    """Make captions lower case, split them by the Penn Treebank's rules, and remove punctuation, for all metrics.
 
-    pycocoevalcap's class for it writes into its own folder, which may be read-only, so its jar is run here.
+    It runs pycocoevalcap's jar itself: pycocoevalcap's class writes into its own folder, which may be read-only.
     """
     need("captions", "scoring captions", "pycocoevalcap")
     tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer")
     jar = _package_folder("tokenizer") / tokenizer.STANFORD_CORENLP_3_4_1_JAR
-    # One caption per line: Java takes more characters for line ends than Python's `\n`.
+    # One caption per line, without other line ends: Java splits lines at more characters than `\n`.
     lines = [" ".join(text.split()) for texts in captions.values() for text in texts]
     with tempfile.TemporaryDirectory() as scratch:
         given = Path(scratch, "captions.txt")
@@ -117,7 +120,7 @@ def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
 
 
 def find_spice_jars(folder: str | None = None) -> tuple[Path | None, str | None]:
-    """The folder with SPICE's two CoreNLP jars, or None and what is missing where."""
+    """The folder with SPICE's two CoreNLP jars, or None and a message that says which jar is missing where."""
     given = folder or os.environ.get(SPICE_VARIABLE)
     place = Path(given) if given else _package_folder("spice") / "lib"
     missing = [name for name in SPICE_JARS if not (place / name).is_file()]
@@ -150,7 +153,7 @@ def _meteor(references: Captions, predictions: Captions) -> list[float]:
     try:
         return [meteor.compute_score(references, predictions)[0]]
     finally:
-        # If its Java program died, the lock is still held, and the destructor would wait for it for ever.
+        # If its Java program died, the lock is still held, and the destructor would wait for it forever.
         if meteor.lock.locked():
             meteor.lock.release()
 
@@ -162,7 +165,7 @@ def _package_folder(part: str) -> Path:
 
 
 def _tokenizer_lacks() -> str | None:
-    """What keeps the tokenizer of all metrics from working here; it is tried out on one word."""
+    """Why the tokenizer of all metrics does not work on this machine, or None; it is tried on one word."""
     if shutil.which("java") is None:
         return (
             "the tokenizer of all these metrics needs Java, and there is no java on the PATH "
@@ -180,7 +183,7 @@ def _meteor_lacks() -> str | None:
 
 
 def _spice(references: Captions, predictions: Captions, jars: Path | None) -> float:
-    """Mean F-score of SPICE; pycocoevalcap's own class looks for its jars in one place, and downloads them."""
+    """SPICE's mean F-score. pycocoevalcap's own class would look for its jars in one place only, and download them."""
     assert jars is not None
     folder = _package_folder("spice")
     classes = os.pathsep.join([str(folder / "spice-1.0.jar"), str(folder / "lib" / "*"), str(jars.resolve() / "*")])

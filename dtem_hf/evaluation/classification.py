@@ -1,8 +1,8 @@
-"""What merging costs in accuracy and saves in time, in one pass over the images; without a head, in features.
+"""Measure accuracy and speed with and without merging, in one pass over the images; without a head, by features.
 
 python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
 python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
-python recipes/evaluate.py --model ... --data ... --runtime openvino_bfloat16    # as it is deployed
+python recipes/evaluate.py --model ... --data ... --runtime openvino_bfloat16    # in another runtime
 python recipes/evaluate.py --model facebook/dinov2-small --data path/to/images    # no head: cosine, nearest neighbours
 accelerate launch recipes/evaluate.py --model ... --data imagenet-1k --batch_size 256    # every GPU of the machine
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -- recipes/evaluate.py --model ... --data ...    # two on a CPU
@@ -60,20 +60,20 @@ _BINS = 15
 
 @dataclass(kw_only=True)
 class ClassifierArguments(ResumableArguments, ImageArguments):
-    """An image classifier under several methods and amounts of merging."""
+    """An image classifier with several methods and amounts of merging."""
 
-    # What becomes of a model whose head would be random.
+    # The end of the message for a model whose head would be random.
     headless: ClassVar[str] = "`dtem-hf evaluate` measures an encoder without a head by its features"
 
     r: list[str] = option("tokens merged per layer, one row each", default_factory=lambda: ["8", "13", "16", "20"])
     label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
     proportional_attention: bool | None = option(
-        "whether sizes weigh attention, in all methods; left out, what the adapter and each method's config say",
+        "whether token sizes weigh attention, in all methods; left out, as in the adapter's and the methods' configs",
         default=None,
     )
-    runtime: str = option(f"what runs every row: {', '.join(RUNTIMES)}", default="eager")
+    runtime: str = option(f"runtime of all rows: {', '.join(RUNTIMES)}", default="eager")
     output_dir: str = option("folder for evaluation.json and a plot", default="runs/evaluate")
-    write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
+    write_card: bool = option("write results and a new card into the adapter's folder", default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,23 +83,23 @@ class ClassifierArguments(ResumableArguments, ImageArguments):
             raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
 
     def open(self) -> Measure:
-        """The model, and how it is measured. Raises NoTrainedHead where its head would be random."""
+        """Load the model, with the functions that measure it. Raises NoTrainedHead if its head would be random."""
         model = load_trained_classifier(self.model, self.headless, merge=None, dtype=getattr(torch, self.dtype))
         return Measure(model, model.config.num_labels, measure_batch, make_rows, {})
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ClassifierArguments):
-    """Evaluate a classifier, or an encoder by its features, under several methods and amounts of merging."""
+    """Evaluate a classifier, or an encoder by its features, with several methods and amounts of merging."""
 
     headless: ClassVar[str] = "its features are measured instead"
 
     features: str = option(
-        f"features to measure a model by, in place of classes: {', '.join(POOLED_FEATURES[1:])}; auto: only where it "
-        "has no trained head, and then the first of these that its checkpoint surely has",
+        f"measure these features instead of classes: {', '.join(POOLED_FEATURES[1:])}; auto: only for a model without "
+        "a trained head, and then the first of these that its checkpoint holds",
         default="auto",
     )
-    neighbours: int = option("nearest images by features that vote for a label", default=5)
+    neighbours: int = option("number of nearest images, by features, that vote for a label", default=5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,14 +107,14 @@ class EvaluateArguments(ClassifierArguments):
         one_of(self, "features", POOLED_FEATURES)
 
     def open(self) -> Measure:
-        """As above; features are measured where they are asked for, or the head would be random, which is said."""
+        """Load the model; measure features if the user wants it, or, with a message, if the head would be random."""
         if self.features == "auto":
             try:
                 return super().open()
             except NoTrainedHead as error:
                 say(str(error))
         if self.runtime != "eager":
-            raise BadValue("runtime", self.runtime, "eager, where features of an encoder are measured")
+            raise BadValue("runtime", self.runtime, "eager: other runtimes do not measure features")
         return Measure(
             load_encoder(self.model, self.features, dtype=getattr(torch, self.dtype)),
             None,
@@ -125,7 +125,7 @@ class EvaluateArguments(ClassifierArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, evaluate, print the table, write JSON and plot."""
+    """Parse the command line, evaluate, print the table, and write JSON and a plot."""
     arguments = parse_arguments(EvaluateArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir) as output:
         if arguments.write_card:
@@ -145,13 +145,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(
     arguments: ClassifierArguments, keep: Callable[[dict[str, Any]], None] = lambda result: None
 ) -> dict[str, Any]:
-    """Measure every row on every image; the images are decoded once. Returns what is written to `evaluation.json`.
+    """Measure every row on every image, and return the content of `evaluation.json`. Images are decoded once.
 
-    Under `accelerate launch` or torchrun the processes share the batches, and each returns the same result. Finished
-    batches lie in `output_dir/parts` until `keep` has written the result: the same command goes on where it stopped.
+    With `accelerate launch` or torchrun the processes share the batches, and each returns the same result. Finished
+    batches stay in `output_dir/parts` until `keep` has written the result, so the same command resumes.
     """
     a, device = arguments, arguments.choose_device()
-    read_config(a.model)  # names a model that is not there
+    read_config(a.model)  # raises early if the model does not exist
     adapters = a.load_adapters()
     model, num_labels, measure, make, facts = a.open()
     weighing = {"proportional_attention": a.proportional_attention}
@@ -201,11 +201,11 @@ def evaluate(
 def measure_batch(
     variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int = 0
 ) -> Columns:
-    """Run all rows on a batch in turn, from row `first` on.
+    """Run all rows on a batch in turn, starting with row `first`.
 
-    The row that runs first shares the processor with the workers that decode the next batch, so it should be another
-    one in every batch. Row 0 is the reference. Returns labels [B] and, of R rows, `ranked` classes [B, R, 5],
-    `confidence` in the first of them [B, R], `kl` to the reference [B, R] and `seconds_per_image` [1, R].
+    The first row shares the processor with the workers that decode the next batch, so `first` should change from batch
+    to batch. Row 0 is the reference. Returns labels [B] and, for R rows, `ranked` classes [B, R, 5], `confidence` in
+    the first class [B, R], `kl` from the reference [B, R] and `seconds_per_image` [1, R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
     logits, seconds = run_in_turn(variants, lambda model: model(pixel_values=pixels).logits.float(), device, first)
@@ -224,7 +224,7 @@ def measure_batch(
 def make_rows(variants: Sequence[Variant], columns: Columns) -> list[dict[str, Any]]:
     """One dict per row, from the columns of all images: figures in percent, KL in nats, images per second.
 
-    `change_interval` is that of the change of top-1 (without labels, of agreement) from the unmerged model.
+    `change_interval` is the interval of the change of top-1 (without labels, of agreement) from the unmerged model.
     """
     labels, reference = columns["labels"], columns["ranked"][:, 0, 0]
     known = labels >= 0
@@ -242,7 +242,7 @@ def make_rows(variants: Sequence[Variant], columns: Columns) -> list[dict[str, A
             error = calibration.compute(predictions=confidence[known], references=found, num_bins=_BINS)
             figures = {"top1": hits["top1"], f"top{_RANKED}": hits[f"top{widths[-1]}"], **error}
         right = ranked[:, 0] == labels
-        # What a row gains or loses on each image, in percent: against labels, or else against the unmerged model.
+        # The change from the unmerged model on each image, in percent: of top-1, or without labels of agreement.
         changes = 100.0 * (right - (reference == labels).astype(float))[known]
         changes = changes if known.any() else 100.0 * ((ranked[:, 0] == reference) - 1.0)
         figures["agreement"] = accuracy.compute(predictions=ranked[:, :1], references=reference, k=1)["top1"]

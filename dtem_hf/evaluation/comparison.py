@@ -1,4 +1,4 @@
-"""Methods side by side: what each keeps of a classifier's accuracy at the same cost.
+"""Compare the accuracy of methods at the same cost.
 
 python recipes/compare.py --model facebook/deit-small-patch16-224 --data imagenet-1k --adapters me/dtem-deit-small
 python recipes/compare.py --model ... --data path/to/images --limit 200 --flops 0.65 0.5    # a laptop's CPU
@@ -30,9 +30,9 @@ from .variants import METHODS, UNMERGED, Variant
 # The rows of the ablation; each adds one part to the row above.
 ABLATION = {"tome": "ToMe", "soft": "+ soft merging", "dtem": "+ decoupled embedding"}
 _ABLATION_TEXT = (
-    "What each part adds (in brackets: over the line above). Soft merging is how training relaxes the step: no token "
-    "leaves, so that line costs as much as no merging at all. The decoupled embedding is learned through it, with "
-    "nothing else being trained, and merges hard."
+    "What each part adds (in brackets: over the line above). Soft merging is the relaxation of training: no token "
+    "leaves, so this line costs as much as the unmerged model. The decoupled embedding is trained by soft merging, "
+    "alone, and merges hard."
 )
 
 
@@ -57,14 +57,14 @@ class CompareArguments(ClassifierArguments, SeveralAdapters):
             self.methods = [UNMERGED, *ABLATION]
 
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
-        """The rows; a method that needs an adapter is among them where it has one."""
+        """The rows, with the methods that need an adapter if one is given."""
         given = [] if self.ablation else [a.config.method for a in adapters.values() if a.config.needs_adapter]
         whole = replace(self, methods=list(dict.fromkeys([*self.methods, *given])))
         return super(CompareArguments, whole).make_variants(model, adapters, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, compare, print the tables, write them as Markdown, CSV and JSON, and plot."""
+    """Parse the command line, compare, print the tables, write them as Markdown, CSV and JSON, and plot them."""
     arguments = parse_arguments(CompareArguments, argv, __doc__ or "")
 
     with only_run_in(arguments.output_dir) as output:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_comparison(result: dict[str, Any], folder: Path) -> None:
-    """Write a comparison in all its forms into a folder."""
+    """Write a comparison into a folder: JSON, Markdown, CSV and a plot."""
     write_json(folder / "comparison.json", result)
     write_text(folder / "comparison.md", markdown(result))
     write_text(folder / "comparison.csv", csv_table(result["rows"]))
@@ -89,7 +89,7 @@ def write_comparison(result: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """All tables of a comparison, and how it was made."""
+    """All tables of a comparison, and its conditions, as Markdown."""
     data, rows = result["data"], result["rows"]
     size = "×".join(str(extent) for extent in result["image_size"])
     parts = [
@@ -155,7 +155,7 @@ def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
     amounts = list(dict.fromkeys(amount_name(row["r"]) for row in rows if row["method"] in ABLATION))
     lines, above = [["", *amounts]], dict[str, float]()
     for method, label in ABLATION.items():
-        # Of several adapters, the first.
+        # With several adapters, the first one's row.
         mine = {amount_name(row["r"]): row[measure] for row in reversed(rows) if row["method"] == method}
         cells = [
             _with_change(mine[amount], above[amount]) if amount in above else f"{mine[amount]:.2f}"
@@ -178,7 +178,7 @@ def csv_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def amount_name(r: Any) -> str:
-    """How much was merged, for a table's head: "−35 %" for a share of 0.65, else the schedule's label."""
+    """An amount of merging for a table's head: "−35 %" for a share of 0.65, else the schedule's label."""
     schedule = None if r is None else as_schedule(r)
     if isinstance(schedule, FlopsSchedule) and schedule.slope == 0:
         return f"−{100 * (1 - schedule.flops):.4g} %"
@@ -196,6 +196,6 @@ def _measure_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _with_change(value: float, before: float, interval: Sequence[float] | None = None) -> str:
-    """A value, what it changed by, and the interval of that change, where it is known."""
+    """A value, its change, and the interval of the change if it is known."""
     bounds = "" if interval is None else f"; {interval[0]:+.1f} to {interval[1]:+.1f}"
     return f"{value:.2f} ({value - before:+.2f}{bounds})".replace("-", "−")

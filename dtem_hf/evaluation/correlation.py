@@ -1,4 +1,4 @@
-"""Do keys and a learned embedding rank pairs of tokens alike? Kendall's τ per layer (METHOD.md section 8)."""
+"""Kendall's τ per layer between token similarities by keys and by a learned embedding (METHOD.md section 8)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..ops import cosine_scores, split_even_odd
 def similarity_correlations(model: Any, pixel_values: Tensor) -> NDArray[np.float64]:
     """Kendall's τ between the similarities by keys and by the embedding: [B, C, H, W] -> [layers, B].
 
-    The pairs are those that bipartite matching chooses from, of all tokens, as nothing is merged: every layer and
-    method sees the same. The model is not changed. Raises ValueError where it has no learned embedding.
+    The pairs are those of bipartite matching, A tokens with B tokens. Nothing is merged, so every layer sees all
+    tokens. The model does not change. Raises ValueError if it has no learned embedding.
     """
     encoder = find_encoder(model)[1]
     if not isinstance(model, MergeMixin) or not getattr(embedding_of(encoder), "projections", None):
@@ -59,7 +59,7 @@ def similarity_correlations(model: Any, pixel_values: Tensor) -> NDArray[np.floa
 
 
 def block_ranges(num_layers: int) -> list[tuple[int, int]]:
-    """First and last layer, counted from 1, of three ranges as equal as can be: 12 layers are 1–4, 5–8 and 9–12."""
+    """First and last layer, counted from 1, of three nearly equal ranges: of 12 layers, 1–4, 5–8 and 9–12."""
     parts = np.array_split(np.arange(1, num_layers + 1), min(3, num_layers))
     return [(int(part[0]), int(part[-1])) for part in parts]
 
@@ -67,7 +67,7 @@ def block_ranges(num_layers: int) -> list[tuple[int, int]]:
 def correlation_table(correlations: Mapping[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
     """Mean τ over layers and images, a row per range of blocks: τ [layers, B] by name (before, after training).
 
-    Beside each mean stands the standard deviation over images of the mean over the range's layers.
+    `…_std` is the standard deviation over images of the mean over the range's layers.
     """
     layers = {len(values) for values in correlations.values()}
     if len(layers) != 1:

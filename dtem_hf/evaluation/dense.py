@@ -1,11 +1,11 @@
-"""What merging costs a dense head: its maps from merged tokens, against those from the unmerged model's.
+"""Compare a dense head's maps from merged tokens with its maps from unmerged tokens.
 
 python recipes/evaluate_dense.py --model facebook/dinov2-small --head my_heads:depth --data path/to/images --adapter A
 python recipes/evaluate_dense.py --model ... --head ... --data ... --methods tome --r 8 16 --limit 50  # a laptop's CPU
 
-The head is a function or a module of yours, and no other code from outside is run. It gets the model's last hidden
-state with every patch in its place, [B, D, rows, columns] in float32, and returns one map per image, [B, H, W] or
-[B, 1, H, W]. Maps from 0 to 1, such as probabilities, suit the threshold and the picture. Labels are not read.
+The head is your function or module; the program runs no other code from outside. It gets the model's last hidden state
+with every patch in place, [B, D, rows, columns] in float32, and returns one map per image, [B, H, W] or [B, 1, H, W].
+Maps from 0 to 1, such as probabilities, suit the threshold and the picture. Labels are not read.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ from .variants import METHODS, Variant, make_variants
 
 @dataclass(kw_only=True)
 class DenseArguments(SeveralAdapters, ImageArguments):
-    """Compare a dense head's maps from merged tokens with those from the unmerged model's."""
+    """Compare a dense head's maps from merged tokens with its maps from unmerged tokens."""
 
-    head: str = option("module:function that makes maps [B, H, W] of patches [B, D, rows, columns]")
+    head: str = option("module:function that makes maps [B, H, W] from patches [B, D, rows, columns]")
     methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["tome", "evit", "dtem"])
     r: list[str] = option(
-        "tokens merged per layer, one row each; methods that keep a share get ToMe's multiply-adds at this r",
+        "tokens merged per layer, one row each; methods with a keep rate get ToMe's multiply-adds at this r",
         default_factory=lambda: ["4", "8", "12", "16", "20"],
     )
-    threshold: float = option("a pixel of a map counts for IoU above this value", default=0.5)
+    threshold: float = option("pixels of a map above this value count for IoU", default=0.5)
     num_workers: int = option("processes that decode images", default=1)
-    pictures: int = option("how many images the picture shows; 0: no picture", default=4)
+    pictures: int = option("number of images in the picture; 0: no picture", default=4)
     picture_data: str | None = option("images for the picture, as in data; left out, the first of data", default=None)
-    picture_r: str | None = option("the one r that the picture shows, as in r; left out, the last", default=None)
+    picture_r: str | None = option("the value of r that the picture shows; left out, the last", default=None)
     output_dir: str = option("folder for dense.json, dense.md and maps.jpg", default="runs/dense")
-    write_card: bool = option("write the results into the adapter's folder, and its card again", default=False)
+    write_card: bool = option("write results and a new card into the adapter's folder", default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class DenseArguments(SeveralAdapters, ImageArguments):
             raise BadValue("write_card", self.write_card, f"an adapter that is a local folder, not {self.adapter!r}")
 
     def make_variants(self, model: Any, adapters: dict[str, Any], **options: Any) -> list[Variant]:
-        """The rows; a method that keeps a share of the tokens has the multiply-adds of ToMe at every r."""
+        """The rows; at every r, a method with a keep rate gets the multiply-adds of ToMe."""
         unmerged, *matched = make_variants(model, ["tome"], self.reductions(), self.flops, **options)
         rows = [unmerged]
         for name in self.methods:
@@ -92,7 +92,7 @@ class DenseArguments(SeveralAdapters, ImageArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print the table, write JSON, Markdown and the picture."""
+    """Parse the command line, measure, print the table, and write JSON, Markdown and the picture."""
     arguments = parse_arguments(DenseArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir) as folder:
         card = output_folder(str(arguments.adapter)) if arguments.write_card else None
@@ -110,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> dict[str, Any]:
-    """Measure every row on every image, and draw some maps. Returns what is written to `dense.json`."""
+    """Measure every row on every image, draw some maps, and return the content of `dense.json`."""
     a, device = arguments, arguments.choose_device()
-    read_config(a.model)  # names a model that is not there
+    read_config(a.model)  # raises early if the model does not exist
     head = DenseHead(load_function("head", a.head), a.head)
     model = AutoModel.from_pretrained(a.model, merge=None).to(device).eval()
     processor = load_processor(a.model)
@@ -169,14 +169,14 @@ def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> di
 
 
 def map_iou(maps: Tensor, reference: Tensor, threshold: float) -> Tensor:
-    """Intersection over union of the pixels above a threshold: [B, H, W] twice -> [B]; 1 where neither has any."""
+    """Intersection over union of the pixels above a threshold: [B, H, W] twice -> [B]; 1 if neither map has any."""
     own, other = maps > threshold, reference > threshold
     both, either = (own & other).sum(dim=(1, 2)), (own | other).sum(dim=(1, 2))
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result, and how it was made."""
+    """The table of a result, and its conditions, as Markdown."""
     size = "×".join(str(extent) for extent in result["image_size"])
     data = result["data"]
     parts = [
@@ -190,7 +190,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _shown_rows(arguments: DenseArguments, rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The places of the rows that the picture shows: the unmerged one, and every method at one r."""
+    """The indices of the rows that the picture shows: the unmerged model, and every method at one r."""
     wanted = -1 if arguments.picture_r is None else arguments.r.index(arguments.picture_r)
     series: dict[str, list[int]] = {}
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What merging costs an encoder without a head: its features against the unmerged model's, and their neighbours."""
+"""Measure an encoder without a head: compare its features, and their nearest neighbours, with the unmerged model's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .parts import Columns
 from .variants import Variant, median_speeds, run_in_turn
 
 
-# Images whose similarities to all others are in memory at once.
+# The number of images whose similarities to all others are in memory at once.
 _CHUNK = 1024
 
 
@@ -27,9 +27,9 @@ _CHUNK = 1024
 def measure_features(
     variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int, kind: str
 ) -> Columns:
-    """Run all rows on a batch in turn, from row `first` on; `kind` is that of `recorded_features`.
+    """Run all rows on a batch in turn, starting with row `first`; `kind` is a kind of `recorded_features`.
 
-    Returns labels [B] and, of R rows, `features` [B, R, D] and `seconds_per_image` [1, R].
+    Returns labels [B] and, for R rows, `features` [B, R, D] and `seconds_per_image` [1, R].
     """
     pixels = batch["pixel_values"].to(device=device, dtype=variants[0].model.dtype)
 
@@ -51,10 +51,10 @@ def feature_rows(
 ) -> list[dict[str, Any]]:
     """One dict per row, from the columns of all images: the mean cosine with row 0, and shares in percent.
 
-    `same_nearest` of the images have the nearest other image that they have in row 0 (None of one image). `knn_top1`
-    have the label that most of their `neighbours` nearest others have, of several such labels the nearest one's; only
-    images whose label another image has are counted; None where there are none, a single label, or too few images.
-    `change_interval` is that of the change of `knn_top1` from row 0.
+    `same_nearest` is the share of images whose nearest other image is the same as in row 0 (None for a single image).
+    `knn_top1` is the share of images whose label wins the vote of their `neighbours` nearest other images (`vote`). It
+    counts only images whose label another image has, too; it is None if there are none, for a single label, and for
+    too few images. `change_interval` is the interval of the change of `knn_top1` from row 0.
     """
     labels, speeds = columns["labels"], median_speeds(columns["seconds_per_image"])
     known = labels >= 0
@@ -62,7 +62,7 @@ def feature_rows(
     shared = counts[place] > 1
     votes = shared.any() and len(counts) > 1 and len(place) > neighbours
     if known.any() and not votes:
-        say(f"no k-NN top-1: it takes more than {neighbours} labelled images, two labels, and one label of two images")
+        say(f"no k-NN top-1: it needs more than {neighbours} labelled images, two labels, and two images of one label")
     rows: list[dict[str, Any]] = []
     for i, (variant, (speed, speedup)) in enumerate(zip(variants, speeds, strict=True)):
         features = torch.from_numpy(columns["features"][:, i])
@@ -93,7 +93,7 @@ def feature_rows(
 
 
 def nearest(features: Tensor, count: int) -> NDArray[np.int64]:
-    """The `count` nearest others of every image by cosine, the nearest first: [n, D] -> [n, count]."""
+    """The `count` nearest other images of every image, by cosine, the nearest first: [n, D] -> [n, count]."""
     unit, found = F.normalize(features, dim=-1), []
     for start in range(0, len(unit), _CHUNK):
         similar = unit[start : start + _CHUNK] @ unit.T
@@ -103,6 +103,6 @@ def nearest(features: Tensor, count: int) -> NDArray[np.int64]:
 
 
 def vote(labels: NDArray[Any]) -> NDArray[Any]:
-    """The label that most neighbours have, of several such labels the nearest one's: [n, k], nearest first -> [n]."""
+    """The most frequent label of the neighbours, of several the nearest one's: [n, k], nearest first -> [n]."""
     votes = (labels[:, :, None] == labels[:, None, :]).sum(axis=2)
     return labels[np.arange(len(labels)), votes.argmax(axis=1)]  # argmax takes the first of equals

@@ -1,4 +1,4 @@
-"""Metrics of the `evaluate` library, shipped with the package: no download, and no folder of HF_HOME."""
+"""Metrics for the `evaluate` library, as part of this package: no download, and no folder in HF_HOME."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ with without_scripts_named("evaluate"):
 
 
 class _LocalMetric(evaluate.Metric):
-    """Keeps its examples in memory, and the folder that the library asks for among temporary files."""
+    """A metric that keeps its examples in memory; the folder that the library needs is a temporary one."""
 
     columns: dict[str, Any]
 
     def __init__(self) -> None:
-        self._scratch = TemporaryDirectory()  # removed with the metric
+        self._scratch = TemporaryDirectory()  # deleted together with the metric
         super().__init__(keep_in_memory=True, cache_dir=self._scratch.name)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -34,10 +34,10 @@ class _LocalMetric(evaluate.Metric):
 
 
 class TopKAccuracy(_LocalMetric):
-    """The share of examples whose label is among the k classes that the model finds most likely.
+    """The share of examples whose label is among the k most likely classes.
 
-    `predictions` are classes of each example, the most likely first; `references` their labels; k a number or a list.
-    Returns {"top1": share between 0 and 1, ...}, one entry for each k.
+    `predictions` are the classes of each example, the most likely first; `references` are the labels; k is a number or
+    a list. Returns {"top1": share between 0 and 1, ...}, one entry for each k.
     """
 
     columns = {"predictions": datasets.Sequence(datasets.Value("int32")), "references": datasets.Value("int32")}
@@ -46,17 +46,17 @@ class TopKAccuracy(_LocalMetric):
         ranked, labels = np.asarray(predictions), np.asarray(references)
         wanted = [k] if isinstance(k, int) else list(k)
         if min(wanted) < 1 or max(wanted) > ranked.shape[1]:
-            raise ValueError(f"k={k}: the predictions rank {ranked.shape[1]} classes, so 1 to {ranked.shape[1]}.")
+            raise ValueError(f"k={k}: 1 to {ranked.shape[1]}, as the predictions rank {ranked.shape[1]} classes.")
         hits = ranked == labels[:, None]
         return {f"top{n}": float(hits[:, :n].any(axis=1).mean()) for n in wanted}
 
 
 class CalibrationError(_LocalMetric):
-    """Expected calibration error: how far confidence is from accuracy, averaged over bins of equal width.
+    """Expected calibration error: the distance of confidence from accuracy, averaged over bins of equal width.
 
-    `predictions` are the confidence in the chosen class of each example, between 0 and 1; `references` whether it was
-    right (1) or wrong (0). Each of `num_bins` bins is open to the left: confidence 0.2 of 5 bins lies in the first.
-    Source: Guo et al., ICML 2017, arXiv 1706.04599.
+    `predictions` are the confidences in the chosen classes, between 0 and 1; `references` are 1 for right and 0 for
+    wrong. Each of `num_bins` bins is open to the left: with 5 bins, confidence 0.2 is in the first. Source: Guo et
+    al., ICML 2017, arXiv 1706.04599.
     """
 
     columns = {"predictions": datasets.Value("float64"), "references": datasets.Value("int32")}
@@ -75,7 +75,7 @@ class CalibrationError(_LocalMetric):
 def bootstrap_interval(values: NDArray[Any], resamples: int = 2000, seed: int = 0) -> list[float]:
     """The 95 % interval of a mean over images, by the percentile bootstrap: values [n] -> [low, high].
 
-    Where the values are differences between two models on the same image, the bootstrap is a paired one.
+    If the values are differences between two models on the same images, this is a paired bootstrap.
     """
     draw, count = np.random.default_rng(seed), len(values)
     means = [values[draw.integers(count, size=count)].mean() for _ in range(resamples)]
@@ -83,5 +83,5 @@ def bootstrap_interval(values: NDArray[Any], resamples: int = 2000, seed: int = 
 
 
 def share_interval(count: int, of: int) -> list[float]:
-    """The 95 % interval of a share, by Wilson's score: of 0 in 10, [0, 0.28], where a bootstrap would say [0, 0]."""
+    """The 95 % interval of a share, by Wilson's score: for 0 of 10 it is [0, 0.28]; a bootstrap would give [0, 0]."""
     return [float(end) for end in binomtest(count, of).proportion_ci(method="wilson")]

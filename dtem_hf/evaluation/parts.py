@@ -18,17 +18,17 @@ from ..programs.processes import known_processes
 from ..progress import tqdm
 
 
-# Images first; of `seconds_per_image`, batches first.
+# Arrays by name. The first dimension is the image; for `seconds_per_image`, the batch.
 Columns = dict[str, NDArray[Any]]
 _RUN_NAME = "run.json"
 
 
 class Measure(NamedTuple):
-    """A model, and how it is measured: by its classes, or by its features.
+    """A model and the functions that measure it, by its classes or by its features.
 
-    `batch` takes variants, a batch, the device and the row that runs first, and returns columns; `rows` takes variants
-    and the columns of all images. Labels are below `num_labels`, or any for None. `facts` are part of the run and of
-    its result.
+    `batch` takes variants, a batch, the device and the row to start with, and returns columns. `rows` takes variants
+    and the columns of all images. Labels must be below `num_labels`; None allows any. `facts` go into the run and its
+    result.
     """
 
     model: Any
@@ -41,8 +41,8 @@ class Measure(NamedTuple):
 class Parts:
     """The finished batches of one run, in a folder that all its processes share.
 
-    `run` is what the results depend on, as JSON. Its digest is in every file's name, so parts of another run are never
-    read. Raises ValueError where the folder holds an unfinished run that differs, unless `resume` is "never".
+    `run` holds all that the results depend on, as JSON. Every file name contains its digest, so parts of another run
+    are never read. Raises ValueError if the folder holds a different unfinished run, unless `resume` is "never".
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: str) -> None:
@@ -50,13 +50,13 @@ class Parts:
         self.state = known_processes()
         self._finished = folder.with_name(f".{folder.name}.finished")
         if self.state.is_main_process:
-            shutil.rmtree(self._finished, ignore_errors=True)  # of a run that was killed while it removed them
+            shutil.rmtree(self._finished, ignore_errors=True)  # left by a run that was killed during `finish`
             if resume == "never":
                 shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
         if (folder / _RUN_NAME).is_file():
             _check_same_run(read_json(folder / _RUN_NAME), run, folder)
-        self.state.wait_for_everyone()  # before one of them writes
+        self.state.wait_for_everyone()  # all have checked before one writes
 
     def measure(
         self,
@@ -67,15 +67,15 @@ class Parts:
         num_workers: int = 0,
         collate: Any = None,
     ) -> Columns:
-        """Measure every unfinished batch that falls to this process; returns the columns of all batches.
+        """Measure this process's share of the unfinished batches, and return the columns of all batches.
 
         `measure` takes a batch and its number. Batches, and so figures, are the same for any number of processes. The
-        first batch of a process warms up, and the last of all may be smaller: neither is timed. Raises
-        FileNotFoundError where a batch of another process is not in the folder.
+        first batch of a process warms up, and the last batch may be smaller: neither is timed. Raises
+        FileNotFoundError if a batch of another process is not in the folder.
         """
         batches = batches_of(len(images), batch_size)
         missing = [number for number in range(len(batches)) if not self._path(number).is_file()]
-        self.state.wait_for_everyone()  # before one of them writes
+        self.state.wait_for_everyone()  # all have looked before one writes
         mine = missing[self.state.process_index :: self.state.num_processes]
         sampler = [list(batches[number]) for number in mine]
         loader = DataLoader(images, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
@@ -86,7 +86,7 @@ class Parts:
             columns = measure(batch, number)
             if place == 0 or len(batches[number]) < len(batches[0]):
                 columns["seconds_per_image"][:] = np.nan
-            if place == 0:  # now there is something to go on with; every process writes the same
+            if place == 0:  # from now on the run can resume; every process writes the same content
                 write_json(self.folder / _RUN_NAME, self.run)
             with replacing(self._path(number)) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **columns)  # type: ignore[arg-type]
@@ -103,8 +103,8 @@ class Parts:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def finish(self, keep: Callable[[], None]) -> None:
-        """Let the first process keep the results, and then remove the parts."""
-        self.state.wait_for_everyone()  # all have read them
+        """Call `keep` in the main process, and then remove the parts."""
+        self.state.wait_for_everyone()  # all have read the parts
         if self.state.is_main_process:
             keep()
             self.folder.rename(self._finished)
@@ -115,7 +115,7 @@ class Parts:
 
 
 def batches_of(num_items: int, batch_size: int) -> list[Sequence[int]]:
-    """Items in batches, the same ones for any number of processes: the last may be smaller."""
+    """Split items into batches, the last of which may be smaller."""
     return [range(start, min(start + batch_size, num_items)) for start in range(0, num_items, batch_size)]
 
 
@@ -125,6 +125,6 @@ def _check_same_run(before: dict[str, Any], run: dict[str, Any], folder: Path) -
             raise BadValue(
                 name,
                 value,
-                f"the unfinished run in {folder} has {before.get(name)!r}; go on with that, choose another "
-                "output_dir, or pass --resume never to start over",
+                f"the unfinished run in {folder} has {before.get(name)!r}; use that, choose another output_dir, or "
+                "pass --resume never to start over",
             )

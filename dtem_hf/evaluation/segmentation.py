@@ -1,13 +1,13 @@
-"""Semantic segmentation, by a linear head on patch tokens or a model's own: what merging costs where all are read.
+"""Measure semantic segmentation with and without merging, by a linear head on patch tokens or a model's own head.
 
 python recipes/evaluate_segmentation.py --model facebook/dinov2-small --train path/to/train --test path/to/test --r 4 8
 python recipes/evaluate_segmentation.py --model ... --train ... --test ... --limit 50 --steps 200    # a laptop's CPU
 python recipes/evaluate_segmentation.py --model checkpoints/segmenter-small --test path/to/test --flops 0.65 0.5
 
 A folder holds `images/NAME.jpg` (or .png) and `masks/NAME.png`, whose pixels are classes; 255 is ignored. Without
-`--train`, the model's own segmentation is measured: the shorter side of an image is resized to the model's size,
-windows of that size are cut out, and where they overlap, logits are averaged. If the processor has `do_reduce_labels`,
-as for ADE20k, a mask's 0 is ignored, too, and its c is class c − 1.
+`--train`, the program measures the model's own segmentation: it resizes the shorter side of an image to the model's
+size, cuts out windows of that size, and averages logits where windows overlap. If the processor has
+`do_reduce_labels`, as for ADE20k, the value 0 of a mask is ignored, too, and the value c is class c − 1.
 """
 
 from __future__ import annotations
@@ -46,44 +46,44 @@ _PATCHES_PER_STEP = 1024
 
 @dataclass(kw_only=True)
 class SegmentationArguments(RowArguments):
-    """Measure mIoU under several amounts of merging, by a linear head on patches or a model's own segmentation."""
+    """Measure mIoU with several amounts of merging, by a linear head on patches or a model's own segmentation."""
 
     r: list[str] = option(
-        "tokens merged per layer, one row each; left out, 4, 8 and 12 if there are no flops", default_factory=list
+        "tokens merged per layer, one row each; left out, 4, 8 and 12 unless flops are given", default_factory=list
     )
     train: str | None = option(
-        "images and masks that a linear head learns from: folder, or Hub dataset id; left out, the model has its own",
+        "images and masks to train a linear head on: folder, or Hub dataset id; left out, use the model's own head",
         default=None,
     )
     test: str = option("images and masks to measure with: folder, or Hub dataset id")
     window_stride: int | None = option(
-        "pixels between the windows of a model's own segmentation; left out, their size", default=None
+        "pixels between the windows of a model's own segmentation; left out, the window size", default=None
     )
     train_split: str = option("split of a Hub dataset", default="train")
     test_split: str = option("split of a Hub dataset", default="validation")
     image_column: str = option("column of a Hub dataset that holds the image", default="image")
     mask_column: str = option("column of a Hub dataset that holds the mask", default="annotation")
     num_classes: int | None = option(
-        "classes; left out, one more than the largest in the training masks", default=None
+        "number of classes; left out, the largest class in the training masks plus one", default=None
     )
-    limit: int | None = option("use only the first so many images of each", default=None)
+    limit: int | None = option("use only this many images of each set, the first ones", default=None)
     steps: int = option("optimiser steps of the head", default=500)
     lr: float = option("learning rate of the head", default=1e-2)
     batch_size: int = option("images per batch", default=16)
-    seed: int = option("of everything that is drawn", default=0)
+    seed: int = option("seed of all random numbers", default=0)
     output_dir: str = option("folder for segmentation.json", default="runs/segmentation")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_size", "limit", "num_classes", "window_stride")
         above_zero(self, "lr")
         if self.num_classes is not None and self.num_classes > IGNORED:
-            raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}, as {IGNORED} is ignored")
+            raise BadValue("num_classes", self.num_classes, f"at most {IGNORED}: the value {IGNORED} is ignored")
         if not self.r and not self.flops:
             self.r = ["4", "8", "12"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, train the head, measure, print the table, write JSON."""
+    """Parse the command line, train the head, measure, print the table, and write JSON."""
     arguments = parse_arguments(SegmentationArguments, argv, __doc__ or "")
     with only_run_in(arguments.output_dir) as folder:
         path = folder / "segmentation.json"
@@ -94,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
-    """Measure every row with a head that was trained on unmerged patches, or the model's own: `segmentation.json`."""
+    """Measure every row, with the model's own head or one trained on unmerged patches: `segmentation.json`."""
     device = arguments.choose_device()
-    read_config(arguments.model)  # names a model that is not there
+    read_config(arguments.model)  # raises early if the model does not exist
     columns = (arguments.image_column, arguments.mask_column, arguments.limit)
     test = load_segmentation(arguments.test, arguments.test_split, *columns)
     processor = load_processor(arguments.model)
@@ -136,7 +136,7 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
     }
 
 
-# Of one row, by its number, for one image: logits [classes, rows, columns] of any resolution, and the mask.
+# The number of a row, its logits [classes, rows, columns] for one image, in any resolution, and the image's mask.
 Prediction = tuple[int, Tensor, NDArray[np.uint8]]
 
 
@@ -152,7 +152,7 @@ def _by_linear_head(
 
 
 def _load_segmenter(name: str) -> Any:
-    """A model with its own segmentation. Raises NoTrainedHead where a part of it would be random."""
+    """Load a model with its own segmentation head. Raises NoTrainedHead if a part of it would be random."""
     model, info = AutoModelForSemanticSegmentation.from_pretrained(name, merge=None, output_loading_info=True)
     if info["missing_keys"]:
         lacks = f"a trained segmentation model, and this one lacks {min(info['missing_keys'])}, which would be random"
@@ -181,10 +181,10 @@ def _by_own_head(
 
 @torch.inference_mode()
 def window_logits(model: Any, pixels: Tensor, window: int, stride: int, batch_size: int) -> Tensor:
-    """Logits from windows of an image that is as large as one or larger, averaged: [C, H, W] -> [classes, H, W].
+    """Average the logits of windows of an image: [C, H, W] -> [classes, H, W]. No side is smaller than a window.
 
-    Windows begin every `stride` pixels; the last of a row, or of a column, ends at the image's edge. A model's logits
-    [B, classes, h, w] that are smaller than its windows are enlarged.
+    Windows start every `stride` pixels; the last of a row, or of a column, ends at the image's edge. If the logits
+    [B, classes, h, w] are smaller than a window, they are enlarged.
     """
     starts = [[*range(0, side - window, stride), side - window] for side in pixels.shape[1:]]
     corners = [(top, left) for top in starts[0] for left in starts[1]]
@@ -195,7 +195,8 @@ def window_logits(model: Any, pixels: Tensor, window: int, stride: int, batch_si
         logits = model(pixel_values=cut).logits.float()
         logits = F.interpolate(logits, size=(window, window), mode="bilinear", align_corners=False)
         if total is None:
-            total = logits.new_zeros(logits.shape[1] + 1, *pixels.shape[1:])  # the last is how often a pixel was seen
+            # The last channel counts the windows of every pixel.
+            total = logits.new_zeros(logits.shape[1] + 1, *pixels.shape[1:])
         for (top, left), scores in zip(chosen, logits, strict=True):
             total[:-1, top : top + window, left : left + window] += scores
             total[-1, top : top + window, left : left + window] += 1
@@ -205,7 +206,7 @@ def window_logits(model: Any, pixels: Tensor, window: int, stride: int, batch_si
 
 @dataclass
 class PatchReader:
-    """Resizes whole images to height and width in pixels, which a backbone reads as rows and columns of patches."""
+    """Resizes whole images to `sides` (height, width), which a backbone splits into a `grid` (rows, columns)."""
 
     processor: Any
     sides: tuple[int, ...]
@@ -214,13 +215,13 @@ class PatchReader:
 
     @classmethod
     def of(cls, model: Any, processor: Any, device: torch.device) -> PatchReader:
-        """Of the images that a model reads."""
+        """Make a reader with a model's image size and patches."""
         family, encoder = find_encoder(model)
         sides, patch = family.input_sides(encoder.config), family.patch_sides(encoder.config)
         return cls(processor, sides, (sides[0] // patch[0], sides[1] // patch[1]), device)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """[B, C, H, W]: resized, nothing cut off."""
+        """Resize images without cropping: pixels [B, C, H, W]."""
         size = dict(zip(("height", "width"), self.sides, strict=True))
         resize = {"do_resize": True, "size": size, "do_center_crop": False}
         return self.processor(images=list(images), return_tensors="pt", **resize).pixel_values.to(self.device)
@@ -228,7 +229,7 @@ class PatchReader:
 
 @torch.inference_mode()
 def patch_features(variant: Variant, pixels: Tensor, reader: PatchReader) -> Tensor:
-    """Every patch's token, or the one it was merged into: [B, C, H, W] -> [B, rows, columns, D], float32."""
+    """Every patch's token, or the token it was merged into: [B, C, H, W] -> [B, rows, columns, D], float32."""
     rows, columns = reader.grid
     with variant.ready() as model:
         tokens = run_on_pixels(model, pixels).last_hidden_state
@@ -236,7 +237,7 @@ def patch_features(variant: Variant, pixels: Tensor, reader: PatchReader) -> Ten
 
 
 def _batches(images: SegmentationImages, reader: PatchReader, size: int, title: str) -> Iterator[tuple[Tensor, Any]]:
-    """Pixels [B, C, H, W] and masks."""
+    """Yield pixels [B, C, H, W] and the images' masks."""
     for numbers in tqdm(batches_of(len(images), size), desc=title, unit="batch"):
         pictures, masks = zip(*(images[i] for i in numbers), strict=True)
         yield reader.pixels(pictures), masks
@@ -245,7 +246,7 @@ def _batches(images: SegmentationImages, reader: PatchReader, size: int, title: 
 def train_head(
     variant: Variant, images: SegmentationImages, reader: PatchReader, num_classes: int, arguments: Any
 ) -> nn.Linear:
-    """A linear map from patch tokens to classes, taught with the share of each class in a patch as target."""
+    """Train a linear map from patch tokens to classes; its targets are the shares of the classes in a patch."""
     features, targets = [], []
     for pixels, masks in _batches(images, reader, arguments.batch_size, "read"):
         features.append(patch_features(variant, pixels, reader).flatten(0, 2).cpu())
@@ -275,27 +276,27 @@ def train_head(
 
 
 def upsampled_classes(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.int64]:
-    """The best class of every pixel: [classes, rows, columns] -> [H, W], bilinear between patches."""
+    """The best class of every pixel, after bilinear upsampling: [classes, rows, columns] -> [H, W]."""
     return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0).cpu().numpy()
 
 
 def class_shares(mask: NDArray[np.uint8], grid: tuple[int, int], num_classes: int) -> Tensor:
-    """The share of every class in every patch: mask [H, W] -> [rows, columns, classes]; ignored pixels have none."""
+    """The share of every class in every patch, without ignored pixels: mask [H, W] -> [rows, columns, classes]."""
     one_hot = torch.from_numpy((mask[None] == np.arange(num_classes)[:, None, None]).astype(np.float32))
     return F.adaptive_avg_pool2d(one_hot[None], grid)[0].permute(1, 2, 0)
 
 
 def confusion(predicted: NDArray[Any], mask: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
-    """Pixels of class i that were predicted as class j: [classes, classes]; ignored pixels are left out."""
+    """The number of pixels of class i that were predicted as class j: [classes, classes], without ignored pixels."""
     if (largest := _largest_class(mask)) >= num_classes:
-        raise BadValue("mask", largest, f"classes below {num_classes}, or {IGNORED} for none")
+        raise BadValue("mask", largest, f"classes below {num_classes}, or {IGNORED} for no class")
     known = mask != IGNORED
     pairs = mask[known].astype(np.int64) * num_classes + predicted[known]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def mean_iou(matrix: NDArray[np.int64]) -> float:
-    """Mean intersection over union of the classes that are in the masks or were predicted."""
+    """Mean intersection over union of the classes that occur in masks or predictions."""
     union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
     present = union > 0
     return float((np.diag(matrix)[present] / union[present]).mean()) if present.any() else math.nan

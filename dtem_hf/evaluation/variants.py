@@ -1,4 +1,4 @@
-"""The rows of an evaluation: one backbone under several methods and amounts of merging, sharing its weights."""
+"""The rows of an evaluation: one backbone with several methods and amounts of merging, which share its weights."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ UNMERGED = "none"
 
 @dataclass(frozen=True)
 class EvaluatedMethod:
-    """How a method becomes rows.
+    """How a method makes rows.
 
-    `config` is attached first; where it learns, an adapter of its method takes its place. A `soft` method starts from
-    keys, and removes no token: its rows cost what the unmerged model does.
+    A row attaches `config`, or an adapter of the method if one is given. A `soft` method is untrained and removes no
+    token: its rows cost as much as the unmerged model.
     """
 
     config: MergeConfig
@@ -42,23 +42,23 @@ class EvaluatedMethod:
 
     @property
     def by_default(self) -> bool:
-        """Whether a comparison runs the method without being asked to."""
+        """Whether a comparison includes the method by default."""
         return not self.soft and not self.config.needs_adapter
 
     def sources(self, adapters: dict[str, MergeAdapter]) -> dict[str | None, Any]:
-        """What is attached, by the adapter's name where there are several. Raises ValueError where none is there."""
+        """The adapters or the config to attach, by adapter name if there are several. Raises ValueError for none."""
         own = {name: a for name, a in adapters.items() if a.config.method == self.config.method and not self.soft}
         check_no_adapter("methods", None if own else self.config)
         return {name if len(own) > 1 else None: a for name, a in own.items()} or {None: self.config}
 
     def amounts(self, reductions: Sequence[Any], shares: Sequence[float]) -> list[Any]:
-        """One amount for each row: every r that the method understands, then every share of the multiply-adds."""
+        """The amounts of merging, one per row: every r that suits the method, then every share of multiply-adds."""
         by_keep_rate = isinstance(self.config, KeepRateConfig)
         known = [r for r in reductions if isinstance(as_schedule(r), KeepRateSchedule) == by_keep_rate]
         return [*known, *map(FlopsSchedule, shares)]
 
     def plan(self, model: Any, image_size: int | tuple[int, int] | None = None) -> MergePlan:
-        """Tokens and multiply-adds of a model that is set to a row, for images of a size (None: the model's own)."""
+        """The plan of a model that is set to a row, for images of a size (None: the model's own)."""
         plan: MergePlan = model.merge_plan(image_size)
         if not self.soft:
             return plan
@@ -66,16 +66,16 @@ class EvaluatedMethod:
         return replace(plan, tokens=tokens, multiply_adds=plan.unmerged_multiply_adds)
 
 
-# Without an adapter, dtem starts from keys and equals tome. Soft is tome as training relaxes it, for the ablation.
+# Without an adapter, dtem is untrained and equals tome. "soft" is ToMe with soft merging, for the ablation.
 METHODS = {name: EvaluatedMethod(config()) for name, config in MergeConfig._methods.items()}
 METHODS["soft"] = EvaluatedMethod(DTEMConfig(relaxation="soft"), soft=True)
 
 
 @dataclass
 class Variant:
-    """One row: a method and its r (None: unmerged), run on a model that may serve several rows.
+    """One row: a method, its r (None: unmerged), and a model, which may serve several rows.
 
-    `adapter` is the adapter's name, where there are several. `run` takes pixels in another runtime than eager.
+    `adapter` is the adapter's name, if there are several. `run` runs the row on pixels in a runtime other than eager.
     """
 
     method: str
@@ -87,7 +87,7 @@ class Variant:
 
     @contextmanager
     def ready(self) -> Iterator[Any]:
-        """The model, set to this row; with `run`, what returns its first output as `logits`."""
+        """The model, set to this row. With `run`, a function instead, which returns its first output as `logits`."""
         if self.run is not None:
             run = self.run
             yield lambda pixel_values: SimpleNamespace(logits=run(pixel_values.float())[0])
@@ -99,7 +99,7 @@ class Variant:
             yield self.model
 
     def standalone(self) -> Any:
-        """A copy that stays set to this row and shares the weights; of the unmerged row, a plain model."""
+        """A copy of the model, set to this row, that shares the weights; for the unmerged row, a plain model."""
         model = share_weights(self.model)
         if self.method == UNMERGED:
             return detach(model)
@@ -107,7 +107,7 @@ class Variant:
         return model
 
     def in_runtime(self, runtime: str, shape: tuple[int, ...]) -> Variant:
-        """This row for images of [C, H, W] in a runtime."""
+        """This row in a runtime, for images of [C, H, W]."""
         return replace(self, run=make_run(runtime, self.standalone(), shape))
 
     @property
@@ -121,18 +121,18 @@ class Variant:
         return None if self.r is None else as_schedule(self.r).to_json()
 
     def facts(self) -> dict[str, Any]:
-        """Method, r and, where there are several, the adapter: the start of a result's row."""
+        """The first entries of a result's row: method, r, and the adapter if there are several."""
         named = {} if self.adapter is None else {"adapter": self.adapter}
         return {"method": self.method, "r": self.shown_r, **named}
 
     def costs(self) -> dict[str, Any]:
-        """Multiply-adds of an image, their share of the unmerged model's, and the tokens that are left."""
+        """Multiply-adds per image, their share of the unmerged model's, and the number of final tokens."""
         plan = self.plan
         return {"multiply_adds": plan.multiply_adds, "ratio": plan.ratio, "tokens": plan.tokens[-1]}
 
 
 def method_names() -> list[str]:
-    """The methods that a command line may name: the unmerged model, and all of METHODS."""
+    """The names that a command line may use: "none" for the unmerged model, and all of METHODS."""
     return [UNMERGED, *METHODS]
 
 
@@ -146,12 +146,12 @@ def make_variants(
     proportional_attention: bool | None = None,
     **options: Any,
 ) -> list[Variant]:
-    """The unmerged model, then every method at every r and every share of multiply-adds.
+    """Make rows: the unmerged model, then every method at every r and every share of multiply-adds.
 
-    A method that learns has its rows once for each of `adapters` that is of this method, by name. `model` is plain;
-    all rows share its weights. Costs are for images of `image_size`, None for the model's own.
-    `proportional_attention` overrides that field of every config; `options` are `attach`'s. Raises ValueError for an
-    unknown method, for no amount of merging, and for a method that needs an adapter and has none.
+    A method that learns has rows for each of its `adapters`. `model` is plain, and all rows share its weights. Costs
+    are for images of `image_size`; None: the model's own. `proportional_attention` overrides this field of every
+    config; `options` go to `attach`. Raises ValueError for an unknown method, for no amount of merging, and for a
+    missing adapter that a method needs.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
@@ -170,7 +170,7 @@ def make_variants(
             merged = attach(share_weights(model), merge, **options)
             amounts = method.amounts(reductions, shares)
             if not amounts:
-                raise BadValue("r", list(reductions), f"an amount that {name} understands, or a share in flops")
+                raise BadValue("r", list(reductions), f"an amount that suits {name}, or a share in flops")
             for amount in amounts:
                 merged.set_reduction(amount)
                 rows.append(Variant(name, amount, merged, method.plan(merged, image_size), adapter_name))
@@ -178,7 +178,7 @@ def make_variants(
 
 
 def _weighing(merge: Any, proportional_attention: bool) -> Any:
-    """A config, or an adapter, with another value of this field."""
+    """A copy of a config, or of an adapter, with another value of `proportional_attention`."""
     if isinstance(merge, MergeAdapter):
         return MergeAdapter(_weighing(merge.config, proportional_attention), merge.tensors, merge.backbone)
     return replace(merge, proportional_attention=proportional_attention)
@@ -187,7 +187,7 @@ def _weighing(merge: Any, proportional_attention: bool) -> Any:
 def run_in_turn(
     variants: Sequence[Variant], run: Callable[[Any], Any], device: torch.device, first: int = 0
 ) -> tuple[list[Any], NDArray[np.float64]]:
-    """Call `run` with the model of every row, from row `first` on; the results and the seconds, in the rows' order."""
+    """Call `run` with the model of every row, starting with row `first`; returns results and seconds in row order."""
     results: list[Any] = [None] * len(variants)
     seconds = np.zeros(len(variants))
     for place in range(len(variants)):
@@ -202,9 +202,9 @@ def run_in_turn(
 
 
 def median_speeds(seconds_per_image: NDArray[np.float64]) -> list[tuple[float | None, float | None]]:
-    """Images per second of every row and its speed-up over the first row: [batches, R]; NaN is a batch without timing.
+    """Images per second of every row, and its speed-up over the first row, from seconds [batches, R].
 
-    Both are None where nothing was timed.
+    NaN marks a batch without timing. Both figures are None if no batch was timed.
     """
     timed = seconds_per_image[~np.isnan(seconds_per_image).any(axis=1)]
     if not len(timed):

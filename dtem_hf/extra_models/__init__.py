@@ -1,4 +1,4 @@
-"""Models of the paper that transformers lacks, one file each; its Auto classes know them once this is imported."""
+"""Models of the paper that transformers lacks, one file each. Importing this registers them with its Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 

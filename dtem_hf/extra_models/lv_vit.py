@@ -1,6 +1,6 @@
 """LV-ViT, which transformers lacks (METHOD.md section 9): ViT behind a convolutional stem, with a head on every patch.
 
-The layers are transformers' own. Sizes that are not given are those of LV-ViT-S.
+The layers are transformers' own. Default sizes are those of LV-ViT-S.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 
 class LVViTConfig(ViTConfig):
-    """`residual_scale` multiplies what attention and MLP add to the tokens; the stem has `stem_width` channels."""
+    """`residual_scale` multiplies the outputs of attention and MLP; the stem has `stem_width` channels."""
 
     model_type = "lv_vit"
 
@@ -29,14 +29,14 @@ class LVViTConfig(ViTConfig):
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm whose statistics stay: a frozen backbone must not learn from the batches that it sees."""
+    """A batch norm with fixed statistics: a frozen backbone must not update them in training mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class ScaledDropout(nn.Dropout):
-    """Dropout, and a factor: in the place of the dropout in front of a layer's residual sums."""
+    """Dropout times a factor. It replaces the dropout in front of a layer's residual sums."""
 
     def __init__(self, p: float, scale: float) -> None:
         super().__init__(p)
@@ -78,7 +78,7 @@ class LVViTModel(ViTModel):
 
 
 class LVViTForImageClassification(ViTPreTrainedModel):
-    """The logits of the CLS token, and half of each class's largest logit among the patches."""
+    """A classifier: the logits of the CLS token, plus half of each class's largest logit among the patches."""
 
     config_class = LVViTConfig
 

@@ -1,6 +1,6 @@
 """Segmenter with a mask transformer, which transformers lacks (METHOD.md section 9).
 
-Encoder and decoder have transformers' own ViT layers. Sizes that are not given are those of Seg-S-Mask/16.
+Encoder and decoder have transformers' own ViT layers. Default sizes are those of Seg-S-Mask/16.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 
 class SegmenterConfig(ViTConfig):
-    """`num_decoder_layers` layers of the encoder's sizes make masks; `semantic_loss_ignore_index` labels no class."""
+    """The decoder has `num_decoder_layers` layers of the encoder's sizes; `semantic_loss_ignore_index` is no class."""
 
     model_type = "segmenter"
 
@@ -39,7 +39,7 @@ class SegmenterModel(ViTModel):
 
 
 class SegmenterDecoder(nn.Module):
-    """A mask of every class from tokens of patches, which see each other and the classes' embeddings."""
+    """The mask transformer: patch tokens and class embeddings attend to each other, and give one mask per class."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SegmenterDecoder(nn.Module):
         self.mask_norm = nn.LayerNorm(config.num_labels, eps=eps)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, n, D] -> masks [B, n, classes]; the additive mask is for tokens and classes."""
+        """Tokens [B, n, D] -> masks [B, n, classes]; `attention_mask` is additive, over tokens and then classes."""
         number = tokens.shape[1]
         x = torch.cat([self.projection(tokens), self.class_embeddings.expand(tokens.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
@@ -66,7 +66,7 @@ class SegmenterDecoder(nn.Module):
 
 
 class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
-    """Masks of all patches, enlarged to the image."""
+    """Segmentation: the masks of all patches, enlarged to the size of the image."""
 
     config_class = SegmenterConfig
 

@@ -1,4 +1,4 @@
-"""One file per family of encoders, with its description in `FAMILY`; a file that is put here is found."""
+"""Families of encoders, one per file, described by `FAMILY`. New files in this folder are imported automatically."""
 
 import sys
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 from ..discovery import import_all
 from ..errors import BadValue, UnsupportedModelError
 from .family import Family, input_like
-from .unmasked_attention import serve_attention
+from .unmasked_attention import enable_size_bias
 
 
 FAMILIES: list[Family] = [module.FAMILY for module in import_all(sys.modules[__name__]) if hasattr(module, "FAMILY")]
@@ -17,20 +17,20 @@ SUPPORTED = tuple(cls for family in FAMILIES for cls in family.models)
 
 
 _WINDOWS = "its layers attend within windows of a grid, which merged tokens do not form"
-# By model type, why no family can be written for a model.
+# By model type: why the package cannot support a model.
 _REASONS = {
     **dict.fromkeys(["sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model", "sam2", "vitdet"], _WINDOWS),
     **dict.fromkeys(["swin", "swinv2", "maskformer-swin", "donut-swin"], _WINDOWS),
     **dict.fromkeys(["qwen2_5_vl", "qwen2_5_vl_vision"], _WINDOWS),
     "hiera": "it pools tokens between its layers by their places on a grid",
-    "eomt": "its queries join the patches inside the encoder, and it reads a mask off every patch",
+    "eomt": "its queries join the patches inside the encoder, and it needs a mask for every patch",
     "yolos": "its detection tokens stand behind the patches, among the tokens that merge",
 }
 
 
 def unsupported(name: str, model_type: str = "") -> UnsupportedModelError:
-    """The error for a model that belongs to no known family: why, and where those that can be merged are listed."""
-    why = _REASONS.get(model_type, "none of the encoders that dtem_hf knows is in it")
+    """The error for a model of no known family. It says why, and where supported models are listed."""
+    why = _REASONS.get(model_type, "it holds no encoder that dtem_hf knows")
     return UnsupportedModelError(
         f"{name} cannot be merged: {why}. Supported are vision transformers of {len(FAMILIES)} families, such as ViT, "
         "DeiT, DINOv2, CLIP and SigLIP, and models around them; docs/ecosystem.md lists all."
@@ -38,8 +38,8 @@ def unsupported(name: str, model_type: str = "") -> UnsupportedModelError:
 
 
 def find_family(model_class: type) -> Family:
-    """The family whose models a class belongs to. Raises UnsupportedModelError."""
-    for base in model_class.__mro__:  # the nearest: a family's models may be subclasses of another's
+    """The family of a model class. Raises UnsupportedModelError."""
+    for base in model_class.__mro__:  # the nearest base first: some models are subclasses of another family's
         for family in FAMILIES:
             if base in family.models:
                 return family
@@ -48,9 +48,9 @@ def find_family(model_class: type) -> Family:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model merges: `holder` is a model of the family, the whole one or, in a container, a part of it.
+    """Where a model merges: in `encoder`, inside `holder`, which is a model of the family.
 
-    `part` is the holder's dotted name, "" for the whole model.
+    `holder` is the whole model, or a part of a container. `part` is its dotted name, "" for the whole model.
     """
 
     family: Family
@@ -60,10 +60,10 @@ class Place:
 
 
 def find_place(model: nn.Module, part: str | None = None) -> Place:
-    """Find the encoder that is merged. A container's `part` is chosen by its dotted name, or the end of it.
+    """Find the encoder to merge, or the encoder that is merged. `part` is a container part's dotted name, or its end.
 
-    Without `part`, of several parts the one that merges already is meant. Raises UnsupportedModelError where no part
-    can be merged, and ValueError where several can or none has that name.
+    Without `part`, it is the only part that can be merged, or of several parts the one that is merged already. Raises
+    UnsupportedModelError if no part can be merged, and ValueError if the choice is not clear or no part has the name.
     """
     if isinstance(model, SUPPORTED) and part is None and _encoders(model):
         return _place(model, "")
@@ -78,7 +78,7 @@ def find_place(model: nn.Module, part: str | None = None) -> Place:
             raise BadValue("part", part, f"one of the parts of {type(model).__name__} that can be merged: {listed}")
         return _place(outermost[chosen[0]], chosen[0])
     if not outermost and isinstance(model, SUPPORTED):
-        return _place(model, "")  # which says what is missing
+        return _place(model, "")  # raises an error that says what is missing
     if not outermost:
         raise unsupported(type(model).__name__, getattr(getattr(model, "config", None), "model_type", ""))
     places = [_place(module, name) for name, module in outermost.items()]
@@ -89,7 +89,7 @@ def find_place(model: nn.Module, part: str | None = None) -> Place:
 
 
 def _encoders(holder: nn.Module) -> list[nn.Module]:
-    """The outermost encoders of a model's own family in it: a model may also be built around one of another family."""
+    """The outermost encoders in a model that are of its family; it may also hold encoders of other families."""
     family = find_family(type(holder))
     found: list[nn.Module] = []
     inside: set[int] = set()
@@ -108,7 +108,7 @@ def _place(holder: nn.Module, part: str) -> Place:
 
 
 def find_encoder(model: nn.Module) -> tuple[Family, Any]:
-    """The family of a model, or of its part that is merged, and the encoder. Raises as `find_place`."""
+    """The family and the encoder of `find_place`; raises what it raises."""
     place = find_place(model)
     return place.family, place.encoder
 
@@ -118,10 +118,10 @@ __all__ = [
     "SUPPORTED",
     "Family",
     "Place",
+    "enable_size_bias",
     "find_encoder",
     "find_family",
     "find_place",
     "input_like",
-    "serve_attention",
     "unsupported",
 ]

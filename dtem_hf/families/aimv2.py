@@ -1,4 +1,4 @@
-"""AIMv2: layers with RMS norms and gated MLPs, no prefix token; a head that attends to the tokens."""
+"""AIMv2: layers with RMS norms and gated MLPs; no prefix token; a head that attends to the tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .family import Family
 
 
 class WeighedHead:
-    """The pooling head, whose attention takes no mask: each token counts as many times as it stands for patches."""
+    """Mixin for the pooling head, whose attention takes no mask: a token of size m counts m times."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         state = current_state()
@@ -37,7 +37,7 @@ class WeighedHead:
 
 
 class Aimv2Family(Family):
-    """The head has one query: keys, values, scores and shares are of every token that is returned."""
+    """The head has one query; keys, values, scores and weighted sums count per output token."""
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         stem, head, tail = super().outside_cost(modules)

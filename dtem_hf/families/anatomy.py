@@ -1,4 +1,4 @@
-"""How a family's layer is built, as names: the generic forward pass in `layer.py` works from these alone."""
+"""Names of the parts of a family's layer. The generic forward pass in `layer.py` needs only these."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Anatomy:
     """Names of the parts of a pre-norm layer, as (dotted) attributes of the layer.
 
     The layer computes x += branch1(attention(norm1(x))), merges, and computes x += branch2(mlp(norm2(x))). `branch1`
-    and `branch2` list, in order, what stands between a part and the residual sum: modules (dropout, layer scale) are
+    and `branch2` list, in order, the steps between a part and the residual sum: modules (dropout, layer scale) are
     called, parameters multiply. `query` and `key` are the projections of the normalised input, `heads` the number of
-    heads. `packed`: one projection gives queries, keys and values, in this order, and both names are its.
+    heads. `packed`: one projection gives queries, keys and values, in this order; `query` and `key` both name it.
     """
 
     norm1: str
@@ -41,13 +41,13 @@ class Anatomy:
         return attrgetter(self.key)(layer)
 
     def heads_of(self, layer: nn.Module, hidden_size: int) -> tuple[int, int]:
-        """The number of a layer's heads and the width of one, by declared sizes, or else by the hidden size."""
+        """The number of heads and the width of a head, from the key module's declared size or from the hidden size."""
         key, heads = self.key_module(layer), attrgetter(self.heads)(layer)
         width = getattr(key, "out_features", hidden_size * (3 if self.packed else 1))
         return heads, width // (3 * heads if self.packed else heads)
 
     def key_projection(self, layer: nn.Module, hidden_size: int, like: Tensor) -> KeyProjection:
-        """A layer's map to attention keys, as weights; `like` has the device and dtype of its input."""
+        """The weights of a layer's map to attention keys; `like` has the device and dtype of the layer's input."""
         weight, bias = affine_map(self.key_module(layer), hidden_size, like)
         if self.packed:
             weight, bias = weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]
@@ -56,10 +56,10 @@ class Anatomy:
 
 @torch.no_grad()
 def affine_map(module: Any, in_features: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight [E, D] and bias [E] of a module that maps D features affinely, whatever form it keeps them in.
+    """The weight [E, D] and bias [E] of an affine module, in whatever form the module stores them.
 
-    A plain linear module's own tensors. Of any other (quantised, offloaded, sharded, with LoRA), its outputs for zero
-    and for every unit vector, which are as exact as its arithmetic.
+    For a plain linear module, these are its tensors. For any other (quantised, offloaded, sharded, with LoRA), they
+    are computed from its outputs for zero and for all unit vectors.
     """
     plain = type(module) is nn.Linear or isinstance(module, ShiftedLinear)
     if plain and type(module.weight) is nn.Parameter and not module.weight.is_meta:
@@ -79,14 +79,14 @@ def linear_cost(modules: Iterable[Any]) -> int:
     total = 0
     for module in modules:
         inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-        # A wrapper (LoRA) declares the sizes of the map inside, which is counted itself.
+        # A wrapper (LoRA) declares the sizes of the map inside; only that map counts.
         if inputs and outputs and not any(hasattr(child, "in_features") for child in module.children()):
             total += inputs * outputs
     return total
 
 
 def convolution_cost(modules: Iterable[nn.Module]) -> int:
-    """Multiply-adds of all convolutions among modules, each at one place of its output."""
+    """Multiply-adds of all convolutions among modules, each at one output position."""
     return sum(
         m.out_channels * m.in_channels // m.groups * math.prod(m.kernel_size)
         for m in modules

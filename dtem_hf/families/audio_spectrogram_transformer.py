@@ -1,4 +1,4 @@
-"""AST: a ViT on spectrograms, whose patches overlap; CLS and distillation token, then the patches."""
+"""AST: a ViT on spectrograms with overlapping patches; CLS and distillation token, then the patches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .vit import VIT_LAYER
 
 
 class SpectrogramFamily(Family):
-    """Spectrograms of one size, which the position embeddings fix."""
+    """Spectrograms have one size, which the position embeddings fix."""
 
     def input_shape(self, encoder: Any, image_size: Any = None) -> tuple[int, ...]:
         if image_size is not None:

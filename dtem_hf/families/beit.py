@@ -1,4 +1,4 @@
-"""BEiT: one CLS token, then the patches; a bias by relative position that follows the tokens; weighed means."""
+"""BEiT: one CLS token, then the patches; a relative position bias that follows merged tokens; weighted means."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .vit import VIT_LAYER
 
 
 class BeitMerging(RelativeBiasMerging):
-    """The mask that a `BeitLayer` gets is the model's shared relative bias; the layer may have one of its own."""
+    """A `BeitLayer` gets the model's shared relative position bias as its mask; it may also have its own bias."""
 
     def attention_inputs(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, kwargs: dict[str, Any]

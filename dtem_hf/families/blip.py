@@ -1,4 +1,4 @@
-"""BLIP: a CLIP-like vision tower with one projection for queries, keys and values; its attention takes no mask."""
+"""BLIP: a CLIP-like vision tower with one projection for queries, keys and values, and attention without a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLIP-2: BLIP's vision tower, and a Q-Former that attends to its tokens, each as often as it counts."""
+"""BLIP-2: BLIP's vision tower, and a Q-Former that attends to its tokens by their sizes."""
 
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2ForConditionalGeneration,

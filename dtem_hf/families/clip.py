@@ -1,4 +1,4 @@
-"""CLIP: the vision tower, alone or in a dual encoder (whose text tower stays as it is); CLS, then the patches."""
+"""CLIP: the vision tower, alone or in a dual encoder, whose text tower does not change; CLS, then the patches."""
 
 from transformers.models.clip.modeling_clip import (
     CLIPForImageClassification,

@@ -1,4 +1,4 @@
-"""CLIPSeg: CLIP's dual encoder, and a decoder that reads the tokens of several layers in their places."""
+"""CLIPSeg: CLIP's dual encoder, and a decoder that reads the tokens of several layers, in place."""
 
 from transformers.models.clipseg.modeling_clipseg import (
     CLIPSegForImageSegmentation,

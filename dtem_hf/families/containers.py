@@ -1,4 +1,4 @@
-"""Models around an encoder, and how they read its tokens: all of them, in place, unless it is said here."""
+"""Containers: models around an encoder, and how they read its tokens. Unlisted ones read all tokens, in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .readers import TOKEN_SIZES, ScopedForward, WeighedCrossAttention
 
 
 class CrossAttendingModel(ScopedForward):
-    """A model whose decoder attends to merged tokens; in generation, it gets them with their sizes."""
+    """A model whose decoder attends to merged tokens; in generation, it gets the tokens with their sizes."""
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         given = inputs.get("encoder_outputs")
@@ -23,14 +23,14 @@ class CrossAttendingModel(ScopedForward):
 
 
 class PlaceholderCheck:
-    """A model that puts image features in the place of placeholders: the error for a wrong number says what to do."""
+    """A model that replaces placeholders by image features; the error for a wrong number says what to do."""
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().get_placeholder_mask(*args, **kwargs)  # type: ignore[misc]
         except ValueError as error:
             raise ValueError(
-                f"{error}. The vision tower hands on merged tokens (unmerge=False): make prompts with "
+                f"{error}. The vision tower returns merged tokens (unmerge=False): make prompts with "
                 "dtem_hf.AutoProcessor.from_pretrained(..., merge=model), which writes a placeholder for each."
             ) from error
 
@@ -39,11 +39,11 @@ class PlaceholderCheck:
 class Container:
     """How models of a type read the tokens of the encoder inside.
 
-    `reader` is "grid", "tokens", or "sized": merged tokens with their sizes. `mixins` are for the model itself,
-    `parts` for its parts, by name; a part that a model lacks is passed over. `counts_placeholders`: its language model
-    can be handed merged tokens (`unmerge=False`), if the prompt has as many placeholders. Where it stacks tokens of
-    several layers, those of an earlier layer are averaged, by sizes, over the groups of the last layer that is read.
-    `drops_first`: it leaves out the CLS token, whatever its config says.
+    `reader` is "grid", "tokens", or "sized" (merged tokens with their sizes). `mixins` are for the model itself,
+    `parts` for its parts, by name; missing parts are skipped. `counts_placeholders`: the language model can get merged
+    tokens (`unmerge=False`) if the prompt has as many placeholders. If it stacks tokens of several layers, tokens of
+    an earlier layer are averaged, by size, over the groups that are merged in the last layer that is read.
+    `drops_first`: the model drops the CLS token, whatever its config says.
     """
 
     reader: str = "grid"
@@ -55,7 +55,7 @@ class Container:
 
 GRID = Container()
 COUNTING = Container("grid", (PlaceholderCheck,), {"model": PlaceholderCheck}, counts_placeholders=True)
-# By model type: those that are tested. Any other reads all tokens, too.
+# By model type: the tested containers. Any other reads all tokens, in place (GRID).
 CONTAINERS: Mapping[str, Container] = {
     **dict.fromkeys(("depth_anything", "dpt", "prompt_depth_anything", "upernet", "vitpose", "zoedepth"), GRID),
     **dict.fromkeys(("aya_vision", "gemma3", "llava_next", "llava_onevision"), GRID),
@@ -76,11 +76,11 @@ OTHERS = (
 
 
 def container_of(model_class: Any) -> Container:
-    """How models of a class read the tokens of an encoder inside."""
+    """The `Container` of a model class."""
     return CONTAINERS.get(model_class.config_class.model_type, GRID)
 
 
 def states_read(config: Any) -> list[int]:
-    """Which of the encoder's hidden states, the input first, a vision-language model reads: indices, as in a list."""
+    """Indices of the hidden states that a vision-language model reads; 0 is the first layer's input, -1 the last."""
     layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
     return [layers] if isinstance(layers, int) else list(layers)

@@ -1,4 +1,4 @@
-"""Data2Vec-Vision: BEiT in an older build of transformers, whose attention makes its own relative position bias."""
+"""Data2Vec-Vision: BEiT in transformers' older code, in which attention makes its own relative position bias."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..token_state import TokenState
 from .family import Family
 from .older_vit import OLDER_VIT_LAYER
 from .readers import WeighedMean
-from .relative_bias import RelativeBiasMerging, add_biases, follow
+from .relative_bias import RelativeBiasMerging, add_biases, gather_bias
 
 
 class FollowingBias:
@@ -29,11 +29,11 @@ class FollowingBias:
             return super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
         dim_size = state.num_tokens if state.layer else dim_size
         bias = super().forward(window_size, interpolate_pos_encoding, dim_size)  # type: ignore[misc]
-        return follow(bias, state, state.layer, window_size[1])
+        return gather_bias(bias, state, state.layer, window_size[1])
 
 
 class SharedBias:
-    """The encoder's relative position bias, made anew in front of every layer, always for the tokens as they came."""
+    """The encoder's relative position bias. The model makes it in front of every layer, for all input tokens."""
 
     def forward(self, window_size: Any, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Tensor:
         state = current_state()
@@ -43,7 +43,7 @@ class SharedBias:
 
 
 class Data2VecVisionMerging(RelativeBiasMerging):
-    """A `Data2VecVisionLayer` returns a tuple, and its MLP is in two parts."""
+    """A `Data2VecVisionLayer` returns a tuple, and its MLP has two parts."""
 
     def merged_forward(  # type: ignore[override]
         self: Any,
@@ -65,7 +65,7 @@ class Data2VecVisionMerging(RelativeBiasMerging):
         attended, *weights = attention(normed, output_attentions, relative_position_bias=bias, **place)
         hidden_states = self.drop_path(_scaled(attended, self.lambda_1)) + hidden_states
         own = attention.attention
-        if own.has_relative_position_bias and not state.method.pairwise:  # which looks at attention's scores
+        if own.has_relative_position_bias and not state.method.pairwise:  # the method ranks by attention scores
             bias = add_biases(own.relative_position_bias(grid, interpolate_pos_encoding), bias)
         if not state.method.between:
             hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)

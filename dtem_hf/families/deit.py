@@ -1,4 +1,4 @@
-"""DeiT with its distillation token: CLS, distillation, then the patches."""
+"""DeiT with a distillation token: CLS, distillation, then the patches."""
 
 from transformers.models.deit.modeling_deit import (
     DeiTForImageClassification,

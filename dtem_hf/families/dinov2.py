@@ -27,7 +27,7 @@ DINOV3_LAYER = Anatomy(
     branch2=("layer_scale2", "drop_path"),
 )
 DINOV2_LAYER = replace(DINOV3_LAYER, heads="attention.num_attention_heads")
-# Older versions of transformers have one more module around the projections, which takes no mask.
+# Older versions of transformers put the projections in an inner module, which takes no mask.
 DINOV2_LAYER_PARTS: dict[str, type] = {}
 if hasattr(modeling_dinov2, "Dinov2SelfAttention"):
     inner = "attention.attention."

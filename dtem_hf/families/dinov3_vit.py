@@ -1,8 +1,8 @@
-"""DINOv3 ViT: CLS and registers, then patches whose keys and queries are rotated by where they lie.
+"""DINOv3 ViT: CLS and registers, then patches with rotary positions.
 
-A merged token lies at the size-weighted mean of its patches. Tokens carry their coordinates, by which every layer
-rotates them. The coordinates are read off the rotation of the lowest frequency that the model itself made, which keeps
-its augmentation of positions.
+The position of a merged token is the size-weighted mean of its patches' positions, and every layer rotates queries and
+keys by it. The patches' positions are computed back from the model's own rotations, from the lowest frequency. So the
+model's random augmentation of positions is kept.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
-    """Angular frequencies over the coordinates' half range: [d / 4], falling from 1."""
+    """Inverse frequencies of the rotations: [d / 4], falling from 1."""
     return 1 / theta ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
 
 
 def coordinates(rotation: Rotation, theta: float) -> Tensor:
-    """Where patches lie, from cosines and sines [N, d]: [N, 2] (row, column), float32.
+    """Positions of patches from cosines and sines [N, d]: [N, 2] (row, column), float32.
 
-    An angle is 2π · coordinate · frequency; the lowest frequency turns too little for the sine to be ambiguous.
+    An angle is 2π · coordinate · frequency; at the lowest frequency it is so small that the sine determines it.
     """
     _, sin = rotation
     lowest = inverse_frequencies(theta, sin.shape[-1], sin.device)[-1]
@@ -46,7 +46,7 @@ def coordinates(rotation: Rotation, theta: float) -> Tensor:
 
 
 def rotation_at(positions: Tensor, theta: float, head_dim: int, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines for coordinates [B, n, 2] -> twice [B, 1, n, d]."""
+    """Cosines and sines at positions [B, n, 2]: twice [B, 1, n, d]."""
     frequencies = inverse_frequencies(theta, head_dim, positions.device)
     angles = 2 * math.pi * positions.unsqueeze(-1) * frequencies  # [B, n, 2, d / 4]
     angles = angles.flatten(2).tile(2).unsqueeze(1)
@@ -54,7 +54,7 @@ def rotation_at(positions: Tensor, theta: float, head_dim: int, dtype: torch.dty
 
 
 class DINOv3ViTMerging(LayerMerging):
-    """The attention of a `DINOv3ViTLayer` gets rotations for the tokens that enter it."""
+    """The attention of a `DINOv3ViTLayer` gets rotations for the merged tokens."""
 
     def attention_inputs(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None, state: TokenState, kwargs: dict[str, Any]
@@ -78,12 +78,12 @@ class DINOv3ViTMerging(LayerMerging):
 
 
 class DINOv3ViTFamily(Family):
-    """Positions are read off rotations, which narrow heads do not allow."""
+    """Positions are computed from rotations, which needs a head width of at least 8."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         head_dim = self.geometry(encoder).head_dim
         if head_dim < 8:
-            raise UnsupportedModelError(f"head width {head_dim}: positions can be read off rotations from 8 on.")
+            raise UnsupportedModelError(f"head width {head_dim}: positions can be computed from rotations from 8 on.")
 
 
 FAMILY = DINOv3ViTFamily(

@@ -1,4 +1,4 @@
-"""DPT with a ViT of its own: heads that read the tokens of several layers in their places."""
+"""DPT with its built-in ViT: heads that read the tokens of several layers, in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has to be known about a family of encoders, as data."""
+"""The description of a family of encoders, as data."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .readers import READERS, RETURN_ALL
 
 @dataclass(frozen=True)
 class Family:
-    """One family of encoders. Stateless: what is not declared here is read off the encoder.
+    """One family of encoders. It has no state; all other facts come from the encoder.
 
-    `encoders`: the stock modules that run the layers, each with the dotted name of its list of layers. `anatomy`: how
-    a layer is built. `models`: the models in which such an encoder may be merged, and how each reads its tokens: a
-    word of `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches that are never merged; the
-    numbers that the config has in its entries `prefix_fields` are added. `width_field`: its entry for the width D.
+    `encoders`: transformers' modules that run the layers, each with the dotted name of its list of layers. `anatomy`:
+    the names of a layer's parts. `models`: the models with such an encoder, and how each reads its tokens: a word of
+    `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches, which never merge; the config fields
+    `prefix_fields` add to them. `width_field`: the config field of the width D.
 
-    `composites`: models that do more than see, and are costed by their encoder alone. `frames`: the entry of a
-    composite's config that says how many images it sees at once. `encoder_parts`, `layer_parts` and `model_parts`: by
-    dotted name, modules that read tokens or their number, each with the mixin that makes it read merged ones; names
-    that a model lacks are passed over. `layer_merging`: the mixin for layers.
+    `composites`: models with more than vision (text towers, decoders); only the multiply-adds of their encoder count.
+    `frames`: the field of a composite's config for the number of images per input. `encoder_parts`, `layer_parts` and
+    `model_parts`: modules that read tokens or their number, by dotted name, each with a mixin that makes it read
+    merged tokens; missing names are skipped. `layer_merging`: the mixin for layers.
     """
 
     encoders: Mapping[type[nn.Module], str]
@@ -48,19 +48,19 @@ class Family:
     layer_merging: type[LayerMerging] = LayerMerging
 
     def reader(self, model_class: type) -> str | type:
-        """How models of a class read the tokens."""
+        """How models of a class read the tokens: a word of `READERS`, or a mixin."""
         return next(self.models[cls] for cls in model_class.__mro__ if cls in self.models)
 
     def reads_all(self, model: nn.Module) -> bool:
-        """Whether the encoder returns all tokens, in place, to a model."""
+        """Whether the encoder returns all tokens in place to a model."""
         return self.reader(type(model)) in RETURN_ALL
 
     def reads_grid(self, model: nn.Module) -> bool:
-        """Whether a model needs all tokens back in place."""
+        """Whether a model cannot work without all tokens in place."""
         return self.reader(type(model)) in ("grid", "rows")
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
-        """Mixins for a merged model of a class, in front of the class itself."""
+        """The mixins for a merged model of a class."""
         reader = self.reader(model_class)
         return READERS[reader] if isinstance(reader, str) else (reader,)
 
@@ -69,7 +69,7 @@ class Family:
         return attrgetter(next(path for cls, path in self.encoders.items() if isinstance(encoder, cls)))(encoder)
 
     def geometry(self, encoder: Any) -> Geometry:
-        """Widths and counts, by declared sizes: weights may be packed, sharded or offloaded."""
+        """Widths and counts, from declared sizes: weights may be packed, sharded or offloaded."""
         layers, width = self.layers(encoder), getattr(encoder.config, self.width_field)
         prefix = self.num_prefix_tokens + sum(getattr(encoder.config, name, 0) for name in self.prefix_fields)
         return Geometry(len(layers), width, *self.anatomy.heads_of(layers[0], width), prefix)
@@ -86,16 +86,16 @@ class Family:
                     continue
 
     def key_projections(self, encoder: Any, like: Tensor) -> list[KeyProjection]:
-        """Every layer's map to attention keys; `like` has the device and dtype of their input."""
+        """Every layer's map to attention keys; `like` has the device and dtype of the layers' input."""
         width = getattr(encoder.config, self.width_field)
         return [self.anatomy.key_projection(layer, width, like) for layer in self.layers(encoder)]
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Sizes [B, N] for inputs that come with padding (size 0), read off the encoder's arguments; None: no such."""
+        """Sizes [B, N] for inputs with padding (size 0), from the encoder's arguments; None without padding."""
         return None
 
     def check(self, model: nn.Module, encoder: Any) -> None:
-        """Raise UnsupportedModelError for a model of the family that is set up in a way that cannot be merged."""
+        """Raise UnsupportedModelError if settings of a model of the family prevent merging."""
 
     def input_sides(self, config: Any) -> tuple[int, ...]:
         """Height and width of the model's own images in pixels; of clips, the number of frames in front."""
@@ -106,7 +106,7 @@ class Family:
         return _sides(config.patch_size, "patch_size", 2)
 
     def input_shape(self, encoder: Any, image_size: Any = None) -> tuple[int, ...]:
-        """The shape of one input of a size (None: the model's own): (channels, height, width), frames in front."""
+        """The shape of one input: (channels, height, width), of clips the frames first. `image_size` None: its own."""
         sides = self.input_sides(encoder.config)
         if image_size is not None:  # of a clip, the number of frames may be left out
             given = _sides(image_size, "image_size", len(sides))
@@ -129,7 +129,7 @@ class Family:
         return math.prod(counts) + self.geometry(encoder).num_prefix_tokens
 
     def frames_of(self, model: Any) -> int:
-        """How many images a model sees at once; their tokens are returned together."""
+        """How many images a model takes per input; their tokens are returned together."""
         seen = getattr(model.config, self.frames or "", None) if isinstance(model, self.composites) else None
         return seen or 1
 
@@ -150,10 +150,10 @@ class Family:
         )
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
-        """Multiply-adds of the modules around the layers: per patch, per image, and per token that is returned.
+        """Multiply-adds of the modules outside the layers: per patch, per image, and per output token.
 
-        A head that attends to the tokens has one query: its own projection, and keys, values, scores and shares of
-        every token.
+        A head that attends to the tokens has one query. The query's projection counts per image; keys, values, scores
+        and weighted sums count per token.
         """
         widths = [module.embed_dim for module in modules if isinstance(module, nn.MultiheadAttention)]
         head = linear_cost(modules) + sum(width**2 for width in widths)
@@ -176,7 +176,7 @@ def _sides(value: Any, name: str, most: int) -> tuple[int, ...]:
 
 
 def input_like(encoder: Any) -> Tensor:
-    """An empty tensor of an encoder's dtype, on the device that it computes on; on meta where it has no values yet."""
+    """An empty tensor with the dtype and the device that an encoder computes with; on meta if it has no values yet."""
     dtype = next(parameter.dtype for parameter in encoder.parameters() if parameter.is_floating_point())
     for parameter in encoder.parameters():
         if not parameter.is_meta:

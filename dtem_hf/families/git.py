@@ -1,7 +1,7 @@
 """GIT: a CLIP-like vision tower whose merged tokens go to a captioning decoder.
 
-The decoder's loss and its cached attention mask read the number of visual tokens off `image_patch_tokens`, which the
-stock model computes from the size of an image. Here it is the number that the tower has returned, frame by frame.
+The decoder's loss and its cached attention mask use `image_patch_tokens`, the number of visual tokens, which
+transformers computes from the image size. Here it is the number that the tower returned, over all frames.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .readers import ScopedForward
 
 
 class CountsVisualTokens(ScopedForward):
-    """Mixed into `GitModel` and `GitForCausalLM`: their scope holds the number of visual tokens."""
+    """Mixin for `GitModel` and `GitForCausalLM`: their scope holds the number of visual tokens."""
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
@@ -27,8 +27,8 @@ class CountsVisualTokens(ScopedForward):
             output = stock()
         if scope.state is not None and scope.state.kept:
             raise UnsupportedModelError(
-                f"{type(self).__name__}: dTPS learns while pruned tokens stay, and the decoder sees all tokens alike; "
-                "use DTEM, or `.eval()`."
+                f"{type(self).__name__}: dTPS in training keeps pruned tokens, which the decoder would see; use DTEM, "
+                "or `.eval()`."
             )
         if outer is not None:
             outer.num_tokens = scope.num_tokens
@@ -36,9 +36,9 @@ class CountsVisualTokens(ScopedForward):
 
 
 def cached_visual_tokens(inputs: Mapping[str, Any]) -> int:
-    """Visual tokens in a decoder's cache, whose mask covers the text alone; 0 where there is no cache."""
+    """The number of visual tokens in the decoder's cache; its mask covers only the text. 0 without a cache."""
     given = {name: value for name, value in inputs.items() if value is not None}
-    # Called `cache` from transformers 5.24 on, and `past_key_values` before.
+    # The argument is `cache` from transformers 5.24 on, `past_key_values` before.
     cache, text = given.get("cache", given.get("past_key_values")), given.get("input_ids", given.get("inputs_embeds"))
     if "pixel_values" in given or cache is None or text is None or "attention_mask" not in given:
         return 0
@@ -46,11 +46,11 @@ def cached_visual_tokens(inputs: Mapping[str, Any]) -> int:
 
 
 class TrueImagePatchTokens:
-    """Mixed into the decoder layer's self-attention that the stock model asks for the number."""
+    """Mixin for the self-attention of the decoder's first layer, whose `image_patch_tokens` transformers reads."""
 
     @property
     def image_patch_tokens(self) -> int:
-        """Visual tokens of the pass that is running; outside of one, those of an unmerged image."""
+        """Visual tokens of the running pass; outside of a pass, those of an unmerged image."""
         scope = current_scope()
         return scope.num_tokens if scope is not None and scope.num_tokens else self.__dict__["image_patch_tokens"]
 

@@ -1,4 +1,4 @@
-"""Idefics 2's vision tower: SigLIP's layers on images of any shape; no prefix token, and padding."""
+"""Idefics 2's vision tower: SigLIP's layers on images of any shape; no prefix token; padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .family import Family
 
 
 class PaddedPatchesFamily(Family):
-    """Images of several sizes in one batch; a mask says which patches are padding, and nothing merges with these."""
+    """Batches hold images of several sizes; a mask marks padding patches, and no other token merges with them."""
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         mask = inputs.get("patch_attention_mask")  # [B, rows, columns]

@@ -1,4 +1,4 @@
-"""Idefics 3's vision tower: SigLIP's layers on images of any shape; no prefix token, and padding."""
+"""Idefics 3's vision tower: SigLIP's layers on images of any shape; no prefix token; padding."""
 
 from dataclasses import replace
 

@@ -13,7 +13,7 @@ from .vit import VIT_LAYER
 
 
 class IJepaFamily(Family):
-    """A pooler would take the first patch for a CLS token."""
+    """A pooler would read the first patch as if it were a CLS token."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         if encoder.pooler is not None:

@@ -1,4 +1,4 @@
-"""InstructBLIP: BLIP-2 with a Q-Former that reads the instruction, too."""
+"""InstructBLIP: BLIP-2 with a Q-Former that also reads the instruction."""
 
 from transformers.models.instructblip.modeling_instructblip import (
     InstructBlipForConditionalGeneration,

@@ -14,7 +14,7 @@ from .vit import VIT_LAYER
 
 
 class InternVLFamily(Family):
-    """Attention may normalise queries and keys, which the keys that tokens are compared by do not follow."""
+    """If attention normalises its keys, the keys that tokens are compared by would not be the normalised ones."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         if encoder.config.use_qk_norm:

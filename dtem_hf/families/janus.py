@@ -1,6 +1,6 @@
-"""Janus's vision tower: CLIP's layers, and no prefix token.
+"""Janus's vision tower: CLIP's layers; no prefix token.
 
-Its `pooler_output`, which Janus does not read, is of the first token that is left, whatever patches that stands for.
+Its `pooler_output` is computed from the first merged token, whatever its patches. Janus does not use it.
 """
 
 from transformers.models.janus.modeling_janus import JanusVisionModel

@@ -1,4 +1,4 @@
-"""Kosmos-2: CLIP's vision tower, and queries that attend to its tokens, each as often as it counts."""
+"""Kosmos-2: CLIP's vision tower, and queries that attend to its tokens by their sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .readers import read_bias
 
 
 class WeighedResampler:
-    """The attention of the queries to the tokens and, behind these, to themselves."""
+    """Mixin for the attention of the queries, whose keys are the image tokens and then the queries themselves."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         if (bias := read_bias(encoder_hidden_states, hidden_states.dtype)) is not None:

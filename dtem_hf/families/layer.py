@@ -1,4 +1,4 @@
-"""The one forward pass of a merged layer, for every family whose layer is a pre-norm one (METHOD.md section 1)."""
+"""The forward pass of a merged layer, for all families with pre-norm layers (METHOD.md section 1)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .anatomy import Anatomy
 
 
 class LayerMerging:
-    """Mixed into a family's own layer class. `merge_index` is the layer's place in the encoder.
+    """Mixin for a family's layer class. `merge_index` is the layer's index in the encoder.
 
-    A family whose attention needs more than a size bias overrides `attention_inputs`; one whose MLP or layer
-    is built in another way overrides `feed_forward` or `merged_forward`.
+    A family whose attention needs more than a size bias overrides `attention_inputs`. A family with another MLP
+    overrides `feed_forward`, one with another layer `merged_forward`.
     """
 
     merge_index: int
     training: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # An argument, as gradient checkpointing runs the forward pass again outside of every scope.
+        # Pass the state as an argument: gradient checkpointing runs the forward pass again outside of every scope.
         if (state := current_state()) is not None:
             kwargs.setdefault("token_state", state)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -46,26 +46,27 @@ class LayerMerging:
     def merged_forward(
         self: Any, hidden_states: Tensor, state: TokenState, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The layer with a merge between attention and MLP, or behind both: [B, n, D] -> [B, n', D]."""
+        """Run the layer with a merge between attention and MLP, or behind both: [B, n, D] -> [B, n', D]."""
         parts = state.anatomy
         bias = self.attention_inputs(hidden_states, attention_mask, state, kwargs)
         normed = getattr(self, parts.norm1)(hidden_states)
         attended = getattr(self, parts.attention)(normed, attention_mask=bias, **kwargs)
         if isinstance(attended, tuple):
             attended = attended[0]
-        # The residual first, as sums keep the memory layout of their first term, and RMS norms round by it.
+        # The residual comes first: a sum has the memory layout of its first term, and the rounding of RMS norms
+        # depends on the layout.
         hidden_states = hidden_states + self.branch(attended, parts.branch1)
         if state.method.between:
             hidden_states = self.feed_forward(hidden_states, parts)
             return state.method.reduce(hidden_states, normed, self, state, bias)
         hidden_states = state.method.reduce(hidden_states, normed, self, state, bias)
-        # The MLP takes the most memory. What is not read again is freed in front of it, so that it can be used anew.
+        # The MLP needs the most memory. Free the tensors that are not read again first.
         state.projected = None
         del attended, normed, bias
         return self.feed_forward(hidden_states, parts)
 
     def feed_forward(self: Any, x: Tensor, parts: Anatomy) -> Tensor:
-        """The layer behind attention and a merge: [B, n, D] -> [B, n, D]."""
+        """Run the layer's MLP with its residual sum: [B, n, D] -> [B, n, D]."""
         grown = getattr(self, parts.mlp)(getattr(self, parts.norm2)(x))
         return x + self.branch(grown, parts.branch2)
 
@@ -89,7 +90,7 @@ class LayerMerging:
     def keys(self: Any, normed: Tensor, state: TokenState) -> Tensor:
         """Attention keys as the layer computes them, before any rotation: [B, n, D] -> [B, n, H, d].
 
-        Those that the layer's attention has just computed, where its key projection has the hook `remember_keys`.
+        If the key projection has the hook `remember_keys`, these are the keys that attention has just computed.
         """
         module = attrgetter(state.anatomy.key)(self)
         if state.projected is not None and state.projected[0] is module:
@@ -100,19 +101,20 @@ class LayerMerging:
         return _by_heads(self, projected, state.anatomy, 1)
 
     def rotated(self, keys: Tensor, state: TokenState) -> Tensor:
-        """Keys [B, H, n, d] as they meet the queries."""
+        """The keys with the layer's rotation, if its family has one: [B, H, n, d] -> [B, H, n, d]."""
         return keys
 
     def first_token_attention(self: Any, normed: Tensor, bias: Tensor | None, state: TokenState) -> Tensor:
-        """How much the first token attends to each token, averaged over heads: [B, n, D] -> [B, n], float32.
+        """The first token's attention to each token, averaged over heads: [B, n, D] -> [B, n], float32.
 
-        From the layer's own projections, whatever the attention implementation. The first token is never rotated.
+        It is computed from the layer's projections, for every attention implementation. The first token is never
+        rotated.
         """
         keys = self.rotated(self.keys(normed, state).transpose(1, 2), state)  # [B, H, n, d]
         query = attrgetter(state.anatomy.query)(self)(normed[:, :1])
         query = _by_heads(self, query, state.anatomy, 0).transpose(1, 2)  # [B, H, 1, d]
         scores = (query @ keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5
-        if bias is not None and bias.dtype == torch.bool:  # a mask that a user gave, as SDPA takes it
+        if bias is not None and bias.dtype == torch.bool:  # the user's mask, in SDPA's form
             scores = scores.masked_fill(~bias[:, :, :1], -torch.inf)
         elif bias is not None:
             scores = scores + bias[:, :, :1].float()
@@ -120,21 +122,21 @@ class LayerMerging:
 
 
 def _by_heads(layer: Any, projected: Tensor, parts: Anatomy, part: int) -> Tensor:
-    """Queries (part 0) or keys (part 1) by heads, of what their projection returned: [B, n, E] -> [B, n, H, d]."""
+    """Split a projection's output into heads, of queries (part 0) or keys (part 1): [B, n, E] -> [B, n, H, d]."""
     if parts.packed:
         projected = projected.chunk(3, dim=-1)[part]
     return projected.unflatten(-1, (attrgetter(parts.heads)(layer), -1))
 
 
 def remember_keys(module: nn.Module, args: Any, output: Tensor) -> None:
-    """A forward hook on key projections: the pass that runs keeps what they return until the layer has merged."""
+    """Forward hook on key projections: the running pass keeps their output until the layer has merged."""
     state = current_state()
     if state is not None:
         state.projected = module, output
 
 
 def forget_keys(module: nn.Module) -> None:
-    """Take the hook `remember_keys` off a module."""
+    """Remove the hook `remember_keys` from a module."""
     hooks = module._forward_hooks
     for number in [number for number, hook in hooks.items() if hook is remember_keys]:
         del hooks[number]

@@ -1,4 +1,4 @@
-"""LV-ViT: ViT's layers behind convolutions; a classifier that reads the CLS token and all others."""
+"""LV-ViT: ViT's layers behind convolutions; a classifier that reads the CLS token and all patch tokens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .vit import VIT_LAYER
 
 
 class LiveLogits:
-    """Mixed into the head whose largest logits among the patches count: one that was softly merged away has none."""
+    """Mixin for the head whose maximum over patches counts: softly merged-away tokens get logits of -inf."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = super().forward(tokens)  # type: ignore[misc]
         state = current_state()
         sizes = None if state is None else state.final_sizes
-        if state is None or sizes is None or sizes.shape[1] < state.num_tokens:  # hard-merged tokens are gone
+        if state is None or sizes is None or sizes.shape[1] < state.num_tokens:  # no merge, or a hard one
             return logits
         places = state.source(-1) if state.unmerged else torch.arange(state.num_tokens, device=tokens.device)[None]
-        gone = places[:, state.num_prefix_tokens :, None] >= state.num_active
-        return logits.masked_fill(gone.to(logits.device), -torch.inf)
+        inactive = places[:, state.num_prefix_tokens :, None] >= state.num_active
+        return logits.masked_fill(inactive.to(logits.device), -torch.inf)
 
 
 class LVViTFamily(Family):
-    """The stem runs at each of several places of a patch, the second head on each patch."""
+    """The stem runs at several positions of a patch, the second head on each patch token."""
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         stem, head, tail = super().outside_cost(modules)
@@ -39,7 +39,7 @@ class LVViTFamily(Family):
                 stem += (math.prod(module.projection.kernel_size) - 1) * convolution_cost(module.stem)
             if isinstance(module, LVViTForImageClassification):
                 each = linear_cost([module.token_classifier])
-                head, tail = head - 2 * each, tail + each  # of all tokens that are returned, but CLS
+                head, tail = head - 2 * each, tail + each  # per output token, without CLS
         return stem, head, tail
 
 

@@ -1,4 +1,4 @@
-"""Attention with a mask, for modules of transformers that take none; without one, their own forward pass runs."""
+"""Attention with a mask for modules of transformers that take none. Without a mask, their own forward pass runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """A module's attention with an additive mask, or none: [B, H, n, d] three times -> [B, n, H·d], and the weights.
 
-    These are None but in "eager". `dropout` is the rate in training.
+    The weights are None unless the implementation is "eager". `dropout` is the rate in training.
     """
     eager = module.config._attn_implementation == "eager"
     function: Any = eager_attention_forward if eager else sdpa_attention_forward
@@ -24,7 +24,7 @@ def attend(
 
 
 class MaskedAttention:
-    """Mixed into a self-attention with `query`, `key` and `value`, and no output projection."""
+    """Mixin for a self-attention with `query`, `key` and `value`, and without an output projection."""
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:
@@ -37,7 +37,7 @@ class MaskedAttention:
 
 
 class PackedMaskedAttention:
-    """Mixed into a self-attention with one projection `qkv`, and the output projection `projection`."""
+    """Mixin for a self-attention with one projection `qkv`, and the output projection `projection`."""
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:

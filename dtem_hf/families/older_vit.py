@@ -1,4 +1,4 @@
-"""ViT's layer in an older build of transformers, which several families still have: what they share."""
+"""ViT's layer as older versions of transformers build it; several families still have this layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OWLv2: CLIP's layers; a dual encoder, or a detector whose heads read every patch in its place."""
+"""OWLv2: CLIP's layers; a dual encoder, or a detector whose heads read all patches, in place."""
 
 from transformers.models.owlv2.modeling_owlv2 import (
     Owlv2ForObjectDetection,

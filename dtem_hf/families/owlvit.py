@@ -1,4 +1,4 @@
-"""OWL-ViT: CLIP's layers; a dual encoder, or a detector whose heads read every patch in its place."""
+"""OWL-ViT: CLIP's layers; a dual encoder, or a detector whose heads read all patches, in place."""
 
 from transformers.models.owlvit.modeling_owlvit import (
     OwlViTForObjectDetection,

@@ -1,10 +1,9 @@
-"""Encoders whose images come as rows below each other, without a batch: the vision towers of Qwen's models.
+"""Encoders that pack the patches of all images into rows, without a batch: the vision towers of Qwen's models.
 
-A segment is what attends to itself alone: an image, or a frame of a video. All segments of one length are a batch
-[S, N, D] that has its own token state, so an image is merged in the same way alone and among others. A layer takes and
-returns all rows [T, D] in their places. Inside, it reads one row for each token that is left; in the end, it writes
-every token to all of its rows. So parts that read rows between the layers, or behind them, need no change. Rotations
-are those of DINOv3.
+A segment, an image or a frame of a video, attends only to itself. All segments of the same length form a batch
+[S, N, D] with its own token state, so an image merges in the same way alone and among others. A layer takes and
+returns all rows [T, D], in place: it reads one row for each merged token, and writes every token to all of its rows.
+So modules that read rows between or behind the layers need no change. Rotations are those of DINOv3.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .masked_attention import attend
 
 
 def rows_by_length(cu_seqlens: Tensor) -> list[Tensor]:
-    """The rows of all segments of each length N, [S, N], from where segments begin and the last one ends."""
+    """The rows [S, N] of all segments, for each length N; `cu_seqlens` are the starts of segments and the last end."""
     starts: dict[int, list[int]] = {}
     for start, end in pairwise(cu_seqlens.tolist()):
         starts.setdefault(end - start, []).append(start)
@@ -42,7 +41,7 @@ def rows_by_length(cu_seqlens: Tensor) -> list[Tensor]:
 
 
 def first_rows(rows: Tensor, state: TokenState, layer: int) -> Tensor:
-    """Of every token that enters a layer, the first of its rows: rows of all patches [S, N] -> [S, n]."""
+    """The first row of every token that enters a layer: rows of all patches [S, N] -> [S, n]."""
     sizes = state.sizes(layer)
     if sizes is None:
         return rows
@@ -51,7 +50,7 @@ def first_rows(rows: Tensor, state: TokenState, layer: int) -> Tensor:
 
 
 class PackedRowsMerging(LayerMerging):
-    """A layer on all rows [T, D]. The model's own runs until one has merged."""
+    """A layer on all rows [T, D]. Until a layer merges, the model's own forward pass runs."""
 
     def merged_forward(
         self: Any, hidden_states: Tensor, state: TokenState, attention_mask: Tensor | None = None, **kwargs: Any
@@ -59,12 +58,12 @@ class PackedRowsMerging(LayerMerging):
         index, device = self.merge_index, hidden_states.device
         if state.method.masks_tokens(self.training):
             raise UnsupportedModelError(
-                f"{type(self).__name__}: its rows hold no pruned tokens; train dTPS elsewhere."
+                f"{type(self).__name__}: rows cannot hold pruned tokens, which dTPS needs in training."
             )
         if not state.parts:
             state.divide(rows_by_length(kwargs["cu_seqlens"]))
             places = coordinates(kwargs["position_embeddings"], self.theta(state))
-            places = (places * 2 * math.pi).round() / (2 * math.pi)  # whole numbers of rows and columns
+            places = (places * 2 * math.pi).round() / (2 * math.pi)  # exact: rows and columns are whole numbers
             for rows, part in state.parts:
                 part.place(places[rows])
         if not any(
@@ -101,7 +100,7 @@ class PackedRowsMerging(LayerMerging):
 
 
 class PackedRowsAttention:
-    """Mixed into an attention over rows, with one projection `qkv`: it also takes batches [S, n, D] and a mask."""
+    """Mixin for an attention over rows with one projection `qkv`: it also takes batches [S, n, D] and a mask."""
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if hidden_states.dim() == 2:
@@ -114,15 +113,15 @@ class PackedRowsAttention:
 
 
 class PackedRowsFamily(DINOv3ViTFamily):
-    """Images of any size, whose patches a part behind the layers joins in squares."""
+    """Images of any size. A module behind the layers joins square groups of patches."""
 
     def input_sides(self, config: Any) -> tuple[int, ...]:
-        """A plan is for 32 by 32 patches, or as many as have learned positions, unless it is given a size."""
+        """The default size of plans: 32 by 32 patches, or as many as there are learned positions."""
         patches = math.isqrt(getattr(config, "num_position_embeddings", 32 * 32))
         return tuple(patches * side for side in self.patch_sides(config))
 
     def num_tokens(self, encoder: Any, image_size: Any = None) -> int:
-        """Of an image, or of a frame of a video; sides are rounded to whole squares, as the processor does."""
+        """Tokens of an image or a frame of a video; sides are rounded to whole squares, as the processor does."""
         squares, sides = encoder.spatial_merge_size, self.input_shape(encoder, image_size)[-2:]
         patches = zip(sides, self.patch_sides(encoder.config), strict=True)
         return math.prod(max(round(side / (patch * squares)), 1) * squares for side, patch in patches)

@@ -1,4 +1,4 @@
-"""Pixio: ViT's layers with drop path behind several CLS tokens, which the config counts."""
+"""Pixio: ViT's layers with drop path; several CLS tokens (the config has their number), then the patches."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from .family import Family
 from .vit import VIT_LAYER
 
 
-# Its backbone is left out: transformers loads the two norms of a saved one in each other's place.
+# Pixio's backbone is left out: transformers exchanges its two norms when it loads a saved one.
 FAMILY = Family(
     encoders={PixioModel: "layers"},
     anatomy=replace(VIT_LAYER, branch1=("dropout", "drop_path"), branch2=("dropout", "drop_path")),

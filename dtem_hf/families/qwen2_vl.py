@@ -1,4 +1,4 @@
-"""Qwen2-VL's vision tower: rows of patches of images and frames, rotated by where they lie; no prefix token."""
+"""Qwen2-VL's vision tower: rows of patches of images and frames, with rotary positions; no prefix token."""
 
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower: Qwen2-VL's layers, some of which the language model reads; no prefix token."""
+"""Qwen3-VL's vision tower: Qwen2-VL's layers; the language model reads the tokens of some; no prefix token."""
 
 from dataclasses import replace
 

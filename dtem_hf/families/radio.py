@@ -1,4 +1,4 @@
-"""RADIO: DINOv2's layers; CLS tokens and registers, which the config counts, then the patches."""
+"""RADIO: DINOv2's layers; CLS tokens and registers (the config has their numbers), then the patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layer import LayerMerging
 
 
 class RadioMerging(LayerMerging):
-    """Images of several sizes come as one packed sequence, in which tokens of two images would merge."""
+    """Images of several sizes come as one packed sequence; in it, tokens of two images would merge."""
 
     def merged_forward(self, hidden_states: Tensor, state: TokenState, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("cu_seqlens") is not None:
@@ -25,7 +25,7 @@ class RadioMerging(LayerMerging):
 
 
 class RadioFamily(Family):
-    """A linear map embeds every patch."""
+    """A linear map, not a convolution, embeds every patch."""
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
         stem, head, tail = super().outside_cost(modules)

@@ -1,8 +1,8 @@
-"""How models read the tokens of a merged encoder: one word per model class, and what follows from it.
+"""Readers: how models read the tokens of a merged encoder, one word per model class, and its mixin.
 
-A model needs no mixin where it looks at prefix tokens alone or attends to all tokens alike: the encoder returns the
-tokens that still take part. The other readers open a scope with their word, and the encoder inside returns its tokens
-as that reader needs them. The mixins change nothing where nothing was merged.
+A model needs no mixin if it reads only prefix tokens, or attends to all tokens alike: the encoder returns the active
+tokens. Other readers open a scope with their word, and the encoder inside returns its tokens as the reader needs them.
+Without a merge, the mixins change nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from .. import ops
 from ..scope import Scope, current_scope, current_state, is_traced, open_scope
 from ..token_state import TokenState
-from .unmasked_attention import serve_attention
+from .unmasked_attention import enable_size_bias
 
 
 class ScopedForward:
-    """Base of mixins that run the forward pass of the class they are mixed into inside a scope, same signature.
+    """Base of mixins that run methods of a class inside a scope, with the same signatures.
 
-    `scoped` are the methods that do so, where the class has them.
+    `scoped` are the names of these methods; a name that the class lacks is skipped.
     """
 
     scoped: tuple[str, ...] = ("forward",)
@@ -33,21 +33,21 @@ class ScopedForward:
         super().__init_subclass__()
         for name in cls.scoped:
             stock = getattr(super(), name, None)
-            if stock is not None:  # else, of forward: the mixin itself, with no module below it yet
+            if stock is not None:  # None: this class is a mixin, without a model class as its base
                 setattr(cls, name, _scoped(stock))
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
-        """Call `stock`; `inputs` are its arguments by name."""
+        """Call `stock`, the class's own method, inside a scope; `inputs` are its arguments by name."""
         raise NotImplementedError
 
 
 def _scoped(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that runs inside a scope."""
+    """The method `stock`, run inside a scope."""
     names = list(signature(stock).parameters)[1:]
 
     @wraps(stock)  # torch.export and Trainer read the signature
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Of equal length: Dynamo of torch 2.9 knows no other zip.
+        # Slices of equal length: Dynamo of torch 2.9 supports no other zip.
         inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
         return self._run_in_scope(lambda: _untraced(lambda: stock(self, *args, **kwargs)), inputs)
 
@@ -55,10 +55,10 @@ def _scoped(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _untraced(call: Callable[[], Any]) -> Any:
-    """Make a call inside a scope. torch.compile traces the scope along with it, or does not trace the call at all.
+    """Make a call inside a scope. If torch.compile does not trace the scope, too, the call runs without compilation.
 
-    Behind a graph break, it would trace parts of the call alone, which could not read a scope that was opened outside
-    of their trace, and would quietly be those of the plain model.
+    Behind a graph break, torch.compile would trace parts of the call alone. They could not read a scope that was
+    opened outside of their trace, and would silently compute the plain model.
     """
     return call() if is_traced() or ops.is_exporting() else _eagerly(call)
 
@@ -69,7 +69,7 @@ def _eagerly(call: Callable[[], Any]) -> Any:
 
 
 class Reader(ScopedForward):
-    """A model that reads the tokens of the encoder inside; subclasses say how."""
+    """Mixin for a model that reads the tokens of the encoder inside; `reader` says how."""
 
     reader: str
 
@@ -79,43 +79,44 @@ class Reader(ScopedForward):
 
 
 class MeanReader(Reader):
-    """A model that takes the plain mean of the patch tokens: they are scaled so that it is the one by sizes."""
+    """For a model that takes the plain mean of patch tokens: the encoder scales them, so that it is size-weighted."""
 
     reader = "mean"
 
 
 class MaskedMeanReader(Reader):
-    """A model that takes the mean of all tokens but padding, by the mask of the tokens as they came."""
+    """For a model that takes the mean of all tokens but padding, by the mask of the input tokens."""
 
     reader = "masked_mean"
 
 
 class WeighedReader(Reader):
-    """A model with a part that attends to all tokens by a mask of their sizes: `WeighedCrossAttention`."""
+    """For a model with a part that attends to all tokens by their sizes, such as `WeighedCrossAttention`."""
 
     reader = "weighed"
     scoped = ("forward", "generate", "get_image_features", "get_qformer_features")
 
 
 class MasksReader(Reader):
-    """A model whose decoder makes a mask of each merged token, and puts the masks in the places of the patches."""
+    """For a model whose decoder makes a mask from each merged token, and unmerges the masks itself."""
 
     reader = "masks"
 
 
 class GridReader(Reader):
-    """A model that needs all tokens in place, and makes the encoder's mask of the one that it is given, or of none."""
+    """For a model that needs all tokens in place. It may make a mask for the encoder even if the user gave none."""
 
     reader = "grid"
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
-        masked = None if "input_ids" in inputs else inputs.get("attention_mask") is not None  # else it is the text's
+        # With `input_ids`, attention_mask is the mask of the text.
+        masked = None if "input_ids" in inputs else inputs.get("attention_mask") is not None
         with open_scope(Scope(reader=self.reader, masked=masked)):
             return stock()
 
 
 class RecordingGridReader(GridReader):
-    """A `GridReader` that records the hidden states of the encoder's layers itself."""
+    """A `GridReader` for a model that records the hidden states of the encoder's layers itself."""
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         with open_scope(Scope(reader=self.reader)) as scope:
@@ -135,25 +136,25 @@ READERS: Mapping[str, tuple[type, ...]] = {
 
 # The entry of an encoder's output that holds the tokens' sizes, for a decoder that attends to them later.
 TOKEN_SIZES = "token_sizes"
-# The readers that get all tokens back in place.
+# The readers that get all tokens in place.
 RETURN_ALL = ("grid", "masked_mean", "rows")
-# Those that take means, of tokens that are weighed for it.
+# The readers that take means; the encoder scales their tokens.
 MEANS = ("mean", "masked_mean")
-# Those that get the tokens that still take part: a soft merge keeps those that it merges away, behind all others.
-HANDED_ON = ("tokens", "sized")
+# The readers that get only active tokens: a soft merge keeps inactive tokens behind all others.
+ACTIVE_ONLY = ("tokens", "sized")
 
 
-def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
-    """The output of a merged encoder as its reader needs it; `unmerge`: with all tokens back in place.
+def output_for_reader(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
+    """The output of a merged encoder in the form that its reader needs; `unmerge`: with all tokens in place.
 
-    `output` is a ModelOutput or a tuple that begins with the last hidden state.
+    `output` is a ModelOutput, or a tuple that begins with the last hidden state.
     """
     last = output[0]
     state.unmerged = unmerge
     state.move_to(state.num_layers, last.device)
     if unmerge:
         last = ops.unmerge_tokens(last, state.source(-1))
-    elif reader in HANDED_ON:
+    elif reader in ACTIVE_ONLY:
         last = last[:, : state.num_active]
     if reader in MEANS:
         last = weigh_tokens(last, state, unmerge)
@@ -169,7 +170,7 @@ def returned(output: Any, state: TokenState, reader: str, unmerge: bool) -> Any:
 
 
 def with_last(output: Any, last: Tensor) -> Any:
-    """An encoder's output with another last hidden state."""
+    """Replace the last hidden state of an encoder's output."""
     if isinstance(output, tuple):
         return (last, *output[1:])
     output[next(iter(output))] = last
@@ -177,9 +178,9 @@ def with_last(output: Any, last: Tensor) -> Any:
 
 
 def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor:
-    """Scale patch tokens so that their plain mean is the one weighted by sizes: [B, n, D] -> [B, n, D].
+    """Scale patch tokens so that their plain mean is the size-weighted mean: [B, n, D] -> [B, n, D].
 
-    Where they are back in place (`unmerged`), hard-merged tokens are there as often as they count, and stay.
+    `unmerged`: all tokens are in place. A hard-merged token then appears once per patch, and needs no scaling.
     """
     sizes = state.final_sizes
     if sizes is None:
@@ -191,7 +192,7 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
         sizes = sizes.gather(1, state.source(-1))
     prefix = state.num_prefix_tokens
     weights = sizes[:, prefix:].to(x.device)
-    if not soft:  # a soft merge keeps all tokens, and the mean goes on dividing by as many
+    if not soft:  # a soft merge keeps all tokens: the plain mean divides by the right number already
         total = weights.detach().sum(dim=1, keepdim=True) if state.kept else weights.shape[1]
         weights = weights * total / weights.sum(dim=1, keepdim=True)
     weighed = (x[:, prefix:].float() * weights.unsqueeze(-1)).to(x.dtype)
@@ -199,7 +200,7 @@ def weigh_tokens(x: Tensor, state: TokenState, unmerged: bool = False) -> Tensor
 
 
 def _unmerge_recorded(output: Any, state: TokenState) -> Any:
-    """Put the tokens of an output's hidden states back; in a plain tuple of parts, they are known by their number."""
+    """Unmerge an output's hidden states; in a plain tuple, they are the part with one entry per layer and one more."""
 
     def put_back(states: Any) -> Any:
         if not isinstance(states, tuple) or len(states) != state.num_layers + 1:
@@ -216,7 +217,7 @@ def _unmerge_recorded(output: Any, state: TokenState) -> Any:
 
 
 class WeighedMean:
-    """A pooler that takes the plain mean of the patch tokens it is given, where it has a `layernorm`."""
+    """Mixin for a pooler that takes the plain mean of patch tokens if it has a `layernorm`."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         state = current_state()
@@ -226,7 +227,7 @@ class WeighedMean:
 
 
 class WeighedAttention:
-    """An `nn.MultiheadAttention` whose keys are merged tokens: each counts as many times as it stands for patches."""
+    """Mixin for an `nn.MultiheadAttention` whose keys are merged tokens: a token of size m counts m times."""
 
     def forward(
         self: Any,
@@ -246,25 +247,25 @@ class WeighedAttention:
 
 
 class WeighedCrossAttention:
-    """A Q-Former or decoder that cross-attends to merged tokens: each counts as often as it stands for patches.
+    """Mixin for a Q-Former or decoder that cross-attends to merged tokens: a token of size m counts m times.
 
-    The scope holds their sizes, of the encoder that has run inside or, in generation, of the one that ran before.
+    The scope holds the sizes: of the encoder that ran inside it, or in generation of an earlier pass.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         tokens: Tensor | None = kwargs.get("encoder_hidden_states")
         if tokens is not None and (bias := read_bias(tokens, self.dtype)) is not None:
-            serve_attention(self.config._attn_implementation)
+            enable_size_bias(self.config._attn_implementation)
             ids = kwargs.get("input_ids")
             words = kwargs.get("inputs_embeds") if ids is None else ids
-            if words is not None and "query_embeds" not in kwargs:  # some decoders want a row for every word
+            if words is not None and "query_embeds" not in kwargs:  # some decoders need one row per text token
                 bias = bias.expand(-1, -1, words.shape[1], -1)
             kwargs["encoder_attention_mask"] = bias
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def read_bias(tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask for attention to tokens that a reader got, [B, n, D]: [B, 1, 1, n]; None: all count alike."""
+    """The additive mask for attention to a reader's tokens [B, n, D]: [B, 1, 1, n]; None if all count once."""
     scope = current_scope()
     if scope is None or scope.sizes is None:
         return None
@@ -272,10 +273,10 @@ def read_bias(tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def read_sizes(state: TokenState, reader: str, unmerge: bool) -> Tensor | None:
-    """Sizes of the tokens as the reader gets them: [B, n] float32; None where each of them counts once."""
+    """Sizes of the tokens that the reader gets: [B, n] float32; None if each counts once."""
     sizes = state.final_sizes
     if sizes is None or (unmerge and not state.merges_softly):
-        return None  # back in place, hard-merged tokens are there as often as they count
+        return None  # in place, a hard-merged token appears once per patch
     if unmerge:
         return sizes.gather(1, state.source(-1))
-    return sizes[:, : state.num_active] if reader in HANDED_ON else sizes
+    return sizes[:, : state.num_active] if reader in ACTIVE_ONLY else sizes

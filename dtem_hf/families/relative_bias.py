@@ -1,7 +1,6 @@
-"""A relative position bias that follows merged tokens: what BEiT and Data2Vec-Vision share.
+"""Relative position bias for merged tokens, in BEiT and Data2Vec-Vision.
 
-A merged token takes the place of the patch that is nearest to the size-weighted mean of its patches' places: its bias
-to another is the one that these two places have.
+A merged token has the bias of one patch: the patch nearest to the size-weighted mean position of its patches.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ def grid_places(height: int, width: int, num_prefix_tokens: int, device: torch.d
     return torch.cat([places.new_zeros(num_prefix_tokens, 2), places])
 
 
-# A mean of whole coordinates is a tie, or further from one than this, for up to some 4,000 patches in a token.
+# A mean of up to about 4,000 whole coordinates is halfway between two, or further than this from halfway.
 _RESOLUTION = 2.0**-12
 
 
 def nearest_tokens(positions: Tensor, width: int, num_prefix_tokens: int) -> Tensor:
-    """The original token nearest to each token's place: [B, n, 2] -> [B, n] int64; prefix tokens are their own.
+    """The original token nearest to each token's position: [B, n, 2] -> [B, n] int64; for prefix tokens, themselves.
 
-    Halfway between two, the even row or column, whatever the rounding of the mean was.
+    Halfway between two rows or columns, it is the even one, whatever the rounding error of the mean.
     """
     places = (positions[:, num_prefix_tokens:] / _RESOLUTION).round() * _RESOLUTION
     rows, columns = places.round().long().unbind(-1)
@@ -39,8 +38,8 @@ def nearest_tokens(positions: Tensor, width: int, num_prefix_tokens: int) -> Ten
     return torch.cat([prefix, rows * width + columns + num_prefix_tokens], dim=1)
 
 
-def follow(bias: Tensor, state: TokenState, layer: int, width: int) -> Tensor:
-    """A bias [1, H, N, N] between the tokens that entered a layer: [B, H, n, n]; `width` is the grid's."""
+def gather_bias(bias: Tensor, state: TokenState, layer: int, width: int) -> Tensor:
+    """The bias [B, H, n, n] of the tokens that enter a layer, from the bias [1, H, N, N]; `width` is the grid's."""
     positions = state.positions(layer)
     if not state.has_merged(layer) or positions is None:
         return bias
@@ -54,10 +53,10 @@ def add_biases(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 class RelativeBiasMerging(LayerMerging):
-    """Layers whose tokens have a place on a grid; `grid` is the number of its rows and columns."""
+    """Layers whose tokens have positions on a grid; `grid` is its number of rows and of columns."""
 
     def place_tokens(self, hidden_states: Tensor, grid: tuple[int, int], state: TokenState) -> None:
-        """Say where the tokens of the first layer lie."""
+        """Set the positions of the first layer's tokens."""
         if self.merge_index == 0:
             places = grid_places(*grid, state.num_prefix_tokens, hidden_states.device)
             state.place(places.expand(hidden_states.shape[0], -1, -1))
@@ -65,8 +64,8 @@ class RelativeBiasMerging(LayerMerging):
     def bias_with_sizes(
         self: Any, hidden_states: Tensor, relative: Tensor | None, state: TokenState, grid: tuple[int, int]
     ) -> Tensor | None:
-        """The bias [1, H, N, N] of the tokens as they came, followed to where they are now, and log sizes."""
+        """The relative position bias [1, H, N, N], gathered for merged tokens, plus log sizes."""
         if relative is None or not state.has_merged(self.merge_index):
             return LayerMerging.attention_inputs(self, hidden_states, relative, state, {})
         sizes = LayerMerging.attention_inputs(self, hidden_states, None, state, {})
-        return add_biases(follow(relative, state, self.merge_index, grid[1]), sizes)
+        return add_biases(gather_bias(relative, state, self.merge_index, grid[1]), sizes)

@@ -1,4 +1,4 @@
-"""Segmenter: a decoder that attends to merged tokens by their sizes; only its masks go back to all patches."""
+"""Segmenter: a decoder that attends to merged tokens by their sizes; only its masks are unmerged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .vit import VIT_LAYER
 
 
 class MergedMasks:
-    """Mixed into the decoder: merged tokens [B, n, D] give the masks of all patches [B, N, classes]."""
+    """Mixin for the decoder: from merged tokens [B, n, D] to masks of all patches [B, N, classes]."""
 
     def forward(self: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         state = current_state()
@@ -33,7 +33,7 @@ class MergedMasks:
 
 
 class SegmenterFamily(Family):
-    """The decoder's layers run on the tokens that are left and on the classes, but not on the prefix."""
+    """The decoder's layers run on the merged tokens and the classes, without the prefix."""
 
     def encoder_cost(self, model: nn.Module, encoder: Any, metric: MetricCost) -> EncoderCost:
         cost = super().encoder_cost(model, encoder, metric)
@@ -45,7 +45,7 @@ class SegmenterFamily(Family):
         per_patch += config.num_labels * config.hidden_size  # a score for each class
         per_class = layers + linear_cost([decoder.class_projection])
         per_pair = 2 * config.hidden_size * config.num_decoder_layers
-        more = config.num_labels - cost.num_prefix_tokens  # beside the n tokens that the encoder returns
+        more = config.num_labels - cost.num_prefix_tokens  # the decoder runs on n + more tokens; the encoder returns n
         head = config.num_labels * per_class - cost.num_prefix_tokens * per_patch + more**2 * per_pair
         return replace(cost, head=head, tail=per_patch + 2 * more * per_pair, tail_pairs=per_pair)
 

@@ -1,4 +1,4 @@
-"""Parameters of a backbone that move while it merges tokens: those of LayerNorms, and biases of linear maps."""
+"""Learned shifts of a backbone's parameters while it merges: of LayerNorms, and of biases of linear maps."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ..scope import current_state
 
 
 class Shifted:
-    """Mixed into a module of a merged encoder, whose name there is `merge_name`.
+    """Mixin for a module of a merged encoder; `merge_name` is the module's name there.
 
-    A pass adds to its parameters what is learned of them, times the share of the tokens that are gone. The parameters
-    themselves stay, and where no token is gone they are used as they are.
+    A pass adds the learned shifts, times the share of tokens merged away, to the parameters `moving`. The stored
+    parameters do not change.
     """
 
     merge_name: str
     moving: ClassVar[tuple[str, ...]]
 
     def shifted(self: Any, name: str) -> Tensor:
-        """A parameter of the module as the pass that runs uses it."""
+        """A parameter of the module with the shift of the running pass."""
         state, parameter = current_state(), getattr(self, name)
         return parameter if state is None else state.shifted(Shifts.key(self.merge_name, name), parameter)
 
 
 class ShiftedNorm(Shifted, nn.LayerNorm):
-    """A LayerNorm whose weight and bias move."""
+    """A LayerNorm with shifts of weight and bias."""
 
     moving = ("weight", "bias")
 
@@ -38,7 +38,7 @@ class ShiftedNorm(Shifted, nn.LayerNorm):
 
 
 class ShiftedLinear(Shifted, nn.Linear):
-    """A linear map whose bias moves."""
+    """A linear map with a shift of its bias."""
 
     moving = ("bias",)
 
@@ -49,9 +49,9 @@ class ShiftedLinear(Shifted, nn.Linear):
 def shiftable_modules(
     encoder: nn.Module, layers: Sequence[nn.Module]
 ) -> Iterator[tuple[str, Any, type[ShiftedNorm] | type[ShiftedLinear] | None]]:
-    """Names, modules and mixins: LayerNorms and linear maps with a bias in the layers, and LayerNorms behind them.
+    """Names, modules and mixins of the LayerNorms and biased linear maps in the layers, and of LayerNorms behind them.
 
-    Names are without LoRA's additions. The mixin is None for a kind that is not torch's own, as quantised ones are.
+    Names are without LoRA's additions. The mixin is None for classes other than torch's own, such as quantised ones.
     """
     inside = {id(module) for layer in layers for module in layer.modules()}
     begun = False
@@ -66,7 +66,7 @@ def shiftable_modules(
 
 
 def shiftable_parameters(encoder: nn.Module, layers: Sequence[nn.Module]) -> tuple[tuple[str, int], ...]:
-    """Names and lengths of all parameters that can move, by declared sizes: weights may be packed or elsewhere."""
+    """Names and lengths of all parameters that can be shifted, from declared sizes: weights may be packed."""
     return tuple(
         (f"{name}.{parameter}", module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[0])
         for name, module, mixin in shiftable_modules(encoder, layers)

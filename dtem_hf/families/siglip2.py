@@ -1,4 +1,4 @@
-"""SigLIP 2 with patches as they come (NaFlex): no prefix token, and padding that is never merged with anything."""
+"""SigLIP 2 with patches of any aspect ratio (NaFlex): no prefix token; padding, which merges with no other token."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .family import Family
 from .readers import WeighedAttention
 
 
-# From this version on, transformers resizes the grid of positions by a matrix product.
+# From 5.24 on, transformers resizes the position embeddings by a matrix product.
 POSITIONS_BY_PRODUCT = Version(transformers.__version__) >= Version("5.24")
 
 
 class UnmaskedHead:
-    """The pooling head: behind a merge, sizes say what is padding, and the mask has the wrong length."""
+    """Mixin for the pooling head: behind a merge the mask has the wrong length, and sizes mark padding instead."""
 
     def forward(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         state = current_state()
@@ -35,7 +35,7 @@ class UnmaskedHead:
 
 
 class PaddedFamily(Family):
-    """Images come as patches, with padding that a mask marks."""
+    """Images come as patches; a mask marks padding."""
 
     def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         mask = inputs.get("pixel_attention_mask")

@@ -1,4 +1,4 @@
-"""SmolVLM's vision tower: SigLIP's layers on images of any shape; no prefix token, and padding."""
+"""SmolVLM's vision tower: SigLIP's layers on images of any shape; no prefix token; padding."""
 
 from dataclasses import replace
 

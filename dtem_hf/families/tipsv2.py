@@ -6,7 +6,7 @@ from .dinov2 import DINOV2_LAYER, DINOV2_LAYER_PARTS
 from .family import Family
 
 
-# Its backbone is left out: transformers has it under two configs, of which `register` can take one.
+# TIPSv2's backbone is left out: transformers has it under two configs, and `register` can take only one.
 FAMILY = Family(
     encoders={Tipsv2VisionModel: "encoder.layer"},
     anatomy=DINOV2_LAYER,

@@ -1,8 +1,8 @@
-"""Attention implementations of transformers that read no additive mask over keys, made to add one to their scores.
+"""The size bias in attention implementations of transformers that take no additive mask over keys.
 
-FlashAttention reads a mask as padding, and FlexAttention wants a row of it for every query. An implementation that a
-merged model uses is registered anew under its own name, as a function that takes the mask of log sizes, [B, 1, 1, n],
-exactly, and leaves every other call to transformers' function.
+FlashAttention reads a mask as padding, and FlexAttention needs one row of the mask per query. `enable_size_bias`
+registers such an implementation again under its own name, as a function that takes the mask of log sizes,
+[B, 1, 1, n], exactly. Every other call goes to transformers' function.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..errors import UnsupportedModelError
 from ..scope import current_state
 
 
-# Implementations that add a float mask to their scores themselves.
+# Implementations that add a float mask to their scores already.
 _MASKED = ("eager", "sdpa")
 
 
 class _WithBias:
     """A function of transformers' attention interface that also takes an additive mask [B, 1 or H, 1, n].
 
-    The mask becomes extra features of the keys, which any kernel multiplies with ones of the queries.
+    The mask becomes extra features of the keys; the queries have ones there, so that any kernel adds the mask.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -47,12 +47,12 @@ class _WithBias:
             isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.is_floating_point()
         )
         by_query = is_bias and attention_mask.shape[2] > 1 and attention_mask.stride(2) > 0  # 0: one row, expanded
-        if not is_bias or (by_query and current_state() is None):  # a mask of another model's own
+        if not is_bias or (by_query and current_state() is None):  # the mask of another model
             return self.function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if by_query:
             raise UnsupportedModelError(
                 f"attn_implementation={module.config._attn_implementation!r}: {type(module).__name__} has a bias for "
-                "every query and key, which no features of the keys can hold; use sdpa."
+                "every pair of query and key, which this implementation cannot add; use sdpa."
             )
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         extended = ops.extend_keys(query, key, value, attention_mask[:, :, :1], scaling)
@@ -63,12 +63,12 @@ class _WithBias:
 _SERVED = (flash_attention_forward, flex_attention_forward)
 
 
-def serve_attention(name: Any) -> None:
-    """Make an attention implementation add a float mask to its scores: `name` as transformers registers it.
+def enable_size_bias(name: Any) -> None:
+    """Make an attention implementation add the size bias to its scores; `name` is its name in transformers.
 
-    That is FlashAttention, those kernels of the Hub included that transformers calls as FlashAttention, and
-    FlexAttention. Raises UnsupportedModelError for any other. A name that is not registered is left to transformers,
-    which loads it or refuses it.
+    It works for FlexAttention and FlashAttention, with the Hub's kernels that transformers calls as FlashAttention.
+    Raises UnsupportedModelError for any other. A name that is not registered is ignored: transformers loads or refuses
+    it.
     """
     if not isinstance(name, str) or name in _MASKED:
         return

@@ -1,4 +1,4 @@
-"""Clips of frames, of which one token is a patch in several frames."""
+"""Families for video clips: one token is a patch over several frames (a tubelet)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .family import Family
 
 
 class VideoFamily(Family):
-    """`num_frames` and `tubelet_size` of the config say how long clips and tokens are, in frames."""
+    """The config's `num_frames` and `tubelet_size` are the lengths of clips and of tokens, in frames."""
 
     def input_sides(self, config: Any) -> tuple[int, ...]:
         return (config.num_frames, *super().input_sides(config))

@@ -1,4 +1,4 @@
-"""VideoMAE: clips without a prefix token; a classifier that averages, and a decoder that needs every visible token."""
+"""VideoMAE: clips; no prefix token; a classifier that averages, and a decoder that needs every visible token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .video import VideoFamily
 
 
 class VideoMAEFamily(VideoFamily):
-    """A classifier that does not average would take the first patch for a CLS token."""
+    """A classifier that does not average would read the first patch as if it were a CLS token."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         if isinstance(model, VideoMAEForVideoClassification) and not encoder.config.use_mean_pooling:

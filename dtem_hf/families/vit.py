@@ -1,4 +1,4 @@
-"""ViT, and DeiT as it is published on the Hub (without its distillation token): one CLS token, then the patches."""
+"""ViT, and the Hub's DeiT checkpoints without a distillation token: one CLS token, then the patches."""
 
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
 

@@ -1,4 +1,4 @@
-"""ViT-MAE: the encoder sees the share of the patches that its random mask leaves, in their shuffled order."""
+"""ViT-MAE: only the patches that a random mask leaves enter the encoder, in shuffled order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .vit import VIT_LAYER
 
 
 class MaskedFamily(Family):
-    """Only some patches enter the layers; all of them are embedded."""
+    """All patches are embedded, but only the unmasked ones enter the layers."""
 
     def num_tokens(self, encoder: Any, image_size: int | tuple[int, int] | None = None) -> int:
         patches = super().num_tokens(encoder, image_size) - self.num_prefix_tokens
@@ -25,7 +25,7 @@ class MaskedFamily(Family):
         return replace(cost, stem=round(cost.stem / (1 - encoder.config.mask_ratio)))
 
 
-# The decoder puts every patch back where the mask took it from.
+# The decoder puts every patch back in its place, so it reads the grid.
 FAMILY = MaskedFamily(
     encoders={ViTMAEModel: "layers"},
     anatomy=VIT_LAYER,

@@ -1,4 +1,4 @@
-"""ViTPose's backbone: an older build of ViT's layers without a prefix token; heads read every token in its place."""
+"""ViTPose's backbone: ViT's layers in transformers' older form; no prefix token; heads read all tokens, in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .older_vit import OLDER_VIT_LAYER, OLDER_VIT_PARTS
 
 
 class VitPoseMerging(LayerMerging):
-    """A layer's second argument is the dataset that chooses among experts, and no mask."""
+    """A layer's second argument is not a mask, but the dataset index, which chooses an expert."""
 
     def merged_forward(  # type: ignore[override]
         self, hidden_states: Tensor, state: TokenState, dataset_index: Tensor | None = None, **kwargs: Any
@@ -25,7 +25,7 @@ class VitPoseMerging(LayerMerging):
 
 
 class VitPoseFamily(Family):
-    """Experts would need the dataset in the MLP."""
+    """Several experts cannot be merged: their MLP needs the dataset index."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         if encoder.config.num_experts > 1:

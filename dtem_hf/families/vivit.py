@@ -11,7 +11,7 @@ from .vit import VIT_LAYER
 
 
 class VivitFamily(VideoFamily):
-    """The config's `tubelet_size` are frames, height and width."""
+    """The config's `tubelet_size` holds frames, height and width."""
 
     def patch_sides(self, config: Any) -> tuple[int, ...]:
         return tuple(config.tubelet_size)

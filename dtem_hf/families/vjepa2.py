@@ -1,6 +1,7 @@
-"""V-JEPA 2: clips without a prefix token, rotated by frame, row and column; a predictor, and a pooler that attends.
+"""V-JEPA 2: clips; no prefix token; rotary positions (frame, row, column); a predictor, and a pooler that attends.
 
-A merged token lies at the size-weighted mean of its patches. The predictor needs every token in its place.
+The position of a merged token is the size-weighted mean of its patches' positions. The predictor needs all tokens in
+place.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from .readers import GridReader, RecordingGridReader, read_bias
 
 
 class PlacedAttention:
-    """An encoder's attention, which takes no mask: its tokens lie where merging has put them, and count by size."""
+    """Mixin for the encoder's attention, which takes no mask: merged tokens have positions, and count by size."""
 
     def get_position_ids(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Frame, row and column of tokens [B, n, D]: three of [n], or of [B, 1, n] where tokens have merged."""
+        """Frame, row and column of tokens [B, n, D]: three of [n], or of [B, 1, n] behind a merge."""
         state = current_state()
         positions = None if state is None else state.positions(state.layer)
         if state is None or positions is None or not state.has_merged(state.layer):
@@ -70,17 +71,17 @@ class VJEPA2Merging(LayerMerging):
 
 
 class WeighedPooling:
-    """A layer of the pooler: each token counts as many times as it stands for patches."""
+    """Mixin for a layer of the pooler: a token of size m counts m times."""
 
     def __call__(self, *tokens: Tensor, **kwargs: Any) -> Any:
-        # An argument, as gradient checkpointing runs the forward pass again outside of every scope.
+        # Pass the mask as an argument: gradient checkpointing runs the forward pass again outside of every scope.
         if (bias := read_bias(tokens[-1], tokens[-1].dtype)) is not None:
             kwargs["attention_mask"] = bias
         return super().__call__(*tokens, **kwargs)  # type: ignore[misc]
 
 
 class MaskedPooling:
-    """An attention of the pooler, which as "eager" takes no mask."""
+    """Mixin for an attention of the pooler, whose "eager" form takes no mask."""
 
     def forward(self: Any, *tokens: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:
@@ -95,7 +96,7 @@ class MaskedPooling:
 
 
 class VJEPA2Family(Family):
-    """The config counts frames, and calls the side of its images by another name."""
+    """The config has its own names for the number of frames and the image size."""
 
     def input_sides(self, config: Any) -> tuple[int, ...]:
         return config.frames_per_clip, config.crop_size, config.crop_size

@@ -1,1 +1,1 @@
-"""Adapters as files and Hub repositories: reading with bounds, cards, publishing."""
+"""Adapters as files and Hub repositories: bounded reading, cards, publishing."""

@@ -1,6 +1,6 @@
 """A merge adapter: the learned embedding of one backbone, as a folder or a Hub repository of about a megabyte.
 
-A repository holds `merge_config.json`, `merge_adapter.safetensors` and `README.md`; only the first two are read.
+A repository holds `merge_config.json`, `merge_adapter.safetensors` and `README.md`; loading reads only the first two.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .reading import read_adapter, split_reference, tensors_digest
 
 
 class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"], license="apache-2.0"):
-    """A method's config, its learned tensors, and the backbone they were learned for.
+    """A method's config, its learned tensors, and facts about the backbone that they were trained for.
 
-    `tensors`: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], float32, and the exponents, norms and shifts
-    that `DecoupledEmbedding` has beside them where the config says so.
+    `tensors` are float32: `layers.{i}.weight` [d', D] and `layers.{i}.bias` [d'], and the other parameters of
+    `DecoupledEmbedding` that the config asks for, named by `EmbeddingShape.tensors`.
     """
 
     def __init__(self, config: MergeConfig, tensors: dict[str, Tensor], backbone: BackboneFacts) -> None:
@@ -46,34 +46,34 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
     def from_embedding(
         cls, config: MergeConfig, embedding: DecoupledEmbedding | None, backbone: BackboneFacts
     ) -> MergeAdapter:
-        """Copy the learned embedding of a merged model, in float32. Raises AdapterError where there is none."""
+        """Copy the learned embedding of a merged model, in float32. Raises AdapterError if there is none."""
         if embedding is None:
             raise AdapterError(
-                f"method={config.method!r} learns nothing, so there is no adapter: the merged model's own "
-                "save_pretrained and push_to_hub save and publish it, or attach method 'dtem', which learns."
+                f"method={config.method!r} learns nothing, so there is no adapter. Save or publish the merged model "
+                "with its own save_pretrained or push_to_hub, or attach method 'dtem', which learns."
             )
         return cls(config, embedding.adapter_values(), backbone)
 
     @property
     def embed_dim(self) -> int:
-        """Width d' of the embedding; 0 where scores are learned in its place."""
+        """Width d' of the embedding; 0 for a method that learns scores instead (dTPS)."""
         return self.tensors["layers.0.weight"].shape[0] if "layers.0.weight" in self.tensors else 0
 
     def check_fits(self, backbone: BackboneFacts) -> None:
-        """Raise AdapterError where type, depth or width of the backbone differ from those it was trained for.
+        """Raise AdapterError if type, depth or width of a backbone differ from those that the adapter was trained for.
 
-        Warns where they fit, and the backbone is known to be another model, or another commit of the same one.
+        Warns if these are the same, but the backbone is known to be another model, or another commit.
         """
         for name in ("model_type", "num_layers", "hidden_size"):
-            ours, theirs = getattr(self.backbone, name), getattr(backbone, name)
-            if ours != theirs:
-                raise AdapterError(f"{name}: the adapter was trained for {ours!r}, the model has {theirs!r}.")
+            trained, found = getattr(self.backbone, name), getattr(backbone, name)
+            if trained != found:
+                raise AdapterError(f"{name}: the adapter was trained for {trained!r}, the model has {found!r}.")
         for name in ("base_model", "base_revision"):
-            ours, theirs = getattr(self.backbone, name), getattr(backbone, name)
-            if ours is not None and theirs is not None and ours != theirs:
+            trained, found = getattr(self.backbone, name), getattr(backbone, name)
+            if trained is not None and found is not None and trained != found:
                 warnings.warn(
-                    f"{name}: the adapter was trained for {ours!r}, the model is {theirs!r}. It fits, but measure "
-                    "what it does there, or load the backbone that it was trained for.",
+                    f"{name}: the adapter was trained for {trained!r}, the model is {found!r}. The shapes fit, but "
+                    "measure the accuracy, or load the backbone that the adapter was trained for.",
                     stacklevel=3,
                 )
                 break
@@ -81,11 +81,11 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
     def load_into(self, embedding: DecoupledEmbedding | None) -> None:
         """Copy the tensors into a model's embedding; parameters without a tensor in the adapter keep their values.
 
-        Raises AdapterError where a tensor has no place of its shape.
+        Raises AdapterError if the embedding lacks one of the tensors, or has it in another shape.
         """
         if embedding is None:
             raise AdapterError(
-                f"method={self.config.method!r} learns nothing, so no model has a place for this adapter."
+                f"method={self.config.method!r} learns nothing, so a model cannot load this adapter's tensors."
             )
         if embedding.shape.embed_dim != self.embed_dim:
             raise AdapterError(
@@ -94,11 +94,11 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         own = embedding.adapter_tensors()
         for key, tensor in self.tensors.items():
             if key not in own or own[key].shape != tensor.shape:
-                place = list(own[key].shape) if key in own else "no place for it"
-                raise AdapterError(f"{key}: the adapter's is {list(tensor.shape)}, and the model has {place}.")
+                place = list(own[key].shape) if key in own else "no such tensor"
+                raise AdapterError(f"{key}: the adapter has {list(tensor.shape)}, the model {place}.")
         lacking = sorted(key for key in own.keys() - self.tensors.keys() if key.startswith("shifts."))
         if lacking and getattr(self.config, "learn_shifts", False):
-            raise AdapterError(f"{lacking[0]}: the model has it, and the adapter does not say how it moves.")
+            raise AdapterError(f"{lacking[0]}: the model has this parameter, and the adapter has no shift for it.")
         embedding.load_adapter_tensors({**own, **self.tensors})
 
     def save_pretrained(
@@ -109,10 +109,10 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         repo_id: str | None = None,
         **push_to_hub_kwargs: Any,
     ) -> CommitInfo | None:
-        """Write config, tensors and card into a folder (made if needed); each file whole or not at all.
+        """Write config, tensors and card into a folder, which is made if needed; each file is written atomically.
 
-        A card that is there is kept, and other files are left alone. With `push_to_hub`, the adapter's files are
-        published (keywords are those of the method of that name), and the commit is returned.
+        An existing card and other files do not change. With `push_to_hub`, the adapter is published
+        (`push_to_hub_kwargs` go to the method `push_to_hub`), and the commit is returned.
         """
         directory = Path(save_directory)
         self._save_pretrained(directory)
@@ -124,7 +124,7 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config_path, weights_path = save_directory / CONFIG_NAME, save_directory / WEIGHTS_NAME
-        # Both are checked as they are when the folder is read.
+        # Make both anew, so that they are checked as at reading.
         backbone = BackboneFacts.from_dict(asdict(self.backbone))
         config = {**replace(self.config).to_dict(), "backbone": asdict(backbone)}
         content = save(self.tensors, metadata={"format": "pt"})
@@ -132,19 +132,20 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             write_json(new_config, {**config, "tensors_sha256": tensors_digest(content)})
             new_weights.write_bytes(content)
             if weights_path.exists():
-                # A process killed between the two files leaves them without a digest, and so still readable.
+                # If the process is killed between the two files, a config without a digest keeps both readable.
                 write_json(config_path, config)
 
     def generate_model_card(self, **kwargs: Any) -> ModelCard:
-        """The card of an adapter about which nothing more is known (keywords are `card_of`'s)."""
+        """The card of an adapter without records of training and evaluation; `kwargs` go to `card_of`."""
         return card_of(self.config, self.backbone, **{"evaluation": None, **kwargs})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Publish the adapter in one commit, in a repository that is made if needed. Returns the commit.
+        """Publish the adapter in one commit; a missing repository is made. Returns the commit.
 
-        `private`: make it private (refused where a public repository is there). `branch` or `revision`: commit to
-        that branch, made if needed. `create_pr`: propose the commit. `commit_message`, `token`: the client's own.
-        `overwrite_card`: replace a README.md that is there. Raises what `dtem_hf.hub.client.publish` does.
+        `private`: make a private repository (an existing public one is refused). `branch` or `revision`: commit to
+        this branch, which is made if needed. `create_pr`: propose the commit as a pull request. `overwrite_card`:
+        replace an existing README.md. `commit_message` and `token` are as in huggingface_hub. Raises what
+        `dtem_hf.hub.client.publish` raises.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -161,10 +162,10 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> MergeAdapter:
-        """Read an adapter from a folder or from the Hub; its backbone is not downloaded.
+        """Read an adapter from a folder or from the Hub, without its backbone.
 
-        Raises FileNotFoundError where there is none, PermissionError where access is denied, and AdapterError (a
-        ValueError) where it is not sound.
+        Raises FileNotFoundError if there is none, PermissionError if access is denied, and AdapterError (a ValueError)
+        for an invalid adapter.
         """
         config, backbone, tensors = read_adapter(
             os.fspath(pretrained_model_name_or_path),
@@ -178,17 +179,17 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
 
     @classmethod
     def from_reference(cls, reference: str | os.PathLike[str], **hub_kwargs: Any) -> MergeAdapter:
-        """Read an adapter by what `merge=` takes: a folder, `user/repo`, or `user/repo@revision`."""
+        """Read an adapter from a folder, `user/repo`, or `user/repo@revision`."""
         name, revision = split_reference(reference)
         pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         return cls.from_pretrained(name, **pinned, **hub_kwargs)
 
 
 def mean_adapter(adapters: Sequence[MergeAdapter]) -> MergeAdapter:
-    """Each tensor as the mean over those adapters of one backbone that have it, with the config of the first.
+    """The mean of adapters of one backbone, with the config of the first.
 
-    Runs from one start average well. Raises AdapterError where shapes or backbones differ. Source: model soups,
-    arXiv 2203.05482.
+    Each tensor is the mean over the adapters that have it. Adapters that were trained from the same start average
+    well. Raises AdapterError if shapes or backbones differ. Source: model soups, arXiv 2203.05482.
     """
     first, means = adapters[0], {}
     for other in adapters[1:]:
@@ -196,6 +197,6 @@ def mean_adapter(adapters: Sequence[MergeAdapter]) -> MergeAdapter:
     for key in dict.fromkeys(key for each in adapters for key in each.tensors):
         tensors = [each.tensors[key] for each in adapters if key in each.tensors]
         if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
-            raise AdapterError(f"{key}: adapters of one shape have a mean, and these have {sorted(shapes)}.")
+            raise AdapterError(f"{key}: only adapters of one shape have a mean; these have {sorted(shapes)}.")
         means[key] = torch.stack(tensors).mean(dim=0)
     return MergeAdapter(first.config, means, first.backbone)

@@ -1,7 +1,7 @@
-"""The model card of an adapter, made from its config and the JSON of training and evaluation; nothing typed by hand.
+"""The model card of an adapter, made from its config and its JSON records of training and evaluation.
 
-A card is published, and anyone may have written the names in those configs and records. So metadata goes through a
-YAML writer, names stand in the body as code, on one line and without backticks, and figures are checked to be numbers.
+A card is published, and its config and records may come from anyone. So a YAML writer writes the metadata, names in
+the body are code on one line without backticks, and figures are checked to be numbers.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _AUTO_CLASSES = {
     "image-to-text": "AutoModelForImageTextToText",
     "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
-# Of an adapter that was not evaluated: by the task that it was trained with.
+# The pipeline tag of an adapter that was not evaluated, by its training task.
 _TRAINED_FOR = {
     **dict.fromkeys(("feature_distillation", "feature_fisher"), "image-feature-extraction"),
     **dict.fromkeys(("captioning", "caption_fisher"), "image-text-to-text"),
     "contrastive": "zero-shot-image-classification",
 }
-# By what is compared: title, entry of a row, and format of the columns that say how much merging changes.
+# Columns that show how much merging changes, by the compared outputs: title, entry of a row, number format.
 _COLUMNS = {
     "classes": [("Agreement (%)", "agreement", ".2f"), ("KL", "kl", ".4f")],
     "maps": [("Map error", "map_error", ".4f"), ("IoU", "iou", ".3f")],
     "features": [("Cosine", "cosine", ".4f")],
 }
-# Absent where there were no labels, too few images to time or to compare, or others of these are measured.
+# Entries that a row may lack: without labels, with too few images, or if the evaluation measures other figures.
 _OPTIONAL = ("top1", "top5", "same_nearest", "knn_top1", "images_per_second", "speedup")
 _OPTIONAL_COLUMNS = [
     ("Top-1 (%)", "top1", ".2f"),
@@ -58,17 +58,17 @@ def card_of(
     pictures: dict[str, str] | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
-    """The card of an adapter, from the JSON of its evaluation and training (None: the card says that there is none).
+    """The card of an adapter, from the records of its evaluation and training (None: the card says there is none).
 
-    `pictures` are file names in the adapter's folder by caption; `repo_id` is the repository the card will lie in.
-    Raises ValueError that names an entry of the JSON, a picture or a repository that makes no sense.
+    `pictures` are file names in the adapter's folder by caption; `repo_id` is the card's repository. Raises ValueError
+    that names an invalid entry of a record, picture or repository.
     """
     if repo_id is not None and not is_repo_id(repo_id):
         raise BadValue("repo_id", repo_id, "a Hub id like user/repo")
     record = evaluation or {}
     learned = entry(entry(training or {}, "training", "arguments", dict, {}), "training.arguments", "task", str, "")
     default = _TRAINED_FOR.get(learned, "image-classification")
-    if default == "image-feature-extraction" and config.unmerge is False:  # said where a language model reads them
+    if default == "image-feature-extraction" and config.unmerge is False:  # a language model reads merged tokens
         default = "image-text-to-text"
     task = entry(record, "evaluation", "task", str, default)
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", task):
@@ -78,7 +78,7 @@ def card_of(
     results = []
     if any(row["method"] == config.method for row in rows):
         if entry(record, "evaluation", "adapter", str, None) is None:
-            expected = f"its {config.method} rows were measured with no adapter; name this one"
+            expected = f"the adapter of its {config.method} rows; they were measured without one"
             raise BadValue("evaluation.adapter", None, expected)
         results = _eval_results(task, record, rows, config.method)
     name = _code(backbone.base_model or None)
@@ -112,12 +112,12 @@ def card_of(
 def picture_path(name: str) -> str:
     """Check a picture's path: inside the folder, and without characters that are special in Markdown."""
     if not re.fullmatch(r"[A-Za-z0-9]\w*([.-]\w+)*(/[A-Za-z0-9]\w*([.-]\w+)*)*", name, re.ASCII):
-        raise BadValue("pictures", name, "a file's name in the adapter's folder, of letters, digits, '_', '-' and '.'")
+        raise BadValue("pictures", name, "a file name in the adapter's folder, of letters, digits, '_', '-' and '.'")
     return name
 
 
 def _is_public(name: str | None) -> bool:
-    """Whether a name holds neither a Hub token nor folders of a machine."""
+    """Whether a name holds neither a Hub token nor a path of a machine."""
     return without_private(name) == name
 
 
@@ -133,7 +133,7 @@ def _metadata(
         base_model_relation=None if base_model is None else "adapter",
         pipeline_tag=task,
         tags=["token-merging", method, *([model_type] if is_type else [])],
-        # A name without a user is a local folder's.
+        # A name without a user is the name of a local folder.
         datasets=[data_name] if data_name and "/" in data_name and is_repo_id(data_name) else None,
         metrics=["accuracy"] if results else None,
         model_name=f"{method}-{name}" if results else None,
@@ -185,13 +185,13 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _compared(rows: list[dict[str, Any]]) -> str:
-    """What the rows of an evaluation compare: a dense head's maps, features, or classes."""
+    """The outputs that an evaluation's rows compare: "maps" of a dense head, "features" or "classes"."""
     names = {name for row in rows for name in row}
     return "maps" if "map_error" in names else "features" if "cosine" in names else "classes"
 
 
 def _evaluation_text(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the template says of an evaluation."""
+    """The template's values for an evaluation."""
     where = "evaluation"
     num_images = entry(entry(evaluation, where, "data", dict), "evaluation.data", "num_images", int)
     size = entry(evaluation, where, "image_size", list)
@@ -214,7 +214,7 @@ def _evaluation_text(evaluation: dict[str, Any], rows: list[dict[str, Any]]) -> 
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Header and cells: the unmerged model first, then by falling multiply-adds, methods of the same r together."""
+    """Header and cells: the unmerged model first, then by falling multiply-adds; methods at the same r together."""
     compared = _compared(rows)
     measured = [column for column in _OPTIONAL_COLUMNS if any(row[column[1]] is not None for row in rows)]
     columns = [*measured, *_COLUMNS[compared]]
@@ -258,7 +258,7 @@ def _code(text: str | None) -> str | None:
 
 
 def _training_text(training: dict[str, Any]) -> dict[str, Any]:
-    """What the template says of a training run; what was not recorded is left out."""
+    """The template's values for a training run, without missing entries."""
     where = "training"
     best = entry(training, where, "best_validation", dict, {})
     figures = [f"{as_code(name)} {entry(best, 'training.best_validation', name, float):.4g}" for name in best]

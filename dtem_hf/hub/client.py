@@ -1,7 +1,7 @@
-"""The Hub's client with bounds on what it downloads, one commit for what it publishes, and errors that say what to do.
+"""huggingface_hub with bounded downloads, publishing in one commit, and errors that say what to do.
 
-A missing repository or file is a FileNotFoundError, denied access a PermissionError, and a Hub that gives no proper
-answer a ConnectionError. All are OSErrors that name the repository.
+A missing repository or file is a FileNotFoundError, denied access a PermissionError, and an invalid answer of the Hub
+a ConnectionError. All are OSErrors that name the repository.
 """
 
 from __future__ import annotations
@@ -47,42 +47,42 @@ from .layout import CARD_NAME
 MAIN = "main"
 _TRIES_AGAINST_OTHERS = 3
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
-_NOTHING = "Nothing was published; the same command again goes on."
-# What the client raises; the last three, where an answer is JSON of another form than the Hub's.
+_NOTHING = "Nothing was published; run the same command again."
+# The errors that the client raises; the last three for JSON that does not have the form of the Hub's answers.
 _FAILURES = (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class LostAnswer(ConnectionError):
-    """The Hub was asked to commit, and does not say whether it did."""
+    """The answer to a commit is lost, and the Hub does not say whether the commit arrived."""
 
 
 def download(
     repo_id: str, filename: str, largest: int, revision: str | None = None, **options: Any
 ) -> tuple[Path, str]:
-    """A file of a repository, from the Hub or its cache, and the commit it is of.
+    """Download a file of a repository, or take it from the cache; returns its path and its commit.
 
-    The Hub is asked for its size first, and more than `largest` bytes are not downloaded. `options` are
-    `hf_hub_download`'s. Raises FileNotFoundError, PermissionError, or AdapterError for a file that is too large.
+    It asks for the size first, and downloads at most `largest` bytes. `options` go to `hf_hub_download`. Raises
+    FileNotFoundError, PermissionError, or AdapterError for a file that is too large.
     """
     if revision is not None and (revision.startswith("/") or ".." in revision.split("/")):
-        raise FileNotFoundError(_no_revision(repo_id, revision))  # a part of a path in the cache
+        raise FileNotFoundError(_no_revision(repo_id, revision))  # it would be a part of a path in the cache
 
     class Progress(tqdm):
-        """Counts what arrives: a body may be longer than announced, and the client compares only when it ends."""
+        """Counts received bytes: a body may be longer than announced, and the client checks only at its end."""
 
         received = 0
 
         def update(self, n: float | None = 1) -> bool | None:
             self.received += int(n or 0)
             if self.received > largest:
-                raise AdapterError(f"{repo_id}: {filename} should have {largest} bytes at most; nothing was kept.")
+                raise AdapterError(f"{repo_id}: {filename} may have {largest} bytes at most; nothing was kept.")
             return super().update(n)
 
     with clear_errors(repo_id, revision, cache_dir=options.get("cache_dir")):
         facts = hf_hub_download(repo_id, filename, revision=revision, dry_run=True, **options)
         if facts.file_size is None or facts.file_size > largest:
             raise AdapterError(
-                f"{repo_id}: {filename} has {facts.file_size} bytes and should have {largest} at most; "
+                f"{repo_id}: {filename} has {facts.file_size} bytes and may have {largest} at most; "
                 "nothing was downloaded."
             )
         if facts.will_download or not os.path.lexists(facts.local_path):
@@ -92,9 +92,9 @@ def download(
 
 
 def _check_etag(repo_id: str, filename: str, revision: str | None, token: Any) -> None:
-    """Raise AdapterError for an ETag that is a path: the client makes it the name of a file (huggingface_hub 2.4).
+    """Raise AdapterError for an ETag that is a path: huggingface_hub 2.4 uses the ETag as a file name.
 
-    The client asks for it again when it downloads. A server that then answers differently is not noticed.
+    The client asks for it again when it downloads; if the server's answer has changed, this check does not notice.
     """
     etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), token=token).etag
     if not re.fullmatch(r"[\w+=-][\w.+=-]*", etag or ""):
@@ -105,18 +105,18 @@ def _check_etag(repo_id: str, filename: str, revision: str | None, token: Any) -
 
 
 def drop_cached(path: Path) -> None:
-    """Remove a downloaded file, and the blob that it links to, from the Hub's cache; the next download replaces it."""
+    """Remove a downloaded file and its blob from the Hub's cache, so that the next load downloads it again."""
     blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
-    with suppress(OSError):  # a cache that may not be written to keeps it
+    with suppress(OSError):  # the cache may be read-only
         if blob.parent == path.parents[2] / "blobs":
             blob.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
 
 def cached_commit(repo_id: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
-    """The commit of which a model's config was just loaded from the Hub; None for a folder, or where it is not known.
+    """The commit of a model whose config was just loaded from the Hub; None for a folder, or if it is unknown.
 
-    Reads the cache only.
+    It reads only the cache.
     """
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return str(revision)
@@ -140,17 +140,17 @@ def publish(
     overwrite_card: bool = False,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Put files into a repository (made if needed) in one commit, so that all of them arrive or none.
+    """Commit files to a repository, all or none; a missing repository is made.
 
-    A README.md that is there is kept unless `overwrite_card`, and the config.json of a model always. Unchanged files
-    make no commit. Where the answer to the commit is lost, the Hub is asked whether it arrived. Raises ValueError for
-    options that contradict each other, PermissionError where the token may not do it, ConnectionError.
+    An existing README.md is kept unless `overwrite_card`; an existing config.json is always kept. Unchanged files make
+    no commit. If the answer to the commit is lost, it asks the Hub whether the commit arrived. Raises ValueError for
+    contradictory options, PermissionError for missing rights, and ConnectionError.
     """
     if create_pr and branch not in (None, MAIN):
         raise BadValue("branch", branch, f"{MAIN!r} or None beside create_pr=True, which proposes a change of {MAIN}")
     api = HfApi(token=token, library_name="dtem-hf", library_version=__version__)
     with clear_errors(repo_id, branch, publishing=True):
-        repo_id = prepare(api, repo_id, private, None if create_pr else branch)
+        repo_id = make_repository(api, repo_id, private, None if create_pr else branch)
         for tries_left in reversed(range(_TRIES_AGAINST_OTHERS)):
             head = api.model_info(repo_id, revision=branch or MAIN)
             there = {entry.rfilename for entry in head.siblings or ()}
@@ -163,7 +163,7 @@ def publish(
                 )
             wanted = {name: data for name, data in files.items() if name not in kept}
             try:
-                # The Hub refuses it where another commit came first: the files that were seen may have changed.
+                # With parent_commit, the Hub refuses if another commit came first: the files may have changed.
                 return api.create_commit(
                     repo_id,
                     [CommitOperationAdd(name, data) for name, data in wanted.items()],
@@ -193,9 +193,9 @@ def _arrived(
     message: str,
     error: Exception,
 ) -> CommitInfo | None:
-    """The newest commit of a revision, or of the newest pull request, if it holds all the files; None if not.
+    """The newest commit of a revision, or of the newest pull request, if it holds all the files; else None.
 
-    Raises LostAnswer where the Hub does not say.
+    Raises LostAnswer if the Hub does not answer.
     """
     pull = None
     try:
@@ -211,7 +211,7 @@ def _arrived(
     except _FAILURES as asked:
         again = f"Look at {api.endpoint}/{repo_id}/discussions before you try again"
         if not create_pr:
-            again = "The same command again makes sure, and commits nothing twice"
+            again = "Run the same command again: it commits nothing twice"
         raise LostAnswer(
             f"{repo_id}: the upload failed ({first_line(error)}), and {api.endpoint} does not say whether the commit "
             f"arrived ({first_line(asked)}). {again}."
@@ -230,10 +230,10 @@ def _arrived(
     )
 
 
-def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str | None = None) -> str:
-    """Make a repository and a branch where they are not there yet. Returns the repository's full id.
+def make_repository(api: HfApi, repo_id: str, private: bool | None = None, branch: str | None = None) -> str:
+    """Make a repository and a branch if they are missing. Returns the repository's full id.
 
-    Raises ValueError where the repository is public and `private` is wanted.
+    Raises ValueError if `private` is wanted and the repository is public.
     """
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -246,7 +246,7 @@ def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str |
         found = api.model_info(repo_id)
     if private and not found.private:
         raise BadValue(
-            "private", private, f"{repo_id} is there and public; change that in its settings, or name another"
+            "private", private, f"{repo_id} exists and is public; change that in its settings, or name another"
         )
     if branch is not None and branch != MAIN and not branch.startswith("refs/"):
         api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -257,14 +257,14 @@ def prepare(api: HfApi, repo_id: str, private: bool | None = None, branch: str |
 def clear_errors(
     repo_id: str, revision: str | None = None, publishing: bool = False, cache_dir: Any = None
 ) -> Iterator[None]:
-    """Turn what the client raises inside the block into an OSError that names the repository and what to do."""
+    """Turn the client's errors inside the block into OSErrors that name the repository and say what to do."""
     try:
         yield
     except (BadValue, AdapterError, LostAnswer):
         raise
     except _FAILURES as error:
         cause = error.__cause__
-        # A forced download that failed says only that it failed.
+        # The error of a forced download hides the reason in its cause.
         known = cause if type(error) is ValueError and isinstance(cause, LocalEntryNotFoundError) else error
         if code := full_disk(error):
             place = str(cache_dir or constants.HF_HUB_CACHE)
@@ -298,7 +298,7 @@ def _clear(error: BaseException, repo_id: str, revision: str | None, publishing:
         return _refused(error, repo_id, publishing)
     if isinstance(error, (HTTPError, ConnectionError, RuntimeError, TimeoutError)):
         return ConnectionError(f"{repo_id}: the connection to {site} failed ({said}). {after}")
-    if isinstance(error, OSError) or type(error) is ValueError:  # the client's own words
+    if isinstance(error, OSError) or type(error) is ValueError:  # the client's message is clear
         return OSError(f"{repo_id}: {' '.join(str(error).split())}{f' {_NOTHING}' if publishing else ''}")
     return ConnectionError(f"{repo_id}: {site} gave an answer that is not the Hub's ({said}). {after}")
 
@@ -324,7 +324,7 @@ def _refused(error: HfHubHTTPError, repo_id: str, publishing: bool) -> OSError:
 
 
 def _not_cached(error: LocalEntryNotFoundError, repo_id: str, at: str) -> OSError:
-    """Why the client, which found nothing in its cache, has nothing from the Hub either."""
+    """The error for a file that is neither in the cache nor could be downloaded."""
     cause, site, at = error.__cause__, constants.ENDPOINT, f"there is no folder {repo_id} here, and on the Hub {at}"
     if cause is None or constants.is_offline_mode():
         return FileNotFoundError(

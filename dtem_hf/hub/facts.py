@@ -10,7 +10,7 @@ from ..errors import MOST_LAYERS, WIDEST, BadValue, check_whole
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """Type, depth and width of an adapter's backbone, which a model must have, and its name and commit on the Hub."""
+    """Type, depth and width of an adapter's backbone, which a model must share, and its Hub id and commit."""
 
     model_type: str
     num_layers: int
@@ -20,7 +20,7 @@ class BackboneFacts:
 
     @classmethod
     def from_dict(cls, values: Any) -> BackboneFacts:
-        """Read the `backbone` entry of an adapter's config. Raises ValueError naming what is wrong."""
+        """Read the `backbone` entry of an adapter's config. Raises ValueError that names the wrong field."""
         names = [f.name for f in fields(cls)]
         if not isinstance(values, dict):
             raise BadValue("backbone", values, f"an object with {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""The model card of an adapter's folder: made from what lies there, and kept up to date until it is edited by hand."""
+"""The model card of an adapter's folder: made from the folder's files, and updated until somebody edits it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PathLike = str | os.PathLike[str]
 
 
 def folder_card(adapter_dir: PathLike, repo_id: str | None = None) -> str:
-    """The text of the card of an adapter's folder, with those of its records and `layout.PICTURES` that are there.
+    """The text of an adapter folder's card, from the records and the `layout.PICTURES` that the folder holds.
 
     Raises FileNotFoundError for a folder without an adapter, and what `card_of` raises.
     """
@@ -39,7 +39,7 @@ def folder_card(adapter_dir: PathLike, repo_id: str | None = None) -> str:
 
 
 def write_card(adapter_dir: PathLike) -> Path:
-    """Write the card that `folder_card` makes of a folder, in place of one that is there. Returns its path."""
+    """Write the card of `folder_card` into the folder, over an existing one. Returns its path."""
     path = Path(adapter_dir) / CARD_NAME
     write_text(path, folder_card(adapter_dir))
     return path
@@ -47,9 +47,9 @@ def write_card(adapter_dir: PathLike) -> Path:
 
 @contextmanager
 def refreshed_card(adapter_dir: PathLike) -> Iterator[Path]:
-    """`with refreshed_card(folder) as folder:` change files in a folder; its card follows.
+    """`with refreshed_card(folder) as folder:` change files in a folder; afterwards its card is made again.
 
-    A card that was edited is kept, with a warning.
+    An edited card is kept, with a warning.
     """
     folder = Path(adapter_dir)
     path = folder / CARD_NAME
@@ -58,24 +58,24 @@ def refreshed_card(adapter_dir: PathLike) -> Iterator[Path]:
     if untouched:
         write_card(folder)
     else:
-        warnings.warn(f"{path} was edited and is kept; remove it to have it made again.", stacklevel=3)
+        warnings.warn(f"{path} was edited and is kept; delete it to have it made again.", stacklevel=3)
 
 
 def _is_untouched(path: Path) -> bool:
     try:
         return is_made(read_text(path, LARGEST_CARD))
-    except ValueError:  # no program wrote this file
+    except ValueError:  # not a text file of reasonable size: somebody put it there
         return False
 
 
 def marked(card: ModelCard) -> str:
-    """The text of a card, and a last line by which an edited one is told from one that a program made."""
+    """The text of a card, with a last line that holds its digest: `is_made` recognises edited cards by it."""
     text = f"{card}".rstrip() + "\n"
     return f"{text}\n{_MARK}{_digest(text)} -->\n"
 
 
 def is_made(text: str) -> bool:
-    """Whether a program made a card, and it was not edited since."""
+    """Whether this package made a card and it was not edited since."""
     body, mark, digest = text.partition(f"\n{_MARK}")
     return bool(mark) and digest.strip() == f"{_digest(body)} -->"
 

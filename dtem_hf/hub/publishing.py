@@ -1,4 +1,4 @@
-"""What of an adapter's folder is published on the Hub, and what a published card says of its results."""
+"""Publish an adapter's folder on the Hub, and read the results in a published card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .reading import check_is_adapter, parse_tensors, read_config, split_referen
 from .records import clean, is_repo_id, read_record, without_private
 
 
-# The model type in config.json. transformers has no such type, so its error names an adapter as what it is.
+# The model type in config.json. transformers does not know it, and names it in its error: the user sees an adapter.
 MODEL_TYPE = "dtem_hf_merge_adapter"
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _LARGEST_PICTURE = 1 << 24
@@ -40,8 +40,8 @@ def publish_folder(
 ) -> CommitInfo:
     """Publish an adapter's folder in one commit: the files that `published_files` lists, and no others.
 
-    `branch` and `revision` mean the same; other keywords are those of `client.publish`. Raises FileNotFoundError or
-    ValueError for a folder that holds no sound adapter, and what `client.publish` raises.
+    `branch` and `revision` mean the same; `options` go to `client.publish`. Raises FileNotFoundError or ValueError for
+    a folder without a valid adapter, and what `client.publish` raises.
     """
     if branch is not None and revision not in (None, branch):
         raise BadValue("revision", revision, f"the same as branch={branch!r}, or one of them alone")
@@ -54,11 +54,11 @@ def publish_folder(
 
 
 def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) -> dict[str, bytes]:
-    """What of an adapter's folder is published, by name: config, tensors, card, records, and the card's pictures.
+    """The files of an adapter's folder to publish, by name: config, tensors, card, records, and the card's pictures.
 
-    JSON goes without Hub tokens and without the folders of this machine. A card that was not edited names the
-    repository. `config.json` is added for transformers. Raises FileNotFoundError, and ValueError for an adapter that
-    is not sound, and for links, pipes, devices and files of no reasonable size.
+    Hub tokens and paths of this machine are removed from JSON. A card that was not edited is made again with the name
+    of the repository. `config.json` is added for transformers. Raises FileNotFoundError, and ValueError for an invalid
+    adapter and for links, pipes, devices and files that are too large.
     """
     if repo_id is not None and not is_repo_id(repo_id):
         raise BadValue("repo_id", repo_id, "USER/REPO, of letters, digits, '-', '_' and '.'")
@@ -84,7 +84,7 @@ def published_files(folder: str | os.PathLike[str], repo_id: str | None = None) 
 
 
 def card_results(reference: str, **hub_options: Any) -> list[dict[str, Any]]:
-    """The evaluation results in an adapter's card; none where it has no card, or one that cannot be read.
+    """The evaluation results in an adapter's card; an empty list if there is no readable card.
 
     `reference` is a folder, a Hub id, or `id@revision`. Texts are on one line, and values are numbers.
     """

@@ -1,4 +1,4 @@
-"""Read an adapter from a folder or the Hub: two files of bounded size, of which no part is run or used as a path."""
+"""Read an adapter from a folder or the Hub: two files of bounded size. No content is executed or used as a path."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .records import clean
 # Far more than any backbone needs: 48 layers of width 3,200 with an embedding of width 256 are 157 MB.
 _LARGEST_WEIGHTS = 1 << 28
 _LARGEST_HEADER = 1 << 20
-# Of a layer, in widths of the backbone: two norms, four projections and an MLP eight times as wide come to 17.
+# Lengths of a layer's shifts, in widths of the backbone: two norms, four projections and a wide MLP come to 17.
 _MOST_SHIFTS = 32
 _SHIFT_NAME = re.compile(r"shifts\.([a-z0-9_]+(?:\.[a-z0-9_]+)+)", re.ASCII)
 
 
 class AdapterConfig(NamedTuple):
-    """What `merge_config.json` says: the method's config, the backbone, and the SHA-256 of the file of tensors."""
+    """The content of `merge_config.json`: the method's config, the backbone, and the tensor file's SHA-256."""
 
     config: MergeConfig
     backbone: BackboneFacts
@@ -42,9 +42,9 @@ class AdapterConfig(NamedTuple):
 
     @property
     def largest_weights(self) -> int:
-        """The most bytes of a file of these tensors; an embedding is no wider than its backbone."""
+        """The largest size of the tensor file in bytes; an embedding is at most as wide as its backbone."""
         width = getattr(self.config, "embed_dim", None) or self.backbone.hidden_size
-        # An embedding, exponents for at most `hidden_size` heads, one number for lengths, and shifts of parameters.
+        # The embedding, exponents of at most `hidden_size` heads, one share of lost length, and shifts.
         numbers = self.backbone.num_layers * (width + 1 + _MOST_SHIFTS) * (self.backbone.hidden_size + 1)
         return min(_LARGEST_HEADER + 4 * numbers, _LARGEST_WEIGHTS)
 
@@ -52,9 +52,9 @@ class AdapterConfig(NamedTuple):
 def read_adapter(
     name: str, revision: str | None = None, **options: Any
 ) -> tuple[MergeConfig, BackboneFacts, dict[str, Tensor]]:
-    """Read an adapter from a folder or a Hub repository; `options` are `hf_hub_download`'s.
+    """Read an adapter from a folder or a Hub repository; `options` go to `hf_hub_download`.
 
-    Raises FileNotFoundError, PermissionError, or AdapterError for an adapter that is not sound.
+    Raises FileNotFoundError, PermissionError, or AdapterError for an invalid adapter.
     """
     if os.path.isdir(name):
         check_is_adapter(name)
@@ -64,14 +64,14 @@ def read_adapter(
     path, commit = download(name, CONFIG_NAME, LARGEST_JSON, revision, **options)
     with _dropped_if_damaged(path):
         adapter = read_config(path, name)
-    # Of the same commit, so that a push in between does not mix two adapters.
+    # From the same commit: a push in between must not mix two adapters.
     weights, _ = download(name, WEIGHTS_NAME, adapter.largest_weights, commit, **options)
     with _dropped_if_damaged(path, weights):
         return adapter.config, adapter.backbone, read_tensors(weights, adapter, name)
 
 
 def recorded_merge(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """How the model in a folder, or its part, was merged when it was saved; None for any other folder.
+    """The merge config that a saved merged model, or one of its parts, records in a folder; else None.
 
     Raises ValueError for a `config.json` that cannot be read.
     """
@@ -88,21 +88,19 @@ def recorded_merge(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def check_is_adapter(folder: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError for a folder that holds a model and no adapter, saying what to do with it."""
+    """Raise FileNotFoundError for a folder that holds a model instead of an adapter, and say what to do."""
     if not Path(folder, MODEL_CONFIG_NAME).is_file() or os.path.lexists(Path(folder, CONFIG_NAME)):
         return
     if recorded_merge(folder) is None:
-        raise FileNotFoundError(
-            f"{folder} holds a model that is not merged, and no adapter: there is no {CONFIG_NAME}"
-        )
+        raise FileNotFoundError(f"{folder} holds a plain model and no adapter: there is no {CONFIG_NAME}")
     raise FileNotFoundError(
-        f"{folder} holds a merged model, and no adapter: dtem_hf's Auto classes load it merged by "
-        "from_pretrained(folder), and its own save_pretrained and push_to_hub save and publish it"
+        f"{folder} holds a merged model and no adapter: load it with from_pretrained(folder) of dtem_hf's Auto "
+        "classes, and save or publish it with its own save_pretrained or push_to_hub"
     )
 
 
 def split_reference(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """A folder or a Hub id, and the revision that `user/repo@revision` pins."""
+    """Split `user/repo@revision` into a Hub id and a revision; a folder has no revision."""
     pinned = None
     if isinstance(reference, str) and not os.path.isdir(reference):
         pinned = re.fullmatch(r"([^@]+)@([^@]+)", reference)
@@ -115,7 +113,7 @@ def read_config(path: Path, name: str) -> AdapterConfig:
         values = read_json(path)
         if not isinstance(values, dict):
             raise BadValue(CONFIG_NAME, values, "a JSON object")
-        # First, because all else may be different in another version.
+        # Check the version first: all other fields may differ in another version.
         check_version(values.pop("version", None))
         backbone = BackboneFacts.from_dict(values.pop("backbone", None))
         digest = values.pop("tensors_sha256", None)
@@ -136,15 +134,16 @@ def read_tensors(path: Path, adapter: AdapterConfig, name: str) -> dict[str, Ten
 
 
 def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str, Tensor]:
-    """The tensors in the bytes of an adapter's file, by name, if they are those that its config calls for.
+    """The tensors in the content of an adapter's file, by name.
 
-    Raises AdapterError.
+    Raises AdapterError if they are not the tensors that the config asks for.
     """
     where = f"{name}: {WEIGHTS_NAME}"
     length = int.from_bytes(content[:8], "little")
     if length > _LARGEST_HEADER:
         raise AdapterError(
-            f"{where} is not a readable safetensors file: a header of {length} bytes, at most {_LARGEST_HEADER}."
+            f"{where} is not a readable safetensors file: its header has {length} bytes, and may have "
+            f"{_LARGEST_HEADER} at most."
         )
     try:
         found = dict(deserialize(content))
@@ -155,12 +154,12 @@ def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str
     shape = EmbeddingShape(
         backbone.num_layers,
         backbone.hidden_size,
-        # The config may leave the width to the model, and does not say how many heads there are.
+        # The config may leave the width open, and does not hold the number of heads: read them off the tensors.
         0 if predictors else getattr(config, "embed_dim", None) or _length(found.get("layers.0.bias"), WIDEST),
         _length(found.get("exponents.0"), backbone.hidden_size) if getattr(config, "learn_exponents", False) else 0,
         getattr(config, "learn_norms", False),
         predictors,
-        # Their names are the backbone's; whether it has them is checked where the adapter meets it.
+        # The names of shifts are the backbone's; `MergeAdapter.load_into` checks that the model has them.
         tuple(
             (known[1], _length(part, WIDEST)) for key, part in found.items() if (known := _SHIFT_NAME.fullmatch(key))
         )
@@ -178,39 +177,40 @@ def parse_tensors(content: bytes, adapter: AdapterConfig, name: str) -> dict[str
         part = found[key]
         if part["shape"] != wanted or part["dtype"] != "F32":
             raise AdapterError(
-                f"{where}: {key} is {part['dtype']} {part['shape']}, and F32 {wanted} would fit its config."
+                f"{where}: {key} is {part['dtype']} {part['shape']}, and its config needs F32 {wanted}."
             )
         tensors[key] = torch.frombuffer(part["data"], dtype=torch.float32).reshape(wanted)
-        # By NumPy: torch would start its threads, which a process that forks later must not have.
+        # NumPy, because torch would start its threads, which a process that forks later must not have.
         if not np.isfinite(tensors[key].numpy()).all():
             raise AdapterError(f"{where}: {key} holds NaN or infinity.")
     digest = tensors_digest(content)
     if adapter.digest not in (None, digest):
         raise AdapterError(
             f"{where} is not the file that {CONFIG_NAME} was written for: its SHA-256 is {digest}, and "
-            f"{adapter.digest} is recorded. It is damaged or another adapter's; save or download the adapter again."
+            f"{adapter.digest} is recorded. The file is damaged, or from another adapter; save or download the "
+            "adapter again."
         )
     return tensors
 
 
 def tensors_digest(content: bytes) -> str:
-    """What an adapter's config records of the file of tensors: its SHA-256, which is also its name in Git LFS."""
+    """The SHA-256 of the tensor file, which an adapter's config records; Git LFS names the file by it, too."""
     return hashlib.sha256(content).hexdigest()
 
 
 def _length(vector: Any, most: int) -> int:
-    """The length of a vector in a file; 1 where it is not there."""
+    """The length of a vector in a file, at least 1 and at most `most`; 1 if it is missing."""
     shape = vector["shape"] if vector else []
     return min(max(shape[0], 1), most) if shape else 1
 
 
 @contextmanager
 def _dropped_if_damaged(*paths: Path) -> Iterator[None]:
-    """Remove files from the Hub's cache where what they hold is not sound, so that they are downloaded again."""
+    """Remove files from the Hub's cache if the block finds them invalid, so that they are downloaded again."""
     try:
         yield
     except AdapterError as error:
-        if getattr(error.__cause__, "field", None) != "version":  # a newer dtem_hf reads that one
+        if getattr(error.__cause__, "field", None) != "version":  # a newer dtem_hf can read this file
             for path in paths:
                 drop_cached(path)
         raise

@@ -1,7 +1,7 @@
-"""JSON records of training and evaluation as a card needs them: checked, and with text that is safe to publish.
+"""Checked JSON records of training and evaluation for a card, and text that is safe to publish.
 
-The names in a record come from configs and command lines that anyone may have written, and it names folders of the
-machine on which it was made.
+Names in a record come from configs and command lines of any origin, and a record holds paths of the machine that made
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..files import read_json
 
 _LONGEST_TEXT = 1000
 _LARGEST_NUMBER = 1e18  # records hold smaller numbers, and neither infinity nor NaN
-# Hub tokens and folders of a machine, which a record may hold and a published card must not.
+# Hub tokens and paths of a machine: a record may hold them, a published card must not.
 _PRIVATE = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),
     (re.compile(r"^~?/.*/(?=[^/]+$)"), "…/"),
@@ -40,7 +40,7 @@ _KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
 
 
 def entry(record: Mapping[str, Any], where: str, name: str, kind: type, default: Any = MISSING) -> Any:
-    """An entry of a record, checked to be of a kind; `default`, if given, where it is absent or null."""
+    """An entry of a record, checked to be of a type; if it is missing or null, `default`, if given."""
     value = record.get(name)
     if value is None and default is not MISSING:
         return default
@@ -54,7 +54,7 @@ def entry(record: Mapping[str, Any], where: str, name: str, kind: type, default:
 
 
 def read_record(path: str | os.PathLike[str], links: bool = True) -> dict[str, Any]:
-    """Read a record's file as `read_json` does. Raises FileNotFoundError, or ValueError where it is no JSON object."""
+    """Read a record's file as `read_json` does. Raises FileNotFoundError, or ValueError if it is no JSON object."""
     record = read_json(path, links=links)
     if not isinstance(record, dict):
         raise BadValue(Path(path).name, type(record).__name__, "a JSON object")
@@ -74,7 +74,7 @@ def data_name_of(record: Mapping[str, Any] | None, where: str) -> str | None:
 
 
 def is_repo_id(name: Any) -> bool:
-    """Whether a name could be a repository's on the Hub."""
+    """Whether a name is valid for a Hub repository."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -83,7 +83,7 @@ def is_repo_id(name: Any) -> bool:
 
 
 def without_private(value: Any) -> Any:
-    """A record's JSON without Hub tokens, and with folders of a machine cut short."""
+    """A record's JSON without Hub tokens, and with the folders of paths replaced by "…"."""
     if isinstance(value, dict):
         return {without_private(key): without_private(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -95,19 +95,19 @@ def without_private(value: Any) -> Any:
 
 
 def clean(value: Any) -> str:
-    """Text on one line of printable characters, without what is private."""
+    """Text on one line of printable characters, without tokens and paths, shortened if it is very long."""
     text = "".join(character if character.isprintable() else " " for character in str(value))
     text = " ".join(without_private(text).split())
     return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…"
 
 
 def as_code(value: Any) -> str:
-    """Text as a code span, in which only the backtick is special in Markdown (and bars, inside a table)."""
+    """Text as a Markdown code span; in it, only the backtick is special (and bars, inside a table)."""
     return f"`{as_line(value) or ' '}`"
 
 
 def as_line(value: Any) -> str:
-    """Text as a line inside a code block, which cannot end it."""
+    """Text as a line inside a code block; it has no backtick that could end the block."""
     return clean(value).replace("`", "'")
 
 

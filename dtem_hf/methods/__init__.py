@@ -1,4 +1,4 @@
-"""One file per reduction method; a file that is put here is found."""
+"""Reduction methods, one per file. New files in this folder are imported automatically."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a reduction method is: the step between a layer's attention and its MLP."""
+"""The base class of reduction methods: the step between a layer's attention and its MLP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=MergeConfig)
 
 
 class MergedLayer(Protocol):
-    """What a method may ask of the layer that runs."""
+    """The layer methods that a reduction method may call."""
 
     training: bool
 
@@ -26,18 +26,18 @@ class MergedLayer(Protocol):
         """Attention keys as the layer computes them, before any rotation: [B, n, D] -> [B, n, H, d]."""
 
     def first_token_attention(self, normed: Tensor, bias: Tensor | None, state: TokenState) -> Tensor:
-        """How much the first token attends to each token, averaged over heads: [B, n, D] -> [B, n], float32."""
+        """The first token's attention to each token, averaged over heads: [B, n, D] -> [B, n], float32."""
 
 
 _METHODS: dict[str, type[Method[Any]]] = {}
 
 
 class Method(ABC, Generic[C]):
-    """One method, set up for one encoder. Holds no tensors and nothing about a pass.
+    """A reduction method for one encoder. It holds no tensors and no state of a pass.
 
-    A subclass names its `config_class`. `pairwise`: each token that leaves a layer is one of a pair, so that
-    at most half of the tokens can leave. `merges_halves`: those are the tokens at even and at odd positions.
-    `between`: `reduce` runs behind a layer's MLP, in front of the next layer, not between attention and MLP.
+    A subclass names its `config_class`. `pairwise`: tokens merge in pairs, so that at most half of them can leave a
+    layer. `merges_halves`: the pairs are of even and odd positions (A and B). `between`: `reduce` runs behind the
+    layer's MLP, in front of the next layer, and not between attention and MLP.
     """
 
     config_class: ClassVar[type[MergeConfig]]
@@ -54,25 +54,25 @@ class Method(ABC, Generic[C]):
             _METHODS[cls.config_class.method] = cls
 
     def check(self, encoder_name: str) -> None:
-        """Raise UnsupportedModelError for an encoder that lacks what the method needs."""
+        """Raise UnsupportedModelError if the method cannot run in the encoder."""
 
     def embedding_shape(self) -> EmbeddingShape | None:
-        """What this method learns of an encoder, None if it learns nothing."""
+        """The shapes of the method's learned parameters; None if it learns nothing."""
         return None
 
     def initialize(self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float) -> None:
-        """Fill the learned embedding from the layers' key projections; `std` is that of the backbone's own weights."""
+        """Fill the untrained embedding, from key projections or with standard deviation `std`, the backbone's own."""
 
     @abstractmethod
     def metric_cost(self) -> MetricCost:
-        """Multiply-adds of the features that a layer compares tokens by."""
+        """Multiply-adds of a layer's metric, and of comparing tokens by it."""
 
     @abstractmethod
     def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
-        """Reduce the tokens of layer `state.layer`, behind its attention: x [B, n, D] -> [B, n', D].
+        """Reduce the tokens of layer `state.layer` and record it in `state`: x [B, n, D] -> [B, n', D].
 
-        `normed` [B, n, D] is the input of the layer's queries, keys and values, `bias` [B or 1, 1 or H, 1 or n, n] the
-        mask that was added to its scores.
+        `normed` [B, n, D] is the input of the layer's queries, keys and values. `bias` [B or 1, 1 or H, 1 or n, n] is
+        the mask that attention added to its scores.
         """
 
     def wants_bias(self, training: bool) -> bool:
@@ -80,11 +80,11 @@ class Method(ABC, Generic[C]):
         return self.config.proportional_attention
 
     def masks_tokens(self, training: bool) -> bool:
-        """Whether tokens that leave stay, behind a mask, until the encoder returns all in place."""
+        """Whether pruned tokens stay in the sequence behind a mask, until the encoder returns all tokens in place."""
         return False
 
     def loss_term(self, state: TokenState) -> Tensor | None:
-        """What a training pass adds to the loss of a task: a scalar, or None for nothing."""
+        """A scalar that training adds to the task's loss; None for nothing."""
         return None
 
     def sizes_carry_gradient(self, training: bool) -> bool:

@@ -46,15 +46,15 @@ class DTEM(MatchingMethod[DTEMConfig]):
         return MetricCost(shape.hidden_size * shape.embed_dim, width=shape.embed_dim)
 
     def is_soft(self, training: bool) -> bool:
-        """Whether a layer merges softly at this moment."""
+        """Whether a layer in this mode merges softly."""
         return self.config.relaxation == "soft" or (self.config.relaxation == "auto" and training)
 
     def is_straight_through(self, training: bool) -> bool:
-        """Whether a layer merges hard, with the gradients of the soft merge, at this moment."""
+        """Whether a layer in this mode merges hard, with the gradients of the soft merge."""
         return self.config.relaxation == "straight_through" and training
 
     def wants_bias(self, training: bool) -> bool:
-        # Softly merged tokens leave attention only through their sizes.
+        # Softly merged tokens stay in the sequence; only their small sizes take them out of attention.
         return self.config.proportional_attention or self.is_soft(training)
 
     def sizes_carry_gradient(self, training: bool) -> bool:
@@ -62,7 +62,7 @@ class DTEM(MatchingMethod[DTEMConfig]):
 
     def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
         assert state.embedding is not None
-        # Detached, so that no gradient teaches the backbone to be easy to compare.
+        # Detached: the metric's gradient must not change the backbone.
         return state.embedding.projections[state.layer](normed.detach())
 
     def merge(self, x: Tensor, metric: Tensor, r: int, training: bool, state: TokenState) -> Tensor:

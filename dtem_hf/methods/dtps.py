@@ -1,4 +1,4 @@
-"""dTPS: patches that a learned network scores low join those that they resemble (METHOD.md section 9)."""
+"""dTPS: patches with a low learned score join the most similar kept patches (METHOD.md section 9)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .matching import squeeze
 
 
 class DTPS(Method[DTPSConfig]):
-    """Pruning and squeezing in front of layers, each of which has a predictor of its own.
+    """Prune and squeeze patches in front of some layers, each with its own predictor.
 
-    In `.eval()`, the patches of highest score are kept. In `.train()`, which are kept is drawn, and no token leaves:
-    attention leaves out the pruned ones, which gives the predictors a gradient. What joins which host gives them none.
+    `.eval()` keeps the patches of highest score. `.train()` draws which patches to keep, and no token leaves: a mask
+    hides the pruned tokens from attention and gives the predictors a gradient. The choice of hosts has no gradient.
     """
 
     config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
@@ -39,7 +39,7 @@ class DTPS(Method[DTPSConfig]):
 
     def initialize(self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float) -> None:
         if self._layers:
-            initialize_randomly(embedding, std, seed=0)  # two models that are attached alike give the same outputs
+            initialize_randomly(embedding, std, seed=0)  # the same attach gives the same outputs
 
     def metric_cost(self) -> MetricCost:
         width, prefix = self.geometry.hidden_size, self.geometry.num_prefix_tokens
@@ -70,9 +70,10 @@ class DTPS(Method[DTPSConfig]):
         return squeeze(x, before, kept, pruned, state, empty)
 
     def _mask(self, x: Tensor, kept: Tensor, earlier: Tensor, before: Tensor, state: TokenState) -> Tensor:
-        """Squeeze the patches that are pruned now: x [B, n, D], sizes `before` [B, n]; the others are of patches.
+        """Squeeze the patches that this layer prunes into their hosts: x [B, n, D], sizes `before` [B, n].
 
-        `kept` [B, n - P] are 1 or 0 with a gradient, bool `earlier` those that were kept so far.
+        `kept` [B, n - P], 1 or 0 with a gradient, are the patches that stay; bool `earlier` [B, n - P] are the patches
+        that were kept so far.
         """
         prefix = state.num_prefix_tokens
         stays = F.pad(kept.detach() > 0.5, [prefix, 0])
@@ -99,7 +100,7 @@ class DTPS(Method[DTPSConfig]):
         return training
 
     def loss_term(self, state: TokenState) -> Tensor | None:
-        """2 · mean (ρˢ - kept share)², over the stages s and the images."""
+        """2 · mean (ρˢ - kept share)², over stages s and images."""
         if not state.kept:
             return None
         prefix, sizes = state.num_prefix_tokens, state.sizes(0)

@@ -1,4 +1,4 @@
-"""eTPS: the patches that the CLS token attends to least join those that they resemble (METHOD.md section 9)."""
+"""eTPS: patches with little CLS attention join the most similar kept patches (METHOD.md section 9)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .ranking import RankingMethod
 
 
 class ETPS(RankingMethod[ETPSConfig]):
-    """EViT's ranking; each pruned patch goes to one kept patch, its host, and counts by how alike they are."""
+    """Rank as EViT does; each pruned patch joins one kept patch, its host, weighted by their similarity."""
 
     config_class: ClassVar[type[ETPSConfig]] = ETPSConfig
 

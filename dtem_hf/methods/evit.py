@@ -1,4 +1,4 @@
-"""EViT: the patches that the CLS token attends to least are fused into one token (METHOD.md section 7)."""
+"""EViT: fuse the patches with little CLS attention into one token (METHOD.md section 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ranking import RankingMethod
 
 
 class EViT(RankingMethod[EViTConfig]):
-    """The fused token is the sum of the others, weighted by that attention."""
+    """The fused token is the sum of the patches that are not kept, weighted by CLS attention."""
 
     config_class: ClassVar[type[EViTConfig]] = EViTConfig
 
@@ -22,7 +22,7 @@ class EViT(RankingMethod[EViTConfig]):
         kept, fused = ops.split_by_score(scores, num_tokens - prefix - r - 1, prefix)
         x, new_sizes = ops.fuse_tokens(x, sizes, scores, kept, fused, prefix)
 
-        def carry(positions: Tensor) -> Tensor:  # the fused patches' mean place, whatever attention weighs them by
+        def carry(positions: Tensor) -> Tensor:  # the mean position of the fused patches, weighted by size
             shares = sizes / sizes.gather(1, fused).sum(dim=1, keepdim=True)
             return ops.fuse_tokens(positions, sizes, shares, kept, fused, prefix)[0]
 

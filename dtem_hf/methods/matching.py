@@ -1,4 +1,4 @@
-"""What methods share that merge r pairs of tokens per layer by some metric, or by attention keys."""
+"""Base classes of methods that merge r pairs of tokens per layer, by any metric or by keys; and TPS's squeezing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ M = TypeVar("M", bound=MatchingConfig)
 
 
 class MatchingMethod(Method[M]):
-    """Hard bipartite soft matching; a subclass says by which metric."""
+    """Hard bipartite soft matching. A subclass defines the metric."""
 
     merges_halves: ClassVar[bool] = True
 
     @abstractmethod
     def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
-        """The features that tokens are compared by: [B, n, D] -> [B, n, d]."""
+        """The features to compare tokens by: [B, n, D] -> [B, n, d]."""
 
     def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
         index = state.layer
@@ -55,14 +55,14 @@ class MatchingMethod(Method[M]):
 
 
 class KeyMatchingMethod(MatchingMethod[M]):
-    """Tokens are compared by their attention keys, averaged over heads. Nothing to learn; hard in training as well."""
+    """Compare tokens by their attention keys, averaged over heads. Nothing is learned; training merges hard, too."""
 
     def metric_cost(self) -> MetricCost:
-        return MetricCost(0, width=self.geometry.head_dim)  # attention has computed the keys
+        return MetricCost(0, width=self.geometry.head_dim)  # attention computes the keys anyway
 
     def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
         keys = layer.keys(normed, state).detach()
-        # The sum points where the mean does.
+        # The sum has the direction of the mean, and the cosine needs only that.
         if ops.is_exporting() and ops.exports_openvino():
             first, *others = keys.float().unbind(-2)
             return sum(others, start=first)
@@ -72,8 +72,8 @@ class KeyMatchingMethod(MatchingMethod[M]):
 def squeeze(
     x: Tensor, sizes: Tensor, kept: Tensor, pruned: Tensor, state: TokenState, empty: Tensor | None = None
 ) -> Tensor:
-    """TPS: pruned tokens join the kept ones that they resemble most: x [B, n, D], sizes [B, n] -> [B, n - r, D]."""
-    matching, weights = ops.squeeze_hosts(x, kept, pruned, empty)
+    """TPS: pruned tokens join the most similar kept tokens: x [B, n, D], sizes [B, n] -> [B, n - r, D]."""
+    matching, weights = ops.match_pruned_to_kept(x, kept, pruned, empty)
     squeezed, _ = ops.merge_tokens(x, weights, matching)
     _, new_sizes = ops.merge_tokens(sizes.unsqueeze(-1), sizes, matching)
     record_matched(state, squeezed, new_sizes, matching)
@@ -81,7 +81,7 @@ def squeeze(
 
 
 def record_matched(state: TokenState, x: Tensor, sizes: Tensor, matching: ops.Matching) -> None:
-    """Record what a matching left of the tokens of the running layer."""
+    """Record the running layer's output after a merge along a matching: x [B, n', D], sizes [B, n']."""
     before, num_tokens = state.sizes(state.layer), x.shape[1] + matching.leaving.shape[1]
     state.record_merge(
         state.layer,

@@ -1,4 +1,4 @@
-"""PiToMe: the tokens that many others resemble merge, the others are protected (METHOD.md section 9)."""
+"""PiToMe: tokens that are similar to many others merge, distinct tokens are protected (METHOD.md section 9)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .matching import KeyMatchingMethod, record_matched
 
 
 class PiToMe(KeyMatchingMethod[PiToMeConfig]):
-    """Merged by the size-weighted mean, as ToMe does."""
+    """Match by energy, and merge by the size-weighted mean, as ToMe does."""
 
     config_class: ClassVar[type[PiToMeConfig]] = PiToMeConfig
     merges_halves: ClassVar[bool] = False
@@ -23,7 +23,7 @@ class PiToMe(KeyMatchingMethod[PiToMeConfig]):
         return super().metric_cost()._replace(compared="all")
 
     def margin(self, layer: int) -> float:
-        """The cosine above which two tokens count as alike in a layer."""
+        """The cosine above which two tokens count as alike, in a layer: linear from `margin` to `last_margin`."""
         first, last = self.config.margin, self.config.last_margin
         return first + (last - first) * layer / max(self.geometry.num_layers - 1, 1)
 

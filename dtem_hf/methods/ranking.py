@@ -1,4 +1,4 @@
-"""What methods share that rank patches by the attention that the CLS token pays them."""
+"""The base class of methods that rank patches by the attention of the CLS token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K = TypeVar("K", bound=KeepRateConfig)
 
 
 class RankingMethod(Method[K]):
-    """Nothing to learn; the same in training. The scores are the layer's own queries and keys."""
+    """Rank by CLS attention, from the layer's queries and keys. Nothing is learned; training does the same."""
 
     pairwise: ClassVar[bool] = False
 
@@ -32,7 +32,7 @@ class RankingMethod(Method[K]):
 
     def metric_cost(self) -> MetricCost:
         width = self.geometry.num_heads * self.geometry.head_dim
-        # The products of keys, which attention has computed, with one query, and that query.
+        # Project one query, and multiply it with the keys; attention computes the keys anyway.
         return MetricCost(width, per_image=width * self.geometry.hidden_size)
 
     def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
@@ -47,4 +47,4 @@ class RankingMethod(Method[K]):
 
     @abstractmethod
     def shorten(self, x: Tensor, sizes: Tensor, scores: Tensor, r: int, state: TokenState) -> Tensor:
-        """Take r tokens away from x [B, n, D] by their scores [B, n], and record it; `sizes` [B, n]."""
+        """Remove r tokens by their scores [B, n] and record it: x [B, n, D], sizes [B, n] -> [B, n - r, D]."""

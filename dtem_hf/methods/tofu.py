@@ -1,4 +1,4 @@
-"""ToFu: ToMe's matching; early layers prune, late ones merge by a mean of full length (METHOD.md section 9)."""
+"""ToFu: ToMe's matching; early layers prune, late layers merge and restore the length (METHOD.md section 9)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .matching import KeyMatchingMethod, record_matched
 
 
 class ToFu(KeyMatchingMethod[ToFuConfig]):
-    """A pruned token leaves nothing of itself, but the token that it was matched with stands for it from then on."""
+    """A pruned token's features are dropped; its size goes to its partner, which stands for both from then on."""
 
     config_class: ClassVar[type[ToFuConfig]] = ToFuConfig
 

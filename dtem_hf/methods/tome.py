@@ -1,4 +1,4 @@
-"""ToMe: tokens are compared by their attention keys, averaged over heads (METHOD.md section 2)."""
+"""ToMe: compare tokens by their attention keys, averaged over heads (METHOD.md section 2)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from .matching import KeyMatchingMethod
 
 
 class ToMe(KeyMatchingMethod[ToMeConfig]):
-    """Bipartite soft matching by keys, merged by the size-weighted mean."""
+    """Bipartite soft matching by keys, and merging by the size-weighted mean."""
 
     config_class: ClassVar[type[ToMeConfig]] = ToMeConfig

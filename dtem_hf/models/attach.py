@@ -1,4 +1,4 @@
-"""The methods that a merged model has beside those of its own class, and the two ways to make one."""
+"""The methods of merged models (`MergeMixin`), and `attach`, which merges a model in memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..configuration import MergeConfig
 from ..costs import MergePlan
 from ..errors import BadValue
-from ..families import SUPPORTED, find_encoder, find_family, find_place, serve_attention
+from ..families import SUPPORTED, enable_size_bias, find_encoder, find_family, find_place
 from ..families.containers import container_of
 from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
 from ..schedule import FlopsSchedule
 from ..token_state import MergeTrace
-from .derived import Renamed, derived_class, restore_class, stock_class
+from .derived import DerivedMixin, derived_class, restore_class, stock_class
 from .encoder import EncoderMerging, embedding_of, pass_options
 from .install import (
     MergeLike,
@@ -38,23 +38,23 @@ from .speedup import share_for_speedup
 
 
 EMBEDDING_KEYS = r"(^|\.)merge_embedding\."
-# The arguments of a model's `from_pretrained` that reading an adapter takes, too.
+# The arguments of a model's `from_pretrained` that also apply to reading an adapter.
 ADAPTER_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 # Stands for "not given", where None means "without merging".
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET"})()
 
 
-class MergeMixin(Renamed):
-    """What a merged model can do beside what its own class can."""
+class MergeMixin(DerivedMixin):
+    """The methods that a merged model has beside those of its own class."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, merge_config: MergeConfig | None = UNSET, **kwargs: Any):
-        """Merge as `config.merge` says, and so make a place for the embedding that a checkpoint holds.
+        """Merge as `config.merge` says, so that the model has an embedding to load the checkpoint's tensors into.
 
-        With `merge_config`, only where that keeps the recorded embedding; `from_pretrained` attaches all else when the
-        weights are loaded.
+        With None or a `merge_config` of another method, make the plain model; `from_pretrained` attaches the merge
+        when the weights are loaded.
         """
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if merge_config is not UNSET:  # what the checkpoint holds of an embedding is not asked for
+        if merge_config is not UNSET:  # the checkpoint's embedding is not needed: no warning about its keys
             ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
             self._keys_to_ignore_on_load_unexpected = {*ignored, EMBEDDING_KEYS}
         recorded, _ = resolve_merge(_take_record(self))
@@ -68,22 +68,22 @@ class MergeMixin(Renamed):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, merge: MergeLike = UNSET, **kwargs: Any
     ) -> Any:
-        """transformers' `from_pretrained` with `merge`: a config, an adapter, its Hub id or folder, or None for none.
+        """transformers' `from_pretrained` with `merge`: a config, an adapter, its Hub id or folder, or None (plain).
 
-        Left out, the checkpoint's own `config.merge` decides, and its learned embedding is loaded. Raises ValueError
-        where the merge does not fit the model, OSError where a recorded embedding is not in the checkpoint.
+        Without `merge`, the checkpoint's `config.merge` decides, and its learned embedding is loaded. Raises
+        ValueError if the merge does not fit the model, and OSError if the checkpoint lacks the recorded embedding.
         """
         config = kwargs.get("config")
         if merge is UNSET and not isinstance(getattr(config, "merge", {}), dict):
-            # transformers' own Auto classes read merge= as a new value for the field of that name in a merged config.
+            # transformers' own Auto classes write the value of merge= into the config, if that has a field `merge`.
             merge = config.merge  # type: ignore[union-attr]
         if merge is not UNSET:
             wanted, adapter = resolve_merge(merge, **{k: kwargs[k] for k in ADAPTER_ARGUMENTS if k in kwargs})
             merge = adapter or wanted
-            # transformers copies the arguments with all threads; see `prepare`.
+            # Without the adapter: transformers would copy its tensors with all threads (see `prepare`).
             kwargs["merge_config"] = wanted if adapter is None else None
             if merge is not None:
-                serve_attention(kwargs.get("attn_implementation"))
+                enable_size_bias(kwargs.get("attn_implementation"))
         info_wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -92,11 +92,11 @@ class MergeMixin(Renamed):
         if missing:
             raise OSError(
                 f"{pretrained_model_name_or_path}: its config records a merge with a learned embedding, and the "
-                f"checkpoint does not hold it ({missing[0]} is missing). Pass merge='adapter' to load an adapter, "
-                "or merge=None for the plain model; attach(model, DTEMConfig(...)) then starts from keys."
+                f"checkpoint does not hold it ({missing[0]} is missing). Pass merge='adapter' to load an adapter, or "
+                "merge=None for the plain model; attach(model, DTEMConfig(...)) then starts from attention keys."
             )
         if getattr(model.config, "_commit_hash", None) is None:
-            # Newer transformers leave it out; an adapter records it.
+            # Newer versions of transformers leave it out; adapters record it.
             model.config._commit_hash = cached_commit(
                 os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")
             )
@@ -108,7 +108,7 @@ class MergeMixin(Renamed):
 
     @property
     def merge_config(self) -> MergeConfig:
-        """A copy of the config in force; `set_reduction` and `attach` change it."""
+        """A copy of the current config. Change it with `set_reduction` or `attach`."""
         return replace(merging_of(self).config)
 
     def set_reduction(
@@ -119,11 +119,12 @@ class MergeMixin(Renamed):
         target_speedup: float | None = None,
         batch_size: int = 16,
     ) -> None:
-        """Change how much is merged: r (an int, one per layer, or a schedule), or the share of multiply-adds to reach.
+        """Change how much is merged. Give exactly one of `r`, `flops` and `target_speedup`.
 
-        Or a speed-up over the unmerged model: it is measured, where the model is now and with batches of `batch_size`,
-        which share of the multiply-adds gives it (eager; about a minute on a CPU), and that share is kept. Raises
-        ValueError that names the value and what would fit; the model is unchanged then.
+        `r` is an int, a list with one per layer, or a schedule. `flops` is the share of the unmerged multiply-adds to
+        reach. `target_speedup` is a speed-up over the unmerged model: a benchmark finds the share of multiply-adds
+        that gives it, on the model's device, in eager mode, with batches of `batch_size` (about a minute on a CPU).
+        Raises ValueError that names the value and what would fit; the model does not change then.
         """
         given = [value for value in (r, flops, target_speedup) if value is not None]
         if len(given) != 1:
@@ -135,7 +136,10 @@ class MergeMixin(Renamed):
         set_merge_config(self, merging.config.with_reduction(wanted, merging.cost, merging.num_tokens))
 
     def merge_plan(self, image_size: int | tuple[int, int] | None = None) -> MergePlan:
-        """Tokens per layer and multiply-adds per image for a size in pixels (None: the model's own), not run."""
+        """Compute tokens per layer and multiply-adds per image, without running the model.
+
+        `image_size` is in pixels; None: the model's own size.
+        """
         place = find_place(self)  # type: ignore[arg-type]
         family, merging = place.family, place.encoder.merging
         plan = merging.plan if image_size is None else merging.plan_for(family.num_tokens(place.encoder, image_size))
@@ -145,9 +149,9 @@ class MergeMixin(Renamed):
 
     @contextmanager
     def trace_merging(self) -> Iterator[MergeTrace]:
-        """`with model.trace_merging() as trace:` fills a `MergeTrace` anew with every pass of this thread.
+        """`with model.trace_merging() as trace:` every pass of this thread fills the `MergeTrace` anew.
 
-        A model compiled by torch.compile takes no notice: trace the model itself.
+        It has no effect on a model compiled by torch.compile: trace the model that is not compiled.
         """
         trace = MergeTrace()
         with pass_options(find_encoder(self)[1], trace=trace):  # type: ignore[arg-type]
@@ -155,20 +159,20 @@ class MergeMixin(Renamed):
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:
-        """Inside the block, and in this thread only, the model runs as if nothing were attached.
+        """Inside the block, and in this thread only, the model runs without merging.
 
-        A model compiled by torch.compile takes no notice: run the model itself.
+        It has no effect on a model compiled by torch.compile: run the model that is not compiled.
         """
         with pass_options(find_encoder(self)[1], merge=False):  # type: ignore[arg-type]
             yield
 
     def merge_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that modular training optimises; none where the method learns nothing."""
+        """The parameters that modular training optimises; none if the method learns nothing."""
         embedding = embedding_of(find_encoder(self)[1])  # type: ignore[arg-type]
         return iter(()) if embedding is None else embedding.parameters()
 
     def to_merge_adapter(self, base_model: str | None = None) -> MergeAdapter:
-        """The learned embedding as an adapter; `base_model` is its backbone's Hub id, if the model knows none."""
+        """The learned embedding as an adapter; `base_model` is the backbone's Hub id (None: the model's own name)."""
         embedding = embedding_of(find_encoder(self)[1])  # type: ignore[arg-type]
         return MergeAdapter.from_embedding(self.merge_config, embedding, backbone_facts(self, base_model))
 
@@ -177,22 +181,22 @@ class MergeMixin(Renamed):
         self.to_merge_adapter(base_model).save_pretrained(save_directory)
 
     def push_merge_adapter(self, repo_id: str, base_model: str | None = None, **kwargs: Any) -> str:
-        """Publish the learned embedding (keywords are `MergeAdapter.push_to_hub`'s). Returns the commit's URL."""
+        """Publish the learned embedding; `kwargs` go to `MergeAdapter.push_to_hub`. Returns the commit's URL."""
         return self.to_merge_adapter(base_model).push_to_hub(repo_id, **kwargs)
 
 
 def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = None, part: str | None = None) -> Any:
-    """Merge tokens in a model that is in memory, and return it (the same object, under a class of the same name).
+    """Merge tokens in a model in memory, and return the same object; its new class has the same name.
 
-    `merge` is what `from_pretrained(merge=...)` takes; None detaches. `unmerge` overrides the config's field of that
-    name: True returns all tokens, in place. In a model that holds several encoders, `part` is the dotted name of the
-    one to merge. What was attached before, to any part, is replaced. Of PEFT's `PeftModel` the model inside is merged.
-    Raises UnsupportedModelError for a family or an attention backend that cannot be merged (and lists those that can),
-    and ValueError where the merge does not fit; the model is unchanged then.
+    `merge` takes the values of `from_pretrained(merge=...)`; None detaches. `unmerge` overrides the config's field:
+    True returns all tokens in place. If the model holds several encoders, `part` is the dotted name of the one to
+    merge. An earlier merge, of any part, is replaced. In PEFT's `PeftModel`, the model inside is merged. Raises
+    UnsupportedModelError for a model or an attention implementation that cannot be merged (and says which can be), and
+    ValueError if the merge does not fit; the model does not change then.
     """
     inner = inside_peft(model)
     if not isinstance(inner, PreTrainedModel):
-        raise BadValue("model", type(inner).__name__, "a model of transformers; of a wrapper, the model inside")
+        raise BadValue("model", type(inner).__name__, "a transformers model; pass the model inside a wrapper")
     config, adapter = resolve_merge(merge)
     if config is None:
         return detach(model)
@@ -208,13 +212,13 @@ def attach(model: PreTrainedModel, merge: MergeLike, *, unmerge: bool | None = N
 
 
 def merged_class(model_class: type) -> type:
-    """The class of a merged model, whose `from_pretrained` takes `merge`. Raises UnsupportedModelError."""
+    """The merged class of a model class; its `from_pretrained` takes `merge`. Raises UnsupportedModelError."""
     stock = stock_class(model_class)
     return derived_class(stock, *_mixins(stock))
 
 
 def _take_record(model: Any) -> Any:
-    """Take the recorded merge out of a model's config, or out of that of a part which was merged by itself."""
+    """Take the recorded merge out of a model's config, or out of the config of a part that was saved merged."""
     record = None
     for name, module in model.named_modules():
         config = getattr(module, "config", None)

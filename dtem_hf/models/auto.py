@@ -1,4 +1,4 @@
-"""transformers' Auto classes with `merge=`, under the same names; `register` gives it to transformers' own."""
+"""transformers' Auto classes with `merge=`, under the same names; `register` adds `merge=` to transformers' own."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ _HUB_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder", "trust
 
 
 class MergingAutoClass:
-    """Mixed into an Auto class of transformers: the same, plus `merge`."""
+    """Mixin that adds `merge` to an Auto class of transformers."""
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, merge: MergeLike = UNSET, **kwargs: Any
     ) -> Any:
-        """transformers' own, plus `merge`: a config, an adapter, its Hub id or folder; None for the plain model.
+        """Load a model, merged by `merge`: a config, an adapter, its Hub id or folder; None for the plain model.
 
-        Left out, the checkpoint decides: one that was saved merged comes back merged, with its learned embedding.
+        Without `merge`, the checkpoint decides: a model that was saved merged is merged again, with its learned
+        embedding. All other arguments are those of transformers.
         """
         stock = super().from_pretrained  # type: ignore[misc]
-        # Read before the backbone, which is the larger download.
+        # Before the backbone, which is the larger download: a wrong reference fails early.
         if merge is not UNSET:
             config, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
             merge = adapter or config
@@ -54,7 +55,7 @@ class MergingAutoClass:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, merge: MergeLike = UNSET, **kwargs: Any) -> Any:
-        """A model with random weights, merged by `merge` or else by `config.merge`."""
+        """A model with random weights, merged by `merge`, or without `merge` by `config.merge`."""
         wanted = getattr(config, "merge", None) if merge is UNSET else merge
         plain = copy.deepcopy(config)
         if hasattr(plain, "merge"):
@@ -76,7 +77,7 @@ class MergingAutoClass:
 
 
 def _chosen(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of some arguments that are given."""
+    """The given arguments among `names`."""
     return {name: arguments[name] for name in names if name in arguments}
 
 
@@ -86,25 +87,25 @@ def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def _is_recorded(config: PretrainedConfig, with_value: bool) -> bool:
-    """Whether a config records a merge, of the model or of a part; `with_value`: one that is not None."""
+    """Whether a config records a merge, of the model or of a part; `with_value` ignores records of None."""
     here = getattr(config, "merge", None) is not None if with_value else hasattr(config, "merge")
     return here or any(_is_recorded(part, with_value) for part in _parts(config))
 
 
 def _holds_encoder(config: PretrainedConfig) -> bool:
-    """Whether a config has one of a model that can be merged in it, at any depth."""
+    """Whether a config contains, at any depth, the config of a model that can be merged."""
     return any(isinstance(part, _CONFIGS) or _holds_encoder(part) for part in _parts(config))
 
 
 _CONFIGS = tuple({cls.config_class for cls in SUPPORTED})  # type: ignore[attr-defined]
 
 
-# For a checkpoint that several Auto classes can read, the first of these is chosen.
+# If several Auto classes can read a checkpoint, the first in this list is chosen.
 _BY_PREFERENCE: list[Any] = []
 
 
 def _merging(name: str) -> Any:
-    """An Auto class of transformers with `merge=`, under its name; those that are made first are preferred."""
+    """Make the `merge=` version of an Auto class of transformers; `auto_class` prefers those made first."""
     content = {"__module__": __name__, "__doc__": f"`transformers.{name}` with `merge=`."}
     _BY_PREFERENCE.append(type(name, (MergingAutoClass, getattr(transformers, name)), content))
     return _BY_PREFERENCE[-1]
@@ -134,9 +135,9 @@ AutoModel = _merging("AutoModel")
 
 
 def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any:
-    """Load a classifier. Raises NoTrainedHead where its head is not in the checkpoint, and so would be random.
+    """Load a classifier. Raises NoTrainedHead if the checkpoint lacks its head, which would then be random.
 
-    `instead` ends the message: what to do with an encoder that has no head.
+    `instead` is appended to the message: what to do with an encoder without a head.
     """
     with _adapters_named("AutoModelForImageClassification", name):
         config = AutoConfig.from_pretrained(name)
@@ -151,16 +152,17 @@ def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any
 
 
 def load_encoder(name: str, features: str, part: str | None = None, **options: Any) -> Any:
-    """Load a model for the features (as in `recorded_features`) of its encoder; of several, of the one in `part`.
+    """Load a model whose encoder's features are wanted: `features` is a kind of `recorded_features`.
 
-    Raises BadValue where what they are computed with is not in the checkpoint, or is no function of one image.
+    `part` chooses one of several encoders. Raises BadValue if the checkpoint lacks weights that the features need, or
+    if the encoder does not take single whole images.
     """
     model, info = AutoModel.from_pretrained(name, output_loading_info=True, merge=None, **options)
     place = find_place(model, part)
     encoder = place.encoder
     prefix = next(path for path, module in model.named_modules() if module is encoder)
     missing = [key for key in info["missing_keys"] if key.startswith(prefix and f"{prefix}.")]
-    # `auto` passes over a pooler like ViT's.
+    # Features of kind "auto" do not use a pooler like ViT's.
     missing = [key for key in missing if features == "pooled" or ".pooler.dense." not in f".{key}"]
     if missing:
         raise BadValue("model", name, f"a trained encoder, and this one lacks {min(missing)}, which would be random")
@@ -173,7 +175,7 @@ def load_encoder(name: str, features: str, part: str | None = None, **options: A
 
 @contextmanager
 def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **options: Any) -> Iterator[None]:
-    """Where the name inside the block is an adapter's and no model's, the error says how to use it."""
+    """If loading inside the block fails because the name is an adapter's, raise an error that says how to use it."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -184,7 +186,7 @@ def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **op
             raise error from None
         base_model = adapter.backbone.base_model or "the backbone"
         raise AdapterError(
-            f"{name} is a merge adapter for {base_model} ({adapter.backbone.model_type}) and no model: "
+            f"{name} is a merge adapter for {base_model} ({adapter.backbone.model_type}) and no model; use "
             f"{auto_name}.from_pretrained({base_model!r}, merge={str(pinned)!r})."
         ) from error
 
@@ -196,9 +198,9 @@ def _mapped_classes(auto: Any, config_class: Any) -> tuple[Any, ...]:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The Auto class for the model that a checkpoint was saved as, or else for one that its config can be read as.
+    """The Auto class for the architecture that a config names, or else the preferred one for the config's type.
 
-    Raises UnsupportedModelError where none of them can be merged.
+    Raises UnsupportedModelError if none of the possible models can be merged.
     """
     offered = [
         (auto, cls.__name__)
@@ -215,10 +217,8 @@ def auto_class(config: PretrainedConfig) -> Any:
 def register() -> None:
     """Make transformers' own Auto classes (and so `pipeline(..., model_kwargs={"merge": ...})`) accept `merge=`.
 
-    For a checkpoint that was saved merged they take a folder, a Hub id, `config.to_dict()` or None, as they write what
-    they are given into a config that is printed as JSON.
-
-    Opt-in and idempotent; `unregister` undoes it.
+    Calling it again changes nothing; `unregister` undoes it. For a checkpoint that was saved merged, give a folder, a
+    Hub id, `config.to_dict()` or None: transformers writes the value into the config, which must be JSON.
     """
     _register(merged_class)
 
@@ -229,7 +229,10 @@ def unregister() -> None:
 
 
 def _register(variant: Callable[[type], type]) -> None:
-    """Of several classes for a config, transformers takes the one that `config.architectures` names, or the first."""
+    """Register variants of the model classes with transformers' Auto classes.
+
+    Of several classes for a config, transformers takes the one that `config.architectures` names, or the first.
+    """
     containers = {CONFIG_MAPPING[name] for name in (*CONTAINERS, *OTHERS) if name in CONFIG_MAPPING}
     for auto in _BY_PREFERENCE:
         stock = getattr(transformers, auto.__name__)
@@ -244,7 +247,7 @@ def _register(variant: Callable[[type], type]) -> None:
 
 
 class _OwnKey:
-    """Equals a config class of transformers, but is none: before 5.19, `register` of transformers ignores its own."""
+    """Equals a config class of transformers: before 5.19, transformers' `register` ignores its own config classes."""
 
     def __init__(self, config_class: type) -> None:
         self._config_class = config_class

@@ -1,4 +1,4 @@
-"""A search for how much each layer should merge, on unlabelled images, at equal multiply-adds.
+"""Calibration: search how much each layer should merge, on unlabelled images, at equal multiply-adds.
 
 result = calibrate(model, images, flops=0.5)   # sets the plan; result.reductions, result.distance, …
 """
@@ -34,11 +34,12 @@ _FACTORS = (2.0, 1.5, 1.2)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a search found.
+    """The result of a search.
 
-    `distance` to the unmerged model (mean KL of logits in nats, 1 - cosine of features, or the mean absolute
-    difference of a head's maps) under the plan that was set, `even_distance` under the even plan of the same
-    multiply-adds; `flops` is the ratio that the plan comes to.
+    `reductions` is the plan that was set, one r per layer, and `flops` its share of the unmerged multiply-adds.
+    `distance` is the distance to the unmerged model under this plan: mean KL of logits in nats, 1 - cosine of
+    features, or mean absolute difference of a head's maps. `even_distance` is the distance under the first plan of the
+    search: the same r in every layer, or the config's own `layers`. `evaluations` counts the measured plans.
     """
 
     reductions: tuple[int, ...]
@@ -58,15 +59,15 @@ def calibrate(
     features: str = "auto",
     head: Callable[..., Any] | None = None,
 ) -> Calibration:
-    """Find how much each layer should merge, set it on a merged model, and say what it gains.
+    """Find how much each layer should merge, set this plan on a merged model, and return what it gains.
 
-    `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 64 to 256 will
-    do, and labels are not read. `flops` is the share of the unmerged model's multiply-adds to keep (None: what the
-    model keeps now). The search compares plans of at most that many multiply-adds by how far they take the hard
-    model's output from the unmerged one's, and ends after `evaluations` of them or where no neighbour is better.
-    `features` says what is compared of a model without classes: pooled, cls, patches (their mean) or grid (all of
-    them); with a dense `head`, a function of patches [B, D, rows, columns], its maps [B, H, W] are. Works for any
-    method. The same images give the same plan. Raises ValueError for a share that cannot be reached.
+    `images` are pixel values [n, C, H, W], or batches of them (tensors, or dicts with `pixel_values`); 64 to 256 are
+    enough, without labels. `flops` is the share of the unmerged multiply-adds to keep (None: the model's present
+    share). The search compares plans of at most that share by the distance between the outputs of the hard-merged and
+    the unmerged model. It ends after `evaluations` plans, or when no neighbouring plan is better. For a model without
+    classes, `features` says what to compare: auto, pooled, cls, patches (their mean) or grid (all patches). A dense
+    `head`, a function of patches [B, D, rows, columns], compares its maps [B, H, W] instead. Works with every method.
+    The same images give the same plan. Raises ValueError for a share that cannot be reached.
     """
     if not issubclass(type(model), MergeMixin):
         raise UnsupportedModelError("calibrate: the model is not merged; attach(model, DTEMConfig(...)) first.")
@@ -89,7 +90,7 @@ def calibrate(
 
 
 class _Search:
-    """Descent over a space of plans, each measured once."""
+    """A descent over a space of plans; each plan is measured once."""
 
     def __init__(
         self, model: Any, batches: Sequence[Tensor], most: int, output: Callable[[Any, Tensor], tuple[str, Tensor]]
@@ -101,7 +102,7 @@ class _Search:
             self._references = [output(model, x) for x in batches]
 
     def run(self, plans: _Plans) -> tuple[float, float, Schedule]:
-        """The distances of the first plan and of the best, and the best plan. Raises ValueError for no first plan."""
+        """The distances of the first and the best plan, and the best plan. Raises ValueError if the first is bad."""
         point, *others = plans.starts
         plans.schedule(point)
         with tqdm(total=self.most, desc="calibrate", unit="plan") as progress:
@@ -121,16 +122,16 @@ class _Search:
 
     @torch.no_grad()
     def _distance(self, plans: _Plans, point: Any, progress: Any) -> float:
-        """Distance to the unmerged model under a plan; infinity without one, and after the last evaluation."""
+        """Distance to the unmerged model under a plan; infinity for no valid plan, or if no evaluations are left."""
         try:
             schedule = None if point is None else plans.schedule(point)
-        except BadValue:  # it has too many multiply-adds
+        except BadValue:  # the point cannot reach the share of multiply-adds
             schedule = None
         key = repr(schedule)
         if schedule is None or (key not in self._seen and self.evaluations == self.most):
             return math.inf
         if key not in self._seen:
-            with warnings.catch_warnings():  # of plans that ask more of a layer than it can merge
+            with warnings.catch_warnings():  # no warnings for plans with an r that is too large
                 warnings.simplefilter("ignore")
                 self.model.set_reduction(schedule)
             pairs = zip(self.batches, self._references, strict=True)
@@ -150,20 +151,20 @@ def _maps(head: DenseHead, model: Any, pixel_values: Tensor) -> tuple[str, Tenso
     return "maps", head.maps_of(model, pixel_values)
 
 
-def _distance(ours: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor:
-    if ours[0] == "logits":
-        return kl_to(reference[1], ours[1])
-    if ours[0] == "maps":
-        return map_error(ours[1], reference[1])
-    return feature_distance(reference[1], ours[1], "cosine")
+def _distance(merged: tuple[str, Tensor], reference: tuple[str, Tensor]) -> Tensor:
+    if merged[0] == "logits":
+        return kl_to(reference[1], merged[1])
+    if merged[0] == "maps":
+        return map_error(merged[1], reference[1])
+    return feature_distance(reference[1], merged[1], "cosine")
 
 
 @dataclass(frozen=True)
 class _Plans:
-    """Plans of equal multiply-adds as points of a space: where to start, how to move, which plan a point is.
+    """A space of plans with equal multiply-adds: points to start from, moves, and the schedule of a point.
 
-    `moves` are lists of them, each repeated until none of it is better; `moved` makes the point that a move leads to,
-    or None where there is none.
+    `moves` holds lists of moves; the search repeats each list until none of its moves is better. `moved` applies a
+    move to a point and returns None for an impossible move.
     """
 
     starts: Sequence[Any]
@@ -173,7 +174,7 @@ class _Plans:
 
 
 def _over_weights(merging: Merging, flops: float) -> _Plans:
-    """A point is one weight per layer, to which its r is proportional; a move makes one layer's larger or smaller."""
+    """A point has one weight per layer, and r is proportional to it; a move scales the weight of one layer."""
     depth, num_tokens = len(merging.cost.layers), merging.plan.num_tokens
 
     def schedule(weights: tuple[float, ...]) -> Schedule:
@@ -188,7 +189,7 @@ def _over_weights(merging: Merging, flops: float) -> _Plans:
 
 
 def _over_layers(merging: Merging, flops: float) -> _Plans:
-    """A point is the layers that reduce, at one keep rate; a move shifts one of them, drops it or adds one."""
+    """A point is the set of layers that reduce, at one keep rate; a move shifts, drops or adds a layer."""
     depth = len(merging.cost.layers)
     own: KeepRateSchedule = merging.config.schedule  # type: ignore[assignment]
 
@@ -196,7 +197,7 @@ def _over_layers(merging: Merging, flops: float) -> _Plans:
         return replace(own, layers=layers).for_flops(merging.cost, merging.plan.num_tokens, flops)
 
     def moved(layers: tuple[int, ...], which: int, by: int) -> tuple[int, ...] | None:
-        """Shift one of the layers, counted from 0; by nothing: drop the layer of this number, or add it."""
+        """Shift the `which`-th of the layers; `by` 0 drops or adds the layer with the index `which`."""
         if by == 0:
             return tuple(sorted(set(layers) ^ {which})) or None
         if which >= len(layers) or not 0 <= layers[which] + by < depth or layers[which] + by in layers:
@@ -204,6 +205,6 @@ def _over_layers(merging: Merging, flops: float) -> _Plans:
         return tuple(sorted({*layers[:which], layers[which] + by, *layers[which + 1 :]}))
 
     moves = [*product(range(depth), (-1, 1))]
-    if not merging.config.learns:  # else a predictor of scores is learned for each of so many layers
+    if not merging.config.learns:  # a method that learns has one predictor per reducing layer: their number is fixed
         moves += product(range(depth), (0,))
     return _Plans([tuple(own.chosen(depth))], [moves], moved, schedule)

@@ -1,4 +1,4 @@
-"""A dense head of a user's: a function that makes one map per image of all patches, each in its place."""
+"""A user's dense head: a function that makes one map per image from all patches in place."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .vision import run_on_pixels
 class DenseHead:
     """`function` takes patches [B, D, rows, columns] and returns maps [B, H, W] or [B, 1, H, W].
 
-    A function that is a module moves to the patches' device, in eval mode. `name` stands in errors.
+    A module is moved to the patches' device and set to eval mode. `name` is for error messages.
     """
 
     function: Callable[[Tensor], Any]
     name: str
 
     def maps_of(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Run a model, and the head on its final patch tokens, all in place: [B, C, height, width] -> [B, H, W]."""
+        """Run a model, and the head on all its final patch tokens: pixels [B, C, height, width] -> [B, H, W]."""
         with recorded_features(model, "grid") as patches:
             run_on_pixels(model, pixel_values)
             return self(model, patches(), pixel_values)
 
     def __call__(self, model: Any, patches: Tensor, pixel_values: Tensor) -> Tensor:
-        """The maps of a model's final patch tokens [B, N, D] for pixels [B, C, height, width]: [B, H, W], float32.
+        """Run the head on final patch tokens [B, N, D] of pixels [B, C, height, width]: maps [B, H, W], float32.
 
-        Raises ValueError where the head returns anything else.
+        Raises ValueError if the head returns anything else.
         """
         if isinstance(self.function, nn.Module):
             self.function.to(patches.device).eval()

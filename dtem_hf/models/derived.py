@@ -1,6 +1,6 @@
-"""Classes of merged modules: those of transformers with mixins in front, under their own names.
+"""Classes of merged modules: subclasses of transformers' classes with mixins in front, under the same names.
 
-Recorded outputs, device maps and checkpoints go by a class's name, and `isinstance` by what it was derived from.
+transformers finds recorded outputs, device maps and checkpoints by a class's name; `isinstance` still holds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 
-class Renamed:
-    """Base of the mixins of derived classes, which pickle as what they were derived from."""
+class DerivedMixin:
+    """Base of the mixins of derived classes; a module of a derived class is pickled by its base and mixins."""
 
     derived_from: ClassVar[tuple[type, ...]]
 
@@ -41,18 +41,18 @@ def derive_class(module: nn.Module, *mixins: type) -> None:
 
 
 def stock_class(cls: type) -> type:
-    """The class that a derived one was made from; any other class as it is."""
-    return cls.derived_from[0] if issubclass(cls, Renamed) else cls
+    """The class that a derived class was made from; any other class is returned unchanged."""
+    return cls.derived_from[0] if issubclass(cls, DerivedMixin) else cls
 
 
 def restore_class(module: nn.Module) -> None:
-    """Give a module back the class that its own was derived from, if it was."""
-    if isinstance(module, Renamed):
+    """Give a module of a derived class its original class back; other modules do not change."""
+    if isinstance(module, DerivedMixin):
         change_class(module, stock_class(type(module)))
 
 
 def change_class(module: Any, new: type) -> None:
-    """Make a module one of another class, whose forward pass runs from now on."""
+    """Change the class of a module, and with it its forward pass."""
     module.__class__ = new
-    if "_old_forward" in vars(module):  # accelerate's hooks keep the forward pass around which they stand
+    if "_old_forward" in vars(module):  # accelerate's hooks store the forward pass that they wrap
         module._old_forward = MethodType(new.forward, module)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How far a merged model's output is from the unmerged one's: logits, features, and captions' losses."""
+"""Distances between the outputs of merged and unmerged models (logits, features, maps), and losses of captions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FEATURE_LOSSES = ("cosine", "mse")
 
 def kl_to(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference ‖ model) in nats, per image: logits [B, classes] twice -> [B]."""
-    ours, theirs = logits.float().log_softmax(-1), reference.log_softmax(-1)
-    return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    model, target = logits.float().log_softmax(-1), reference.log_softmax(-1)
+    return F.kl_div(model, target, log_target=True, reduction="none").sum(-1)
 
 
 def feature_distance(reference: Tensor, features: Tensor, kind: str) -> Tensor:
-    """[B, D] twice -> [B]: one minus the cosine, or the mean squared difference. Of [B, N, D], the mean over N."""
+    """One minus the cosine, or the mean squared difference: [B, D] twice -> [B]. For [B, N, D], the mean over N."""
     if kind == "cosine":
         distance = 1 - F.cosine_similarity(features.float(), reference, dim=-1)
     else:
@@ -55,7 +55,7 @@ def output_of(model: Any, pixel_values: Tensor, kind: str = "auto") -> tuple[str
 def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of each caption's tokens but the first: [B, V + T, classes], [B, T] -> [B].
 
-    The V logits of visual tokens, which GIT puts before those of the text, are left out.
+    GIT puts the logits of V visual tokens before the logits of the text; they do not count.
     """
     predicted, wanted = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
     losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
@@ -65,13 +65,13 @@ def caption_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def recorded_features(model: Any, kind: str, states: Sequence[int] = (-1,)) -> Iterator[Callable[[], Tensor]]:
-    """`with recorded_features(model, kind) as features:` run the model, then `features()` is [B, D] of that pass.
+    """`with recorded_features(model, kind) as features:` run the model; then `features()` is of this pass, in float32.
 
-    `pooled` is the encoder's own pooled output, `cls` its first final token, `patches` the mean of its final patch
-    tokens, weighted by their sizes. `grid` is all N of these, back in place: [B, N, D]. `auto` is the first of the
-    other three that there is; it passes over a pooler like ViT's, whose weights many checkpoints lack. With other
-    `states`, `grid` is of these hidden states (the input first), side by side: run the model with
-    output_hidden_states=True. Raises ValueError where an encoder lacks what is asked for.
+    `pooled` [B, D] is the encoder's pooled output, `cls` [B, D] its first final token, `patches` [B, D] the mean of
+    its final patch tokens, weighted by their sizes. `grid` [B, N, D] is all N patch tokens, in place. `auto` is the
+    first available of pooled, cls and patches; it ignores a pooler like ViT's, whose weights many checkpoints lack.
+    `states` are indices of hidden states (0: the input of the first layer), which `grid` concatenates; for others than
+    the last, run the model with output_hidden_states=True. Raises ValueError if the encoder lacks the wanted features.
     """
     family, encoder = find_encoder(model)
     prefix = family.geometry(encoder).num_prefix_tokens
@@ -80,7 +80,7 @@ def recorded_features(model: Any, kind: str, states: Sequence[int] = (-1,)) -> I
     outputs: list[Any] = []
     handle = encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        # Asked to prepare for a plain mean, a merged encoder hands on tokens that are weighed by their sizes.
+        # For the reader "mean", a merged encoder scales its tokens so that their plain mean is weighted by size.
         reader = "mean" if kind == "patches" or not prefix else "tokens"
         with open_scope(Scope(reader="grid" if kind == "grid" else reader)):
             yield lambda: _pool(encoder, outputs[-1], kind, prefix, states)

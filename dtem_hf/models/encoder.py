@@ -1,4 +1,4 @@
-"""What a merged encoder does in a forward pass: a token state for every pass, and what a user asked of it."""
+"""The forward pass of a merged encoder: it makes a token state for every pass, and follows the user's options."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..configuration import MergeConfig
 from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import UnsupportedModelError
-from ..families import Family, serve_attention
-from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, read_sizes, returned, with_last
+from ..families import Family, enable_size_bias
+from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, output_for_reader, read_sizes, with_last
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
 from ..token_state import TokenState
-from .derived import Renamed
+from .derived import DerivedMixin
 
 
-# What every open block changes, the outermost first, keyed by the identity of an encoder: threads, and models inside
-# models, do not see each other's options.
+# The changes of all open blocks, the outermost first, by the identity of an encoder. Other threads, and models inside
+# models, do not see them.
 _PASS_OPTIONS: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar(
     "dtem_hf_pass_options", default=MappingProxyType({})
 )
@@ -33,11 +33,11 @@ _PASS_OPTIONS: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar
 
 @contextmanager
 def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
-    """Inside the block, and in this thread only, passes of an encoder get other options.
+    """Change options of an encoder's passes, inside the block and in this thread only.
 
-    `merge`: False for plain passes. `trace`: a `MergeTrace` of the latest pass; `steps` and `states`: lists that get
-    every layer's `MergeStep`, and every pass's `TokenState`. An asyncio task that was made inside the block has them
-    as long as it is open.
+    `merge`: False for plain passes. `trace`: a `MergeTrace` that every pass fills anew. `steps`: a list that gets
+    every layer's `MergeStep`. `states`: a list that gets every pass's `TokenState`. An asyncio task that was created
+    inside the block has the options, too, until the block ends.
     """
     current = _PASS_OPTIONS.get()
     token = _PASS_OPTIONS.set({**current, id(encoder): (*current.get(id(encoder), ()), changes)})
@@ -60,11 +60,12 @@ def _options_of(encoder: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Merging:
-    """How an encoder is merged: config, method, costs, and the plan for images of `num_tokens`, the model's own size.
+    """How an encoder is merged: config, method, costs, and the plan for images of the model's own size, `num_tokens`.
 
-    `reader` is the word for what reads the encoder's tokens, where no model of its family around it says. Another
-    amount of merging changes config and plan; geometry and costs stay. `states_read` are the hidden states that are
-    read, by index, the input first; layers behind the last of them are not run.
+    `reader` says how the model reads the encoder's tokens, if no model of the encoder's family around it says so.
+    `reads_all`: it reads all tokens in place. `states_read` are the indices of the hidden states that are read (0: the
+    input of the first layer); layers behind the last of them return their input. `set_reduction` changes config and
+    plan only.
     """
 
     config: MergeConfig
@@ -87,7 +88,7 @@ class Merging:
         return self.reads_all or bool(self.config.unmerge)
 
     def plan_for(self, num_tokens: int) -> MergePlan:
-        """Raises ValueError where the config's r does not fit the encoder."""
+        """The plan for images of `num_tokens` tokens. Raises ValueError if the config's r does not fit the encoder."""
         reductions = self.config.schedule.resolve(self.cost, num_tokens)
         last = max(self.states_read)
         return self.cost.plan(num_tokens, [*reductions[:last], *[0] * (self.geometry.num_layers - last)])
@@ -97,15 +98,15 @@ class Merging:
         return self.plan.reductions if num_tokens == self.num_tokens else self.plan_for(num_tokens).reductions
 
 
-class EncoderMerging(Renamed, ScopedForward):
-    """Mixed into the encoder: every pass gets a token state of its own."""
+class EncoderMerging(DerivedMixin, ScopedForward):
+    """Mixin for the encoder: every pass gets a new token state."""
 
     merging: Merging
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
         wanted = Scope(reader=self.merging.reader) if outer is None or outer.closed else outer
-        # Pruned tokens that stay are no part of a weighed mean; any other reader gets their hosts in their places.
+        # If pruned tokens stay, a weighted mean leaves them out; other readers get their hosts in their places.
         in_place = wanted.reader not in MEANS if self._masks_tokens else wanted.reader in RETURN_ALL
         unmerge = self.merging.unmerge or in_place
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
@@ -116,7 +117,7 @@ class EncoderMerging(Renamed, ScopedForward):
         if state is not None:
             state.finished = True
             if state.changed:
-                output = returned(output, state, wanted.reader, unmerge)
+                output = output_for_reader(output, state, wanted.reader, unmerge)
                 wanted.sizes = read_sizes(state, wanted.reader, unmerge)
                 if self.merging.reader == "sized" and wanted.sizes is not None and isinstance(output, dict):
                     output[TOKEN_SIZES] = wanted.sizes
@@ -131,13 +132,13 @@ class EncoderMerging(Renamed, ScopedForward):
         return merging.method.masks_tokens(merging.family.layers(self)[0].training)  # type: ignore[arg-type]
 
     def _reaching_all(self: Any, output: Any, state: TokenState) -> Any:
-        """In training, an output that depends on all learned parameters: some layers merge nothing."""
+        """In training, make the output depend on all learned parameters, also in layers that merge nothing."""
         if not (self.training and torch.is_grad_enabled() and state.embedding is not None):
             return output
         zero = state.embedding.zero()
         if zero is None:
             return output
-        if isinstance(output, dict) and output.get("hidden_states") is not None:  # some models read these alone
+        if isinstance(output, dict) and output.get("hidden_states") is not None:  # some models read only these
             states = output["hidden_states"]
             output["hidden_states"] = tuple(x if x is None else x + zero.to(x) for x in states)
         if isinstance(output, dict) and output.get("pooler_output") is not None:
@@ -149,7 +150,7 @@ class EncoderMerging(Renamed, ScopedForward):
         options = _options_of(self)  # type: ignore[arg-type]
         if not options.get("merge", True):
             return None
-        serve_attention(self.config._attn_implementation)  # type: ignore[attr-defined]
+        enable_size_bias(self.config._attn_implementation)  # type: ignore[attr-defined]
         self._check_checkpointing()
         if (trace := options.get("trace")) is not None:
             trace.source_maps.clear()
@@ -172,7 +173,10 @@ class EncoderMerging(Renamed, ScopedForward):
         return state
 
     def _check_checkpointing(self) -> None:
-        """Reentrant checkpointing differentiates a layer's first output only, and would lose what sizes carry."""
+        """Refuse gradient checkpointing that loses the gradient of sizes, or draws other tokens when a layer reruns.
+
+        Reentrant checkpointing differentiates only the first output of a layer.
+        """
         layer: Any = self.merging.family.layers(self)[0]  # type: ignore[arg-type]
         if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
             return
@@ -189,9 +193,9 @@ class EncoderMerging(Renamed, ScopedForward):
 
 
 def embedding_of(encoder: Any) -> Any:
-    """The learned embedding of a merged encoder, None where its method learns nothing.
+    """The learned embedding of a merged encoder; None if its method learns nothing.
 
-    Of PEFT's `modules_to_save`, the copy that is active.
+    If PEFT's `modules_to_save` wraps it, this is the active copy.
     """
     embedding = getattr(encoder, "merge_embedding", None)
     copies = getattr(embedding, "modules_to_save", None)

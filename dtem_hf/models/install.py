@@ -1,8 +1,7 @@
-"""Put merging into a model that is in memory, and take it out again.
+"""Put merging into a model in memory, and take it out again.
 
-A merged model keeps its modules and its parameters; their classes become subclasses that bear the same names (recorded
-outputs, device maps and checkpoints go by name), and the learned embedding is one more child of the encoder. `detach`
-gives the classes back.
+A merged model keeps its modules and parameters. The modules' classes become subclasses of the same names (see
+`derived.py`), and the learned embedding is one more child of the encoder. `detach` restores the classes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Place, find_encoder, find_place, input_like, serve_attention
+from ..families import Place, enable_size_bias, find_encoder, find_place, input_like
 from ..families.containers import container_of, states_read
 from ..families.layer import forget_keys, remember_keys
 from ..families.shifts import Shifted, shiftable_modules, shiftable_parameters
@@ -33,7 +32,7 @@ from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
 from ..schedule import ConstantSchedule, ListSchedule
 from ..token_state import MergeStep, TokenState
-from .derived import Renamed, derive_class, restore_class
+from .derived import DerivedMixin, derive_class, restore_class
 from .encoder import EncoderMerging, Merging, embedding_of, pass_options
 
 
@@ -41,7 +40,7 @@ MergeLike = MergeConfig | MergeAdapter | str | os.PathLike[str] | None
 
 
 def resolve_merge(merge: Any, **hub_kwargs: Any) -> tuple[MergeConfig | None, MergeAdapter | None]:
-    """Read what `merge` may be: a config, an adapter, an adapter's Hub id (`user/repo[@revision]`) or folder, None."""
+    """Read a value of `merge`: a config, an adapter, its Hub id (`user/repo[@revision]`) or folder, or None."""
     if merge is None or isinstance(merge, MergeConfig):
         return merge, None
     if isinstance(merge, (str, os.PathLike)):
@@ -59,22 +58,23 @@ def _check_reference(name: str) -> None:
     """Raise BadValue for a name that is neither a folder nor a Hub id, before the Hub is asked."""
     if "/" not in name and not os.path.isdir(name):
         config = MergeConfig._methods.get(name.lower())
-        wanted = "a folder that is there, a Hub id (user/repo), or a config such as ToMeConfig()"
+        wanted = "a folder that exists, a Hub id (user/repo), or a config such as ToMeConfig()"
         raise BadValue("merge", name, wanted if config is None else f"for this method, write {config.__name__}()")
 
 
 def prepare(
     model: PreTrainedModel, config: MergeConfig, adapter: MergeAdapter | None = None
 ) -> tuple[Place, Merging, DecoupledEmbedding | None]:
-    """Make and check what attaching a config, and an adapter's embedding, adds to a model, which stays as it is.
+    """Make and check everything that `install` will add to a model; the model itself does not change yet.
 
-    Raises UnsupportedModelError and ValueError where it does not fit. On the meta device, where `from_pretrained`
-    builds a model before it loads it, the embedding stays without values.
+    Returns the place, the merging, and the embedding, with the adapter's values if one is given. Raises
+    UnsupportedModelError or ValueError if the merge does not fit. On the meta device, where `from_pretrained` builds a
+    model before it loads the weights, the embedding has no values.
     """
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
-    config = _own(config, place)
-    serve_attention(encoder.config._attn_implementation)
+    config = _copy_with_part(config, place)
+    enable_size_bias(encoder.config._attn_implementation)
     family.check(holder, encoder)
     layers = family.layers(encoder)
     if adapter is not None:
@@ -88,11 +88,11 @@ def prepare(
         _check_shiftable(encoder, layers)
     if shape is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
         raise UnsupportedModelError(
-            "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
-            "no part of any shard, and processes would not share its gradients."
+            "The model's weights are sharded. Attach before you shard: an embedding that is attached now would be in "
+            "no shard, and the processes would not share its gradients."
         )
-    # OpenMP's threads end with the thread that started them. A process that keeps some cannot compute once forked,
-    # as servers are that load a model and then start their workers.
+    # In a thread of its own: OpenMP's threads end with the thread that started them. A server that loads a model and
+    # then forks its workers must not keep such threads, or the workers cannot compute.
     with ThreadPoolExecutor(1) as short_lived:
         inference = torch.is_inference_mode_enabled()
         embedding = short_lived.submit(_make_embedding, encoder, merging, adapter, inference).result()
@@ -100,22 +100,22 @@ def prepare(
 
 
 def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Raise UnsupportedModelError where a module is of a kind whose parameters cannot move."""
+    """Raise UnsupportedModelError if a module is of a class whose parameters cannot be shifted."""
     for name, module, mixin in shiftable_modules(encoder, layers):
         if mixin is None:
             raise UnsupportedModelError(
-                f"learn_shifts=True: {name} is a {type(module).__name__}, and only parameters of torch's own Linear "
-                "and LayerNorm can move. Load the model without quantisation, or take an adapter without shifts."
+                f"learn_shifts=True: {name} is a {type(module).__name__}; only parameters of torch's own Linear and "
+                "LayerNorm can be shifted. Load the model without quantisation, or use an adapter without shifts."
             )
 
 
-def _own(config: MergeConfig, place: Place) -> MergeConfig:
-    """A copy, checked again: the caller may change theirs. It names the part, which loading must find again."""
+def _copy_with_part(config: MergeConfig, place: Place) -> MergeConfig:
+    """A checked copy of a config, independent of the caller's. It names the part, so that loading finds it again."""
     return replace(config, part=place.part or None)
 
 
 def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
-    """How a model is merged by a config. Raises ValueError where its schedule does not fit."""
+    """The `Merging` of a model and a config. Raises ValueError if the schedule does not fit."""
     family, encoder, geometry = place.family, place.encoder, method.geometry
     cost = family.encoder_cost(place.holder, encoder, method.metric_cost())
     cost = replace(cost, pairwise=method.pairwise, between=method.between)
@@ -132,7 +132,7 @@ def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: 
 
 
 def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
-    """The word for how a container reads the tokens of its part; "tokens" where the model is of the family."""
+    """How a container reads the tokens of its part; "tokens" for a model of the family, which has no container."""
     if not place.part:
         return "tokens"
     container = container_of(type(model))
@@ -162,45 +162,45 @@ def install(
     embedding: DecoupledEmbedding | None,
     model_mixins: Sequence[type],
 ) -> None:
-    """Put what was prepared into a plain model. `model_mixins` go in front of the model's class, if not there yet."""
+    """Put the results of `prepare` into a plain model; its class gets `model_mixins`, unless it has them already."""
     encoder = place.encoder
     if not is_merged(model):
         derive_class(model, *model_mixins)
     if place.part:
         holder_mixins = place.family.model_mixins(type(place.holder))
         if holder_mixins:
-            derive_class(place.holder, *holder_mixins, Renamed)
+            derive_class(place.holder, *holder_mixins, DerivedMixin)
         for name, mixin in container_of(type(model)).parts.items():
             if name in dict(model.named_children()):
-                derive_class(model.get_submodule(name), mixin, Renamed)
+                derive_class(model.get_submodule(name), mixin, DerivedMixin)
     if not isinstance(encoder, EncoderMerging):
         derive_class(encoder, EncoderMerging)
     for index, layer in enumerate(merging.family.layers(encoder)):
-        derive_class(layer, merging.family.layer_merging, Renamed)
+        derive_class(layer, merging.family.layer_merging, DerivedMixin)
         layer.merge_index = index  # type: ignore[assignment]
         merging.family.anatomy.key_module(layer).register_forward_hook(remember_keys)
     for module, mixin in merging.family.parts(place.holder, encoder):
-        derive_class(module, mixin, Renamed)
+        derive_class(module, mixin, DerivedMixin)
     if embedding is not None:
         encoder.merge_embedding = embedding
         if embedding.shape.shifts:
             for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
-                assert kind is not None  # `prepare` has checked
-                derive_class(shifting, kind, Renamed)
+                assert kind is not None  # checked by `prepare`
+                derive_class(shifting, kind, DerivedMixin)
                 shifting.merge_name = Shifts.key(*name.split("."))
     _set_merging(model, encoder, merging)
 
 
 def _warn_of_an_r_that_is_too_large(merging: Merging) -> None:
-    """An r that was written down is lowered where a layer has too few tokens; no layer can merge the one warned of."""
+    """Warn about an explicit r that no layer can merge; each layer lowers it to what it can merge."""
     schedule, patches = merging.config.schedule, merging.num_tokens - merging.cost.num_prefix_tokens
     written = isinstance(schedule, ConstantSchedule | ListSchedule) and schedule != type(merging.config)().schedule
     largest = max(schedule.resolve(merging.cost, merging.num_tokens), default=0)
     if written and merging.cost.pairwise and largest > patches // 2:
         warnings.warn(
-            f"r={largest}: an image of the model's own size has {patches} patches, of which a layer can merge half, "
-            f"{patches // 2}, at most; r is lowered to that, layer by layer. set_reduction(flops=0.5) finds an r.",
-            stacklevel=5,  # who called attach or set_reduction
+            f"r={largest}: an image of the model's own size has {patches} patches, of which a layer can merge at most "
+            f"half, {patches // 2}; each layer lowers r to what it can merge. set_reduction(flops=0.5) finds an r.",
+            stacklevel=5,  # the caller of attach or set_reduction
         )
 
 
@@ -211,14 +211,14 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 
 
 def detach(model: PreTrainedModel) -> Any:
-    """Take merging out of a model and all its parts: classes, config and state are what they were.
+    """Take merging out of a model and all its parts, and restore classes, config and state.
 
-    A plain model stays as it is. Raises ValueError for a part of a model that was attached to as a whole.
+    A plain model does not change. Raises ValueError for a part of a merged model: detach the whole model.
     """
     inner: Any = inside_peft(model)
     merged: list[Any] = [module for module in inner.modules() if is_merged(module)]
     if merged and not any(hasattr(type(module), "merge_config") for module in merged):
-        raise BadValue("model", type(inner).__name__, "the merged model that this is a part of")
+        raise BadValue("model", type(inner).__name__, "the whole merged model; this is a part of it")
     for module in merged:
         if is_installed(module):
             for layer in module.merging.family.layers(module):
@@ -238,26 +238,26 @@ def detach(model: PreTrainedModel) -> Any:
 
 def is_merged(model: nn.Module) -> bool:
     """Whether a model is of a merged class."""
-    return isinstance(model, Renamed)
+    return isinstance(model, DerivedMixin)
 
 
 def is_installed(encoder: Any) -> bool:
-    """Whether an encoder merges; a model of a merged class does not before `install` has run."""
+    """Whether `install` has run for an encoder; the class alone may be a merged one before."""
     return "merging" in vars(encoder)
 
 
 def inside_peft(model: Any) -> PreTrainedModel:
-    """The transformers model inside PEFT's wrapper; any other model as it is."""
+    """The transformers model inside PEFT's wrapper; any other model is returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def set_merge_config(model: Any, config: MergeConfig) -> None:
-    """Replace the config of a merged model; method and learned embedding stay.
+    """Replace the config of a merged model; the method and the learned embedding stay.
 
-    Raises ValueError for another method, and where the embedding would have another shape; nothing is changed then.
+    Raises ValueError for another method, or a config that needs another embedding; the model does not change then.
     """
     place = find_place(model)
-    config, merging = _own(config, place), place.encoder.merging
+    config, merging = _copy_with_part(config, place), place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
     _check_shape(config, merging)
@@ -276,34 +276,34 @@ def _check_shape(config: MergeConfig, merging: Merging) -> None:
     if wanted.embed_dim != own.embed_dim:
         raise BadValue("embed_dim", wanted.embed_dim, f"{own.embed_dim}, the width of the learned embedding")
     if wanted.predictors != own.predictors:
-        raise BadValue("layers", config.schedule, f"{own.predictors} layers, as many as have learned scores")
-    parts = ("exponent_heads", "norms", "shifts")  # of an embedding, for each of the fields
+        raise BadValue("layers", config.schedule, f"{own.predictors} layers: this is the number of learned predictors")
+    parts = ("exponent_heads", "norms", "shifts")  # fields of the shape, in the order of LEARN_FIELDS
     pairs = zip(LEARN_FIELDS, parts, strict=True)
     name = next(name for name, part in pairs if getattr(wanted, part) != getattr(own, part))
-    same = f"{not getattr(config, name)}, as the embedding was learned"
+    same = f"{not getattr(config, name)}, as in the learned embedding"
     raise BadValue(name, getattr(config, name), f"{same}; to learn another one, load with merge=None and attach")
 
 
 def load_embedding(model: Any, adapter: MergeAdapter) -> None:
-    """Put an adapter's embedding in the place of a merged model's own; its config stays. Raises ValueError."""
+    """Replace the values of a merged model's embedding by an adapter's; the config stays. Raises ValueError."""
     adapter.check_fits(backbone_facts(model))
     adapter.load_into(embedding_of(find_encoder(model)[1]))
 
 
 def merged_layers(model: Any) -> Sequence[nn.Module]:
-    """The encoder layers in which a model merges, in order."""
+    """The layers of a model's merged encoder, in order."""
     family, encoder = find_encoder(model)
     return family.layers(encoder)
 
 
 def merging_of(model: Any) -> Merging:
-    """How a merged model is merged at present."""
+    """The current `Merging` of a merged model."""
     return find_encoder(model)[1].merging
 
 
 @contextmanager
 def recorded_steps(model: Any) -> Iterator[list[MergeStep]]:
-    """`with recorded_steps(model) as steps:` appends what every layer that merges by matching chose from."""
+    """`with recorded_steps(model) as steps:` every layer that merges by matching appends its `MergeStep`."""
     steps: list[MergeStep] = []
     with pass_options(find_encoder(model)[1], steps=steps):
         yield steps
@@ -311,16 +311,16 @@ def recorded_steps(model: Any) -> Iterator[list[MergeStep]]:
 
 @contextmanager
 def recorded_states(model: Any) -> Iterator[list[TokenState]]:
-    """`with recorded_states(model) as states:` appends the token state of every merged pass."""
+    """`with recorded_states(model) as states:` every merged pass appends its token state."""
     states: list[TokenState] = []
     with pass_options(find_encoder(model)[1], states=states):
         yield states
 
 
 def backbone_facts(model: Any, base_model: str | None = None, place: Place | None = None) -> BackboneFacts:
-    """What an adapter records of a backbone, which is where the model merges, or at `place`.
+    """The facts that an adapter records about its backbone, the encoder at `place` (None: the one that merges).
 
-    The name of a local folder is left out: it means nothing elsewhere.
+    The name of a local folder is left out: it has no meaning on other machines.
     """
     place = place or find_place(model)
     encoder, geometry = place.encoder, place.family.geometry(place.encoder)

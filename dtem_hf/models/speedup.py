@@ -1,4 +1,4 @@
-"""How much to merge for a speed-up that is measured on the device a model lies on."""
+"""Find how much to merge for a wanted speed-up, by measuring on the model's device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .vision import evaluating, image_shape, run_on_pixels
 
 
 def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 5) -> float:
-    """The largest share of its multiply-adds, in hundredths, with which a merged model is `target` times as fast.
+    """The largest share of the multiply-adds, in hundredths, at which a merged model is `target` times as fast.
 
-    Bisects over shares; at each, merged and unmerged passes over noise are timed in turns, as `dtem-hf advise` times
-    them (about a minute on a laptop for a small model). The model's reduction and mode are as before when it returns.
-    Raises ValueError that says how fast it gets where `target` is out of reach.
+    A bisection over shares times merged and unmerged passes over noise in turns, as `dtem-hf advise` does (about a
+    minute on a laptop for a small model). The model's config and mode are restored at the end. Raises ValueError if
+    `target` is out of reach; the message says which speed-up is possible.
     """
     check_number("target_speedup", target, 1, 1000, above=True)
     check_whole("batch_size", batch_size, 1, MOST_TOKENS)
@@ -34,7 +34,7 @@ def share_for_speedup(model: Any, target: float, batch_size: int, rounds: int = 
 
     try:
         least = next(share for share in range(1, 101) if _is_feasible(model, share / 100))
-        low, high = least, 99  # bisection takes it that less arithmetic is never slower
+        low, high = least, 99  # bisection assumes that fewer multiply-adds are never slower
         if not reaches(low):
             most = (
                 f"at most {measured[low]:.2f}, which merging as much as possible gives with {batch_size} images here"

@@ -1,4 +1,4 @@
-"""Timing by interleaved runs: each round runs everything once, so other load on the machine falls on all of it."""
+"""Interleaved timing: each round runs every candidate once, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import BadValue
 
 
 Run = Callable[[], Any]
-# Images that a run sees in one turn, or more.
+# A turn of a run covers at least so many images.
 _BLOCK = 8
 
 
@@ -34,7 +34,7 @@ def time_interleaved(
     advance: Callable[[], Any] = lambda: None,
     batch_size: int = _BLOCK,
 ) -> np.ndarray:
-    """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are not timed; see `timed_rounds`."""
+    """Seconds of every run in every round: [rounds, runs]. `warmup` rounds are dropped; see `timed_rounds`."""
     for name, value, low in (("rounds", rounds, 1), ("warmup", warmup, 0)):
         if value < low:
             raise BadValue(name, value, f"{low} or more")
@@ -48,11 +48,11 @@ def timed_rounds(
     batch_size: int = _BLOCK,
     skipped: Collection[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Rounds without an end, each of them the seconds of every run: [runs].
+    """Yield the seconds of every run, [runs], round after round without end.
 
-    A run on a batch of fewer than 8 images is called until it has seen 8, as a single short call finds its data in no
-    cache; its seconds are those of one call. `advance` is called after every run, for a progress bar. `skipped` is
-    looked at before every run: the numbers of those that run no longer; their seconds are NaN.
+    With a batch of fewer than 8 images, a turn calls the run until it has seen 8: a single short call would find cold
+    caches. The seconds are those of one call. `advance` is called after every turn, for a progress bar. Runs whose
+    index is in `skipped` are left out and have NaN seconds; `skipped` is read again before every turn.
     """
     calls = -(-_BLOCK // batch_size)
     while True:

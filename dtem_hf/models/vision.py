@@ -1,4 +1,4 @@
-"""The part of a model that reads images: it runs on pixels alone."""
+"""Run the part of a model that reads images, on pixels alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEEN = ("pixel_values", "input_values", "pixel_values_videos")
 
 
 def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
-    """The largest part of a model that holds the encoder and needs only pixels: in CLIP, the vision tower."""
+    """The largest part of a model that holds the encoder and needs only pixels; in CLIP, the vision tower."""
     for module in model.modules():
         sees = isinstance(module, PreTrainedModel) and module.main_input_name in _SEEN
         if sees and any(child is encoder for child in module.modules()):
@@ -29,7 +29,7 @@ def image_part(model: nn.Module, encoder: nn.Module) -> nn.Module:
 def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
     """Run the part of a model that reads images on pixels [B, C, H, W] of any size, device and dtype.
 
-    Or on clips [B, T, C, H, W], or on whatever else the encoder takes.
+    Video models take clips [B, T, C, H, W], and others the inputs of their encoder.
     """
     family, encoder = find_encoder(model)
     part: Any = image_part(model, encoder)
@@ -45,16 +45,16 @@ def run_on_pixels(model: nn.Module, pixel_values: Tensor) -> Any:
 
 
 def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, ...]:
-    """Channels, height and width of the images that a model reads; `image_size` in pixels, None for its own.
+    """Channels, height and width of a model's images; of clips, the number of frames comes first.
 
-    Of clips, with the number of frames in front.
+    `image_size` is in pixels; None: the model's own size.
     """
     family, encoder = find_encoder(model)
     return family.input_shape(encoder, image_size)
 
 
 def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
-    """Batches of pixel values, from [n, C, H, W] of them, or from batches (tensors, or dicts with `pixel_values`)."""
+    """Batches of pixel values, from a tensor [n, C, H, W] or from batches (tensors, or dicts with `pixel_values`)."""
     wanted = "pixel values [n, C, H, W], or batches of them; at least one"
     if isinstance(images, str):
         raise BadValue("images", images, wanted)
@@ -69,7 +69,7 @@ def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model is in eval mode; afterwards every module is back in its own mode."""
+    """Put a model in eval mode inside the block; afterwards restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

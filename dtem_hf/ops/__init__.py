@@ -1,14 +1,14 @@
 """Pure tensor functions of token merging: no module, no state, no transformers import."""
 
 from .attention import attention_dtype, extend_keys, see_itself, size_bias
-from .damage import first_order_change
+from .first_order import first_order_change
 from .forms import MERGE_FORMS, exports_openvino, is_exporting, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
-from .hosts import energies, match_by_energy, squeeze_hosts, with_hosts
 from .lengths import norms_of, prune_tokens, restore_lengths
 from .masking import draw_kept, squeeze_in_place
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
 from .merging import compose_source_maps, join_in_place, merge_tokens, source_map, unmerge_tokens
+from .partners import energies, match_by_energy, match_pruned_to_kept, matching_of_pairs
 from .relaxation import (
     merge_along_flow,
     move_mass,
@@ -38,6 +38,8 @@ __all__ = [
     "is_exporting",
     "join_in_place",
     "match_by_energy",
+    "match_pruned_to_kept",
+    "matching_of_pairs",
     "merge_along_flow",
     "merge_form",
     "merge_tokens",
@@ -56,9 +58,7 @@ __all__ = [
     "split_by_score",
     "split_counts",
     "split_even_odd",
-    "squeeze_hosts",
     "squeeze_in_place",
     "straight_through_matching",
     "unmerge_tokens",
-    "with_hosts",
 ]

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-# The size that an empty token counts as, by the dtype of attention. The gradient of a size is the gradient of its bias
-# divided by that size: the floor must stay far above what the dtype resolves in a bias' gradient, and far below 1.
+# Attention reads the size 0 as this floor, by its dtype. The gradient of a size is the gradient of its bias divided by
+# the size, so the floor must be far above the rounding error of a bias' gradient, and far below 1.
 SMALLEST_SIZE = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-6, torch.float16: 1e-4}
-# Attention kernels take head widths that are a multiple of 8.
+# Attention kernels need a head width that is a multiple of 8.
 _WIDTH_UNIT = 8
 # A bias below this counts as minus infinity in every dtype, and float16 still holds it after scaling.
 _LOWEST_BIAS = -1e3
@@ -17,10 +17,10 @@ _LOWEST_BIAS = -1e3
 def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
     """log m as an additive attention mask: sizes [B, N] -> [B, 1, 1, N] in `dtype`.
 
-    With `exponents` [H], one per head: log of m to that power, [B, H, 1, N]; an empty token stays empty.
+    With `exponents` [H], the log of m to the power of each head, [B, H, 1, N]; an empty token stays empty.
 
-    The bias and its gradient are finite for a fully merged token (m = 0): a size below the smallest one that counts is
-    read as that one, and its gradient is passed on as if it were not clamped.
+    The bias and its gradient are finite for a fully merged token (m = 0): sizes are clamped to `SMALLEST_SIZE`, and
+    the gradient passes straight through the clamp.
     """
     floor = SMALLEST_SIZE[dtype]
     sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
@@ -36,26 +36,27 @@ def size_bias(sizes: Tensor, dtype: torch.dtype, exponents: Tensor | None = None
 
 
 def see_itself(bias: Tensor, sizes: Tensor) -> Tensor:
-    """The mask [B, 1, 1, N] of `size_bias` for every query, where a token always sees itself: [B, 1, N, N].
+    """The mask [B, 1, 1, N] of `size_bias` per query, in which every token sees itself: [B, 1, N, N].
 
-    It counts itself by its size [B, N], and once if that is less.
+    A token counts itself by its size [B, N], but at least once.
     """
     own = sizes.detach().clamp(min=1).log().to(bias.dtype)[:, None, None, :]
     return torch.where(torch.eye(sizes.shape[1], dtype=torch.bool, device=bias.device), own, bias)
 
 
 def attention_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The dtype that attention computes in, of tokens of `dtype` on a kind of device: autocast's, where it is on."""
+    """The dtype in which attention computes for tokens of `dtype` on a device type: autocast's if it is on."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
 def extend_keys(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, n, d + 8] whose attention without a mask equals that of the given with `bias`.
+    """Put an additive mask into features of the keys: [B, H, n, d] -> queries, keys and values [B, H, n, d + 8].
 
-    Queries get ones, and keys bias / scaling in a high and a low part, as bfloat16 holds only eight bits of it. Values
-    get zeros. The first d features of the output are the attention's.
+    Attention over the result, without a mask, equals attention over the arguments with `bias` [B, 1 or H, 1, n]; the
+    first d features of its output count. Queries get ones, values zeros, and keys bias / scaling, in a high and a low
+    part because bfloat16 holds only eight bits.
     """
     wanted = (bias.float().clamp(min=_LOWEST_BIAS) / scaling).transpose(2, 3).expand(*key.shape[:3], 1)
     high = wanted.to(key.dtype)

@@ -24,12 +24,12 @@ _FORM: ContextVar[str] = ContextVar("dtem_hf_merge_form", default="torch")
 
 @contextmanager
 def merge_form(form: str) -> Iterator[None]:
-    """What `torch.export` writes for matching and merging inside the block; elsewhere it makes no difference.
+    """Choose the operations that `torch.export` writes for matching and merging inside the block.
 
-    "torch", the default, orders equal scores as eager does wherever the graph runs. The others leave that to the
-    runtime: "scatter" is for ONNX Runtime, and "one_hot", which multiplies by the one-hot matrix of the matching, for
-    runtimes that cannot scatter with a sum (TensorRT) or are slow at it. "openvino" orders as "torch" does, and finds
-    maxima and sums in ways that OpenVINO is fast and exact at. Raises ValueError for another form.
+    "torch", the default, orders equal scores as eager does, wherever the graph runs. "scatter" and "one_hot" leave
+    that order to ONNX's TopK. "one_hot" multiplies by the one-hot matrix of the matching, for runtimes that cannot scatter
+    with a sum (TensorRT) or do it slowly; the other forms scatter. "openvino" orders as "torch" does, and uses maxima
+    and sums that OpenVINO runs fast and exactly. Other passes do not change. Raises ValueError for another form.
     """
     if form not in MERGE_FORMS:
         raise BadValue("merge_form", form, f"one of {', '.join(MERGE_FORMS)}")
@@ -41,7 +41,7 @@ def merge_form(form: str) -> Iterator[None]:
 
 
 def exports_one_hot() -> bool:
-    """Whether a graph is being exported that is to have no scatter."""
+    """Whether the graph that is being exported must hold no scatter."""
     return _exports("one_hot")
 
 
@@ -53,11 +53,11 @@ def exports_onnx() -> bool:
 def exports_openvino() -> bool:
     """Whether a graph is being exported for OpenVINO.
 
-    Its TopK is unstable, or slow, and its sum over heads slower than additions.
+    OpenVINO's TopK is unstable or slow, and its sum over heads is slower than additions.
     """
     return _exports("openvino")
 
 
 def _exports(*forms: str) -> bool:
-    # Dynamo, which cannot read a ContextVar, never exports a form.
+    # Dynamo cannot read the ContextVar, and never exports a form.
     return _is_exporting_without_dynamo() and _FORM.get() in forms

@@ -8,9 +8,9 @@ from .merging import take_tokens
 
 
 def split_by_score(scores: Tensor, num_kept: int, num_prefix_tokens: int = 1) -> tuple[Tensor, Tensor]:
-    """Positions of the tokens with the highest scores, and of the others: [B, N] -> [B, k], [B, N - P - k], ascending.
+    """Positions of the k tokens with the highest scores, and of the others: [B, N] -> [B, k], [B, N - P - k].
 
-    Prefix tokens are in neither. Equal scores go to the lower position.
+    Both are ascending and without prefix tokens. Of equal scores, the lower position is kept.
     """
     order = descending_order(scores[:, num_prefix_tokens:])
     kept, others = order[:, :num_kept], order[:, num_kept:]
@@ -20,7 +20,7 @@ def split_by_score(scores: Tensor, num_kept: int, num_prefix_tokens: int = 1) ->
 def fuse_tokens(
     x: Tensor, sizes: Tensor, weights: Tensor, kept: Tensor, fused: Tensor, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the fused tokens as one more token at the end: x [B, N, D], sizes and weights [B, N].
+    """Replace the fused tokens by their weighted sum, at the end: x [B, N, D], sizes and weights [B, N].
 
     Returns x [B, P + k + 1, D] in its own dtype and sizes [B, P + k + 1]; the sum runs in float32.
     """
@@ -33,7 +33,7 @@ def fuse_tokens(
 
 
 def fused_source_map(kept: Tensor, num_tokens: int, num_prefix_tokens: int = 1) -> Tensor:
-    """The output position every input token ended in: [B, k] -> int64 [B, N]; fused tokens share the last."""
+    """The source map of `fuse_tokens`: [B, k] -> int64 [B, N]; all fused tokens map to the last position."""
     batch, num_kept = kept.shape
     last = num_prefix_tokens + num_kept
     source = torch.full((batch, num_tokens), last, dtype=torch.int64, device=kept.device)

@@ -1,7 +1,7 @@
-"""When matching and merging run as Triton kernels, and what torch.compile sees of them.
+"""Decide when matching and merging run as Triton kernels, and register the kernels for torch.compile.
 
-The kernels run on CUDA, where Triton is installed, and where no gradient flows through a merge. Everywhere else the
-tensor operations of `matching.py` and `merging.py` run, which are the kernels' reference.
+The kernels run on CUDA if Triton is installed and no gradient flows through the merge. In all other cases the tensor
+operations of `matching.py` and `merging.py` run; they are the kernels' reference.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from .forms import is_exporting
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The types of the devices that the kernels run on. find_spec does not import Triton, which takes a while.
+# The device types that the kernels run on. find_spec does not import Triton: that would be slow.
 devices: tuple[str, ...] = ("cuda",) if find_spec("triton") is not None else ()
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Inside the block the tensor operations run on CUDA, too: for benchmarks that compare both."""
+    """Inside the block the tensor operations run on CUDA, too; benchmarks compare both."""
     global devices
     before, devices = devices, ()
     try:
@@ -31,19 +31,19 @@ def disabled() -> Iterator[None]:
 
 
 def can_match(metric: Tensor) -> bool:
-    """Whether `match` runs on a metric that lies on one of `devices`. An exported graph holds no kernel."""
+    """Whether `match` can run on a metric that is on one of `devices`. Exported graphs hold no kernel."""
     return metric.dtype in _DTYPES and not is_exporting()
 
 
 def can_merge(x: Tensor, sizes: Tensor | None) -> bool:
-    """Whether `merge_tokens` runs on tokens on one of `devices`: not where a gradient has to come back through it."""
+    """Whether `merge_tokens` can run on tokens that are on one of `devices`; the kernel has no backward pass."""
     if not can_match(x):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (sizes is not None and sizes.requires_grad)))
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `ops.bipartite_soft_matching` returns, for r above 0; the similarity matrix is never stored."""
+    """`ops.bipartite_soft_matching` for r above 0; the similarity matrix is never stored."""
     run = _match_op if torch.compiler.is_compiling() else _match
     return run(metric.detach(), r, num_prefix_tokens)
 
@@ -73,11 +73,11 @@ def _merge_tokens(
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make a tensor's device the current one: Triton launches on that."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-# Opaque to torch.compile, which needs only the shapes of what they return.
+# torch.compile does not look inside these; it needs only the shapes of their outputs.
 _match_op = torch.library.custom_op("dtem_hf::match", _match, mutates_args=())
 _merge_tokens_op = torch.library.custom_op("dtem_hf::merge_tokens", _merge_tokens, mutates_args=())
 

@@ -15,10 +15,10 @@ def norms_of(x: Tensor) -> Tensor:
 
 
 def restore_lengths(merged: Tensor, x: Tensor, source: Tensor, empty: Tensor | None = None) -> Tensor:
-    """ToFu's MLERP: every mean gets the length of the longest of its tokens; [B, n, D] -> [B, n, D].
+    """ToFu's MLERP: scale every merged token to the length of the longest of its tokens; [B, n, D] -> [B, n, D].
 
-    `x` [B, N, D] are the tokens that were merged, `source` [B, N] says into which, `empty` [B, N] marks padding, whose
-    length does not count. Single tokens stay as they are, bit for bit.
+    `x` [B, N, D] are the tokens before the merge and `source` [B, N] is its source map. `empty` [B, N] marks padding,
+    whose length does not count. Unmerged tokens do not change, bit for bit.
     """
     lengths = norms_of(x).squeeze(-1)
     if empty is not None:
@@ -31,7 +31,7 @@ def restore_lengths(merged: Tensor, x: Tensor, source: Tensor, empty: Tensor | N
 
 
 def prune_tokens(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """ToFu's pruning: tokens that others join stay as they are, bit for bit, and get their sizes.
+    """ToFu's pruning: tokens that others join keep their features, bit for bit, and the sizes are added.
 
     `x` [B, N, D], `sizes` [B, N]. Returns x [B, N - r, D] and sizes [B, N - r], in the order of `merge_tokens`.
     """

@@ -1,4 +1,4 @@
-"""Pruning where no token leaves, as dTPS learns: a mask says which tokens are kept (METHOD.md section 9)."""
+"""dTPS in training: pruned tokens stay in the sequence, and a mask says which are kept (METHOD.md section 9)."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from .matching import cosine_scores
 
 
 def draw_kept(log_probabilities: Tensor, kept: Tensor) -> Tensor:
-    """Draw which of the tokens `kept` [B, n] stay kept, by log-probabilities to keep and to prune [B, n, 2]: [B, n].
+    """Draw which of the `kept` tokens [B, n] are kept further, by log-probabilities to keep and to prune [B, n, 2].
 
-    1 or 0, with the gradients of Gumbel-softmax at temperature 1. Of an image that would keep no token, the most
-    probable one is kept.
+    Returns [B, n]: 1 or 0, with the gradients of Gumbel-softmax at temperature 1. An image that would keep no token
+    keeps the most probable one.
     """
     drawn = F.gumbel_softmax(log_probabilities, hard=True)[..., 0] * kept
     none = (drawn.detach() < 0.5).all(dim=1, keepdim=True)
@@ -20,9 +20,10 @@ def draw_kept(log_probabilities: Tensor, kept: Tensor) -> Tensor:
 
 
 def squeeze_in_place(x: Tensor, candidates: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """TPS where no token leaves: the host of every token among the candidates, and the weights of the means.
+    """TPS without removing tokens: the host of every token among the candidates, and the weights of the means.
 
-    x [B, N, D], bool `candidates` and `pruned` [B, N] -> int64 [B, N] and float32 [B, N], as `squeeze_hosts` has them.
+    x [B, N, D], bool `candidates` and `pruned` [B, N] -> int64 [B, N] and float32 [B, N]; weights as in
+    `match_pruned_to_kept`.
     """
     scores = cosine_scores(x, x).masked_fill(~candidates.unsqueeze(1), -2.0)
     cosine, host = scores.max(dim=-1)  # the first of equal maxima

@@ -1,4 +1,4 @@
-"""Soft grouping and soft merging: the relaxation that the embedding learns through (METHOD.md section 4)."""
+"""Soft grouping and soft merging, the relaxation that trains the embedding (METHOD.md section 4)."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ def soft_grouping(
 ) -> Tensor:
     """Relax "merge r rows, each into one column": scores [B, A, B'] -> assignment [B, A, B'] in [0, 1], float32.
 
-    Each row keeps its `top_k` best columns; r rounds of a softmax over the image choose rows without replacement. The
-    suppression after a round is the same for all entries of a row, so the rounds run on one number per row; values and
-    gradients equal those of the definition over all entries. Row sums are at most 1.
+    Each row keeps its `top_k` best columns. Then r rounds of a softmax over the image choose rows without replacement.
+    A round suppresses all entries of a row alike, so the rounds run on one number per row; values and gradients equal
+    those of the definition over all entries. Row sums are at most 1.
     """
     values, columns = scores.float().topk(min(top_k, scores.shape[-1]), dim=-1)  # [B, A, k]
     logits = values / (score_temperature * assignment_temperature)
@@ -43,11 +43,11 @@ def soft_assignment(
     empty: Tensor | None = None,
     **relaxation: Any,
 ) -> Tensor:
-    """Which share of every A token goes into which B token: metric [B, N, d] -> [B, a, b] in [0, 1], float32.
+    """The share of every A token that goes into each B token: metric [B, N, d] -> [B, a, b] in [0, 1], float32.
 
-    A is every second of the `num_active` first tokens from the first after the prefix, B every second from the one
-    after that. `empty` [B, N] marks padding, which is merged before all else. `relaxation` are options of
-    `soft_grouping`. r ≤ (num_active - num_prefix_tokens) // 2, else ValueError.
+    Only the first `num_active` tokens take part. Behind the prefix, A is the first of them and every second from it, B
+    the others. `empty` [B, N] marks padding, which merges before all other tokens. `relaxation` are options of
+    `soft_grouping`. Raises ValueError unless 0 ≤ r ≤ (num_active - num_prefix_tokens) // 2.
     """
     largest = (num_active - num_prefix_tokens) // 2
     if not 0 <= r <= largest:
@@ -72,8 +72,8 @@ def move_mass(
 ) -> tuple[Tensor, Tensor]:
     """Merge softly along an assignment: x [B, N, D], sizes [B, N], assignment [B, a, b] -> x, sizes.
 
-    No token leaves: one that was merged away has a size near 0. Positions are unchanged; `size_order` says how to sort
-    them for the next layer. float32 inside, `x` keeps its dtype.
+    No token leaves; a token that was merged away has a size near 0. Positions do not change; `size_order` sorts them
+    for the next layer. Computes in float32; `x` keeps its dtype.
     """
     a, b = _soft_split(num_active, num_prefix_tokens)
     with torch.autocast(x.device.type, enabled=False):
@@ -81,10 +81,10 @@ def move_mass(
         flow = assignment.transpose(1, 2)  # [B, b, a]
         new_size_b = size_b + (flow @ size_a.unsqueeze(-1)).squeeze(-1)
         total = size_b.unsqueeze(-1) * x[:, b].float() + flow @ (size_a.unsqueeze(-1) * x[:, a].float())
-        # A token of B that left in an earlier layer and that no token joins now has no mass: it becomes 0.
+        # A B token of size 0 that no token joins becomes 0.
         new_b = total / new_size_b.clamp(min=_EPSILON).unsqueeze(-1)
         left = 1 - assignment.sum(dim=-1)
-        # The share that is left is clipped to [0, 1], with the gradient of the unclipped one.
+        # The remaining share is clipped to [0, 1]; the gradient passes straight through the clip.
         new_size_a = size_a * (left + (left.clamp(0, 1) - left).detach())
     at_a, at_b = (torch.arange(s.start, s.stop, s.step, device=x.device) for s in (a, b))
     x = x.index_copy(1, at_b, new_b.to(x.dtype))
@@ -92,10 +92,10 @@ def move_mass(
 
 
 def size_order(sizes: Tensor, num_active: int, num_prefix_tokens: int = 1) -> Tensor:
-    """The permutation that puts the active tokens by size, largest first: [B, N] -> [B, N], int64.
+    """The permutation that sorts the active tokens by size, largest first: [B, N] -> [B, N], int64.
 
-    Prefix tokens and tokens that are no longer active stay where they are. Most sizes are 1 but for rounding, and what
-    follows depends on their order; as published, A goes in front of B and the sort is not a stable one.
+    Prefix tokens and inactive tokens keep their places. Most sizes differ from 1 only by rounding, and the order of
+    these affects later layers; as in the published method, A comes before B and the sort is not stable.
     """
     batch, num_tokens = sizes.shape
     arange = torch.arange(num_tokens, device=sizes.device)
@@ -114,11 +114,10 @@ def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
 def straight_through_matching(
     metric: Tensor, r: int, num_prefix_tokens: int = 1, empty: Tensor | None = None, **relaxation: Any
 ) -> tuple[Matching, Tensor]:
-    """The hard matching of a metric [B, N, d], and as a flow [B, a, b]: its 0 and 1, with soft grouping's gradients.
+    """The hard matching of a metric [B, N, d], and its flow [B, a, b]: 0 and 1, with the gradients of soft grouping.
 
-    The flow says which share of every A token goes into which B token. Gradients reach the edges that were merged and,
-    of every A token, its `top_k` best; `relaxation` are options of `soft_grouping`. Raises ValueError where r does not
-    fit.
+    The flow is the share of every A token that goes into each B token. Gradients reach the `top_k` best partners of
+    every A token. `relaxation` are options of `soft_grouping`. Raises ValueError if r does not fit.
     """
     matching = bipartite_soft_matching(metric.detach(), r, num_prefix_tokens, empty)
     scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))
@@ -135,10 +134,10 @@ def straight_through_matching(
 def merge_along_flow(
     x: Tensor, sizes: Tensor | None, matching: Matching, flow: Tensor, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Merge as `merge_tokens` does, with gradients to the flow [B, a, b] that the matching is.
+    """Merge as `merge_tokens` does, with gradients to the matching's flow [B, a, b].
 
-    x [B, N, D], sizes [B, N] or None -> [B, N - r, D], [B, N - r]. A token that stays could have left, and one that
-    left could have joined others: that is what the flow's gradient says. float32 inside, `x` keeps its dtype.
+    x [B, N, D], sizes [B, N] or None -> [B, N - r, D], [B, N - r]. The flow's gradient also covers tokens that stayed
+    but could have left, and other partners of tokens that left. Computes in float32; `x` keeps its dtype.
     """
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)

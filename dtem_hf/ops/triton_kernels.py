@@ -1,4 +1,4 @@
-"""Matching and merging as Triton kernels (METHOD.md section 3). Imported on CUDA alone; `kernels.py` is the way in."""
+"""Matching and merging as Triton kernels (METHOD.md section 3), called by `kernels.py`, which imports this on CUDA."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -28,7 +28,7 @@ def _best_partner_kernel(
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Rows of A against all of B, tile by tile: the maximum and its first place are all that is kept of a tile."""
+    """Compare rows of A with all of B, tile by tile, and keep only the maximum and its first place."""
     image = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     features = tl.arange(0, BLOCK_D)
@@ -83,7 +83,7 @@ def _order_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
 ):
-    """All of one image: the rank of each A token by its score decides whether it leaves, and where it is written."""
+    """Order the tokens of one image: the rank of an A token's score decides whether it leaves, and its place."""
     image = tl.program_id(0).to(tl.int64)
     first_a = num_prefix_tokens + num_prefix_tokens % 2
     first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
@@ -91,14 +91,14 @@ def _order_kernel(
     rows = tl.arange(0, BLOCK_A)
     is_a = rows < num_a
     own = tl.load(scores + rows, mask=is_a, other=float("-inf"))
-    own = tl.where(own == own, own, float("inf"))  # every token gets a rank of its own, NaN or not
+    own = tl.where(own == own, own, float("inf"))  # NaN as infinity: every token needs a different rank
     rank = tl.zeros([BLOCK_A], tl.int32)
     for first in range(0, num_a, BLOCK_OTHERS):
         others = first + tl.arange(0, BLOCK_OTHERS)
-        theirs = tl.load(scores + others, mask=others < num_a, other=float("-inf"))
-        theirs = tl.where(theirs == theirs, theirs, float("inf"))
-        higher = theirs[None, :] > own[:, None]
-        equal_before = (theirs[None, :] == own[:, None]) & (others[None, :] < rows[:, None])
+        other = tl.load(scores + others, mask=others < num_a, other=float("-inf"))
+        other = tl.where(other == other, other, float("inf"))
+        higher = other[None, :] > own[:, None]
+        equal_before = (other[None, :] == own[:, None]) & (others[None, :] < rows[:, None])
         rank += tl.sum(((higher | equal_before) & (others < num_a)[None, :]).to(tl.int32), axis=1)
     leaves = is_a & (rank < num_leaving)
     stays = is_a & (rank >= num_leaving)
@@ -133,7 +133,7 @@ def _merge_kernel(
     HAS_SIZES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One output token: the one it is made from, and those that join it, best score first."""
+    """Write one output token: the staying token and the tokens that join it, best score first."""
     row = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     output = image * (num_tokens - num_leaving) + row
@@ -162,9 +162,9 @@ def _merge_kernel(
 
 
 def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """The highest cosine of every A token and the first B token that has it: metric [B, N, d] -> two of [B, a].
+    """The highest cosine of every A token and its first B token: metric [B, N, d] -> float32 and int64 [B, a].
 
-    Float32 and int64. No similarity matrix is ever in memory.
+    The similarity matrix is never stored.
     """
     metric = metric.contiguous()
     batch, num_tokens, width = metric.shape
@@ -183,13 +183,13 @@ def best_partner(metric: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor
         BLOCK_A=block,
         BLOCK_B=block,
         BLOCK_D=max(16, min(128, triton.next_power_of_2(width))),
-        WIDEN=not metric.is_cuda,  # Triton's interpreter, which runs there, multiplies the bits of bfloat16
+        WIDEN=not metric.is_cuda,  # off CUDA Triton's interpreter runs, which multiplies bfloat16 wrongly
     )
     return best, partner
 
 
 def match(metric: Tensor, r: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `ops.bipartite_soft_matching` returns, in two launches: metric [B, N, d] -> [B, r], [B, r], [B, N - r]."""
+    """`ops.bipartite_soft_matching` in two launches: metric [B, N, d] -> [B, r], [B, r], [B, N - r]."""
     best, partner = best_partner(metric, num_prefix_tokens)
     batch, num_tokens, _ = metric.shape
     num_a = best.shape[1]

@@ -1,4 +1,4 @@
-"""Command lines made from dataclasses, with YAML files underneath: `--config file.yaml --lr 0.001`."""
+"""Command lines from dataclasses and YAML files: `--config file.yaml --lr 0.001`."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def option(help: str, **kwargs: Any) -> Any:
-    """A dataclass field with its help text, which the command line shows."""
+    """A dataclass field with a help text for the command line."""
     return dataclasses.field(metadata={"help": help}, **kwargs)
 
 
 def at_least(arguments: Any, low: float, *names: str) -> None:
-    """Raise ValueError for the first option that is below `low` or not finite; None is no value and passes."""
+    """Raise ValueError for the first option that is below `low` or not finite; None passes."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not low <= value < math.inf:
@@ -50,7 +50,7 @@ def at_least(arguments: Any, low: float, *names: str) -> None:
 
 
 def above_zero(arguments: Any, *names: str) -> None:
-    """Raise ValueError for the first option that is not a finite number above 0; None is no value and passes."""
+    """Raise ValueError for the first option that is not a finite number above 0; None passes."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
@@ -58,7 +58,7 @@ def above_zero(arguments: Any, *names: str) -> None:
 
 
 def one_of(arguments: Any, name: str, allowed: Collection[Any]) -> None:
-    """Raise ValueError for an option that is not allowed; of a list, every entry is looked at, and one is needed."""
+    """Raise ValueError for a value that is not allowed. A list needs at least one entry, and all must be allowed."""
     value = getattr(arguments, name)
     listed = isinstance(value, list)
     if not (value and set(value) <= set(allowed) if listed else value in allowed):
@@ -67,23 +67,23 @@ def one_of(arguments: Any, name: str, allowed: Collection[Any]) -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelArguments:
-    """The model of a program, and where it runs."""
+    """The model of a program, and the device."""
 
     model: str = option("model: Hub id or local folder")
-    device: str = option("where to run; auto takes an accelerator if there is one", default="auto")
+    device: str = option("device to run on; auto takes an accelerator if there is one", default="auto")
 
     def choose_device(self) -> torch.device:
-        """The device that is asked for."""
+        """The device of the option `device`."""
         return choose_device(self.device)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ImageArguments(ModelArguments):
-    """The images of a program, and how many of them run at once."""
+    """The images of a program, and its batch size."""
 
     data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
     split: str = option("split of a Hub dataset, or of a folder with train, val or test in it", default="validation")
-    limit: int | None = option("use only the first so many images", default=None)
+    limit: int | None = option("use only this many images, the first ones", default=None)
     batch_size: int = option("images per batch", default=32)
 
     def __post_init__(self) -> None:
@@ -91,9 +91,10 @@ class ImageArguments(ModelArguments):
 
 
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
-    """`read_arguments` of a program that runs now: the folders of `model` and `adapter` have to be there.
+    """Read arguments with `read_arguments`, and check the paths among them.
 
-    Where the results go, nothing else may stand.
+    Raises FileNotFoundError for a missing folder in `model` or `adapter`, and ValueError if the path of `output_dir`
+    is a file, or the path of `output` a folder.
     """
     found = read_arguments(kind, argv, description, leading)
     for name in ("model", "adapter"):
@@ -107,10 +108,10 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str,
 
 
 def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
-    """Read a dataclass from a command line; `--config FILE` is a YAML file whose values the other options override.
+    """Read a dataclass from a command line. `--config FILE` is a YAML file; other options override its values.
 
-    The options in `leading` may stand first, without their names. Raises ValueError for a key in the file that is not
-    an option, and exits with argparse's message for a bad option.
+    The options in `leading` may come first, without their names. Raises ValueError for a key in the file that is no
+    option, and exits with argparse's message for a bad option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     bare = list(takewhile(lambda word: not word.startswith("-"), argv))[: len(leading)]
@@ -120,9 +121,7 @@ def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, 
         kind,  # type: ignore[arg-type]
         usage=" ".join(["%(prog)s", *names, "[--OPTION VALUE ...]"]),
         description=description,
-        epilog=f"{' and '.join(f'--{name}' for name in leading)} may stand first, without the name."
-        if leading
-        else "",
+        epilog=f"{' and '.join(f'--{name}' for name in leading)} may come first, without the name." if leading else "",
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -142,7 +141,7 @@ def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, 
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands, and the default of every option that has one."""
+    """Show the description unchanged, and the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required:
@@ -151,7 +150,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 def _suggestion(unknown: Sequence[str], options: Collection[str]) -> str:
-    """What a mistyped option may have meant; "" where nothing is like it."""
+    """Similar option names for mistyped ones; "" if there are none."""
     near = [
         match
         for word in unknown
@@ -162,10 +161,10 @@ def _suggestion(unknown: Sequence[str], options: Collection[str]) -> str:
 
 
 def run_script(program: str | Callable[[], None]) -> None:
-    """Run a script: a function, or the module of dtem_hf whose `main` runs.
+    """Run a script: a function, or the `main` of a module of dtem_hf.
 
-    An error that its user can repair is one line on stderr. The exit code is 2 for a bad value, 1 for something
-    missing or a file that cannot be written (a full disk).
+    It shows an error that the user can correct as one line on stderr, and exits with 2 for a bad value and with 1 for
+    a missing file or package, or a file that cannot be written.
     """
     hide_other_bars()
     try:
@@ -176,9 +175,9 @@ def run_script(program: str | Callable[[], None]) -> None:
 
 
 def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[], None]:
-    """The `main` of a module of dtem_hf, with the arguments of a command line (left out: the process's).
+    """The `main` of a module of dtem_hf, with the arguments of a command line (None: those of the process).
 
-    Raises ImportError where its packages are missing, but for `--help`: that is then what the module says of itself.
+    Raises ImportError if packages are missing. With `--help`, it shows the module's docstring instead.
     """
     wanted = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -189,12 +188,12 @@ def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[],
         path = Path(__file__).parents[1].joinpath(*module.split("."))
         source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
-        return partial(print, f"{text}\n\nIts options are shown once its packages are there. {error}")
+        return partial(print, f"{text}\n\nTo see its options, install its packages. {error}")
 
 
 def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: there is no such file")
+        raise FileNotFoundError(f"--config {path}: this file does not exist")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -218,7 +217,7 @@ def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """The config of a model. Raises OSError that says what to do where there is no such folder and Hub id."""
+    """The config of a model. Raises OSError that says what to do if neither folder nor Hub id exists."""
     check_is_there(model)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -230,9 +229,9 @@ def read_config(model: str) -> PretrainedConfig:
 
 
 def check_no_adapter(option: str, config: MergeConfig | None) -> None:
-    """Raise ValueError for a method that is of no use untrained; `config` is used without an adapter."""
+    """Raise ValueError for a config without an adapter whose method is useless untrained."""
     if config is not None and config.needs_adapter:
-        raise BadValue(option, config.method, "a method that needs no training, or an adapter of it")
+        raise BadValue(option, config.method, "a method that needs no training, or an adapter of this method")
 
 
 def parse_reduction(text: str, name: str = "r") -> Any:
@@ -241,18 +240,18 @@ def parse_reduction(text: str, name: str = "r") -> Any:
         r = json.loads(text)
     except ValueError as error:
         raise BadValue(name, text, R_EXPECTED) from error
-    if r is None:  # which stands for an r that is left out
+    if r is None:  # JSON's null would mean that r is left out
         raise BadValue(name, text, R_EXPECTED)
     return r
 
 
 def read_reduction(r: str | None, flops: float | None) -> dict[str, Any]:
-    """What `set_reduction` takes, from the options r and flops; nothing where both are left out.
+    """The arguments of `set_reduction`, from the options r and flops; empty if both are left out.
 
-    Raises ValueError for both of them, and for values that make no sense.
+    Raises ValueError if both are given, and for invalid values.
     """
     if r is not None and flops is not None:
-        raise BadValue("r, flops", (r, flops), "one of them")
+        raise BadValue("r, flops", (r, flops), "only one of them")
     if flops is not None:
         check_number("flops", flops, 0, 1, above=True)
         return {"flops": flops}

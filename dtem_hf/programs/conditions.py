@@ -1,4 +1,4 @@
-"""What a record says about how it was made: command, model, data, hardware and versions."""
+"""The conditions of a result for its record: command, model, data, hardware and versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def describe_model(name: str, model: Any) -> dict[str, Any]:
-    """A model's name (of a local folder, its last part), type and size."""
+    """A model's name (for a local folder, the last part of its path), type and number of parameters."""
     return {
         "name": os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
         "model_type": model.config.model_type,
@@ -31,7 +31,7 @@ def describe_model(name: str, model: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that results depend on."""
+    """The versions of the packages that results depend on."""
     return {
         "dtem_hf": __version__,
         "torch": torch.__version__,
@@ -49,7 +49,7 @@ def hardware(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, and on x86 family and model, as one name often covers a whole product line."""
+    """The processor's name, on x86 with family and model number, as one name often covers a whole product line."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:  # not Linux
@@ -62,7 +62,7 @@ def _processor() -> str:
 
 
 def command() -> str:
-    """The command line that is running, without the folder of the program."""
+    """The running command line, without the folder of the program."""
     program = Path(sys.argv[0])
     name = f"recipes/{program.name}" if program.suffix == ".py" else program.name
     return " ".join([name, shlex.join(sys.argv[1:])]).strip()

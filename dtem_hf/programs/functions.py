@@ -1,4 +1,4 @@
-"""Functions that a user names on the command line: the only code from outside that programs run."""
+"""Functions that a user names on the command line. Programs run no other code from outside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import BadValue
 
 
 def load_function(option: str, name: str) -> Callable[..., Any]:
-    """The function that `module:function` names; the module is looked for in the current folder, too.
+    """The function that `module:function` names. The module may also be in the current folder.
 
     Raises ValueError that names the option and says which part of the name is wrong.
     """

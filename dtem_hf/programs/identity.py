@@ -1,4 +1,4 @@
-"""Digests by which a run recognises what it was started with: weights, data, settings."""
+"""Digests of weights, data and settings, by which a run recognises what it was started with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output folders: they are made before any work, and one run at a time writes there."""
+"""Output folders: a program checks them before its work, and only one run at a time writes to one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_NAME = ".lock"
-_CLOCK_TOLERANCE = 2.0  # seconds between the clocks of processes and of files
+_CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of processes and of files may differ
 _held: set[int] = set()  # open lock files of this process
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a program's only file, which is written to without a lock, and made only then.
+    """Check the output folder of a program that writes one file, without a lock. The folder is not made yet.
 
-    Raises OSError where nothing can be written to it, and RuntimeError where the processes of a launch do not know
-    each other.
+    Raises OSError if it is not writable, and RuntimeError if the processes of a launch do not know each other.
     """
     known_processes()
     folder = Path(path)
@@ -39,13 +38,11 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Inside the block, no other run writes to `folder`, the `Path` of which it yields; it is made if needed.
+    """Lock an output folder, so that no other run writes to it inside the block; yields its `Path`.
 
-    All processes of a launch enter the block together.
-
-    Raises ValueError, in all of them, where another thread, process or launch is in the block, RuntimeError where the
-    processes of a launch do not know each other, and OSError where nothing can be written to the folder. The lock ends
-    with its process, however the process ends.
+    The folder is made if needed. All processes of a launch enter the block together. The lock ends with its process,
+    even if the process is killed. Raises ValueError, in all processes, if another thread, process or launch has the
+    lock, RuntimeError if the processes of a launch do not know each other, and OSError if the folder is not writable.
     """
     state, lock, holder = known_processes(), None, ""
     with making_folder(folder) if state.is_main_process else nullcontext():
@@ -66,9 +63,9 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class _Lock:
-    """The locked file `.lock` in a folder, whose text names its holder.
+    """The locked file `.lock` in a folder; its text names the process that holds the lock.
 
-    `holder` is that name where another run holds the lock, and "" where this object does.
+    `holder` is this text if another run holds the lock, and "" if this object does.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,7 +98,7 @@ class _Lock:
 
 
 def _lock(handle: int) -> str:
-    """Lock an open file; returns "" or the name of the holder."""
+    """Lock an open file. Returns "", or the name of the process that holds the lock."""
     named = os.read(handle, 500).decode(errors="replace")
     if fcntl is not None:
         try:
@@ -111,7 +108,7 @@ def _lock(handle: int) -> str:
             return named or "another process"
         except OSError:  # a file system without locks
             pass
-    # Without locks of the system, the holder is a process that runs, and ran when the file was written.
+    # Without file locks, the lock is held if the named process still runs and started before the file was written.
     number = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", named)
     if number is None:
         return named
@@ -126,7 +123,7 @@ def _lock(handle: int) -> str:
 
 
 def _close_in_child() -> None:
-    """A forked child, such as a worker that loads data, must not keep the lock when its parent ends."""
+    """Release inherited locks in a forked child, such as a data worker, which may live longer than its parent."""
     while _held:
         os.close(_held.pop())
 

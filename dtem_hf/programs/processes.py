@@ -1,4 +1,4 @@
-"""The processes of one launch: whether they know each other, and the device of this one."""
+"""The processes of one launch: check that they know each other, and choose the device of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def known_processes() -> PartialState:
-    """This process among those that were launched together. Raises RuntimeError where Accelerate sees fewer."""
+    """Accelerate's state of the launched processes. Raises RuntimeError if it does not see all of them."""
     need("train", "a program of dtem_hf", "accelerate")
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
         return state.device
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # fails without the hardware, its driver, or a torch that is built for it
+        torch.zeros(1, device=device).cpu()  # fails without the hardware, its driver, or a torch build for it
     except (RuntimeError, AssertionError, ImportError) as error:
         kind = torch.accelerator.current_accelerator(check_available=True)
         here = ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
@@ -51,6 +51,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def say(text: str) -> None:
-    """Tell the user something on stderr, once for all processes of a launch."""
+    """Print a message on stderr, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)

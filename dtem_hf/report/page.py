@@ -1,4 +1,4 @@
-"""A run's tables, plots and pictures on one page: an HTML file that needs no other file and runs nothing.
+"""One page with the tables, plots and pictures of runs: an HTML file that needs no other file and runs no script.
 
 python recipes/report.py --folders runs/compare runs/analysis --output runs/report.html
 """
@@ -36,11 +36,11 @@ figcaption, .facts { color: #555; font-size: .9em; } code { background: #f4f4f4;
 
 @dataclass(kw_only=True)
 class ReportArguments:
-    """Put the records and pictures of folders on one page."""
+    """Put the records and pictures of several folders on one page."""
 
     folders: list[str] = option("folders of runs, in the order of the page")
     output: str = option("the HTML file", default="runs/report.html")
-    title: str = option("of the page", default="Token merging: results")
+    title: str = option("title of the page", default="Token merging: results")
 
     def __post_init__(self) -> None:
         if not self.output.lower().endswith((".html", ".htm")):
@@ -58,16 +58,16 @@ class Section:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, write the page."""
+    """Parse the command line and write the page."""
     arguments = parse_arguments(ReportArguments, argv, __doc__ or "")
     write_report(arguments.output, arguments.title, [read_section(folder) for folder in arguments.folders])
     print(f"written: {arguments.output}")
 
 
 def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> None:
-    """Write a page, whole or not at all; all text is escaped, pictures are part of the file.
+    """Write a page atomically. All text is escaped, and the pictures are embedded in the file.
 
-    Raises ValueError where there is nothing to show, or a picture is in no format that browsers show.
+    Raises ValueError if there is no section, or if a picture has a format that browsers do not show.
     """
     if not sections:
         raise BadValue("sections", 0, "at least one")
@@ -81,7 +81,7 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Se
 
 
 def read_section(folder: str | os.PathLike[str]) -> Section:
-    """The records known by name and all pictures of a folder. Raises FileNotFoundError where it has none."""
+    """Read a folder's records with known names and all its pictures. Raises FileNotFoundError if it has none."""
     folder = Path(folder)
     section = Section(folder.name)
     for name, table_of in KNOWN_RECORDS.items():
@@ -106,12 +106,12 @@ def _evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _plain_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of numbers under the names that the record gives them."""
+    """Rows of numbers, under the record's own names."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return [name.replace("_", " ") for name in columns], [[_text(row.get(name)) for name in columns] for row in rows]
 
 
-# Which files are read, in the order of the page, and how their rows become a table.
+# The files to read, in the order of the page, and the functions that make tables of their rows.
 KNOWN_RECORDS: dict[str, Callable[[Sequence[dict[str, Any]]], Table]] = {
     "comparison.json": _evaluation_table,
     "evaluation.json": _evaluation_table,
@@ -124,7 +124,7 @@ KNOWN_RECORDS: dict[str, Callable[[Sequence[dict[str, Any]]], Table]] = {
 
 
 def _facts(record: dict[str, Any]) -> dict[str, str]:
-    """What a record says of how it was made."""
+    """The conditions in a record."""
     data, model = record.get("data") or {}, record.get("model") or {}
     facts = {
         "model": model.get("name") if isinstance(model, dict) else model,

@@ -1,6 +1,6 @@
 """Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8).
 
-The suffix of a picture's path is its format; the file is written whole or not at all.
+The suffix of a picture's path is its format. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..opening import as_rgb
 from .plots import check_figure_format, save_figure
 
 
-# Above this luminance a border is black, as white would be lost.
+# Above this luminance a border is black, because a white one would not be visible.
 _BRIGHT = 0.75
 _LUMINANCE = (0.299, 0.587, 0.114)
 _CELL_INCHES = 2.4
@@ -39,9 +39,9 @@ Panel = tuple[NDArray[np.float64], str]
 
 
 def token_groups(source_map: Any, num_prefix_tokens: int, grid: tuple[int, int]) -> NDArray[np.int64]:
-    """Which final token every patch ended in: source map [N], prefix tokens first -> [rows, columns] int64.
+    """The final token of every patch: source map [N], prefix tokens first -> [rows, columns] int64.
 
-    Raises ValueError where the source map does not cover prefix and grid.
+    Raises ValueError if the source map does not cover prefix and grid.
     """
     source = np.asarray(source_map)
     rows, columns = grid
@@ -59,9 +59,9 @@ def merged_token_image(
 ) -> NDArray[np.float64]:
     """Draw every final token over its patches, in their mean colour: pixels [H, W, 3] in 0..1 -> [H, W, 3] in 0..1.
 
-    Where two neighbouring patches ended in different tokens, the first row or column of pixels of the lower or right
-    one is a border: white, or black on a bright token. Pixels at the right and lower edge that fill no patch stay as
-    they are. Raises ValueError where the source map [N] does not cover the patches.
+    If two neighbouring patches are in different tokens, the first row or column of pixels of the lower or right patch
+    is a border: white, or black on a bright token. Pixels at the right and lower edge that fill no patch do not
+    change. Raises ValueError if the source map [N] does not cover the patches.
     """
     pixels = np.asarray(pixels, dtype=np.float64)
     height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
@@ -89,7 +89,7 @@ def merged_token_image(
 
 
 def displayed_pixels(pixel_values: Tensor, processor: Any) -> NDArray[np.float64]:
-    """Undo a processor's normalisation: [C, H, W], C of 1 or 3, as a model takes it -> [H, W, 3] in 0..1."""
+    """Undo a processor's normalisation: pixel values [C, H, W] with C 1 or 3 -> [H, W, 3] in 0..1."""
     pixels = pixel_values.detach().float().cpu().permute(1, 2, 0).numpy().astype(np.float64)  # [C, H, W] -> [H, W, C]
     if getattr(processor, "do_normalize", False):
         pixels = pixels * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
@@ -103,10 +103,10 @@ def draw_merged_tokens(
     processor: Any,
     path: str | os.PathLike[str],
 ) -> None:
-    """Write one figure: a row per image: what the model sees, then a column per merged model.
+    """Write one figure with a row per image: the model's input, then a column per merged model.
 
-    `models` are named by their keys. They run on one image at a time, in eval mode, and keep their mode. Raises
-    ValueError for a model that is not merged, and where there is nothing to draw.
+    The keys of `models` are their titles. The models run on one image at a time, in eval mode; their mode is restored.
+    Raises ValueError for a model that is not merged, and without images or models.
     """
     _check(images, models, path)
     rows = []
@@ -119,9 +119,9 @@ def draw_merged_tokens(
 def draw_merged_layers(
     image: Image, models: Mapping[str, PreTrainedModel], processor: Any, path: str | os.PathLike[str]
 ) -> None:
-    """Write one figure of how tokens merge from layer to layer: a row per merged model, a column per layer.
+    """Write one figure of the merges from layer to layer: a row per merged model, a column per layer.
 
-    The layers are four that are spread evenly, the last among them. The rest is as in `draw_merged_tokens`.
+    It shows four layers, spread evenly, with the last one. All else is as in `draw_merged_tokens`.
     """
     _check([image], models, path)
     depth = min(len(merged_layers(model)) for model in models.values())
@@ -134,9 +134,9 @@ def draw_merged_layers(
 
 
 def draw_maps(images: Sequence[NDArray[Any]], maps: Mapping[str, NDArray[Any]], path: str | os.PathLike[str]) -> None:
-    """Write one figure: a row per image [H, W, 3], with its map of every column in `maps`, [n, h, w] each.
+    """Write one figure with a row per image [H, W, 3]: the image, then its map from every entry [n, h, w] of `maps`.
 
-    All are from 0 to 1.
+    All values are from 0 to 1.
     """
     check_figure_format(path)
     rows = [[(image, ""), *((own[i], "") for own in maps.values())] for i, image in enumerate(images)]
@@ -155,8 +155,8 @@ def _check(images: Sequence[Image], models: Mapping[str, PreTrainedModel], path:
 
 
 def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Sequence[str] = ()) -> Figure:
-    """A figure of panels: the input and the columns named on top, rows by `titles` on the left."""
-    # A row is as high as its image, and leaves room for the number of tokens.
+    """A figure of panels: names of columns on top, after "input", and `titles` of rows on the left."""
+    # A row has the height of its image, plus room for the number of tokens.
     heights = [row[0][0].shape[0] / row[0][0].shape[1] + 0.1 for row in rows]
     figure = Figure(
         figsize=(_CELL_INCHES * (1 + len(columns)) + 0.3, _CELL_INCHES * sum(heights) + 0.35),
@@ -178,17 +178,17 @@ def _grid(rows: Sequence[Sequence[Panel]], columns: Sequence[str], titles: Seque
 
 
 def panels_of(image: Image, model: Any, processor: Any, layers: Sequence[int] = (-1,)) -> tuple[Panel, list[Panel]]:
-    """The pixels that a model sees of an image, and its tokens after each of some layers; left out, the last."""
-    processor = getattr(processor, "image_processor", processor)  # that of a processor for images and text
+    """The pixels of an image as a model gets them, and a picture of its tokens behind each of `layers`."""
+    processor = getattr(processor, "image_processor", processor)  # a processor for images and text holds one
     family, encoder = find_encoder(model)
     config: Any = encoder.config
     pixel_values = processor(images=_in_mode(image, config.num_channels), return_tensors="pt").pixel_values
     with evaluating(model), torch.no_grad(), model.trace_merging() as trace:
         run_on_pixels(model, pixel_values)
-    source_maps = [source_map[0].cpu().numpy() for source_map in trace.source_maps]  # the image's, after every layer
+    source_maps = [source_map[0].cpu().numpy() for source_map in trace.source_maps]  # one per layer
     pixels, patch = displayed_pixels(pixel_values[0], processor), family.patch_sides(config)
     prefix = family.geometry(encoder).num_prefix_tokens
-    # Every pixel becomes several, so that a border of one pixel is thin even where a patch is two pixels wide.
+    # Enlarge every pixel, so that a border of one pixel is thin even if a patch is two pixels wide.
     scale = math.ceil(_CELL_PIXELS / pixels.shape[1])
     enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     panels = []

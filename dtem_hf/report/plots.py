@@ -1,7 +1,6 @@
-"""Plots of what merging costs and saves, from the rows of a result's JSON.
+"""Plots of accuracy, speed and training, from the rows of a result's JSON.
 
-The suffix of a plot's path is its format; the file is written whole or not at all. Without rows, a plot raises
-ValueError.
+The suffix of a plot's path is its format. Files are written atomically. Without rows, a plot raises ValueError.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..files import replacing
 from ..labels import method_name, multiply_adds_unit, reduction_label, series_name
 
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; in print, markers do.
 _STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
 _SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#7F5F3F", "<"), ("#999999", "X"))
 _UNMERGED = "none"
@@ -35,8 +34,8 @@ _MEASURES = {
 def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Plot top-1 accuracy against multiply-adds: a line per method, r at its points, and the unmerged model.
 
-    `rows` are those of an evaluation; where one has no top-1 (there were no labels), agreement with the unmerged model
-    is drawn, and of features the cosine with the unmerged ones.
+    `rows` are the rows of an evaluation. Without labels, it draws agreement with the unmerged model; for features, the
+    cosine with the unmerged features.
     """
     figure, (axis,) = _figure(rows, path, (6.4, 4.2))
     measure, styles = measure_of(rows), _series_styles(rows)
@@ -44,7 +43,7 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     series: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["multiply_adds"]):
         series.setdefault(series_name(row), []).append(row)
-    # The better method's labels stand above its line, the others' below theirs.
+    # Labels are above the line of the best method, and below the lines of the others.
     best_first = sorted(series, key=lambda name: -fmean(row[measure] for row in series[name]))
     best = next((name for name in best_first if series[name][0]["method"] != _UNMERGED), None)
     for name in best_first:
@@ -70,15 +69,15 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
 
 
 def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot accuracy against multiply-adds and against speed; a line joins the rows that no other one beats.
+    """Plot accuracy against multiply-adds and against speed; a line joins the best trade-offs (`pareto_front`).
 
-    `rows` are those of an evaluation. The second panel is left out where there are no speeds.
+    `rows` are the rows of an evaluation. Without speeds, the second panel is left out.
     """
     timed = all(row["images_per_second"] is not None for row in rows)
     figure, axes = _figure(rows, path, (5.2 * (1 + timed), 4.4), panels=1 + timed)
     measure = measure_of(rows)
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
-    # The last entry is 1 where less is better, -1 where more is.
+    # The last entry is 1 if less is better, -1 if more is better.
     panels = [(f"Multiply-adds per image ({unit})", [row["multiply_adds"] / factor for row in rows], 1)]
     if timed:
         panels.append(("Images per second", [row["images_per_second"] for row in rows], -1))
@@ -102,7 +101,7 @@ def plot_pareto(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], ti
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
-    """The places of the best trade-offs: no other one is at most as costly, at least as good, and better in one."""
+    """The indices of the best trade-offs: no other point is at least as good in both figures and better in one."""
     order = sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i]))
     front: list[int] = []
     for i in order:
@@ -114,17 +113,17 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
 
 
 def measure_of(rows: Sequence[dict[str, Any]]) -> str:
-    """The figure that rows are compared by: top-1, agreement where labels are missing, of features the cosine."""
+    """The figure to compare rows by: top-1, without labels agreement, for features the cosine."""
     return next(name for name in _MEASURES if all(row.get(name) is not None for row in rows))
 
 
 def picture_name(rows: Sequence[dict[str, Any]]) -> str:
-    """The file of `plot_accuracy` in the folder of an evaluation."""
+    """The file name of `plot_accuracy` in the folder of an evaluation."""
     return "features.png" if measure_of(rows) == "cosine" else "accuracy.png"
 
 
 def _series_styles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every line; a method's first line has the method's own."""
+    """Colour and marker of every line; the first line of a method has the method's own style."""
     styles: dict[str, tuple[str, str]] = {}
     spare, taken = iter(_SPARE_STYLES), set()
     for row in rows:
@@ -151,7 +150,7 @@ def plot_correlation(
 
 
 def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot speed-up against batch size: a line per row of a benchmark, dotted at what its count would give."""
+    """Plot speed-up against batch size: a line per row of a benchmark, and dotted lines at the ideal speed-ups."""
     figure, (axis,) = _figure(rows, path, (6.8, 4.2))
     axis.axhline(1, color="0.45", linewidth=1, zorder=1)
     merged = [row for row in rows if row["method"] != _UNMERGED]
@@ -178,7 +177,7 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
 
 
 def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Plot what the rows of an advice keep against their speed: a panel per batch size, a line per runtime and method.
+    """Plot agreement (or cosine) of an advice's rows against speed: a panel per batch size, a line per method.
 
     Every line starts at the unmerged model.
     """
@@ -211,7 +210,7 @@ def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], ti
 
 
 def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int], path: str | os.PathLike[str]) -> None:
-    """Plot KL as a share of the first row's, best row at the top; rows are (title, KL at each r)."""
+    """Plot KL as a share of the first row's KL, the best row on top; rows are (title, KL at each r)."""
     figure, (axis,) = _figure(rows, path, (8, 1.2 + 0.28 * len(rows)))
     first = rows[0][1]
     ranked = sorted(rows, key=lambda row: -sum(row[1]))
@@ -228,14 +227,14 @@ def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int],
 
 
 def check_figure_format(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError where figures cannot be written in the format of a path's suffix."""
+    """Raise ValueError if the suffix of a path is no format for figures."""
     formats = FigureCanvasBase.get_supported_filetypes()
     if _format(path) not in formats:
         raise BadValue("path", os.fspath(path), f"a name that ends in one of .{', .'.join(sorted(formats))}")
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Write a figure in the format of its suffix, whole or not at all."""
+    """Write a figure atomically, in the format of the path's suffix."""
     if title is not None:
         figure.suptitle(title, fontsize=11, parse_math=False)
     with replacing(path) as temporary:
@@ -245,7 +244,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], title: str | None 
 def _figure(
     content: Any, path: str | os.PathLike[str], size: tuple[float, float], panels: int = 1
 ) -> tuple[Figure, list[Any]]:
-    """An empty figure and its panels. Raises ValueError for no content, or a format that cannot be written."""
+    """An empty figure and its panels. Raises ValueError without content, or for an unknown format."""
     check_figure_format(path)
     if not content:
         raise BadValue("rows", content, "at least one row")
@@ -259,7 +258,7 @@ def _figure(
 
 
 def _legend(axis: Any, **options: Any) -> None:
-    """A legend of plain text: a dollar sign in a name starts no formula."""
+    """A legend of plain text, in which a dollar sign does not start a formula."""
     for text in axis.legend(frameon=False, **options).get_texts():
         text.set_parse_math(False)
 

@@ -1,4 +1,4 @@
-"""Rows of results as tables, for a terminal and for Markdown."""
+"""Tables of results, for a terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", *_COSTS)
 FEATURE_COLUMNS = ("method", "r", "cosine", "cosine, 95 %", "same nearest", "k-NN top-1", *_COSTS)
 MAP_COLUMNS = ("method", "r", "error", "error, 95 %", "IoU", "IoU, 95 %", *_COSTS[:2])
 
-# What readers of these columns may not know.
+# Explanations of the columns.
 LEGEND = (
     "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
     "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
 )
-# Of tables with both.
+# For tables with both columns.
 SPEEDUP_LEGEND = (
     "images/s: median over the rounds; speed-up: median of the ratios within rounds to the unmerged model in the same "
     "runtime, which other load changes less than the ratio of the two medians"
@@ -45,8 +45,8 @@ def print_rows(
 ) -> None:
     """Show a table in the terminal; the first `names` columns are text, the others are numbers.
 
-    Where a terminal is too narrow, the columns come in several tables, each with the first `names` ones, so that no
-    figure is parted from its unit.
+    If the terminal is too narrow, it shows several tables, each with the first `names` columns, so that no figure is
+    split from its unit.
     """
     console = Console()
     widths = [
@@ -72,14 +72,14 @@ def print_rows(
 
 
 def as_markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], alignment: str = "---:") -> str:
-    """A Markdown table; `alignment` is that of all columns but the first."""
+    """A Markdown table; `alignment` applies to all columns but the first."""
     marks = ["---", *[alignment] * (len(columns) - 1)]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in (columns, marks, *lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def shown(value: float | None, form: str, unit: str = "") -> str:
-    """A number as text, or a dash where there is none."""
+    """A number as text, or a dash for None."""
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
@@ -89,18 +89,18 @@ def shown_r(r: Any) -> str:
 
 
 def about(result: dict[str, Any]) -> str:
-    """The title of a result's table: model and data."""
+    """The title of a result's table, from its model and data."""
     data = result["data"]
     return f"{result['model']['name']} on {data['num_images']} images of {data['name']}"
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
-    """The columns of the rows of an evaluation: those of classes, of features, or of maps."""
+    """The columns of an evaluation of classes, of features, or of maps."""
     return FEATURE_COLUMNS if "cosine" in rows[0] else MAP_COLUMNS if "map_error" in rows[0] else COLUMNS
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of an evaluation under its columns, as text."""
+    """The cells of an evaluation's row, as text."""
     r, name = row["r"], row["method"]
     amount = json.dumps(r) if isinstance(r, (int, list)) else shown_r(r)
     costs = [
@@ -123,7 +123,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def benchmark_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The rows of a benchmark as text, under their columns."""
+    """The columns and the cells of a benchmark's rows, as text."""
     sizes = [batch["batch_size"] for batch in rows[0]["batches"]]
     columns = ["runtime", "method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"]
     lines = []
@@ -139,7 +139,7 @@ def benchmark_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
 
 def _batch_cell(batch: dict[str, Any]) -> str:
     speed, memory = batch["images_per_second"], batch["peak_memory"]
-    digits = 1 if speed["median"] >= 1 else 3  # a large language model answers less than one prompt in a second
+    digits = 1 if speed["median"] >= 1 else 3  # large language models answer less than one prompt per second
     median, low, high = (f"{speed[name]:.{digits}f}" for name in ("median", "q25", "q75"))
     shown = f"{median} ({low}–{high}), {batch['speedup']['median']:.2f}×"
     if batch["of_ideal"] is not None:

@@ -1,4 +1,4 @@
-"""Training of merge embeddings; `training.program` is behind `recipes/train.py`."""
+"""Training of merge embeddings; `recipes/train.py` runs `training.program`."""
 
 from ..errors import need
 

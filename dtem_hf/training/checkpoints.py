@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written completely or not at all, found again, and old ones removed."""
+"""Checkpoints of a run: write them atomically, find and load the newest, remove old ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..files import WRITE_ERRORS, read_json, write_json
 
 
 STATE_NAME = "run_state.json"
-_LARGEST_STATE = 64 << 20  # bytes; positions in streams of many shards
+_LARGEST_STATE = 64 << 20  # bytes; it holds positions in streams of many shards
 
 
 def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_dir: str) -> None:
-    """Hook for `Accelerator.save_state`: removes frozen parameters from what is written."""
-    # FSDP and DeepSpeed write models themselves, and pass no weights to this hook.
+    """Hook for `Accelerator.save_state`: remove frozen parameters from the checkpoint."""
+    # With FSDP and DeepSpeed, this hook gets no weights: they write models themselves.
     for model, state in zip(models, weights, strict=False):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -27,7 +27,7 @@ def keep_only_learned(models: list[Any], weights: list[dict[str, Any]], output_d
 def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint under a temporary name and rename it; then remove all but the newest `keep`.
 
-    Raises OSError that names the newest complete checkpoint where this one cannot be written; its files are removed.
+    If the write fails, it removes the partial files and raises OSError that names the newest complete checkpoint.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
@@ -46,7 +46,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {step} could not be written to {folder} ({free:.0f} MB are free there): "
-            f"{error}. {last_good(folder)}. Make room and give the same command again."
+            f"{error}. {last_good(folder)}. Free some space and run the same command again."
         ) from error
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
@@ -70,7 +70,7 @@ def last_good(folder: Path) -> str:
 
 def load(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
     """Restore optimiser, schedule, random states and learned weights; returns the state saved with them."""
-    # Frozen weights are not in a checkpoint, but for FSDP's, which holds all.
+    # A checkpoint holds no frozen weights; only FSDP's checkpoints hold all weights.
     options = {DistributedType.FSDP: {}, DistributedType.DEEPSPEED: {"load_module_strict": False}}
     accelerator.load_state(str(checkpoint), **options.get(accelerator.distributed_type, {"strict": False}))
     # Checkpoints are written between steps: the next batch is the first of its step.

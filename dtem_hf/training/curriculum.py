@@ -1,4 +1,4 @@
-"""What changes from step to step: r, the temperatures, and whether the merge is soft."""
+"""The curriculum: r, the temperatures and the kind of merge at every training step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..programs.arguments import above_zero, at_least, one_of, option, parse_red
 from ..schedule import as_schedule
 
 
-# What training can learn, by the option `method`.
+# The configs of the methods that training can learn, by the option `method`.
 _LEARNED: dict[str, type[DTEMConfig | DTPSConfig]] = {"dtem": DTEMConfig, "dtps": DTPSConfig}
 
 
 def _merge_options() -> list[tuple[str, Any, Any]]:
-    """The fields of these configs as command-line options; r is text there: a number, a list or a schedule.
+    """The fields of these configs as command-line options. r is text: a number, a list or a schedule.
 
-    None: left out, and then what the method's config says.
+    The default None stands for the default of the method's config.
     """
     options: dict[str, tuple[Any, str, list[str]]] = {}
     for method, kind in _LEARNED.items():
@@ -39,23 +39,23 @@ MergeArguments: Any = make_dataclass("MergeArguments", _merge_options(), kw_only
 
 @dataclass(kw_only=True)
 class CurriculumArguments(MergeArguments):
-    """The merge config to learn, and how it changes during a run; by default it does not."""
+    """The merge config to learn, and how it changes during a run; by default it does not change."""
 
-    method: str = option(f"what learns: {' or '.join(_LEARNED)}", default="dtem")
+    method: str = option(f"method to learn: {' or '.join(_LEARNED)}", default="dtem")
     steps: int = option("optimiser steps", default=400)
     seed: int = option("seed of every random draw", default=0)
     sample_r: list[str] = option(
-        "from which each step draws its r: numbers, lists and schedules, as in r, like 8 13 16 20",
+        "values of r (numbers, lists, schedules) from which each step draws one, like 8 13 16 20",
         default_factory=list,
     )
     last_score_temperature: float | None = option(
-        "score_temperature at the last step, approached exponentially; left out, it stays", default=None
+        "score_temperature at the last step, approached exponentially; left out, it does not change", default=None
     )
     last_assignment_temperature: float | None = option(
-        "assignment_temperature at the last step, approached exponentially; left out, it stays", default=None
+        "assignment_temperature at the last step, approached exponentially; left out, it does not change", default=None
     )
     straight_through_from: int | None = option(
-        "step from which tokens are removed, with the gradients of soft merging; 0: from the start", default=None
+        "step from which merging is hard, with the gradients of soft merging; 0: from the start", default=None
     )
 
     def __post_init__(self) -> None:
@@ -82,10 +82,10 @@ class CurriculumArguments(MergeArguments):
 
     def _refuse(self, name: str) -> None:
         if (value := getattr(self, name)) not in (None, []):
-            raise BadValue(name, value, f"left out, as method {self.method} has no such option")
+            raise BadValue(name, value, f"no value: method {self.method} has no such option")
 
     def merge_config(self) -> DTEMConfig | DTPSConfig:
-        """The config of what learns. Raises ValueError for an option that makes no sense."""
+        """The config of the method that learns. Raises ValueError for an invalid option."""
         kind = _LEARNED[self.method]
         values = {f.name: getattr(self, f.name) for f in fields(kind)}
         if "r" in values:
@@ -94,9 +94,9 @@ class CurriculumArguments(MergeArguments):
 
 
 class Curriculum:
-    """The merge config of every step, by options and step alone, so that all processes draw the same r.
+    """The merge config of every step. It depends only on options and step, so that all processes draw the same r.
 
-    `config` is the one that an adapter is saved with.
+    `config` is the config that the adapter is saved with.
     """
 
     def __init__(self, arguments: CurriculumArguments) -> None:

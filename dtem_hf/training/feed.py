@@ -1,4 +1,4 @@
-"""The training batches of a process, from any step on."""
+"""The training batches of a process, starting at any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .unreadable_images import ErrorsAsItems, ReplaceErrors
 
 
 class Feed(ABC):
-    """The batches of this process, and the position in the data that a checkpoint keeps."""
+    """The batches of this process, and its position in the data for checkpoints."""
 
     def __init__(self, arguments: TrainArguments, accelerator: Accelerator, data: TaskData) -> None:
         self.arguments, self.accelerator, self.data = arguments, accelerator, data
@@ -30,11 +30,11 @@ class Feed(ABC):
 
     @abstractmethod
     def batches(self, step: int, state: Any) -> Iterator[dict[str, Tensor]]:
-        """The batches from `step` to the last step; `state` is what `state_after(step)` returned."""
+        """The batches from `step` to the last step; `state` is the value of `state_after(step)`."""
 
     @abstractmethod
     def names(self, batch: dict[str, Any]) -> list[str]:
-        """The names of the images in one of the last batches."""
+        """The image names of one of the latest batches."""
 
     def state_after(self, step: int) -> Any:
         """The state of all processes after `step`, for a checkpoint; every process must call it."""
@@ -43,9 +43,10 @@ class Feed(ABC):
     def with_shares(
         self, batches: Iterator[dict[str, Tensor]], num_terms: Callable[[dict[str, Tensor]], Tensor | None]
     ) -> Iterator[tuple[dict[str, Tensor], Tensor | float]]:
-        """Batches, each with the factor of its loss that makes the mean loss of a step the mean over all its terms.
+        """Yield each batch with a factor for its loss, so that a step's mean loss is the mean over all its terms.
 
-        1 where all batches have as many terms. Otherwise all batches of a step are read before the first is used.
+        The factor is 1 if all batches have equally many terms (`num_terms` returns None). Otherwise all batches of a
+        step are read before the first is used.
         """
         for first in batches:
             if num_terms(first) is None:
@@ -57,7 +58,7 @@ class Feed(ABC):
 
 
 class IndexedFeed(Feed):
-    """Batches of a data set that has a length: the number of the step is the position."""
+    """Batches of a data set with a length; the step number is the position."""
 
     def batches(self, step: int, state: Any) -> Iterator[dict[str, Tensor]]:
         a, per_step = self.arguments, self.per_step * self.accelerator.num_processes
@@ -70,12 +71,12 @@ class IndexedFeed(Feed):
 
 
 class StreamedFeed(Feed):
-    """Batches of rows that are read as they arrive: every process has its own position."""
+    """Batches of streamed rows; every process has its own position."""
 
     def batches(self, step: int, state: Any) -> Iterator[dict[str, Tensor]]:
         a, accelerator = self.arguments, self.accelerator
         if state is not None and len(state) != accelerator.num_processes:
-            raise BadValue("num_processes", accelerator.num_processes, f"{len(state)}, which read this stream so far")
+            raise BadValue("num_processes", accelerator.num_processes, f"{len(state)}, as in the checkpoint's run")
         self._first = step
         self._stream = RowStream(
             self.data.rows,
@@ -100,10 +101,10 @@ class StreamedFeed(Feed):
 class ImageStream(Sampler[list[tuple[int, int]]]):
     """Batches `first` to `last` of an endless stream of permutations, as lists of (epoch, index).
 
-    Image g of the stream is image g mod n of permutation g // n: batch size and number of processes do not change it.
+    Image g of the stream is image g mod n of permutation g // n, for any batch size and number of processes.
     """
 
-    drop_last = True  # accelerate reads this before it deals the batches out to the processes
+    drop_last = True  # accelerate reads this attribute when it distributes batches to processes
 
     def __init__(self, num_images: int, batch_size: int, first: int, last: int, seed: int) -> None:
         self.num_images, self.batch_size, self.first, self.last, self.seed = num_images, batch_size, first, last, seed
@@ -125,7 +126,7 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
 
 
 def loader(arguments: TrainArguments, data: TaskData, items: Any, **options: Any) -> DataLoader[Any]:
-    """A DataLoader over items of a task's data; `on_bad_image` says what it does with unreadable images."""
+    """A DataLoader over items of a task's data; the option `on_bad_image` applies to unreadable images."""
     collate = data.collate
     if arguments.on_bad_image == "skip":
         items, collate = ErrorsAsItems(items), ReplaceErrors(collate)

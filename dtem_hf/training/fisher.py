@@ -1,9 +1,9 @@
-"""The Fisher information of every merge, as a loss without a gradient through merging.
+"""The Fisher loss: it weighs every possible merge by its effect on the output, without a gradient through merging.
 
 To first order, merging tokens a and b changes log p(y | image) by g_a·(m − x_a) + g_b·(m − x_b), where m is their mean
-and g the gradient. The mean of its square over classes y, drawn from the model's own probabilities, is twice the KL
-divergence that the merge causes: its damage. The loss is the expected damage of the merges that soft grouping would
-choose; it reaches each layer's embedding through its similarities alone. The forward pass removes tokens, as in use.
+and g the gradient. The mean of the square over classes y, drawn from the model's own probabilities, is twice the KL
+divergence that the merge causes. The loss is the expected divergence of the merges that soft grouping would choose.
+Its gradient reaches each layer's embedding only through the layer's similarities. The forward pass merges hard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FisherArguments:
 
     fisher_samples: int = option("fisher: gradients per image and step", default=1)
     fisher_similarity: float = option(
-        "fisher: a merge of tokens whose attention keys differ costs more, by exp of this times 1 - cosine",
+        "fisher: the cost of a merge grows by the factor exp(this · (1 - cosine of the tokens' attention keys))",
         default=4.0,
     )
     fisher_floor: float = option("fisher: least cost of a merge, as a share of the image's mean", default=1e-3)
@@ -48,33 +48,33 @@ def fisher_loss(
     config: DTEMConfig,
     arguments: FisherArguments,
 ) -> Tensor:
-    """Expected cost of the merges that soft grouping would choose, divided by a random choice's: a scalar.
+    """Expected cost of the merges that soft grouping would choose, divided by the cost of random merges: a scalar.
 
-    `steps` are those of the forward pass that gave `outputs`, each a sum over the images. A loss of 1 is the cost of
-    merging at random. Every image counts alike, however certain the model is of it.
+    `steps` are the merge steps of the forward pass that gave `outputs`; each output is a sum over the images. Every
+    image has the same weight, however certain the model is about it.
     """
-    damage: list[Any] = [0.0] * len(steps)
+    divergence: list[Any] = [0.0] * len(steps)
     for number, output in enumerate(outputs):
         last = number == len(outputs) - 1
-        # After the last layer's attention a classifier reads one token: there, gradients of the others are zero.
+        # Behind the last layer's attention, a classifier reads one token: the gradients of all others are zero.
         gradients = torch.autograd.grad(output, [s.x for s in steps], retain_graph=not last, materialize_grads=True)
         for i, (step, gradient) in enumerate(zip(steps, gradients, strict=True)):
             sizes = None if step.sizes is None else step.sizes.detach()
             change = ops.first_order_change(step.x.detach(), sizes, gradient, num_prefix_tokens)
-            damage[i] = damage[i] + change.square() / len(outputs)
-    losses = [_expected(s, d, num_prefix_tokens, config, arguments) for s, d in zip(steps, damage, strict=True)]
+            divergence[i] = divergence[i] + change.square() / len(outputs)
+    losses = [_expected(s, d, num_prefix_tokens, config, arguments) for s, d in zip(steps, divergence, strict=True)]
     return torch.stack(losses).mean()
 
 
 def _expected(
-    step: MergeStep, damage: Tensor, num_prefix_tokens: int, config: DTEMConfig, arguments: FisherArguments
+    step: MergeStep, divergence: Tensor, num_prefix_tokens: int, config: DTEMConfig, arguments: FisherArguments
 ) -> Tensor:
     halves = ops.split_even_odd
     scores = ops.cosine_scores(*halves(step.metric, num_prefix_tokens))
     similarity = ops.cosine_scores(*halves(step.keys, num_prefix_tokens))
-    # Only costs relative to others of the same image count; between images they differ by orders of magnitude.
-    damage = damage / (damage.mean(dim=(1, 2), keepdim=True) + _TINY)
-    cost = (damage + arguments.fisher_floor + _TINY) * torch.exp(arguments.fisher_similarity * (1 - similarity))
+    # Relative to the image's mean: between images, divergences differ by orders of magnitude.
+    divergence = divergence / (divergence.mean(dim=(1, 2), keepdim=True) + _TINY)
+    cost = (divergence + arguments.fisher_floor + _TINY) * torch.exp(arguments.fisher_similarity * (1 - similarity))
     if step.padding is not None:
         scores = ops.put_empty_first(scores, *halves(step.padding, num_prefix_tokens))
     chosen = ops.soft_grouping(scores, step.r, config.top_k, config.score_temperature, config.assignment_temperature)
@@ -82,18 +82,18 @@ def _expected(
 
 
 def sampled_log_probability(logits: Tensor, batch: dict[str, Tensor], seed: int, sample: int) -> Tensor:
-    """Sum over the images of log p(y), for one y each that is drawn from p: logits [B, classes] -> scalar.
+    """Sum over the images of log p(y), for one y per image that is drawn from p: logits [B, classes] -> scalar.
 
-    A draw depends on seed, epoch, image and `sample` alone, and not on the batch.
+    A draw depends only on seed, epoch, image and `sample`, and not on the batch.
     """
     uniform = torch.tensor([[draw.random()] for draw in _generators(batch, seed, sample)], dtype=torch.float32)
     return _drawn(logits.float().log_softmax(-1), uniform).sum()
 
 
 def sampled_words(logits: Tensor, batch: dict[str, Tensor], seed: int, sample: int) -> Tensor:
-    """As `sampled_log_probability`, with one word y for every place of a caption where one is predicted.
+    """Like `sampled_log_probability`, with one word y for every predicted position of a caption.
 
-    logits [B, V + T, classes], those of V visual tokens in front; the batch's labels [B, T] are -100 at padding.
+    `logits` [B, V + T, classes] begin with those of V visual tokens; the batch's labels [B, T] are -100 at padding.
     """
     labels = batch["labels"]
     log_p = logits[:, -labels.shape[1] : -1].float().log_softmax(-1)
@@ -102,9 +102,9 @@ def sampled_words(logits: Tensor, batch: dict[str, Tensor], seed: int, sample: i
 
 
 def sampled_projection(features: Tensor, batch: dict[str, Tensor], seed: int, sample: int) -> Tensor:
-    """Sum over the images of the projection of their features, at length 1, on a random direction: a scalar.
+    """Sum over the images of the projections of their normalised features on random directions: a scalar.
 
-    The mean square of its change is the squared distance that features [B, D] or [B, N, D] move.
+    The mean square of its change is the squared change of the features [B, D] or [B, N, D].
     """
     features = torch.nn.functional.normalize(features.float(), dim=-1)
     directions = np.stack([draw.standard_normal(features.shape[1:]) for draw in _generators(batch, seed, sample)])
@@ -112,7 +112,7 @@ def sampled_projection(features: Tensor, batch: dict[str, Tensor], seed: int, sa
 
 
 def _drawn(log_p: Tensor, uniform: Tensor) -> Tensor:
-    """log p(y) of classes drawn from p by uniform numbers in [0, 1): [..., classes], [..., 1] -> [...]."""
+    """log p(y) of classes y that uniform numbers in [0, 1) draw from p: [..., classes], [..., 1] -> [...]."""
     up_to = log_p.detach().exp().cumsum(-1)
     y = torch.searchsorted(up_to, uniform.to(up_to.device) * up_to[..., -1:]).clamp(max=log_p.shape[-1] - 1)
     return log_p.gather(-1, y).squeeze(-1)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT or the end of the launcher stops a run after the current step, with a checkpoint."""
+"""Stop a run after the current step, with a checkpoint, on SIGTERM, SIGINT or the end of its launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import psutil
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A terminal signals all processes, and a launcher passes the signal on: within so many seconds, it is the same one.
+# A terminal signals all processes, and a launcher passes the signal on. A second signal within so many seconds counts
+# as the same one.
 _SAME = 2.0
 _LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
@@ -22,7 +23,7 @@ class Interruption:
     """Inside `with Interruption() as interruption:` a signal sets `interruption.reason` instead of ending the process.
 
     A second SIGINT ends the process at once. Outside the main thread, signals keep their handlers. `reason` is also
-    set when the launcher that started this process has ended: without it the process would run on unnoticed.
+    set when the launcher of this process has ended; otherwise the process would run on unnoticed.
     """
 
     def __init__(self) -> None:
@@ -53,14 +54,14 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
             self._signal, self._since = signal.Signals(number).name, time.monotonic()
-            # Not print(): the signal may have interrupted one.
+            # Not print(): the signal may have interrupted a print().
             os.write(2, f"\n{self._signal}: finishing the step and writing a checkpoint\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since > _SAME:
             raise KeyboardInterrupt
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: a signal to all processes of a job does not end the workers during a step.
+    """`worker_init_fn` of a DataLoader: workers ignore a signal to all processes of a job, so that the step finishes.
 
     A worker still ends when its parent terminates it, or has ended.
     """

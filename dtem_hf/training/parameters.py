@@ -1,4 +1,4 @@
-"""Which parameters learn and at what rate, and when dropout is on."""
+"""Choose which parameters learn, their learning rates, and the mode (soft or hard, dropout) of the model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .arguments import TrainArguments
 
 
 def freeze_backbone(model: Any) -> None:
-    """Let the embedding alone learn, and merge softly; the backbone's dropout stays off."""
+    """Train only the embedding, with soft merging; the backbone's dropout stays off."""
     choose_learned(model, train_backbone=False)
     relax(model, True)
 
 
 def choose_learned(model: Any, train_backbone: bool) -> None:
-    """Set which parameters get gradients: the embedding, and with `train_backbone` the backbone."""
+    """Set which parameters get gradients: the embedding's, and with `train_backbone` the backbone's."""
     model.requires_grad_(train_backbone)
     for parameter in model.merge_parameters():
         parameter.requires_grad_(True)
@@ -33,7 +33,7 @@ def learned_parameters(model: Any) -> Iterator[nn.Parameter]:
 
 
 def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
-    """Merge softly or hard. Dropout and drop path are on only where the backbone learns and the merge is soft."""
+    """Make a model merge softly or hard. Dropout and drop path are on only with `soft` and `train_backbone`."""
     model.train(soft and train_backbone)
     for layer in merged_layers(model):
         layer.training = soft
@@ -41,7 +41,7 @@ def relax(model: Any, soft: bool, train_backbone: bool = False) -> None:
 
 @contextmanager
 def drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> Iterator[None]:
-    """Inside the block, dropout and dTPS' draws depend on the seed and the batch's first item alone.
+    """Inside the block, dropout and dTPS's draws depend only on the seed and the batch's first item.
 
     So a resumed run repeats them.
     """
@@ -50,12 +50,12 @@ def drawn_for(batch: Mapping[str, Any], arguments: TrainArguments) -> Iterator[N
 
 
 def optimizer_groups(model: Any, arguments: TrainArguments) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser: projections with `lr`, exponents and norms with `aggregation_lr`, shifts with
-    `shift_lr`, and the backbone, where it learns, with `backbone_lr`.
+    """The optimiser's parameter groups, each with its learning rate.
 
-    With `layer_decay` d, the learning rate of layer i of L (from 1) is d^(L + 1 - i) of the backbone's, that of the
-    patch and position embeddings d^(L + 1), and that of all behind the layers 1 (BEiT, arXiv 2106.08254). Weights of
-    linear maps and convolutions decay; biases, norms and positions do not.
+    Projections have `lr`, exponents and norms `aggregation_lr`, shifts `shift_lr`, and a backbone that learns
+    `backbone_lr`. With `layer_decay` d, layer i of L (from 1) has d^(L + 1 - i) of the backbone's rate, patch and
+    position embeddings d^(L + 1), and modules behind the layers all of it (BEiT, arXiv 2106.08254). Weights of linear
+    maps and convolutions decay; biases, norms and positions do not.
     """
     a = arguments
     embedding = list(model.merge_parameters())

@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(arguments: TrainArguments) -> dict[str, Any]:
     """Train, and return the content of `training.json`: best step, its validation figures, conditions.
 
-    Raises SystemExit(0) after SIGTERM or SIGINT, with a checkpoint written; the same arguments then resume. Raises
-    ValueError where another run uses the output folder.
+    After SIGTERM or SIGINT it writes a checkpoint and raises SystemExit(0); the same arguments then resume. Raises
+    ValueError if another run uses the output folder.
     """
     with only_run_in(arguments.output_dir), Interruption() as interruption:
-        read_config(arguments.model)  # names a model that is not there
+        read_config(arguments.model)  # raises early if the model does not exist
         return Run(arguments, interruption).train()

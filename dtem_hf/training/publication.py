@@ -1,4 +1,4 @@
-"""What a run publishes on the Hub: the best adapter so far on a branch, and the finished one with its card."""
+"""Publish a run on the Hub: the best adapter so far on a branch, and the final adapter with its card."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..hub.client import clear_errors, prepare
+from ..hub.client import clear_errors, make_repository
 from ..hub.publishing import publish_folder
 from .arguments import TrainArguments
 
 
 class Publication:
-    """The repository of a run. Only the main process uses it; without `push_to_hub` it does nothing."""
+    """The Hub repository of a run, for the main process only. Without `push_to_hub`, all methods do nothing."""
 
     def __init__(self, arguments: TrainArguments, folder: Path, say: Callable[[str], Any]) -> None:
         self.arguments = arguments
@@ -23,27 +23,29 @@ class Publication:
         self.say = say
 
     def prepare(self) -> None:
-        """Make the repository, and the branch if one is needed: errors of access appear before training.
+        """Make the repository, and the branch if it is needed, so that access errors appear before training.
 
-        Raises PermissionError, ConnectionError, or ValueError where a public repository is there instead.
+        Raises PermissionError, ConnectionError, or ValueError if a private repository is wanted and it is public.
         """
         a = self.arguments
         if a.push_to_hub:
             with clear_errors(self.repo_id, publishing=True):
-                prepare(HfApi(), self.repo_id, a.hub_private_repo or None, a.hub_branch if a.push_every else None)
+                make_repository(
+                    HfApi(), self.repo_id, a.hub_private_repo or None, a.hub_branch if a.push_every else None
+                )
 
     def push_so_far(self, step: int, best_step: int) -> None:
-        """Publish the best adapter so far if it is time. A Hub that cannot be reached does not end a run."""
+        """Publish the best adapter so far, every `push_every` steps. An unreachable Hub does not end the run."""
         a = self.arguments
         if not a.push_to_hub or not a.push_every or step % a.push_every or step == a.steps:
             return
         try:
-            self._push(f"Step {step}: the best so far is of step {best_step}", branch=a.hub_branch, with_card=False)
+            self._push(f"Step {step}: best adapter so far, step {best_step}", branch=a.hub_branch, with_card=False)
         except OSError as error:
-            self.say(f"step {step}: not published, training goes on: {error}")
+            self.say(f"step {step}: not published; training continues: {error}")
 
     def push(self, best_step: int) -> None:
-        """Publish the finished adapter with its card and, if the backbone has learned, the whole model beside it."""
+        """Publish the final adapter with its card and, if the backbone was trained, the whole model beside it."""
         a = self.arguments
         if not a.push_to_hub:
             return

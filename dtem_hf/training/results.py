@@ -18,7 +18,7 @@ from .tasks import Task
 
 
 class Results:
-    """The folders `adapter` and, where the backbone learns, `model` of a run. All processes call every method."""
+    """A run's folders `adapter` and, if the backbone learns, `model`. All processes must call every method."""
 
     def __init__(self, arguments: TrainArguments, accelerator: Accelerator, task: Task) -> None:
         self.arguments, self.accelerator, self.task = arguments, accelerator, task
@@ -26,14 +26,14 @@ class Results:
         self._copy: Any = None
 
     def prepare(self, model: Any) -> None:
-        """Copy a model that `Accelerator.prepare` is about to shard: the copy receives what is to be saved."""
+        """Copy a model before `Accelerator.prepare` shards it; `save` loads the gathered weights into the copy."""
         plugin = self.accelerator.state.deepspeed_plugin
         zero_3 = plugin is not None and plugin.zero_stage == 3
         if zero_3 or self.accelerator.distributed_type == DistributedType.FSDP:
             self._copy = copy.deepcopy(model) if self.accelerator.is_main_process else model
 
     def save(self, wrapped: Any, model: Any, record: dict[str, Any]) -> None:
-        """Write the learned weights of a prepared model; `model` is the merged model in it."""
+        """Write the learned weights; `wrapped` is the prepared model, and `model` the merged model inside it."""
         if self._copy is not None:
             weights = self.accelerator.get_state_dict(wrapped)
             if self.accelerator.is_main_process:
@@ -55,7 +55,7 @@ class Results:
                 write_json(folder / TRAINING_NAME, record)
 
     def record(self, num_images: int | None, images_per_step: int, state: dict[str, Any]) -> dict[str, Any]:
-        """The content of `training.json`; `state` is what a checkpoint keeps."""
+        """The content of `training.json`; `state` is the state that checkpoints hold."""
         a, accelerator, best = self.arguments, self.accelerator, state["best"]
         return {
             "command": command(),

@@ -1,4 +1,4 @@
-"""Batches of a dataset that is read as it arrives: in a new order every epoch, from any position."""
+"""Batches of a streamed dataset, in a new order every epoch, starting at any position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..errors import BadValue
 from ..opening import row_name
 
 
-# Batches whose image names are kept: those of a step, and those that workers have read ahead.
+# The number of batches whose image names are kept; enough for a step and for the batches that workers read ahead.
 _NAMES_KEPT = 256
 
 
 class _Block(NamedTuple):
-    """Rows that are shuffled together, the dataset's state before them, and the number of the first."""
+    """Rows that are shuffled together, the dataset's state before them, and the number of the first row."""
 
     epoch: int
     state: dict[str, Any]
@@ -33,9 +33,9 @@ class _Block(NamedTuple):
 class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
     """`num_batches` batches of (epoch, number, row) for one of `world_size` processes.
 
-    Every epoch puts the shards of a process in another order and shuffles their rows in blocks of `buffer_size`; the
-    next block is read while one is used. Where shards cannot be shared evenly, each process reads all of them and
-    keeps every `world_size`-th row. The batches after batch b depend on `position_after(b)` alone.
+    Every epoch puts the shards of a process in a new order and shuffles their rows in blocks of `buffer_size`; the
+    next block is read while the present one is used. If the processes cannot share the shards evenly, each process
+    reads all shards and keeps every `world_size`-th row. The batches after batch b depend only on `position_after(b)`.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
         return self.num_batches
 
     def position_after(self, batch: int) -> dict[str, Any]:
-        """The position after batch `batch`, counted from 0 where this stream began; to be asked in order."""
+        """The position after batch number `batch` of this stream, from 0. Call it with rising numbers only."""
         for earlier in [number for number in self._positions if number < batch]:
             del self._positions[earlier]
         return self._positions[batch]
 
     def name_of(self, number: int) -> str:
-        """The name of one of the last rows."""
+        """The name of one of the latest rows."""
         return dict(self._names).get(number, str(number))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
@@ -76,7 +76,7 @@ class RowStream(Sampler[list[tuple[int, int, dict[str, Any]]]]):
         for block in self._read_ahead() if self.num_batches else ():
             order = np.random.default_rng((self.seed, self.rank, block.first)).permutation(len(block.rows))
             for place in range(used, len(order)):
-                # Other processes use the numbers in between, so that no two images get the same augmentation.
+                # Other processes have the numbers in between, so that no two images get the same augmentation.
                 identity = (block.first + place) * self.world_size + self.rank
                 row = block.rows[order[place]]
                 batch.append((block.epoch, identity, row))

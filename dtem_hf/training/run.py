@@ -48,14 +48,14 @@ from .validation import Stopped, Validation
 
 
 class Run:
-    """Loads model and data; `train` resumes from the newest checkpoint in the output folder."""
+    """A run. The constructor loads model and data; `train` resumes from the newest checkpoint, if there is one."""
 
     def __init__(self, arguments: TrainArguments, interruption: Interruption | None = None) -> None:
         self.arguments = a = replace(arguments)
         self.interruption = interruption or Interruption()
         self.output, self.checkpoints = Path(a.output_dir), Path(a.output_dir, "checkpoints")
         self.accelerator = Accelerator(
-            # Steps are counted: batches are read ahead, so the end of the data says nothing about the step.
+            # Accumulation goes by the number of batches: they are read ahead, so the end of the data is no step's end.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=a.gradient_accumulation_steps, sync_with_dataloader=False
             ),
@@ -80,7 +80,7 @@ class Run:
             self.identity["start_from"] = weights_digest(adapter.tensors)
         if a.train_backbone:
             self.task.keep_teacher(self.model)
-            # The adapter is for the trained backbone, and not for the one that training began with.
+            # The adapter belongs to the trained backbone, and not to the one that training began with.
             self.model.name_or_path = str(self.results.model)
         choose_learned(self.model, a.train_backbone)
         relax(self.model, self.task.soft, a.train_backbone)
@@ -111,7 +111,7 @@ class Run:
         if a.epochs is None:
             return
         if self.data.num_images is None:
-            raise BadValue("epochs", a.epochs, "steps instead, as the number of images of this stream is not known")
+            raise BadValue("epochs", a.epochs, "steps instead: the number of images in this stream is not known")
         a.steps = max(1, round(a.epochs * self.data.num_images / self.images_per_step))
 
     def _prepare(self) -> None:
@@ -123,26 +123,26 @@ class Run:
             num_training_steps=a.steps,
             min_lr_rate=min(a.min_lr / a.lr, 1.0) if a.lr else 0.0,
         )
-        # Parameters without a gradient: the embedding of a layer that merges nothing, a head that the task does not
-        # use, the projections under a hard merge, and the first layer's exponents.
+        # Some parameters may get no gradient: the embedding of a layer that merges nothing, a head that the task does
+        # not use, the projections under a hard merge, and the first layer's exponents.
         unused = a.train_backbone or a.relaxation == "hard" or a.learn_exponents
         drawn = any(not isinstance(r, int) or r == 0 for r in a.sample_r)  # some layers may merge nothing
         if unused or drawn or 0 in self.model.merge_plan().reductions:
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.accelerator.state.deepspeed_plugin is not None:
-            # DeepSpeed clips gradients itself, and gets no DataLoader to read the batch size from.
+            # DeepSpeed clips gradients itself, and has no DataLoader from which to read the batch size.
             sizes = {"train_micro_batch_size_per_gpu": a.batch_size, "gradient_clipping": a.max_grad_norm}
             self.accelerator.state.deepspeed_plugin.deepspeed_config |= sizes
         self.results.prepare(self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        # Not prepared: accelerate would step the schedule once per process.
+        # The scheduler is not prepared: accelerate would step it once per process.
         self.accelerator.register_for_checkpointing(self.scheduler)
         self.accelerator.register_save_state_pre_hook(checkpoints.keep_only_learned)
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step; returns the content of `training.json`.
+        """Train to the last step, and return the content of `training.json`.
 
-        Raises SystemExit(0), with a checkpoint written, where the run was interrupted.
+        After an interruption it writes a checkpoint and raises SystemExit(0).
         """
         self._enter_output()
         a, learned = self.arguments, self.model.num_parameters(only_trainable=True)
@@ -166,7 +166,7 @@ class Run:
             kept = checkpoints.last_good(self.checkpoints)
             raise OSError(
                 errno.ENOSPC,
-                f"no space left under {self.output}; {kept}. Make room and give the same command again",
+                f"no space left under {self.output}; {kept}. Free some space and run the same command again",
             ) from error
 
     def _steps(self) -> Iterator[None]:
@@ -209,7 +209,7 @@ class Run:
         progress.close()
 
     def _backward(self, batch: dict[str, Any], share: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's part of the loss, and the gradients' norm before clipping (0 before a step's last batch)."""
+        """Run a batch; returns its share of the loss, and the gradient norm before clipping (0 but at a step's end)."""
         norm = torch.zeros(())
         with self.accelerator.accumulate(self.wrapped):
             with self.accelerator.autocast(), drawn_for(batch, self.arguments), recorded_states(self.model) as states:
@@ -218,7 +218,7 @@ class Run:
                 loss = share * sum((term for term in terms if term is not None), start=loss)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
-                # All parameters: FSDP clips no part of them. Frozen ones have no gradient.
+                # Pass all parameters: FSDP cannot clip a part of them. Frozen parameters have no gradient.
                 norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.arguments.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -231,10 +231,10 @@ class Run:
     def _gather(
         self, losses: list[torch.Tensor], norm: torch.Tensor, batches: list[dict[str, Any]]
     ) -> tuple[dict[str, float], bool]:
-        """Figures of the step over all processes, and whether one of them was interrupted."""
+        """The figures of a step over all processes, and whether a process was interrupted."""
         unreadable = [reason for batch in batches for reason in batch.get(UNREADABLE, ())]
         outcome = gather_outcome(self.accelerator, losses, norm, self.interruption.reason is not None, len(unreadable))
-        # Scaled float16 gradients may overflow; the scaler then skips the step and lowers the scale.
+        # Scaled float16 gradients may overflow: the scaler skips such a step and lowers the scale.
         if not outcome.losses_are_finite or (self.accelerator.scaler is None and not math.isfinite(outcome.norm)):
             names = [self.feed.names(batch) for batch in batches]
             raise_not_finite(self.accelerator, outcome, self.step, names, self.checkpoints)
@@ -275,7 +275,7 @@ class Run:
         self.validation_due = False
 
     def _state(self) -> dict[str, Any]:
-        """What changes from step to step beside weights and optimiser."""
+        """The values, beside weights and optimiser, that change from step to step."""
         names = ("step", "seconds", "best", "validation_due", "unreadable")
         return {name: getattr(self, name) for name in names}
 
@@ -340,8 +340,8 @@ class Run:
         )
         if self.best["step"] == 0:
             self.accelerator.print(
-                "Training did not help: no later step was better than the start, so the adapter is what it started "
-                "from. Try more steps, or a lower --lr."
+                "Training did not help: no step was better than the start, so the adapter holds the start. Try more "
+                "steps, or a lower --lr."
             )
         self.accelerator.end_training()
         if self.accelerator.is_main_process:

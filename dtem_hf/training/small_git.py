@@ -41,7 +41,7 @@ class SmallGitArguments:
 
     images: str = option("folder of images")
     captions: str = option("table with the columns image and caption, like Flickr8k's, or COCO's annotations")
-    validation_size: int = option("images to leave out: the ones that the training program holds out", default=0)
+    validation_size: int = option("images to leave out: those that the training program holds out", default=0)
     output_dir: str = option("folder for the model, its processor and training.json", default="runs/small-git")
     steps: int = option("optimiser steps", default=800)
     batch_size: int = option("images per step, with one caption each", default=32)
@@ -52,7 +52,7 @@ class SmallGitArguments:
     vision_layers: int = option("layers of the image encoder", default=4)
     text_layers: int = option("layers of the decoder", default=2)
     vocab_size: int = option("largest number of word pieces", default=2000)
-    max_tokens: int = option("longest caption in word pieces; longer ones are cut", default=24)
+    max_tokens: int = option("longest caption in word pieces; longer captions are cut", default=24)
     seed: int = option("seed of every random draw", default=0)
 
     def __post_init__(self) -> None:
@@ -87,12 +87,12 @@ def train_small_git(arguments: SmallGitArguments) -> dict[str, Any]:
     processor = CLIPImageProcessorPil(size=side, do_center_crop=False)
     torch.manual_seed(arguments.seed)
     model = GitForCausalLM(make_config(arguments, tokenizer)).train()
-    # The images are small, so all are read once and stay in memory.
+    # The images are small: read each once and keep all in memory.
     pictures = ImageFolder(images, Path(arguments.images), processor)
     places = tqdm(range(len(pictures)), desc="read", unit="image")
     pixels = torch.stack([pictures[i]["pixel_values"] for i in places])
 
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # pads, and gives padding no loss
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # pads, and leaves padding out of the loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
     draw = torch.Generator().manual_seed(arguments.seed)
@@ -156,7 +156,7 @@ def make_config(arguments: SmallGitArguments, tokenizer: PreTrainedTokenizerFast
     """The config of a GIT of the size in the arguments."""
     width = arguments.hidden_size
     sizes: dict[str, Any] = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 4 * width}
-    # With GIT's own 0.02, a model this narrow does not learn to use the image.
+    # With GIT's default of 0.02, such a narrow model does not learn to use the image.
     sizes["initializer_range"] = width**-0.5
     return GitConfig(
         vision_config={

@@ -1,4 +1,4 @@
-"""The outcome of an optimiser step over all processes, gathered in one message."""
+"""The outcome of an optimiser step over all processes, gathered in one collective operation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StepOutcome(NamedTuple):
 def gather_outcome(
     accelerator: Accelerator, losses: list[Tensor], norm: Tensor, stop: bool, unreadable: int
 ) -> StepOutcome:
-    """Gather the outcome of a step from what each process gives: its losses (scalars) and the rest."""
+    """Gather the outcome of a step; each process gives its losses (scalars), gradient norm, stop flag and count."""
     own = [*losses, norm, torch.tensor(float(stop)), torch.tensor(float(unreadable))]
     row = torch.stack([value.to(accelerator.device, torch.float32) for value in own])
     table = accelerator.gather(row[None]).cpu()  # [processes, batches + 3]
@@ -47,7 +47,7 @@ def gather_outcome(
 def raise_not_finite(
     accelerator: Accelerator, outcome: StepOutcome, step: int, names: list[list[str]], folder: Path
 ) -> NoReturn:
-    """Raise FloatingPointError in every process, naming the images of all batches that may have caused it.
+    """Raise FloatingPointError in every process; it names the images of all batches that may have caused it.
 
     `names` are the image names of this process's batches.
     """

@@ -1,4 +1,4 @@
-"""The options that tasks read: model, data and loss."""
+"""The options of the tasks: model, data and loss."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class TaskArguments(CurriculumArguments, FisherArguments):
     data: str = option("images: Hub dataset id, folder of class folders, or folder with labels.csv (file,label)")
     split: str = option("split of a Hub dataset, or of a folder with train, val or test in it", default="train")
     label_column: str | None = option(LABEL_COLUMN_HELP, default=None)
-    streaming: bool = option("read the data as it arrives, instead of storing it first", default=False)
+    streaming: bool = option("read the data as a stream, instead of storing it first", default=False)
     shuffle_buffer: int = option("images of a stream that are shuffled together", default=1000)
-    validation_data: str | None = option("images to validate on; left out, part of the data is held out", default=None)
+    validation_data: str | None = option("images to validate on; left out: a held-out part of the data", default=None)
     validation_split: str = option("split of a Hub dataset to validate on", default="validation")
     validation_size: int = option("images held out, or taken from validation_data", default=256)
     captions: str | None = option(
@@ -35,21 +35,21 @@ class TaskArguments(CurriculumArguments, FisherArguments):
     augmentation: str = option("augmentation of training images: " + ", ".join(AUGMENTATIONS), default="none")
     mixup: float = option("mixup: parameter of the Beta distribution, 0.8 as published", default=0.0)
     cutmix: float = option("cutmix: parameter of the Beta distribution, 1.0 as published", default=0.0)
-    label_smoothing: float = option("classification: share of the target that all classes get", default=0.0)
-    features: str = option("features that are distilled: " + ", ".join(FEATURES), default="auto")
+    label_smoothing: float = option("classification: share of the target spread over all classes", default=0.0)
+    features: str = option("features to distil: " + ", ".join(FEATURES), default="auto")
     head: str | None = option(
-        "feature_distillation, feature_fisher: module:function that makes maps [B, H, W] of patches [B, D, rows, "
-        "columns]; the maps take the features' place",
+        "feature_distillation, feature_fisher: module:function that makes maps [B, H, W] from patches [B, D, rows, "
+        "columns]; the loss then compares these maps instead of features",
         default=None,
     )
     feature_loss: str = option("distance of features: " + " or ".join(FEATURE_LOSSES), default="cosine")
-    feature_weight: float = option("distillation of logits: weight of an added feature distance", default=0.0)
+    feature_weight: float = option("distillation: weight of the feature distance, added to the loss", default=0.0)
     distillation_weight: float | None = option(
-        "captioning, contrastive: share of the loss that is the divergence from the unmerged model; the rest is the "
-        "model's own loss; left out: 0 in captioning, 1 in contrastive; classification: weight of the same, added",
+        "captioning, contrastive: share of the divergence from the unmerged model in the loss, beside the model's own "
+        "loss (left out: 0 and 1); classification: weight of this divergence, added to the loss",
         default=None,
     )
-    max_caption_tokens: int = option("captions are cut to this length", default=40)
+    max_caption_tokens: int = option("largest length of captions in tokens; longer captions are cut", default=40)
 
     def __post_init__(self) -> None:
         CurriculumArguments.__post_init__(self)

@@ -1,4 +1,4 @@
-"""How many CPU threads a process computes with."""
+"""The number of CPU threads of a training process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 def use_threads(wanted: int | None, device: torch.device) -> int:
     """Set and return the number of threads of this process.
 
-    It is `wanted`, or else what the user set in the environment or for the launcher. Without both, on a CPU, the
-    processes share the cores: launchers would give each process one thread.
+    It is `wanted`, or else the user's setting in the environment or for the launcher. Without both, on a CPU, the
+    processes share the cores equally, where a launcher would give each process one thread.
     """
     if wanted is not None:
         torch.set_num_threads(wanted)

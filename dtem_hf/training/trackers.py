@@ -1,4 +1,4 @@
-"""The figures of a run by step: in `metrics.jsonl`, and in the trackers that Accelerate supports."""
+"""Log the figures of a run by step, in `metrics.jsonl` and in Accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wanted_trackers(report_to: list[str]) -> list[str]:
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in installed:
-            raise BadValue("report_to", name, f"none, or of the trackers installed here: {', '.join(installed)}")
+            raise BadValue("report_to", name, f"none, or one of the installed trackers: {', '.join(installed)}")
     return list(dict.fromkeys(names))
 
 
@@ -36,7 +36,7 @@ def new_run_id(output: Path) -> str:
 
 
 class Metrics:
-    """Figures by step. Timings go to trackers only, so that `metrics.jsonl` is the same in every repetition."""
+    """Logs figures by step. Timings go only to trackers, so that a repeated run writes the same `metrics.jsonl`."""
 
     def __init__(self, accelerator: Accelerator, output: Path) -> None:
         self.accelerator, self.output = accelerator, output
@@ -44,9 +44,9 @@ class Metrics:
         self.run_id = new_run_id(output)
 
     def start(self, arguments: dict[str, Any], step: int) -> None:
-        """Delete the figures of steps after `step`, where the run resumes (0: all figures), and open the trackers.
+        """Delete the figures of steps after `step`, the step to resume from (0: all figures), and open the trackers.
 
-        A run that resumes has set `run_id` to its first one before.
+        A resumed run must set `run_id` to the original id before.
         """
         if self.accelerator.is_main_process:
             self._delete_after(step)
@@ -56,7 +56,7 @@ class Metrics:
             "dtem-hf",
             config={key: _plain(value) for key, value in arguments.items()} if step == 0 else None,
             init_kwargs={
-                # Steps after the checkpoint are logged again; they replace those of the run that was cut off.
+                # Steps after the checkpoint are logged again; purge those of the interrupted run.
                 "tensorboard": {"purge_step": step + 1} if step else {},
                 "trackio": {"name": self.run_id, "resume": "allow", "auto_log_gpu": False},
                 "wandb": {"name": self.run_id, "id": self.run_id, "resume": "allow", "dir": str(self.output)},
@@ -64,7 +64,7 @@ class Metrics:
         )
 
     def log(self, step: int, figures: dict[str, Any], timing: dict[str, float] | None = None) -> None:
-        """Log the figures of a step; nested ones get names like `validation/kl` in trackers."""
+        """Log the figures of a step; in trackers, nested figures get names like `validation/kl`."""
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
@@ -97,7 +97,7 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # the line that was being written when the run was killed
+        return float("inf")  # the run was killed while it wrote this line
 
 
 def _plain(value: Any) -> Any:

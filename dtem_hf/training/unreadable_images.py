@@ -1,4 +1,4 @@
-"""Unreadable images that are left out: a readable image of the batch replaces each."""
+"""Leave out unreadable images: a readable image of the same batch replaces each."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 from ..opening import UnreadableImage
 
 
-# Key in a batch: [B], whether an item replaces an image that could not be read.
+# Key in a batch: [B], whether an item replaces an unreadable image.
 IS_REPLACEMENT = "is_replacement"
-# Key in a batch: the errors of the images that could not be read, if there are any.
+# Key in a batch: the error messages of the unreadable images, if there are any.
 UNREADABLE = "unreadable"
 
 
 @dataclass
 class ErrorsAsItems(Dataset[Any]):
-    """A data set that returns the error for an unreadable image, instead of raising it."""
+    """A data set that returns the error for an unreadable image instead of raising it."""
 
     items: Any
 
@@ -39,7 +39,7 @@ class ErrorsAsItems(Dataset[Any]):
 class ReplaceErrors:
     """A collate function that replaces errors among the items by readable items of the batch.
 
-    Batches keep their size, so that processes stay in step. Raises UnreadableImage where no item can be read.
+    Batches keep their size, so that all processes take the same steps. Raises UnreadableImage if no item is readable.
     """
 
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]

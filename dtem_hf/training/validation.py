@@ -1,4 +1,4 @@
-"""Validation of the hard model on held-out data during training, and on one fixed batch in between."""
+"""Validation during training: of the hard model on held-out data, and of both models on one fixed batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .unreadable_images import IS_REPLACEMENT
 
 
 class Stopped(Exception):
-    """The run is to stop: it was interrupted."""
+    """The run was interrupted and must stop."""
 
 
 class Validation:
     """Held-out data, and the unmerged model's outputs on it, which are computed once.
 
-    All processes call `stopping` before every batch; if it is true, the validation raises Stopped.
+    All processes call `stopping` before every batch; if it returns true, the validation raises Stopped.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
-        """The task's figures, each a mean over the items that have it; a figure that no item has is left out."""
+        """The task's figures, each the mean over the items that have it, without figures that no item has."""
         columns: dict[str, list[Tensor]] = {}
         for number, batch in enumerate(self.loader):
             if self.stopping():
@@ -47,13 +47,13 @@ class Validation:
 
     @torch.no_grad()
     def glance(self, model: Any, relax: Callable[[bool], None]) -> dict[str, Any]:
-        """Figures of the soft and of the hard model on the first validation batch, their gap, and effective tokens.
+        """Figures of the soft and the hard model on the first validation batch, their gap, and effective tokens.
 
-        `relax` makes the model soft or hard, without dropout.
+        `relax(soft)` makes the model merge softly or hard, without dropout.
         """
         if self._first is None:
             batch = next(iter(self.loader))
-            self.loader.end()  # accelerate would take this loader for the one that is being iterated over
+            self.loader.end()  # otherwise accelerate takes this loader as the active one
             self._first = batch, self.task.reference(model, batch)
         batch, reference = self._first
         relax(False)
@@ -83,8 +83,8 @@ class Validation:
 
 
 def effective_tokens(sizes: Tensor) -> Tensor:
-    """The number of tokens that are left, given their sizes [B, n] -> [B]: each counts min(size, 1).
+    """The effective number of tokens, from their sizes: [B, n] -> [B]. Each token counts min(size, 1).
 
-    After hard merging this is their number; a token that is half merged away counts one half.
+    After hard merging it is the number of tokens. A token that is half merged away counts one half.
     """
     return sizes.float().clamp(max=1.0).sum(-1)

@@ -82,7 +82,7 @@ def test_a_run_that_is_stopped_leaves_what_it_measured(
     result = json.loads((tmp_path / "advice.json").read_text())
     assert not result["finished"] and "The run was stopped" in (tmp_path / "advice.md").read_text()
     assert [[cell["batch_size"] for cell in row["batches"]] for row in result["rows"]] == [[1, 2], [1, 2]]
-    assert "stopped: this is what was measured until then" in capsys.readouterr().out
+    assert "stopped: these are the results until then" in capsys.readouterr().out
 
 
 def test_a_run_that_is_killed_before_any_round_leaves_the_losses(make_classifier: Any, pixels: torch.Tensor) -> None:
@@ -158,7 +158,7 @@ def test_an_encoder_without_its_architecture_gets_no_random_head(
     main([str(tmp_path / "model"), str(image_folder), *options, "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "advice.json").read_text())["rows"]
     assert rows[1]["agreement"] is None and 0 < rows[1]["cosine"] < 1
-    assert "classifier.bias is not in the checkpoint and would be random" in capsys.readouterr().err
+    assert "the checkpoint lacks classifier.bias, which would be random" in capsys.readouterr().err
 
 
 def test_the_options_of_the_documentation_are_enough(tmp_path: Path) -> None:

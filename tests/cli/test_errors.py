@@ -30,7 +30,7 @@ class TestErrors:
             (("--r", "many"), ("r='many'",)),
             (("--r", "null"), ("r='null'", "a whole number")),
             (("--r", "[3]"), ("1 layers", "the model has 2")),
-            (("--r", "3", "--flops", "0.5"), ("r, flops=('3', 0.5): one of them",)),
+            (("--r", "3", "--flops", "0.5"), ("r, flops=('3', 0.5): only one of them",)),
             (("--flops", "2"), ("flops=2.0",)),
             (("--image-size", "4"), ("image_size=4",)),
         ],

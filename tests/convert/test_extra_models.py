@@ -203,19 +203,23 @@ def reshaped(name: str, *shape: int) -> Callable[[Checkpoint], Any]:
         (
             "lv_vit",
             reshaped("blocks.0.attn.qkv.bias", 96),
-            "'blocks.0.attn.qkv.bias': tensors of an LV-ViT classifier",
+            "'blocks.0.attn.qkv.bias': only tensors of an LV-ViT classifier",
         ),
         (
             "lv_vit",
             reshaped("patch_embed.conv1.weight", 6, 3, 5, 5),
             "patch_embed.conv1.weight=[6, 3, 5, 5]: a tensor",
         ),
-        ("lv_vit", reshaped("pos_embed", 1, 64, 32), "pos_embed=[1, 64, 32]: one position for CLS and a square"),
+        ("lv_vit", reshaped("pos_embed", 1, 64, 32), "pos_embed=[1, 64, 32]: one position for CLS, and a square"),
         ("segmenter", without("encoder.blocks.1.attn.qkv.bias"), "encoder.blocks.1.attn.qkv.bias=None: a tensor of"),
         ("segmenter", without("decoder.cls_emb"), "decoder.cls_emb=None: a tensor of shape 1×any×32"),
         ("segmenter", reshaped("decoder.proj_patch", 32, 16), "decoder.proj_patch=[32, 16]: a tensor of shape 32×32"),
         ("segmenter", reshaped("decoder.blocks.7.norm1.bias", 32), "decoder.blocks.2.attn.qkv.weight=None"),
-        ("segmenter", reshaped("decoder.head.weight", 7, 32), "'decoder.head.weight': tensors of a Segmenter with a"),
+        (
+            "segmenter",
+            reshaped("decoder.head.weight", 7, 32),
+            "'decoder.head.weight': only tensors of a Segmenter with a",
+        ),
         ("segmenter", lambda tensors: tensors.clear(), "encoder.patch_embed.proj.weight=None"),
     ],
 )
@@ -232,7 +236,9 @@ def test_what_is_missing_or_odd_is_named(
 
 def test_what_shapes_do_not_tell_is_asked_for() -> None:
     """But for LV-ViT-S, which is known."""
-    with pytest.raises(BadValue, match=r"residual_scale=\(None, None\): .* 3 layers of width 32; known is LV-ViT-S"):
+    with pytest.raises(
+        BadValue, match=r"residual_scale=\(None, None\): .* 3 layers of width 32; only LV-ViT-S is known"
+    ):
         lv_vit_config(lv_vit_checkpoint())
     with pytest.raises(BadValue, match="num_attention_heads=5: a number that divides the width"):
         lv_vit_config(lv_vit_checkpoint(), 5, 0.5)

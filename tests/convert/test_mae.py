@@ -236,14 +236,20 @@ def reshaped(name: str, *shape: int) -> Callable[[Checkpoint], Any]:
         (without("fc_norm.weight"), "fc_norm.weight, norm.weight='neither'"),
         (without("fc_norm.bias"), "fc_norm.bias=None: a tensor of shape 32"),
         (reshaped("norm.weight", 32), "fc_norm.weight, norm.weight='both'"),
-        (reshaped("pos_embed", 1, 64, 32), "pos_embed=[1, 64, 32]: one position for CLS and a square of them"),
+        (
+            reshaped("pos_embed", 1, 64, 32),
+            "pos_embed=[1, 64, 32]: one position for CLS, and a square number of positions",
+        ),
         (reshaped("pos_embed", 1, 65, 48), "pos_embed=[1, 65, 48]: a tensor of shape 1×any×32"),
-        (reshaped("pos_embed", 1, 1, 32), "pos_embed=[1, 1, 32]: one position for CLS and a square of them"),
+        (
+            reshaped("pos_embed", 1, 1, 32),
+            "pos_embed=[1, 1, 32]: one position for CLS, and a square number of positions",
+        ),
         (reshaped("patch_embed.proj.weight", 32, 3, 4, 8), "patch_embed.proj.weight=[32, 3, 4, 8]: a tensor of"),
         (reshaped("patch_embed.proj.weight", 32, 1, 4, 4), "patch_embed.proj.weight=[32, 1, 4, 4]: a tensor of"),
         (reshaped("blocks.2.mlp.fc1.weight", 60, 32), "blocks.2.mlp.fc1.weight=[60, 32]: a tensor of shape 64×32"),
         (reshaped("head.bias", 8), "head.bias=[8]: a tensor of shape 7"),
-        (reshaped("blocks.0.ls1.gamma", 32), "checkpoint='blocks.0.ls1.gamma': tensors of an MAE classifier only"),
+        (reshaped("blocks.0.ls1.gamma", 32), "checkpoint='blocks.0.ls1.gamma': only tensors of an MAE classifier"),
         (reshaped("blocks.4.norm1.weight", 32), "blocks.3.attn.qkv.weight=None"),
         (reshaped("mask_token", 1, 1, 32), "which transformers has as ViTMAEForPreTraining"),
         (lambda tensors: tensors.clear(), "fc_norm.weight, norm.weight='neither'"),
@@ -278,9 +284,9 @@ def test_a_pth_is_refused_with_the_line_that_converts_it(pixels: Tensor, tmp_pat
     folder.mkdir()
     saved = {"model": tensors, "epoch": 99, "args": argparse.Namespace(lr=0.1)}
     torch.save(saved, folder / "mae.pth")
-    with pytest.raises(BadValue, match="safetensors, which holds no code") as raised:
+    with pytest.raises(BadValue, match="a safetensors file, which holds no code") as raised:
         convert(folder / "mae.pth", tmp_path / "beit")
-    line = re.search(r"makes it: (python .*)\.$", str(raised.value))
+    line = re.search(r"make it with: (python .*)\.$", str(raised.value))
     assert line is not None
     run_python(shlex.split(line[1])[1:], check=True)
     convert(folder / "mae.safetensors", tmp_path / "beit")
@@ -295,7 +301,7 @@ def test_a_pth_is_refused_with_the_line_that_converts_it(pixels: Tensor, tmp_pat
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
+    with pytest.raises(FileNotFoundError, match="this file does not exist"):
         convert(tmp_path / "nothing.safetensors", tmp_path / "beit")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(BadValue, match="a readable safetensors file"):

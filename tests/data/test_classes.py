@@ -54,7 +54,7 @@ def test_names_that_do_not_tell_it_are_refused(names):
 
 def test_a_name_of_two_classes_counts_for_none_and_is_said(capsys):
     assert match_classes(["tabby", "crane", "KOI"], ANIMALS).ids == [0, -1, -1]
-    assert "crane, KOI are left out, as the model has several classes of that name" in capsys.readouterr().err
+    assert "crane, KOI are not used, as the model has several classes of that name" in capsys.readouterr().err
 
 
 def test_label2id_may_know_more_names():
@@ -84,15 +84,15 @@ def test_order_is_said_and_another_number_of_classes_refused(tmp_path, capsys):
     images = folders(tmp_path / "three", ["a", "b", "c"])
     found = match_labels(images, config)
     assert [found.class_of(label) for label in images["label"]] == [0, 1, 2] and found.how == "order"
-    assert "the 3 classes of the data (a, b, c) are taken for the model's (LABEL_0, LABEL_1, LABEL_2)" in (
+    assert "the 3 classes of the data (a, b, c) are matched with the model's (LABEL_0, LABEL_1, LABEL_2)" in (
         capsys.readouterr().err
     )
     two = folders(tmp_path / "two", ["a", "b"])
-    with pytest.raises(BadValue, match=r"2 of 2 in the data are none of them.*--label_column none"):
+    with pytest.raises(BadValue, match=r"2 of 2 names in the data are unknown.*--label_column none"):
         match_labels(two, config)
     left_out = match_labels(two, config, needed=False)
     assert [left_out.class_of(label) for label in (0, 1, -1)] == [-1, -1, -1]
-    assert "labels are left out" in capsys.readouterr().err
+    assert "labels are not used" in capsys.readouterr().err
 
 
 def test_streamed_folders_are_matched_as_loaded_ones(tmp_path):

@@ -112,7 +112,7 @@ def test_a_cell_too_many_in_the_metadata_is_named(tmp_path):
 def test_why_there_are_no_labels_is_said(tmp_path, capsys):
     write_picture(tmp_path / "a.png")
     assert load_images(str(tmp_path))["label"] == [-1]
-    assert "no labels: the images are in no class folders, and there is no labels.csv" in capsys.readouterr().err
+    assert "no labels: the images are not in class folders, and there is no labels.csv" in capsys.readouterr().err
 
 
 def test_columns_are_named_where_none_is_of_labels(tmp_path, capsys):
@@ -120,7 +120,10 @@ def test_columns_are_named_where_none_is_of_labels(tmp_path, capsys):
     table = Dataset.from_dict({"image": [picture] * 2, "fine_label": [3, 4], "target": [0, 1]})
     table.to_parquet(str(tmp_path / "a.parquet"))
     assert load_images(str(tmp_path))["label"] == [-1, -1]
-    assert "the columns of the data are image, fine_label, target; --label_column" in capsys.readouterr().err
+    assert (
+        "the columns of the data are image, fine_label, target; choose one with --label_column"
+        in capsys.readouterr().err
+    )
     assert load_images(str(tmp_path), label_column="fine_label")["label"] == [3, 4]
     assert [row["label"] for row in stream_images(str(tmp_path), label_column="target")] == [0, 1]
     with pytest.raises(BadValue, match="label_column='coarse': one of the columns image, fine_label, target"):
@@ -138,7 +141,7 @@ def test_every_shard_is_read_or_named(tmp_path):
     write("a/part-1.parquet", [1])
     assert load_images(str(tmp_path / "a"), "validation")["label"] == [0, 1]
     write("a/train-2.parquet", [2])
-    with pytest.raises(BadValue, match=r"all tell a split, or none; part-0\.parquet does not"):
+    with pytest.raises(BadValue, match=r"all name a split, or none; part-0\.parquet does not"):
         load_images(str(tmp_path / "a"))
     write("b/my-val-0.parquet", [3])
     write("b/training/0.parquet", [4])

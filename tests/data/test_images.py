@@ -128,7 +128,7 @@ def test_every_crop_is_a_window_of_the_resized_image_perhaps_mirrored(noise):
 
 
 def test_label_out_of_range_is_named(noise):
-    with pytest.raises(BadValue, match=r"label=2: image 2 needs one below the model's 2 classes"):
+    with pytest.raises(BadValue, match=r"label=2: image 2 needs a number below the model's 2 classes"):
         ProcessedImages(noise, PROCESSOR, num_labels=2)[2]
 
 
@@ -192,7 +192,9 @@ def test_folder_without_images_is_named(tmp_path, name):
 def test_labels_are_checked_in_front_of_a_run(csv_folder, label):
     (csv_folder / "labels.csv").write_text(f"file,label\na.png,2\nsub/b.png,{label}\nc.png,\n")
     images = load_images(str(csv_folder))
-    with pytest.raises(BadValue, match=rf"label={label}: image 1 needs one below the model's 3 classes \(.*b.png\)"):
+    with pytest.raises(
+        BadValue, match=rf"label={label}: image 1 needs a number below the model's 3 classes \(.*b.png\)"
+    ):
         check_labels(images, 3)
     (csv_folder / "labels.csv").write_text("file,label\na.png,2\nsub/b.png,\nc.png,0\n")
     check_labels(load_images(str(csv_folder)), 3)

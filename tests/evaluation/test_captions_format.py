@@ -66,7 +66,7 @@ def test_table_of_images_and_captions(tmp_path):
     ]
     path.write_text(path.read_text(), encoding="utf-8-sig")  # as Excel writes it
     assert read_annotations(path) == images
-    with pytest.raises(BadValue, match=r"split='train': nothing, as captions\.txt is a table"):
+    with pytest.raises(BadValue, match=r"split='train': no split: captions\.txt is a table"):
         read_annotations(path, "train")
 
 
@@ -106,8 +106,8 @@ def test_predictions_come_back_as_written(tmp_path):
     [
         ([], None, r"file.json='list'.*'images'"),
         ({"images": []}, None, "split=None"),
-        (KARPATHY, None, "split=None: one of test, train"),
-        (KARPATHY, "val", "split='val': one of test, train"),
+        (KARPATHY, None, "split=None: one of the splits in file.json: test, train"),
+        (KARPATHY, "val", "split='val': one of the splits in file.json: test, train"),
         (COCO, "test", "split='test'.*COCO's format"),
         ({"images": [{"id": "7"}], "annotations": []}, None, r"images\[0\].id='7': a whole number"),
         ({"images": [{"id": True}], "annotations": []}, None, r"images\[0\].id=True"),

@@ -180,7 +180,7 @@ def test_too_few_labels_for_a_vote_are_said(
 ) -> None:
     rows = evaluate(EvaluateArguments(**options, limit=limit, neighbours=neighbours))["rows"]
     assert all(row["knn_top1"] is None and row["same_nearest"] is not None for row in rows)
-    assert f"no k-NN top-1: it takes more than {neighbours} labelled images" in capsys.readouterr().err
+    assert f"no k-NN top-1: it needs more than {neighbours} labelled images" in capsys.readouterr().err
 
 
 def test_a_single_label_is_no_vote(options: dict[str, Any], image_folder: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_lost_its_head_is_an_encoder_and_that_is_said(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runtime": "onnxruntime"}, "runtime='onnxruntime': eager, where features of an encoder are measured"),
+        ({"runtime": "onnxruntime"}, "runtime='onnxruntime': eager: other runtimes do not measure features"),
         ({"features": "grid"}, "features='grid': one of auto, pooled, cls, patches"),
         ({"neighbours": 0}, "neighbours=0: 1 or more"),
         ({"methods": ["magic"]}, "not magic"),

@@ -36,7 +36,7 @@ def test_batches_add_up_and_too_large_a_k_is_named(accuracy):
     for start in range(3):
         accuracy.add_batch(predictions=ranked[start : start + 1], references=labels[start : start + 1])
     assert accuracy.compute(k=2) == {"top2": 2 / 3}
-    with pytest.raises(ValueError, match="k=3: the predictions rank 2 classes"):
+    with pytest.raises(ValueError, match="k=3: 1 to 2, as the predictions rank 2 classes"):
         accuracy.compute(predictions=ranked, references=labels, k=3)
 
 

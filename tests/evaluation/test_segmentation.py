@@ -125,7 +125,7 @@ def test_what_is_no_pair_of_image_and_mask_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="a mask is missing for 2"):
         load_segmentation(str(folder), "train")
     Image.new("RGB", (5, 5)).save(folder / "images" / "0.jpg")
-    with pytest.raises(BadValue, match=r"data='.*0\.png': one file named 0; 0\.jpg is there, too"):
+    with pytest.raises(BadValue, match=r"data='.*0\.png': one file named 0; 0\.jpg is another"):
         load_segmentation(str(folder), "train")
     (folder / "images" / "0.jpg").unlink()
     (folder / "images" / "0.png").unlink()

@@ -49,5 +49,7 @@ CASE = FamilyCase(
 
 def test_narrow_heads_are_refused() -> None:
     """Positions are read off rotations, of which a head of four numbers has one only."""
-    with pytest.raises(UnsupportedModelError, match="head width 4: positions can be read off rotations from 8 on"):
+    with pytest.raises(
+        UnsupportedModelError, match="head width 4: positions can be computed from rotations from 8 on"
+    ):
         attach(CASE.make(DINOv3ViTModel, num_attention_heads=8), ToMeConfig(r=9))

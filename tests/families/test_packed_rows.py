@@ -127,12 +127,14 @@ def test_merged_tokens_and_mixed_traces_are_refused(case: FamilyCase) -> None:
     model = attach(case.make(case.encoder), ToMeConfig(r=4))
     with (
         model.trace_merging(),
-        pytest.raises(UnsupportedModelError, match=r"images of one number of tokens.* 64, 24, 4"),
+        pytest.raises(UnsupportedModelError, match=r"images with the same number of tokens.* 64, 24, 4"),
     ):
         model(**rows_of(MIXED))
     with pytest.raises(UnsupportedModelError, match="takes rows of patches and grid_thw, not images of pixels"):
         model.set_reduction(target_speedup=1.2)
-    with pytest.raises(UnsupportedModelError, match="head width 4: positions can be read off rotations from 8 on"):
+    with pytest.raises(
+        UnsupportedModelError, match="head width 4: positions can be computed from rotations from 8 on"
+    ):
         attach(case.make(case.encoder, num_attention_heads=8), ToMeConfig(r=9))
 
 

@@ -22,7 +22,7 @@ def test_an_unknown_family_is_refused_in_a_line_or_two() -> None:
     with pytest.raises(UnsupportedModelError) as raised:
         attach(model, ToMeConfig(r=1))
     message = str(raised.value)
-    assert message.startswith("BertModel cannot be merged: none of the encoders that dtem_hf knows is in it. ")
+    assert message.startswith("BertModel cannot be merged: it holds no encoder that dtem_hf knows. ")
     assert "docs/ecosystem.md lists all" in message and len(message) < 300
 
 

@@ -77,7 +77,7 @@ class TestRoundTrip:
         [
             ("tome", r"merge='tome': for this method, write ToMeConfig\(\)"),
             ("DTEM", r"merge='DTEM': for this method, write DTEMConfig\(\)"),
-            ("my-adapter", r"merge='my-adapter': a folder that is there, a Hub id \(user/repo\)"),
+            ("my-adapter", r"merge='my-adapter': a folder that exists, a Hub id \(user/repo\)"),
             (8, r"merge=8: a config such as ToMeConfig\(r=8\)"),
         ],
     )
@@ -215,7 +215,7 @@ class TestWhoMay:
 
     def test_what_is_to_be_private_does_not_end_in_public(self, hub, client, folder):
         hub.create("me/open")
-        with pytest.raises(BadValue, match=r"private=True: me/open is there and public"):
+        with pytest.raises(BadValue, match=r"private=True: me/open exists and is public"):
             client(PUBLISH, str(folder), "me/open", private=True, **ME)
         assert hub.files("me/open") == {}
 

@@ -130,7 +130,7 @@ def test_a_link_is_not_followed_out_of_the_folder(folder: Path, tmp_path: Path, 
     else:
         private.write_bytes((folder / name).read_bytes())
     replace_file(folder, name, lambda path: path.symlink_to(private))
-    with pytest.raises(BadValue, match=r"in the folder itself, and no link"):
+    with pytest.raises(BadValue, match=r"in the folder itself, not a symbolic link"):
         published_files(folder)
 
 

@@ -98,7 +98,10 @@ def test_keep_rate_and_layers_change_as_long_as_every_stage_has_its_predictor(ma
     assert model.merge_config == DTPSConfig(0.5, [2, 3])
     model.set_reduction(flops=0.7)
     assert 0.65 < model.merge_plan().ratio <= 0.7
-    for layers, message in (((1, 2, 3), "2 layers, as many as have learned scores"), ((0, 1), "layers from 1 on")):
+    for layers, message in (
+        ((1, 2, 3), "2 layers: this is the number of learned predictors"),
+        ((0, 1), "layers from 1 on"),
+    ):
         with pytest.raises(BadValue, match=message):
             model.set_reduction(KeepRateSchedule(0.5, layers))
     assert model.merge_config.layers == [2, 3]
@@ -198,7 +201,7 @@ def test_passes_in_two_threads_keep_their_masks_apart(make_classifier: Make, pix
 
 @pytest.mark.parametrize(
     "family, model_class, message",
-    [("git", GitModel, "the decoder sees all tokens alike"), ("qwen2_vl", None, "rows hold no pruned tokens")],
+    [("git", GitModel, "which the decoder would see"), ("qwen2_vl", None, "rows cannot hold pruned tokens")],
     ids=["git", "qwen2_vl"],
 )
 def test_models_that_would_see_pruned_tokens_learn_no_dtps(family: str, model_class: Any, message: str) -> None:

@@ -140,19 +140,22 @@ def test_saved_and_loaded_as_adapter_and_as_model(make_classifier: Make, pixels:
     plain.save_pretrained(tmp_path / "plain")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "plain", merge=tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, pixels), merged)
-    with pytest.raises(BadValue, match="learn_shifts=False: True, as the embedding was learned"):
+    with pytest.raises(BadValue, match="learn_shifts=False: True, as in the learned embedding"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "model", merge=DTEMConfig(r=5))
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop("shifts.layers.2.mlp.fc1.bias"), r"shifts.layers.2.mlp.fc1.bias: the model has it"),
-        (lambda t: [t.pop(name) for name in list(t) if name.startswith("shifts.")], "the model has it"),
-        (lambda t: t.update({"shifts.layers.9.mlp.fc1.bias": torch.ones(4)}), "the model has no place for it"),
+        (
+            lambda t: t.pop("shifts.layers.2.mlp.fc1.bias"),
+            r"shifts.layers.2.mlp.fc1.bias: the model has this parameter",
+        ),
+        (lambda t: [t.pop(name) for name in list(t) if name.startswith("shifts.")], "the model has this parameter"),
+        (lambda t: t.update({"shifts.layers.9.mlp.fc1.bias": torch.ones(4)}), "the model no such tensor"),
         (
             lambda t: t.update({"shifts.layernorm.bias": torch.ones(5)}),
-            r"shifts.layernorm.bias: the adapter's is \[5\]",
+            r"shifts.layernorm.bias: the adapter has \[5\]",
         ),
         (lambda t: t.update({"shifts.layernorm.bias": torch.ones(2, 2)}), r"shifts.layernorm.bias is F32 \[2, 2\]"),
         (lambda t: t.update({"shifts.layernorm.bias": torch.tensor([torch.inf])}), "holds NaN or infinity"),

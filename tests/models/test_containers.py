@@ -185,7 +185,7 @@ def test_of_several_encoders_one_is_chosen_by_name() -> None:
 
 
 def test_a_model_without_a_vision_transformer_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged: none of the encoders"):
+    with pytest.raises(UnsupportedModelError, match="BertModel cannot be merged: it holds no encoder"):
         attach(tf.BertModel(tf.BertConfig(**TEXT)), ToMeConfig(r=3))
 
 

@@ -68,7 +68,7 @@ def test_a_learned_embedding_that_a_given_config_leaves_out_is_reported(make_cla
 
 @pytest.mark.parametrize("model", [torch.nn.Sequential(), None, "facebook/deit-tiny-patch16-224"])
 def test_what_is_no_model_of_transformers_is_named(model):
-    with pytest.raises(BadValue, match=rf"model='{type(model).__name__}': a model of transformers"):
+    with pytest.raises(BadValue, match=rf"model='{type(model).__name__}': a transformers model"):
         attach(model, ToMeConfig())
 
 

@@ -18,7 +18,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from dtem_hf.errors import UnsupportedModelError
-from dtem_hf.families import serve_attention
+from dtem_hf.families import enable_size_bias
 from dtem_hf.scope import Scope, open_scope
 from dtem_hf.token_state import TokenState
 
@@ -127,7 +127,7 @@ def test_padded_tokens_stay_left_out() -> None:
 
 def test_a_bias_for_every_query_is_refused_in_a_merged_model_alone() -> None:
     """Elsewhere it is a mask that the model gives FlexAttention itself, which adds it."""
-    serve_attention("flex_attention")
+    enable_size_bias("flex_attention")
     function = AttentionInterface()["flex_attention"]
     module = torch.nn.Linear(1, 1).eval()
     module.config = type("Config", (), {"_attn_implementation": "flex_attention"})()
@@ -138,7 +138,9 @@ def test_a_bias_for_every_query_is_refused_in_a_merged_model_alone() -> None:
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
     with (
         open_scope(Scope(state=TokenState(lambda count: [0], 1))),
-        pytest.raises(UnsupportedModelError, match=r"attn_implementation='flex_attention'.*every query.*sdpa"),
+        pytest.raises(
+            UnsupportedModelError, match=r"attn_implementation='flex_attention'.*every pair of query and key.*sdpa"
+        ),
     ):
         function(module, query, key, value, bias)
 

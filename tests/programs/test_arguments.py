@@ -58,7 +58,7 @@ def test_help_shows_every_option_with_its_text_and_its_default(capsys):
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
     assert all(text in shown for text in ("--config", "--rates", "a size (default: 3)", "command --name x"))
-    assert "NAME [--OPTION VALUE ...]" in shown and "--name may stand first" in shown and "(required)" in shown
+    assert "NAME [--OPTION VALUE ...]" in shown and "--name may come first" in shown and "(required)" in shown
     assert "None" not in shown
 
 

@@ -53,7 +53,9 @@ def test_a_file_is_no_folder(name: str, below: str, tmp_path: Path) -> None:
         import_module(name).main([*PROGRAMS[name], "--output_dir", str(tmp_path / "bad.jpg" / below)])
 
 
-@pytest.mark.parametrize(("output", "right"), [("there", "a file"), ("bad.jpg/x.html", "a folder; .*bad.jpg is a")])
+@pytest.mark.parametrize(
+    ("output", "right"), [("there", "the path of a file"), ("bad.jpg/x.html", "a folder; .*bad.jpg is a")]
+)
 def test_a_folder_is_no_file(output: str, right: str, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "bad.jpg").touch()

@@ -1,8 +1,8 @@
-"""The families as people use them: which Auto classes and pipelines there are, and the table of what holds.
+"""The Auto classes and pipelines of the families, and the table of what works with merging.
 
     python -m tests.support.ecosystem   # writes docs/ecosystem.md
 
-A cell of the table is what a family's case promises, and the tests for all families hold every case to it.
+A cell of the table is a claim of the family's case; the tests for all families check every claim.
 The table of loaded and wrapped backbones is made in `tests.support.loading`.
 """
 
@@ -34,7 +34,7 @@ AUTO_CLASSES = sorted(name for name in dtem_hf.__all__ if hasattr(getattr(transf
 
 
 def autos_of(model_class: Any) -> list[str]:
-    """The Auto classes by which transformers yields a model class."""
+    """The Auto classes of transformers that load a model class."""
     found = []
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
@@ -45,14 +45,14 @@ def autos_of(model_class: Any) -> list[str]:
 
 
 def models_of(case: FamilyCase) -> list[tuple[str, Any]]:
-    """The models of a family with the Auto classes that yield them."""
+    """The models of a family with the Auto classes that load them."""
     return sorted(
         ((auto, each) for each in case.models for auto in autos_of(each)), key=lambda pair: AUTO_CLASSES.index(pair[0])
     )
 
 
 def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
-    """Every task of a family; of those that have none but to see, the features."""
+    """Every task of a family; for image encoders without a task, feature extraction."""
     if "pipelines" in case.lacking:
         return []
     found = [(TASKS[auto], auto, model_class) for auto, model_class in models_of(case) if auto in TASKS]
@@ -63,13 +63,13 @@ def tasks_of(case: FamilyCase) -> list[tuple[str, str, Any]]:
 
 
 def exported_models(case: FamilyCase) -> list[Any]:
-    """The encoder; of families that most people use, inside the classifier around it."""
+    """The encoder; in the most used families, the classifier around it, if there is one."""
     classifiers = [each for auto, each in models_of(case) if auto == "AutoModelForImageClassification"]
     return (classifiers if case.family in MOST_USED else []) or [case.encoder]
 
 
 def lacks(case: FamilyCase, column: str) -> bool:
-    """Whether something does not hold with the transformers that is installed."""
+    """Whether a feature does not work with the installed transformers."""
     mended = column in case.mended and Version(transformers.__version__) >= Version(case.mended[column])
     return column in case.lacking and not mended
 
@@ -78,11 +78,11 @@ MOST_USED = ("vit", "dinov2", "clip", "git")
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ecosystem.md"
 PREFACE = """# What holds with merging on
 
-Written by `make ecosystem` from the families' files in `tests/families`. The tests beside these files test
-every cell on the family's own code with small random weights. Pipelines run a merged model that is given, one that is
-loaded with `model_kwargs={"merge": ...}` and one that was saved merged. Classes are those that take `merge=`: of
-`dtem_hf`, and of transformers after `register()`. `device_map` is "cpu", "auto", or one with a layer on disk. Compiled
-and exported are the encoders, of ViT, DINOv2 and CLIP inside their classifiers; exports take any batch size, and
+`make ecosystem` writes this page from the families' files in `tests/families`. The tests there check every cell on the
+family's own code, with small random weights. "Pipelines" were tested with a merged model, with
+`model_kwargs={"merge": ...}`, and with a folder that was saved merged. "Classes" take `merge=`: in `dtem_hf`, and in
+transformers after `register()`. `device_map` was "cpu", "auto", and a map with a layer on disk. The compiled and
+exported model is the encoder; for ViT, DINOv2 and CLIP it is the classifier. Exports take any batch size, and
 onnxruntime runs the ONNX file. "Eager only" means `attn_implementation="eager"`.
 """
 COLUMNS = {
@@ -126,11 +126,11 @@ def document() -> str:
 
 CONTAINERS_PREFACE = """## Models around an encoder
 
-Any model with one of these encoders inside can be merged. `tests/models/test_containers.py` tests those below: with
-nothing merged it is the plain model bit for bit, detach restores it, an untrained DTEM is ToMe, eager attention is
-SDPA, saved and loaded it is merged again, the plan is the encoder's count, bfloat16 is finite. A type that is not
-listed reads all tokens, in place. With `unmerge=False`, the language models of LLaVA, VipLLaVA and
-PaliGemma get the merged tokens (`tests/models/test_processor.py`).
+Any model with one of these encoders inside can be merged. `tests/models/test_containers.py` tests those below: r = 0
+equals the plain model bit for bit, `detach` restores it, an untrained DTEM equals ToMe, eager attention equals SDPA, a
+saved model loads merged, the plan equals the encoder's, and bfloat16 outputs are finite. A type that is not listed
+reads all tokens, in place. With `unmerge=False`, the language models of LLaVA, VipLLaVA and PaliGemma get the merged
+tokens (`tests/models/test_processor.py`).
 """
 READ = {
     "grid": "all tokens, in place",

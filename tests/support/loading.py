@@ -115,7 +115,7 @@ class Way:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-SHARDED = "The model's weights are sharded. Attach first and shard then"
+SHARDED = "The model's weights are sharded. Attach before you shard"
 WAYS = {
     "plain": Way("plain"),
     "on_disk": Way("`device_map` with the encoder on disk", on_disk),

@@ -77,7 +77,7 @@ def test_an_adapter_brings_it_along(make_classifier, pixels, tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(logits(again, pixels), logits(model, pixels))
-    with pytest.raises(BadValue, match="learn_norms=False: True, as the embedding was learned"):
+    with pytest.raises(BadValue, match="learn_norms=False: True, as in the learned embedding"):
         AutoModelForImageClassification.from_pretrained(
             tmp_path / "model", merge=DTEMConfig(r=5, learn_exponents=True)
         )
@@ -88,8 +88,11 @@ def test_an_adapter_brings_it_along(make_classifier, pixels, tmp_path):
     [
         (lambda t: t.pop("exponents.2"), "exponents.2"),
         (lambda t: t.pop("exponents.0"), "exponents.0"),
-        (lambda t: t.update({"exponents.1": torch.ones(5)}), r"exponents.1 is F32 \[5\], and F32 \[4\]"),
-        (lambda t: t.update({"norms.1": torch.ones(2)}), r"norms.1 is F32 \[2\], and F32 \[1\]"),
+        (
+            lambda t: t.update({"exponents.1": torch.ones(5)}),
+            r"exponents.1 is F32 \[5\], and its config needs F32 \[4\]",
+        ),
+        (lambda t: t.update({"norms.1": torch.ones(2)}), r"norms.1 is F32 \[2\], and its config needs F32 \[1\]"),
         (lambda t: t.update({"norms.4": torch.ones(1)}), "norms.4"),
         (lambda t: t.update({"norms.1": torch.tensor([torch.nan])}), "norms.1 holds NaN"),
     ],
@@ -114,12 +117,12 @@ def test_tensors_that_the_config_does_not_announce_are_refused(make_classifier, 
 def test_exponents_of_other_heads_do_not_fit(make_classifier, tmp_path):
     config = DTEMConfig(r=5, embed_dim=16, init="random", **LEARN)
     attach(make_classifier(), config).save_merge_adapter(tmp_path)
-    with pytest.raises(AdapterError, match=r"exponents.0: the adapter's is \[4\], and the model has \[2\]"):
+    with pytest.raises(AdapterError, match=r"exponents.0: the adapter has \[4\], the model \[2\]"):
         attach(make_classifier(num_attention_heads=2), tmp_path)
 
 
 def test_config_refusals():
-    with pytest.raises(BadValue, match="learn_exponents=True: False, or proportional_attention"):
+    with pytest.raises(BadValue, match="learn_exponents=True: False, or use proportional_attention"):
         DTEMConfig(learn_exponents=True, proportional_attention=False)
     with pytest.raises(BadValue, match="learn_norms='yes'"):
         DTEMConfig(learn_norms="yes")

@@ -44,7 +44,7 @@ def test_full_disk_leaves_the_checkpoint_before_intact(small_disk, learner):
     learned = model[1].weight.detach().clone()
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     (small_disk / "filler").write_bytes(b"x" * (free - 20_000))
-    with pytest.raises(OSError, match=r"step 2 could not be written .*last good checkpoint: step-00000001.*Make room"):
+    with pytest.raises(OSError, match=r"step 2 could not be written .*last good checkpoint: step-00000001.*Free some"):
         checkpoints.save(accelerator, small_disk, 2, {"step": 2}, keep=2)
     assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "step-00000001"]
     assert {path.name: path.read_bytes() for path in (small_disk / "step-00000001").iterdir()} == before

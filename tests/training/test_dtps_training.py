@@ -106,13 +106,13 @@ def test_resumed_run_ends_in_the_same_bits(changes, dtps, tmp_path):
     ],
 )
 def test_options_of_dtem_are_refused(name, value, dtps):
-    with pytest.raises(BadValue, match=rf"^{name}={re.escape(repr(value))}: left out, as method dtps"):
+    with pytest.raises(BadValue, match=rf"^{name}={re.escape(repr(value))}: no value: method dtps"):
         TrainArguments(**{**dtps, name: value})
 
 
 def test_options_of_dtps_are_refused_with_dtem(options):
     for name, value in (("keep_rate", 0.7), ("layers", [1, 2])):
-        with pytest.raises(BadValue, match=rf"^{name}={re.escape(repr(value))}: left out, as method dtem"):
+        with pytest.raises(BadValue, match=rf"^{name}={re.escape(repr(value))}: no value: method dtem"):
             TrainArguments(**{**options, name: value})
     with pytest.raises(BadValue, match="method='tome': one of dtem, dtps"):
         TrainArguments(**{**options, "method": "tome"})

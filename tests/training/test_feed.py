@@ -112,6 +112,6 @@ def test_batch_without_a_readable_image_is_an_error(broken):
 def test_labels_out_of_range_are_named_in_front_of_the_first_step(broken):
     with open(Path(broken["data"], "labels.csv"), "a") as file:
         file.write("7.png,5\n")
-    with pytest.raises(BadValue, match=r"label=5: image 48 needs one below the model's 5 classes \(.*7.png\)"):
+    with pytest.raises(BadValue, match=r"label=5: image 48 needs a number below the model's 5 classes \(.*7.png\)"):
         train(TrainArguments(**broken))
     assert not os.path.exists(broken["output_dir"])

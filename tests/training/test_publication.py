@@ -32,7 +32,7 @@ def test_best_so_far_goes_to_a_branch_and_the_finished_adapter_to_main(hub, clie
     hub.faults.append(Fault("POST", "/commit/training", status=500))
     out = client(TRAIN, {**published, "hub_private_repo": True})
     assert f"published: {hub.endpoint}/me/run/commit/" in out
-    assert "step 2: not published, training goes on: me/run: the Hub answered 500" in out
+    assert "step 2: not published; training continues: me/run: the Hub answered 500" in out
     assert hub.repos["me/run"].private
     local = Path(published["output_dir"], "adapter")
     files = hub.files("me/run")
@@ -44,7 +44,7 @@ def test_best_so_far_goes_to_a_branch_and_the_finished_adapter_to_main(hub, clie
     # The pushes on the way: without a card, and the last one was of step 4.
     assert set(hub.files("me/run", "training")) == RECORDED
     messages = [commit.message for commit in hub.repos["me/run"].commits.values()]
-    assert next(text for text in messages if text.startswith("Step")).startswith("Step 4: the best so far")
+    assert next(text for text in messages if text.startswith("Step")).startswith("Step 4: best adapter so far")
     record = json.loads(files["training.json"])
     assert record["arguments"]["output_dir"] == "…/run" and str(tmp_path) not in str(files)
 

@@ -79,7 +79,7 @@ def started(options, tmp_path):
 def test_a_run_does_not_go_on_with_what_has_changed(options, started, edit, named):
     run = started(options)
     edit(run)
-    with pytest.raises(BadValue, match=rf"{named}.*its content has changed since; restore it, .*--resume never"):
+    with pytest.raises(BadValue, match=rf"{named}.*its content has changed since: restore it, .*--resume never"):
         train(TrainArguments(**run))
     assert train(TrainArguments(**{**run, "resume": "never"}))["steps"] == 6
 

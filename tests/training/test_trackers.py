@@ -47,7 +47,7 @@ def test_last_line_that_was_being_written_is_forgotten(options, finish_processes
 
 
 def test_tracker_that_is_not_here_is_named(options):
-    with pytest.raises(BadValue, match=r"report_to='bulletin': none, or .* installed here: .*tensorboard"):
+    with pytest.raises(BadValue, match=r"report_to='bulletin': none, or .* installed trackers: .*tensorboard"):
         train(TrainArguments(**{**options, "report_to": ["bulletin"]}))
 
 

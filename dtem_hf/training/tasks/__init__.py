@@ -1,4 +1,4 @@
-"""The tasks: each is a loss for the merge embedding. Every file in this folder is imported and adds its tasks."""
+"""Training tasks: each defines a loss for the merge embedding. New files in this folder are imported automatically."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A task: its model and data, the loss it trains with, and its validation figures."""
+"""The base class of tasks: model, data, loss and validation figures."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TASKS: dict[str, type[Task]] = {}
 class TaskData:
     """Training data, validation data, and the function that makes batches of their items.
 
-    Both sets have a length and are indexed by i or (epoch, i): every random draw for an item depends on these alone.
-    Items hold `index`. Where `rows` is a stream, `train` has no length and is indexed by (epoch, number, row).
-    `identity` has a digest of all that was read, by option: a run resumes with the same data only.
+    Both sets have a length and are indexed by i or (epoch, i); every random draw for an item depends only on these.
+    Items hold `index`. If `rows` is a stream, `train` has no length and is indexed by (epoch, number, row). `identity`
+    holds digests of the content that was read, by option: a run resumes only with the same data.
     """
 
     train: Any
@@ -44,9 +44,10 @@ class TaskData:
 
 
 class Task(ABC):
-    """`name` is the option's value; `ranked_by` is the validation figure that chooses the best step (lower is better).
+    """A training task. `name` is its value of the option `task`.
 
-    `soft` says whether the model merges softly in `loss`.
+    `ranked_by` is the validation figure that chooses the best step; lower is better. `soft`: the model merges softly
+    in `loss`.
     """
 
     name: ClassVar[str]
@@ -67,14 +68,14 @@ class Task(ABC):
 
     @abstractmethod
     def load_data(self, model: Any) -> TaskData:
-        """Raises ValueError or FileNotFoundError that names what is wrong with the data."""
+        """Load the data. Raises ValueError or FileNotFoundError that names what is wrong."""
 
     @abstractmethod
     def loss(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of a batch. `model` is run, and may be a wrapper around the merged model, `plain_model`."""
+        """Mean loss of a batch. `model` runs; it is the merged model `plain_model`, or a wrapper around it."""
 
     def num_terms(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The number of terms that `loss` is the mean of, such as words; None: it is the same for all batches."""
+        """The number of terms, such as words, over which `loss` is a mean; None if it is the same for all batches."""
         return None
 
     @abstractmethod
@@ -83,23 +84,23 @@ class Task(ABC):
 
     @abstractmethod
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Any) -> dict[str, Tensor]:
-        """Validation figures of the hard model, one value per item [B]; NaN where an item has none."""
+        """Validation figures of the hard model, one value per item, [B]; NaN for an item without the figure."""
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """The validation figures of a run, from the means of `figures` over all items."""
         return means
 
     def keep_teacher(self, model: Any) -> None:
-        """Copy a model, unmerged and frozen, before its backbone learns: `unmerged` then runs the copy."""
+        """Keep an unmerged, frozen copy of a model before its backbone learns; `unmerged` then runs the copy."""
         self._teacher = detach(copy.deepcopy(model)).eval().requires_grad_(False)
 
     def teacher(self, plain_model: Any) -> Any:
-        """The model that `unmerged` runs: the copy where the backbone learns, the model itself otherwise."""
+        """The model that `unmerged` runs: the copy of `keep_teacher`, or without one the model itself."""
         return plain_model if self._teacher is None else self._teacher.to(plain_model.device)
 
     @torch.no_grad()
     def unmerged(self, plain_model: Any, **inputs: Any) -> Any:
-        """The unmerged output of the model as it was before training."""
+        """The output of the unmerged model from before training."""
         if self._teacher is not None:
             return self.teacher(plain_model)(**inputs)
         with plain_model.unmerged():
@@ -117,7 +118,7 @@ def task_names() -> list[str]:
 
 
 def make_task(name: str, arguments: TaskArguments) -> Task:
-    """The task of a name. Raises ValueError that lists all tasks."""
+    """Make the task with a name. Raises ValueError that lists all tasks."""
     if name not in _TASKS:
         raise BadValue("task", name, f"one of {', '.join(task_names())}")
     return _TASKS[name](arguments)

@@ -1,4 +1,4 @@
-"""The base of the tasks on captioned images: their data and their batches. `captioning` is one of these tasks."""
+"""The base class of tasks on captioned images: data and batches. `captioning` and `contrastive` are such tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Task, TaskData
 
 
 class CaptionTask(Task):
-    """Base of tasks that learn from images with captions: in each epoch, one caption of every image is drawn."""
+    """Base of tasks that learn from images with captions; each epoch draws one caption per image."""
 
     def load_data(self, model: Any) -> TaskData:
         processor, tokenizer = load_processor(self.arguments.model), self.load_tokenizer()
@@ -44,7 +44,7 @@ class CaptionTask(Task):
 
 
 def load_captioned_images(arguments: TaskArguments, processor: Any) -> tuple[CaptionedImages, CaptionedImages]:
-    """The images to learn from and those to validate on.
+    """The training images and the validation images.
 
     Raises FileNotFoundError or ValueError that names the option, the entry or the image.
     """

@@ -1,4 +1,4 @@
-"""Task `captioning`: a captioning model (GIT, BLIP) learns from its own loss on captions written by people."""
+"""Task `captioning`: a captioning model (GIT, BLIP) learns from its own loss on reference captions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .caption_task import CaptionTask
 
 
 class Captioning(CaptionTask):
-    """Needs the option `captions`, and their images in the folder `data`.
+    """It needs the option `captions`, and the images in the folder `data`.
 
-    A share `distillation_weight` of the loss is the divergence of word probabilities from the unmerged model's.
+    A share `distillation_weight` of the loss is the KL divergence of word probabilities from the unmerged model's.
     """
 
     name: ClassVar[str] = "captioning"
@@ -50,12 +50,12 @@ class Captioning(CaptionTask):
         return caption_losses(output.logits, batch["labels"])
 
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
-        """Loss of each caption (nats per token) of the hard and of the unmerged model."""
+        """The loss of each caption (nats per token), under the hard and under the unmerged model."""
         output = model(**{name: batch[name] for name in MODEL_INPUTS})
         return {"loss": caption_losses(output.logits, batch["labels"]), "unmerged_loss": reference}
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds `ratio`: the loss, divided by the unmerged model's."""
+        """Add `ratio`, the loss divided by the unmerged model's loss."""
         return {**means, "ratio": means["loss"] / means["unmerged_loss"]}
 
 

@@ -1,4 +1,4 @@
-"""Task `classification`: cross-entropy with the labels of the data, mixed like the images (METHOD.md section 5)."""
+"""Task `classification`: cross-entropy with the data's labels, which mix like the images (METHOD.md section 5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .image_task import ClassifierTask
 class Classification(ClassifierTask):
     """Every image needs a label. With `train_backbone`, the model may lack a head.
 
-    `distillation_weight` times the divergence from the unmerged model is added.
+    The loss adds `distillation_weight` times the KL divergence from the unmerged model.
     """
 
     name: ClassVar[str] = "classification"

@@ -1,4 +1,4 @@
-"""Task `contrastive`: the image encoder of CLIP or SigLIP keeps its unmerged similarities to captions."""
+"""Task `contrastive`: the merged image encoder of CLIP or SigLIP learns the unmerged similarities to captions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _KNOWN = ("clip", "siglip")
 
 
 class Contrastive(CaptionTask):
-    """Only the image encoder learns. Text encoder and projections are frozen; each caption is embedded once.
+    """Only the image encoder learns; text encoder and projections are frozen. Each caption is embedded once.
 
-    A share `distillation_weight` of the loss is the divergence of a batch's similarities between images and captions
-    from the unmerged ones; the rest is the model's own contrastive loss.
+    A share `distillation_weight` of the loss is the divergence of a batch's image-caption similarities from the
+    unmerged ones; the rest is the model's own contrastive loss.
     """
 
     name: ClassVar[str] = "contrastive"
@@ -40,7 +40,7 @@ class Contrastive(CaptionTask):
         super().__init__(arguments)
         given = arguments.distillation_weight
         self.weight = 1.0 if given is None else given
-        if not self.weight:  # the loss does not ask for the unmerged similarities
+        if not self.weight:  # the loss does not use the unmerged similarities
             self.ranked_by = "contrastive"
 
     def load_model(self) -> Any:
@@ -51,7 +51,7 @@ class Contrastive(CaptionTask):
             raise BadValue("model", a.model, f"a dual encoder ({', '.join(_KNOWN)}), not {config.model_type}")
         self.whole = AutoModelForZeroShotImageClassification.from_pretrained(a.model, config=config)
         self.whole.requires_grad_(False).eval()
-        # SigLIP judges pairs of image and caption one by one, by a sigmoid with a bias.
+        # SigLIP scores each pair of image and caption separately, by a sigmoid with a bias.
         self.siglip = hasattr(self.whole, "logit_bias")
         self._embedded: dict[str, dict[int, Tensor]] = {"train": {}, "validation": {}}
         encoder = attach(self.whole.vision_model, a.merge_config())
@@ -66,7 +66,7 @@ class Contrastive(CaptionTask):
 
     def make_collate(self, tokenizer: Any) -> CaptionCollate:
         longest = self.whole.config.text_config.max_position_embeddings
-        if self.siglip:  # it was trained on texts that are padded to one length, and reads the padding
+        if self.siglip:  # SigLIP was trained on texts padded to one length, and attends to the padding
             return CaptionCollate(tokenizer, {"max_length": longest, "padding": "max_length"})
         length = min(self.arguments.max_caption_tokens, longest)
         return CaptionCollate(tokenizer, {"max_length": length, "padding": True})
@@ -138,7 +138,7 @@ class Contrastive(CaptionTask):
 
 
 def contrastive_losses(similarities: Tensor, siglip: bool) -> Tensor:
-    """The model's own loss by image, [images, captions] -> [images]; the mean is CLIP's, or SigLIP's."""
+    """The model's own loss per image: [images, captions] -> [images]; its mean is CLIP's or SigLIP's loss."""
     if siglip:
         signs = 2 * torch.eye(len(similarities), device=similarities.device) - 1
         return -F.logsigmoid(signs * similarities).sum(dim=-1)
@@ -148,10 +148,10 @@ def contrastive_losses(similarities: Tensor, siglip: bool) -> Tensor:
 
 
 def similarity_divergence(target: Tensor, similarities: Tensor, siglip: bool) -> Tensor:
-    """Divergence from the unmerged similarities by image: [images, captions] twice -> [images], in nats.
+    """Divergence from the unmerged similarities per image: [images, captions] twice -> [images], in nats.
 
-    CLIP's are distributions over captions and over images: the mean of both KL divergences. SigLIP's are independent
-    yes-or-no answers: the sum of their KL divergences.
+    CLIP's similarities are distributions over captions and over images: the mean of the two KL divergences. SigLIP's
+    are independent probabilities: the sum of their KL divergences.
     """
     if not siglip:
         return (kl_to(target, similarities) + kl_to(target.T, similarities.T)) / 2

@@ -11,7 +11,7 @@ from .image_task import ClassifierTask
 
 
 class Distillation(ClassifierTask):
-    """KL divergence from the unmerged logits, plus `feature_weight` times a distance of final features."""
+    """The loss is the KL divergence from the unmerged logits, plus `feature_weight` times a feature distance."""
 
     name: ClassVar[str] = "distillation"
     ranked_by = "kl"

@@ -1,6 +1,6 @@
-"""Task `feature_distillation`: an encoder without a head (CLIP's, SigLIP's, DINOv2 …) keeps its unmerged features.
+"""Task `feature_distillation`: a merged encoder without a head (CLIP's, DINOv2 …) learns its unmerged features.
 
-A vision-language model's keeps those that its language model reads, and its adapter fits the whole model.
+For a vision-language model, these are the features that its language model reads; the adapter fits the whole model.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .image_task import ImageTask
 
 
 class FeatureDistillation(ImageTask):
-    """The loss is the distance to the unmerged features; options `features` and `feature_loss` choose both.
+    """The loss is the distance `feature_loss` to the unmerged features of kind `features`.
 
-    With a `head`, features are its maps. `states` are the hidden states that features are made of.
+    With a `head`, features are its maps. `states` are the indices of the hidden states that features are made of.
     """
 
     name: ClassVar[str] = "feature_distillation"
@@ -45,7 +45,7 @@ class FeatureDistillation(ImageTask):
         self.states: tuple[int, ...] = (-1,)
 
     def load_model(self) -> Any:
-        """The encoder; of a model that also reads text, its vision part."""
+        """The encoder; for a model that also reads text, its vision part."""
         a = self.arguments
         whole = load_encoder(a.model, a.features, a.part)
         place = find_place(whole, a.part)
@@ -53,7 +53,7 @@ class FeatureDistillation(ImageTask):
             if a.features not in ("auto", "grid"):
                 raise BadValue("features", a.features, f"auto or grid: {type(whole).__name__} reads every patch")
             self.kind, self.states = "grid", tuple(states_read(whole.config))
-        # In float32, as vision-language models are saved in half precision, in which small steps are lost.
+        # In float32: vision-language models are saved in half precision, which would lose small optimiser steps.
         model: Any = image_part(place.holder, place.encoder).float()
         model.name_or_path, model.config._commit_hash = whole.name_or_path, cached_commit(a.model)
         return attach(model, replace(a.merge_config(), part=None))
@@ -65,7 +65,7 @@ class FeatureDistillation(ImageTask):
         return feature_distance(reference, features, self.arguments.feature_loss).mean()
 
     def features(self, model: Any, pixels: Tensor, run: Callable[..., Any]) -> Tensor:
-        """The features of a model that `run` runs on pixels: [B, D] or [B, N, D]."""
+        """The features [B, D] or [B, N, D] of `model`; `run` is called on the pixels and must run the model."""
         with recorded_features(model, self.kind, self.states) as recorded:
             run(pixel_values=pixels, **({} if self.states == (-1,) else {"output_hidden_states": True}))
             features = recorded()
@@ -77,7 +77,7 @@ class FeatureDistillation(ImageTask):
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
         """Distance and cosine to the unmerged features, and `retrieval` (%).
 
-        `retrieval`: whether merged and unmerged features of an image have the same nearest other image of the batch.
+        `retrieval`: whether an image's merged and unmerged features have the same nearest other image in the batch.
         """
         pixels = batch["pixel_values"]
         features = self.features(model, pixels, model)

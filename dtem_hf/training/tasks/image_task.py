@@ -1,4 +1,4 @@
-"""The bases of the tasks on images: their data, and the figures of classifiers."""
+"""Base classes of tasks on images: data, and figures of classifiers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .base import Task, TaskData
 class ImageTask(Task):
     """Base of tasks that learn from images, with labels or without.
 
-    Without `needs_labels`, labels that do not fit the model's classes are left out, which is said.
+    Without `needs_labels`, labels that do not fit the model's classes are not used, with a message.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -66,7 +66,7 @@ class ImageTask(Task):
         a = self.arguments
         if a.validation_size >= len(images):
             raise BadValue("validation_size", a.validation_size, f"fewer than the {len(images)} images of the data")
-        # A fixed seed: runs with other seeds are compared on the same images.
+        # A fixed seed, so that runs with different seeds validate on the same images.
         parts = images.train_test_split(test_size=a.validation_size, seed=0)
         return parts["train"], parts["test"]
 
@@ -76,7 +76,7 @@ class ImageTask(Task):
             raise BadValue(
                 "validation_data",
                 None,
-                "images to validate on (perhaps another split of the same data): no images of a stream are held out",
+                "images to validate on (perhaps another split of the same data): a stream cannot hold out images",
             )
         if a.streaming:
             rows = stream_images(a.validation_data, a.validation_split, a.label_column)
@@ -90,7 +90,7 @@ class ImageTask(Task):
         return None
 
     def mixed(self, batch: dict[str, Tensor]) -> Mixed:
-        """The batch under mixup and cutmix. The draw depends on the batch's first item."""
+        """Mix the batch by mixup or cutmix. The draw depends only on the seed and the batch's first item."""
         a = self.arguments
         key = (a.seed, int(batch["epoch"][0]), int(batch["index"][0])) if a.mixup or a.cutmix else ()
         return mix(batch["pixel_values"], a.mixup, a.cutmix, key)
@@ -101,7 +101,7 @@ class ClassifierTask(ImageTask):
 
     def load_model(self) -> Any:
         a = self.arguments
-        if self.needs_labels and a.train_backbone:  # a new head can learn
+        if self.needs_labels and a.train_backbone:  # a new, random head can learn
             return AutoModelForImageClassification.from_pretrained(a.model, merge=a.merge_config())
         instead = "for an encoder without a head, use --task feature_distillation"
         return load_trained_classifier(a.model, instead, merge=a.merge_config())
@@ -113,7 +113,7 @@ class ClassifierTask(ImageTask):
         return self.unmerged(plain_model, pixel_values=batch["pixel_values"]).logits.float()
 
     def figures(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> dict[str, Tensor]:
-        """KL to the unmerged model (nats), agreement with it and, where labelled, top-1 (%) and cross-entropy."""
+        """KL from the unmerged model (nats), agreement with it (%), and with labels top-1 (%) and cross-entropy."""
         logits, labels = model(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"]
         unlabelled = labels < 0
         best = logits.argmax(-1)
@@ -127,6 +127,6 @@ class ClassifierTask(ImageTask):
 
 
 def _folder_digest(folder: Path) -> str:
-    """A short hash of the files that a stream may read; of a data set on the Hub, only its name is known."""
+    """A short hash of the files that a stream may read; for a data set on the Hub, it covers no files."""
     files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
     return files_digest(((path.relative_to(folder).as_posix(), path) for path in files), len(files))

@@ -1,4 +1,4 @@
-"""Tasks `fisher`, `feature_fisher`, `caption_fisher`: without labels, from how much each merge changes the output."""
+"""Tasks `fisher`, `feature_fisher`, `caption_fisher`: learn without labels from how each merge changes the output."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from .image_task import ClassifierTask
 
 
 class _HardMerging:
-    """The tasks of this file merge hard. `output` is what a merge may change, and `sampler` draws from it."""
+    """Mixin for tasks that merge hard. `output` is the output that merges change, and `sampler` draws from it."""
 
     soft: ClassVar[bool] = False
 
     def load_model(self: Any) -> Any:
         a = self.arguments
         reasons = {
-            "train_backbone": "the loss says nothing about the backbone; choose distillation",
+            "train_backbone": "the loss has no gradient for the backbone; use task distillation",
             "gradient_checkpointing": "the loss takes gradients of the tokens themselves",
-            **dict.fromkeys(LEARN_FIELDS, "it is learned by distillation, with start_from; this task chooses merges"),
+            **dict.fromkeys(
+                LEARN_FIELDS, "learn it by distillation, with start_from; this task learns the metric only"
+            ),
         }
         if a.method != "dtem":
-            raise BadValue("method", a.method, f"dtem with task {self.name}, which judges merges of pairs")
+            raise BadValue("method", a.method, f"dtem with task {self.name}, which needs merges of pairs")
         for name, reason in reasons.items():
             if getattr(a, name):
                 raise BadValue(name, True, f"False with task {self.name}: {reason}")
         if a.straight_through_from is not None:
             raise BadValue(
-                "straight_through_from", a.straight_through_from, f"nothing: {self.name} always merges hard"
+                "straight_through_from", a.straight_through_from, f"no value: {self.name} always merges hard"
             )
         return super().load_model()  # type: ignore[misc]
 
@@ -48,7 +50,7 @@ class _HardMerging:
 
 
 class Fisher(_HardMerging, ClassifierTask):
-    """The expected cost of the merges that the embedding chooses, by the Fisher information of the logits."""
+    """The loss is the expected cost of the embedding's merges, from the Fisher information of the logits."""
 
     name: ClassVar[str] = "fisher"
     ranked_by = "kl"
@@ -60,7 +62,7 @@ class Fisher(_HardMerging, ClassifierTask):
 
 
 class FeatureFisher(_HardMerging, FeatureDistillation):
-    """The same for encoders without a head, by the distance that features move."""
+    """Like `Fisher`, for encoders without a head, from the change of features."""
 
     name: ClassVar[str] = "feature_fisher"
     ranked_by = "distance"
@@ -72,13 +74,13 @@ class FeatureFisher(_HardMerging, FeatureDistillation):
 
 
 class CaptionFisher(_HardMerging, Captioning):
-    """The same for captioning models, by the Fisher information of every word of a caption."""
+    """Like `Fisher`, for captioning models, from the Fisher information of every word of a caption."""
 
     name: ClassVar[str] = "caption_fisher"
     sampler = staticmethod(sampled_words)
 
     def num_terms(self, batch: dict[str, Tensor]) -> None:
-        """Every image counts alike, however long its caption is."""
+        """None: every image has the same weight, however long its caption is."""
 
     def output(self, model: Any, plain_model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Logits [B, V + T, classes]."""

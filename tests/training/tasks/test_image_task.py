@@ -47,4 +47,4 @@ def test_unknown_classes_are_refused_or_left_out(named, tmp_path, capsys):
     with pytest.raises(BadValue, match=r"data=\['fish', 'hornet'\]: class names of the model, which has 5"):
         load(named, task="classification")
     assert {label for _, label in load(named, task="distillation")} == {-1}
-    assert "labels are left out: data=" in capsys.readouterr().err
+    assert "labels are not used: data=" in capsys.readouterr().err

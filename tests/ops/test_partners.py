@@ -20,7 +20,7 @@ def merged_by_energy(x: Tensor, sizes: Tensor, metric: Tensor, r: int, margin: f
 def squeezed(x: Tensor, sizes: Tensor, scores: Tensor, num_kept: int, prefix: int) -> tuple:
     empty = sizes <= 0
     kept, pruned = ops.split_by_score(scores.masked_fill(empty, -torch.inf), num_kept, prefix)
-    hosts, weights = ops.squeeze_hosts(x, kept, pruned, empty if empty.any() else None)
+    hosts, weights = ops.match_pruned_to_kept(x, kept, pruned, empty if empty.any() else None)
     return (
         ops.merge_tokens(x, weights, hosts)[0],
         ops.merge_tokens(sizes.unsqueeze(-1), sizes, hosts)[1],
@@ -93,7 +93,7 @@ def test_an_r_that_does_not_fit_is_refused(r: int) -> None:
 def test_a_token_that_nothing_joins_is_copied_bit_for_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 12, 5).to(dtype)
-        hosts = ops.with_hosts(torch.tensor([[3, 7], [11, 2]]), torch.tensor([[4, 4], [1, 5]]), 12)
+        hosts = ops.matching_of_pairs(torch.tensor([[3, 7], [11, 2]]), torch.tensor([[4, 4], [1, 5]]), 12)
         merged, sizes = ops.merge_tokens(x, torch.ones(2, 12), hosts)
         assert merged.dtype == dtype and sizes.dtype == torch.float32
         for image in range(2):

@@ -1,4 +1,4 @@
-"""What a merge would do to the output, in first order: the damage of every edge of the bipartite graph."""
+"""First-order change of the output for every possible merge: every edge of the bipartite graph."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ _SMALLEST_TOTAL = 1e-12
 
 
 def first_order_change(x: Tensor, sizes: Tensor | None, gradient: Tensor, num_prefix_tokens: int = 1) -> Tensor:
-    """How much a function of the tokens changes, to first order, if two of them merge: [B, a, b] float32.
+    """The first-order change of a function of the tokens for every pair that could merge: [B, a, b] float32.
 
-    `x` and the function's `gradient` with respect to it [B, N, D], sizes [B, N] or None where all are 1. Entry (i, j)
-    is of A token i and B token j, which both become their size-weighted mean; of two tokens of no size, 0.
+    `x` and the function's `gradient` at x are [B, N, D], `sizes` [B, N], or None if all are 1. Entry (i, j): A token i
+    and B token j both become their size-weighted mean. If both have size 0, the entry is 0.
     """
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""Tokens that leave and those that they join, as PiToMe and TPS choose them (METHOD.md section 9)."""
+"""Matchings of PiToMe and TPS: which tokens leave, and which token each of them joins (METHOD.md section 9)."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from .matching import Matching, cosine_scores, descending_order, put_empty_first
 from .merging import take_tokens
 
 
-def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
-    """A matching of N tokens: those at `leaving` [B, r] join those at `host` [B, r]; the others keep their order."""
+def matching_of_pairs(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
+    """The matching in which tokens at `leaving` [B, r] join tokens at `host` [B, r]; the others keep their order."""
     positions = torch.arange(num_tokens, device=leaving.device).expand(leaving.shape[0], -1)
     marked = positions.scatter(1, leaving, num_tokens)
     place = (marked < num_tokens).cumsum(dim=1) - 1
@@ -17,9 +17,9 @@ def with_hosts(leaving: Tensor, host: Tensor, num_tokens: int) -> Matching:
 
 
 def energies(similarity: Tensor, margin: float) -> Tensor:
-    """PiToMe's energy: the mean over j of ELU(cos(i, j) - margin), [B, n, n] -> [B, n].
+    """PiToMe's energy, the mean over j of ELU(cos(i, j) - margin): [B, n, n] -> [B, n].
 
-    It is high for tokens that many others resemble.
+    Tokens that are similar to many others have a high energy.
     """
     return torch.nn.functional.elu(similarity - margin).mean(dim=-1)
 
@@ -29,8 +29,8 @@ def match_by_energy(
 ) -> Matching:
     """PiToMe: the 2r tokens of highest energy go alternately to A and B, and every A joins its most similar B.
 
-    `metric` [B, N, d]; equal energies go to the lower position. `empty` [B, N] marks padding, which has no part in
-    energies and is merged before all else. Raises ValueError unless 1 ≤ r ≤ (N - P) // 2.
+    `metric` [B, N, d]; of equal energies, the lower position comes first. `empty` [B, N] marks padding, which does not
+    count in energies and merges before all other tokens. Raises ValueError unless 1 ≤ r ≤ (N - P) // 2.
     """
     free = metric[:, num_prefix_tokens:]
     if not 1 <= r <= free.shape[1] // 2:
@@ -42,7 +42,7 @@ def match_by_energy(
         energy = energies(similarity, margin)
     else:
         empty = empty[:, num_prefix_tokens:]
-        # ELU(0) = 0, so that a similarity of `margin` adds nothing; the means rank as the sums over real tokens do.
+        # ELU(0) = 0: a similarity of `margin` adds nothing, so the means rank like the sums over real tokens.
         energy = energies(similarity.masked_fill(empty.unsqueeze(1), margin), margin)
         energy = energy.masked_fill(empty, torch.inf)
     order = descending_order(energy)
@@ -51,14 +51,16 @@ def match_by_energy(
     if empty is not None:
         scores = put_empty_first(scores, empty.gather(1, a), empty.gather(1, b))
     host = b.gather(1, scores.max(dim=-1).indices)  # the first of equal maxima
-    return with_hosts(a + num_prefix_tokens, host + num_prefix_tokens, metric.shape[1])
+    return matching_of_pairs(a + num_prefix_tokens, host + num_prefix_tokens, metric.shape[1])
 
 
-def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None = None) -> tuple[Matching, Tensor]:
-    """TPS: every pruned token joins the kept one of highest cosine; x [B, N, D], positions [B, k] and [B, r].
+def match_pruned_to_kept(
+    x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None = None
+) -> tuple[Matching, Tensor]:
+    """TPS: every pruned token joins the most similar kept token; x [B, N, D], positions [B, k] and [B, r].
 
-    Also returns the weights of the mean [B, N] float32: e to the power of that cosine, e for kept tokens, and 0 for
-    pruned padding, which `empty` [B, N] marks.
+    Returns the matching and the weights of the means [B, N] float32: e to the power of the cosine for pruned tokens, e
+    for kept tokens. `empty` [B, N] marks padding; pruned padding has weight 0.
     """
     scores = cosine_scores(take_tokens(x, pruned), take_tokens(x, kept))
     if empty is not None:
@@ -66,4 +68,4 @@ def squeeze_hosts(x: Tensor, kept: Tensor, pruned: Tensor, empty: Tensor | None 
     cosine, best = scores.max(dim=-1)  # the first of equal maxima
     counted = cosine.exp() if empty is None else cosine.exp().masked_fill(empty.gather(1, pruned), 0.0)
     weights = torch.full(x.shape[:2], torch.e, dtype=cosine.dtype, device=x.device)
-    return with_hosts(pruned, kept.gather(1, best), x.shape[1]), weights.scatter(1, pruned, counted)
+    return matching_of_pairs(pruned, kept.gather(1, best), x.shape[1]), weights.scatter(1, pruned, counted)
