@@ -209,7 +209,7 @@ class Run:
         progress.close()
 
     def _backward(self, batch: dict[str, Any], share: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a batch; returns its share of the loss, and the gradient norm before clipping (0 but at a step's end)."""
+        """Run a batch; returns its share of the loss, and the gradient norm before clipping (0 within a step)."""
         norm = torch.zeros(())
         with self.accelerator.accumulate(self.wrapped):
             with self.accelerator.autocast(), drawn_for(batch, self.arguments), recorded_states(self.model) as states:

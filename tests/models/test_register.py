@@ -20,7 +20,7 @@ from dtem_hf import (
     unregister,
 )
 from dtem_hf.families import SUPPORTED
-from dtem_hf.models.derived import Renamed
+from dtem_hf.models.derived import DerivedMixin
 from tests.models.test_auto import Make, logits
 
 
@@ -100,7 +100,7 @@ def test_every_type_of_model_that_holds_an_encoder_by_default_is_registered() ->
     offered = [(auto, config) for auto in stock for config in holders if config in auto._model_mapping]
     register()
     try:
-        plain = [config.model_type for auto, config in offered if not issubclass(mapped(auto, config), Renamed)]
+        plain = [config.model_type for auto, config in offered if not issubclass(mapped(auto, config), DerivedMixin)]
     finally:
         unregister()
     assert not plain
