@@ -29,7 +29,7 @@ def merge_form(form: str) -> Iterator[None]:
     "torch", the default, orders equal scores as eager does, wherever the graph runs. "scatter" and "one_hot" leave
     that order to ONNX's TopK. "one_hot" multiplies by the one-hot matrix of the matching, for runtimes that cannot
     scatter with a sum (TensorRT) or do it slowly; the other forms scatter. "openvino" orders as "torch" does, and uses
-    maxima and sums that OpenVINO runs fast and exactly. Other passes do not change. Raises ValueError for another form.
+    maxima and sums that OpenVINO runs fast and exactly. Other passes stay. Raises ValueError for another form.
     """
     if form not in MERGE_FORMS:
         raise BadValue("merge_form", form, f"one of {', '.join(MERGE_FORMS)}")
