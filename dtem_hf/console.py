@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .errors import said_by_worker
 from .version import __version__
 
 
@@ -29,12 +30,13 @@ class OneLineErrors(TyperGroup):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, ImportError) as error:
-            if ctx.params["traceback"]:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            said = said_by_worker(error)  # torch makes a RuntimeError of a worker's BadValue
+            if ctx.params["traceback"] or (isinstance(error, RuntimeError) and said is None):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join((said or str(error)).split()) or type(error).__name__
             typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+            raise typer.Exit(1 if isinstance(error, (OSError, ImportError)) else 2) from error
 
 
 def _show_note(message: Warning, *_: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
-from .errors import BadValue, need
+from .errors import BadValue, UnreadableImage, need
 
 
 # WebDataset's name of an example.
@@ -24,10 +24,6 @@ MOST_PIXELS = 1 << 27
 _DIGESTED = 2000
 # The values that may stand for white where a mode leaves it open; the smallest that an image reaches is taken.
 _WHITE = {"I": (255, 65535, 2**31 - 1), "F": (1.0, 255.0, 65535.0)}
-
-
-class UnreadableImage(ValueError):
-    """An image cannot be decoded; the message names it."""
 
 
 def load_processor(model: str) -> Any:

@@ -85,5 +85,13 @@ class TestErrors:
     def test_merge_beside_method(self, model_folder, tmp_path):
         self.check(run("visualize", model_folder, "x.png", "--merge", "a/b", "--method", "tome"), 2, "method='tome'")
 
+    def test_a_picture_is_not_drawn_over_itself(self, model_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Image.new("RGB", (32, 32)).save("cat.png")
+        before = (tmp_path / "cat.png").read_bytes()
+        shown = run("visualize", model_folder, "cat.png", "--method", "tome", "--output", tmp_path / "cat.png")
+        self.check(shown, 2, "output=", "another file than the pictures")
+        assert (tmp_path / "cat.png").read_bytes() == before
+
     def test_traceback_on_request(self, config_folder):
         assert isinstance(run("--traceback", "plan", config_folder, "--r", "-1").exception, ValueError)
