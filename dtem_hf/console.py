@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -35,13 +36,18 @@ class OneLineErrors(TyperGroup):
             if ctx.params["traceback"] or (isinstance(error, RuntimeError) and said is None):
                 raise
             message = " ".join((said or str(error)).split()) or type(error).__name__
-            typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+            _say(f"Error: {message}", typer.colors.RED)
             raise typer.Exit(1 if isinstance(error, (OSError, ImportError)) else 2) from error
 
 
 def _show_note(message: Warning, *_: Any) -> None:
     """A warning as one line, without the place in the code."""
-    typer.secho(f"Note: {message}", fg=typer.colors.YELLOW, err=True)
+    _say(f"Note: {message}", typer.colors.YELLOW)
+
+
+def _say(line: str, colour: str) -> None:
+    """A line on stderr; in colour where that is a terminal, unless NO_COLOR is set (no-color.org)."""
+    typer.secho(line, fg=None if os.environ.get("NO_COLOR") else colour, err=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
