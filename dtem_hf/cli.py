@@ -251,8 +251,10 @@ def visualize(
     from .models.auto import auto_class
     from .opening import load_processor, open_image
     from .programs.arguments import check_no_adapter, read_reduction
+    from .progress import hide_other_bars
     from .report.pictures import draw_merged_layers, draw_merged_tokens
 
+    hide_other_bars()
     if merge and method is not None:
         raise BadValue("method", method, "nothing beside --merge: the adapter or config names its method")
     reduction = read_reduction(r, flops)
@@ -262,6 +264,8 @@ def visualize(
     for path in images:
         if not path.is_file():
             raise FileNotFoundError(f"there is no picture {path}")
+        if Path(output).exists() and path.samefile(output):
+            raise BadValue("output", output, "another file than the pictures to draw")
     pictures = [open_image(path, path.name) for path in images]
     config = _read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}

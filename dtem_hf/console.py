@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .errors import said_by_worker
 from .version import __version__
 
 
@@ -29,17 +31,23 @@ class OneLineErrors(TyperGroup):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, ImportError) as error:
-            if ctx.params["traceback"]:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            said = said_by_worker(error)  # torch makes a RuntimeError of a worker's BadValue
+            if ctx.params["traceback"] or (isinstance(error, RuntimeError) and said is None):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
-            typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+            message = " ".join((said or str(error)).split()) or type(error).__name__
+            _say(f"Error: {message}", typer.colors.RED)
+            raise typer.Exit(1 if isinstance(error, (OSError, ImportError)) else 2) from error
 
 
 def _show_note(message: Warning, *_: Any) -> None:
     """Show a warning as one line, without the line of code that raised it."""
-    typer.secho(f"Note: {message}", fg=typer.colors.YELLOW, err=True)
+    _say(f"Note: {message}", typer.colors.YELLOW)
+
+
+def _say(line: str, colour: str) -> None:
+    """Write a line to stderr; in colour on a terminal, unless NO_COLOR is set (no-color.org)."""
+    typer.secho(line, fg=None if os.environ.get("NO_COLOR") else colour, err=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:

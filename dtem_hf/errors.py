@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ EXTRAS = {
     "train": _TRAIN,
 }
 
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback")
+
 
 class BadValue(ValueError):
     """A field holds an invalid value. The message names the field, the value, and what would fit."""
@@ -59,9 +62,19 @@ class AdapterError(ValueError):
     """An adapter cannot be read, or does not fit the model."""
 
 
+class UnreadableImage(ValueError):
+    """An image cannot be decoded; the message names it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, or the name of its class if there is none."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def said_by_worker(error: BaseException) -> str | None:
+    """What an error said that a DataLoader's worker raised, without the traceback; None for all other errors."""
+    found = _IN_WORKER.match(str(error))
+    return str(error).rpartition(f"{found[1]}: ")[2] if found else None
 
 
 def need(extra: str, what: str, *modules: str) -> None:

@@ -62,7 +62,7 @@ def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Shorter names move first, so that `model.onnx` arrives before its record `model.onnx.json`.
     """
     folder = Path(folder)
-    with _staging(folder / "files") as staging:
+    with _staging(folder / "files", folder) as staging:
         yield staging
         for path in sorted(staging.iterdir(), key=lambda path: len(path.name)):
             os.replace(path, folder / path.name)
@@ -113,9 +113,10 @@ def _temporary(path: Path) -> Path:
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
+def _staging(path: Path, named: Path | None = None) -> Iterator[Path]:
+    """A temporary folder beside `path`; an error about a full disk names `named`, or else `path`."""
     staging = _temporary(path)
-    with _naming_a_full_disk(path), making_folder(path.parent):
+    with _naming_a_full_disk(named or path), making_folder(path.parent):
         try:
             staging.mkdir()
             yield staging

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 asks for torchvision
 
-from .errors import BadValue, need
+from .errors import BadValue, UnreadableImage, need
 
 
 # The field in which WebDataset stores the name of an example.
@@ -25,10 +25,6 @@ _DIGESTED = 2000
 # Modes that do not define the value of white, with the values it may have. The first that is at least the image's
 # maximum is taken.
 _WHITE = {"I": (255, 65535, 2**31 - 1), "F": (1.0, 255.0, 65535.0)}
-
-
-class UnreadableImage(ValueError):
-    """An image cannot be decoded. The message names the image."""
 
 
 def load_processor(model: str) -> Any:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from .configuration import ToMeConfig
-from .data.folders import LABELS_NAME
 from .data.images import ProcessedImages, collate, load_images
 from .errors import need
 from .evaluation.classification import EvaluateArguments, evaluate
@@ -29,7 +28,7 @@ from .files import write_json, write_text
 from .hub.folder_card import write_card
 from .models.attach import attach
 from .models.auto import AutoModelForImageClassification
-from .programs.arguments import at_least, option, parse_arguments
+from .programs.arguments import LABELS_NAME, at_least, option, parse_arguments
 from .progress import tqdm
 from .report.pictures import draw_merged_tokens
 from .report.plots import plot_accuracy

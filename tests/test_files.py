@@ -221,6 +221,11 @@ def write_folder(path: Path) -> None:
         save_file({"x": torch.zeros(9000)}, folder / "model.safetensors")
 
 
+def write_together(path: Path) -> None:
+    with replacing_together(path) as folder:
+        save_file({"x": torch.zeros(9000)}, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -228,8 +233,9 @@ def write_folder(path: Path) -> None:
         lambda path: write_json(path, ["x"] * 9000),
         write_tensors,
         write_folder,
+        write_together,
     ],
-    ids=["text", "JSON", "tensors", "folder"],
+    ids=["text", "JSON", "tensors", "folder", "together"],
 )
 def test_a_full_disk_names_the_path_on_one_line(
     tmp_path: Path, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,8 @@ from dtem_hf import opening
 from dtem_hf.data.captioned_images import ImageFolder
 from dtem_hf.data.captions import CaptionedImage
 from dtem_hf.data.images import ProcessedImages, load_images
-from dtem_hf.opening import UnreadableImage, open_image
+from dtem_hf.errors import UnreadableImage
+from dtem_hf.opening import open_image
 
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)

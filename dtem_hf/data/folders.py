@@ -20,11 +20,11 @@ from PIL import Image
 
 from ..errors import BadValue, first_line
 from ..opening import row_name
+from ..programs.arguments import LABELS_NAME
 from ..programs.processes import say
 
 
 UNDECODED = ImageFeature(decode=False)
-LABELS_NAME = "labels.csv"
 LABEL_COLUMNS = ("label", "labels", "cls")
 # Value of the option label_column for "read no labels".
 NO_LABELS = "none"

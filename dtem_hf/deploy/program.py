@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -121,6 +122,8 @@ class ExportArguments(ModelArguments):
         if self.check is not None and self.int8 is None:
             raise BadValue("check", self.check, "no value without --int8: other files are checked on random images")
         at_least(self, 2, "limit")
+        if os.path.realpath(self.output_dir) == os.path.realpath(self.model):
+            raise BadValue("output_dir", self.output_dir, "another folder than the model's, whose config it replaces")
         above_zero(self, "tolerance")
         if self.merge is not None and self.method is not None:
             raise BadValue("method", self.method, "nothing beside --merge: the adapter names its method")

@@ -18,7 +18,7 @@ from ..errors import BadValue
 from ..files import write_json
 from ..hub.adapter import MergeAdapter
 from ..models.attach import attach
-from ..models.auto import AutoModel, load_trained_classifier
+from ..models.auto import load_encoder, load_trained_classifier
 from ..models.calibration import calibrate
 from ..models.dense_head import DenseHead
 from ..models.distances import FEATURES
@@ -93,8 +93,11 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     a, device = arguments, arguments.choose_device()
     read_config(a.model)  # raises early if the model does not exist
     head = None if a.head is None else DenseHead(load_function("head", a.head), a.head)
-    load = load_trained_classifier if a.features == "auto" and head is None else AutoModel.from_pretrained
-    model = load(a.model, merge=None).to(device).eval()
+    if a.features == "auto" and head is None:
+        model = load_trained_classifier(a.model, merge=None)
+    else:
+        model = load_encoder(a.model, a.features)
+    model.to(device).eval()
     if a.adapter is not None:
         attach(model, MergeAdapter.from_reference(a.adapter))
     else:

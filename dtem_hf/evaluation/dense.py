@@ -29,7 +29,7 @@ from ..files import write_json, write_text
 from ..hub.folder_card import refreshed_card
 from ..labels import reduction_label, series_name
 from ..models.attach import attach
-from ..models.auto import AutoModel
+from ..models.auto import load_encoder
 from ..models.copies import share_weights
 from ..models.dense_head import DenseHead
 from ..models.distances import map_error
@@ -114,7 +114,7 @@ def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> di
     a, device = arguments, arguments.choose_device()
     read_config(a.model)  # raises early if the model does not exist
     head = DenseHead(load_function("head", a.head), a.head)
-    model = AutoModel.from_pretrained(a.model, merge=None).to(device).eval()
+    model = load_encoder(a.model, "grid").to(device).eval()
     processor = load_processor(a.model)
     images = ProcessedImages(load_images(a.data, a.split, a.limit, NO_LABELS), processor)
     size = tuple(images[0]["pixel_values"].shape[-2:])

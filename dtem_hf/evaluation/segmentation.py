@@ -28,7 +28,7 @@ from ..data.masks import IGNORED, SegmentationImages, load_segmentation
 from ..errors import BadValue, NoTrainedHead
 from ..families import find_encoder
 from ..files import write_json
-from ..models.auto import AutoModel, AutoModelForSemanticSegmentation
+from ..models.auto import AutoModelForSemanticSegmentation, load_encoder
 from ..models.vision import image_shape, run_on_pixels
 from ..opening import load_processor
 from ..programs.arguments import above_zero, at_least, option, parse_arguments, read_config
@@ -107,7 +107,7 @@ def evaluate_segmentation(arguments: SegmentationArguments) -> dict[str, Any]:
         predictions = _by_own_head(test, variants, processor, arguments)
     else:
         train = load_segmentation(arguments.train, arguments.train_split, *columns)
-        model = AutoModel.from_pretrained(arguments.model, merge=None).to(device).eval()
+        model = load_encoder(arguments.model, "grid").to(device).eval()
         variants = arguments.make_variants(model, arguments.load_adapters(), unmerge=True)
         reader = PatchReader.of(model, processor, device)
         num_classes = arguments.num_classes or 1 + max(_largest_class(train[i][1]) for i in range(len(train)))

@@ -23,8 +23,16 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from ..configuration import MergeConfig
-from ..errors import AdapterError, BadValue, UnsupportedModelError, check_number
-from ..files import check_file, check_folder, check_is_there
+from ..errors import (
+    AdapterError,
+    BadValue,
+    UnreadableImage,
+    UnsupportedModelError,
+    check_number,
+    check_whole,
+    said_by_worker,
+)
+from ..files import check_file, check_folder, check_is_there, read_text
 from ..hub.client import clear_errors
 from ..progress import hide_other_bars
 from ..schedule import R_EXPECTED
@@ -32,8 +40,12 @@ from .processes import choose_device
 
 
 T = TypeVar("T")
+LABELS_NAME = "labels.csv"
 LABEL_COLUMN_HELP = "column of labels; left out: label, labels or cls; none: no labels are read"
 DTYPES = ("float32", "bfloat16", "float16")
+_LARGEST_CONFIG = 1 << 20
+# Options that name folders of images; without a labels.csv, every image in them is read.
+_IMAGE_FOLDERS = ("data", "validation_data", "picture_data", "int8", "check")
 
 
 def option(help: str, **kwargs: Any) -> Any:
@@ -94,7 +106,7 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str,
     """Read arguments with `read_arguments`, and check the paths among them.
 
     Raises FileNotFoundError for a missing folder in `model` or `adapter`, and ValueError if the path of `output_dir`
-    is a file, or the path of `output` a folder.
+    is a file or lies among the images of the run, or the path of `output` is a folder.
     """
     found = read_arguments(kind, argv, description, leading)
     for name in ("model", "adapter"):
@@ -102,16 +114,29 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str,
             check_is_there(value.partition("@")[0])
     if isinstance(value := getattr(found, "output_dir", None), str):
         check_folder("output_dir", value)
+        for name in _IMAGE_FOLDERS:
+            _check_outside(value, name, getattr(found, name, None))
     if isinstance(value := getattr(found, "output", None), str):
         check_file("output", value)
+    if (seed := getattr(found, "seed", None)) is not None:
+        check_whole("seed", seed, 0, 2**32 - 1)
     return found
+
+
+def _check_outside(output_dir: str, name: str, images: str | None) -> None:
+    """Raise ValueError where results would lie among the images of a folder, and be read as such the next time."""
+    if images is None or not os.path.isdir(images) or os.path.isfile(os.path.join(images, LABELS_NAME)):
+        return
+    if Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
+        expected = f"a folder outside of {name}={images!r}, where the next run would read its pictures as images"
+        raise BadValue("output_dir", output_dir, expected)
 
 
 def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
     """Read a dataclass from a command line. `--config FILE` is a YAML file; other options override its values.
 
-    The options in `leading` may come first, without their names. Raises ValueError for a key in the file that is no
-    option, and exits with argparse's message for a bad option.
+    The options in `leading` may come first, without their names. A leading `~/` is the home folder. Raises ValueError
+    for a key in the file that is no option or is there twice, and exits with argparse's message for a bad option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     bare = list(takewhile(lambda word: not word.startswith("-"), argv))[: len(leading)]
@@ -130,14 +155,22 @@ def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, 
     only_config.add_argument("--config")
     first, _ = only_config.parse_known_args(argv)
     if first.config is not None:
-        argv = [*_yaml_as_options(Path(first.config), {f.name for f in dataclasses.fields(kind)}), *argv]  # type: ignore[arg-type]
+        lists = {f.name: parser._option_string_actions[f"--{f.name}"].nargs == "+" for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        argv = [*_yaml_as_options(Path(first.config).expanduser(), lists), *argv]
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(
             f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown, parser._option_string_actions)}"
         )
     parsed = vars(found)
-    return kind(**{f.name: parsed[f.name] for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
+    return kind(**{f.name: _at_home(parsed[f.name]) for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
+
+
+def _at_home(value: Any) -> Any:
+    """A value, or each of a list, with `~/` in front written out: no shell does that in YAML and behind `=`."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -169,9 +202,20 @@ def run_script(program: str | Callable[[], None]) -> None:
     hide_other_bars()
     try:
         (load_program(program) if isinstance(program, str) else program)()
-    except (BadValue, UnsupportedModelError, AdapterError, OSError, ImportError) as error:
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
+    except (
+        BadValue,
+        UnsupportedModelError,
+        AdapterError,
+        UnreadableImage,
+        OSError,
+        ImportError,
+        RuntimeError,
+    ) as error:
+        said = said_by_worker(error)  # torch makes a RuntimeError of a worker's BadValue
+        if isinstance(error, RuntimeError) and said is None:
+            raise
+        print(f"Error: {' '.join((said or str(error)).split())}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, (OSError, ImportError)) else 2) from error
 
 
 def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[], None]:
@@ -191,28 +235,40 @@ def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[],
         return partial(print, f"{text}\n\nTo see its options, install its packages. {error}")
 
 
-def _yaml_as_options(path: Path, known: set[str]) -> list[str]:
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice; YAML's own loader takes the last of them."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_as_options(path: Path, lists: dict[str, bool]) -> list[str]:
+    """The words of a command line that say the same as a YAML file; `lists`: of each option, whether it is one."""
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: this file does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        values = yaml.load(read_text(path, _LARGEST_CONFIG), Loader=_UniqueKeys) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadValue("config", str(path), f"a YAML file ({error})") from error
     if not isinstance(values, dict):
         raise BadValue("config", str(path), "a YAML file of `option: value` lines")
     options: list[str] = []
     for name, value in values.items():
-        if name not in known:
+        if name not in lists:
             raise BadValue(
                 "config",
                 str(path),
-                f"it sets {name!r}, which is no option{_suggestion([f'--{name}'], [f'--{each}' for each in known])}",
+                f"it sets {name!r}, which is no option{_suggestion([f'--{name}'], [f'--{each}' for each in lists])}",
             )
         if value is None:
             continue
-        options.append(f"--{name}")
-        items = value if isinstance(value, list) else [value]
-        options += [json.dumps(item) if isinstance(item, (dict, list)) else str(item) for item in items]
+        items = value if isinstance(value, list) and lists[name] else [value]
+        words = [json.dumps(item) if isinstance(item, (dict, list)) else str(item) for item in items]
+        options += [f"--{name}", *words] if lists[name] else [f"--{name}={words[0]}"]
     return options
 
 

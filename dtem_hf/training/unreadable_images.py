@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..opening import UnreadableImage
+from ..errors import UnreadableImage
 
 
 # Key in a batch: [B], whether an item replaces an unreadable image.

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from PIL import Image
+from typer.testing import CliRunner
 
 from dtem_hf import DTPSConfig
+from dtem_hf.cli import app
 from tests.support.command_line import run
 
 
@@ -84,6 +86,20 @@ class TestErrors:
 
     def test_merge_beside_method(self, model_folder, tmp_path):
         self.check(run("visualize", model_folder, "x.png", "--merge", "a/b", "--method", "tome"), 2, "method='tome'")
+
+    def test_a_picture_is_not_drawn_over_itself(self, model_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Image.new("RGB", (32, 32)).save("cat.png")
+        before = (tmp_path / "cat.png").read_bytes()
+        shown = run("visualize", model_folder, "cat.png", "--method", "tome", "--output", tmp_path / "cat.png")
+        self.check(shown, 2, "output=", "another file than the pictures")
+        assert (tmp_path / "cat.png").read_bytes() == before
+
+    @pytest.mark.parametrize(("no_color", "is_red"), [("", True), ("1", False)])
+    def test_no_color_is_heeded(self, config_folder, monkeypatch, no_color, is_red):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        shown = CliRunner().invoke(app, ["plan", str(config_folder), "--r", "-1"], color=True)
+        assert "Error: r=-1" in shown.stderr and ("\x1b[31m" in shown.stderr) == is_red
 
     def test_traceback_on_request(self, config_folder):
         assert isinstance(run("--traceback", "plan", config_folder, "--r", "-1").exception, ValueError)

@@ -13,7 +13,8 @@ from transformers import ViTImageProcessorPil
 from dtem_hf import BadValue
 from dtem_hf.data.classes import check_labels
 from dtem_hf.data.images import ProcessedImages, collate, first_rows, load_images, stream_images
-from dtem_hf.opening import UnreadableImage, open_image
+from dtem_hf.errors import UnreadableImage
+from dtem_hf.opening import open_image
 
 
 def picture(value, size=(24, 20)):

@@ -139,6 +139,7 @@ def test_parity_is_found_and_missed(merged):
         ({"r": "4", "flops": 0.5}, "r, flops"),
         ({"r": "4", "method": "none"}, "r, flops"),
         ({"tolerance": 0}, "tolerance"),
+        ({"output_dir": "./m"}, "output_dir='./m': another folder than the model's"),
     ],
 )
 def test_bad_options_are_named(change, message):

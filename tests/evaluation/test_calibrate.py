@@ -56,6 +56,8 @@ def test_an_encoder_is_compared_by_the_features_that_are_named(vit_folder, commo
     main([*common, "--method", "tome", "--flops", "0.8", "--features", "grid", "--output_dir", str(tmp_path)])
     record = json.loads((tmp_path / "calibration.json").read_text())
     assert record["features"] == "grid" and 0 < record["distance"] <= record["even_distance"] < 2
+    with pytest.raises(BadValue, match=r"a trained encoder, and this one lacks pooler\.dense\.bias"):
+        main([*common, "--method", "tome", "--flops", "0.8", "--features", "pooled", "--output_dir", str(tmp_path)])
     with pytest.raises(BadValue, match="features='middle': one of auto, pooled"):
         CalibrateArguments(model="m", data="d", method="tome", features="middle")
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dtem_hf import BadValue
-from dtem_hf.errors import EXTRAS
+from dtem_hf.errors import EXTRAS, UnreadableImage
 from dtem_hf.programs.arguments import ModelArguments, option, parse_arguments, parse_reduction, run_script
+from dtem_hf.quickstart import QuickstartArguments
 
 
 @dataclass(kw_only=True)
@@ -24,11 +26,50 @@ class Options:
     limit: int | None = option("perhaps", default=None)
 
 
+class _Unfit(Dataset):
+    """Items that raise in the process of a DataLoader, where torch puts the traceback into the message."""
+
+    def __getitem__(self, index):
+        raise [BadValue("size", 4, "one size"), UnreadableImage("image a.png cannot be read (so)")][index]
+
+
 def test_yaml_is_overridden_by_the_command_line(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("name: yaml\nsize: 5\nrates: [0.1, 0.2]\nfast: true\nlimit: null\n")
     read = parse_arguments(Options, ["--config", str(config), "--size", "7"], "")
     assert read == Options(name="yaml", size=7, rates=[0.1, 0.2], fast=True, limit=None)
+
+
+def test_yaml_values_reach_their_option_whole(tmp_path, monkeypatch):
+    """A list is one value of an option that takes one, a leading dash is no option, and `~/` is the home folder."""
+    config = tmp_path / "c.yaml"
+    config.write_text("name: [4, {kind: linear}]\nrates: [-1, 2]\n")
+    read = parse_arguments(Options, ["--config", str(config)], "")
+    assert read == Options(name='[4, {"kind": "linear"}]', rates=[-1.0, 2.0])
+    config.write_text('name: "-x"\nsize: -1\n')
+    assert parse_arguments(Options, ["--config", str(config)], "") == Options(name="-x", size=-1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.write_text("name: ~/x\n")
+    assert parse_arguments(Options, ["--config=~/c.yaml"], "").name == f"{tmp_path}/x"
+    assert parse_arguments(Options, ["--name=~/y"], "").name == f"{tmp_path}/y"
+    assert parse_arguments(Options, ["--name=y~/"], "").name == "y~/"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"name: x\nsize: 5\nname: y\n", "'name' is there twice.*line 3"), (b"name: \xff\n", "a YAML file .*0xff")],
+)
+def test_a_yaml_file_that_is_not_clear_is_named(content, said, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_bytes(content)
+    with pytest.raises(BadValue, match=rf"(?s)config='.*c\.yaml': .*{said}"):
+        parse_arguments(Options, ["--config", str(config)], "")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_cannot_be_drawn_from_is_named_at_the_start(seed):
+    with pytest.raises(BadValue, match=rf"seed={seed}: a whole number from 0 to 4294967295"):
+        parse_arguments(QuickstartArguments, ["--seed", str(seed)], "")
 
 
 def test_leading_options_need_no_name():
@@ -134,6 +175,12 @@ def test_what_a_scripts_user_can_mend_is_one_line(capsys):
         assert ended.value.code == 1
     told = capsys.readouterr().err.splitlines()
     assert told == ["Error: [Errno 28] No space left on device: 'runs/x'", "Error: ONNX takes the package onnx"]
+    for place in range(2):
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda place=place: list(DataLoader(Subset(_Unfit(), [place]), num_workers=1)))
+        assert ended.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["Error: size=4: one size.", "Error: image a.png cannot be read (so)"]
     with pytest.raises(ZeroDivisionError):  # a fault of the program's own is shown as it is
         run_script(lambda: 1 / 0)
 

@@ -10,6 +10,7 @@ import pytest
 from dtem_hf import BadValue
 from dtem_hf.evaluation import captions
 from dtem_hf.evaluation.caption_loss import CaptionLossArguments
+from dtem_hf.evaluation.classification import EvaluateArguments
 from dtem_hf.programs.arguments import parse_arguments
 from dtem_hf.programs.lock import LOCK_NAME, only_run_in
 
@@ -51,6 +52,20 @@ def test_a_file_is_no_folder(name: str, below: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").touch()
     with pytest.raises(BadValue, match=r"output_dir='.*': a folder; .*bad\.jpg is a file"):
         import_module(name).main([*PROGRAMS[name], "--output_dir", str(tmp_path / "bad.jpg" / below)])
+
+
+@pytest.mark.parametrize("below", ["", "runs/x"])
+def test_results_do_not_lie_among_the_images(below: str, tmp_path: Path) -> None:
+    """Their pictures would be images of the next run; a labels.csv says which images there are."""
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    words = ["--model", "user/model", "--data", str(tmp_path / "link")]
+    inside = ["--output_dir", str(tmp_path / "images" / below)]
+    with pytest.raises(BadValue, match=r"output_dir='.*': a folder outside of data='.*link'"):
+        parse_arguments(EvaluateArguments, [*words, *inside], "")
+    assert parse_arguments(EvaluateArguments, [*words, "--output_dir", str(tmp_path / "images2")], "")
+    (tmp_path / "images" / "labels.csv").touch()
+    assert parse_arguments(EvaluateArguments, [*words, *inside], "")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image
 
 from dtem_hf import BadValue
-from dtem_hf.opening import UnreadableImage
+from dtem_hf.errors import UnreadableImage
 from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.program import train
 from tests.support.training_processes import logged, outcome, wait_for_step
