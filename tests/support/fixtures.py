@@ -19,6 +19,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which transformers does
 
+from torch._export import utils as _export_utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
@@ -35,6 +36,8 @@ def pytest_configure() -> None:
     gc.set_threshold(500_000, 20, 20)
     torch._dynamo.config.run_gc_after_compile = False
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    # Looks up all operators that were registered in C++; none is added later.
+    _export_utils._materialize_cpp_cia_ops = functools.cache(_export_utils._materialize_cpp_cia_ops)
     if not torch.cuda.is_available():  # to be seeded later, each kind of device would note the stack of this call
         torch.manual_seed = torch.default_generator.manual_seed
 
