@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.copies import built_once
 from tests.support.slow_model import Anatomy
 
 
@@ -151,6 +152,10 @@ class FamilyCase:
 
     def make(self, model_class: Any, attention: str | None = "sdpa", **vision: Any) -> Any:
         """A plain model in `.eval()` with random weights, always the same ones, and none of them neutral."""
+        key = (self, model_class, attention, repr(sorted(vision.items())))
+        return built_once(key, lambda: self._build(model_class, attention, **vision))
+
+    def _build(self, model_class: Any, attention: str | None, **vision: Any) -> Any:
         config = self.config(model_class, **vision)
         config._attn_implementation = "eager" if attention not in (None, *self.attentions) else attention
         with torch.random.fork_rng(devices=[]):

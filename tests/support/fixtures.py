@@ -8,6 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which transformers does
 
+from torch._export import utils as _export_utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
+from tests.support.copies import built_once
 from tests.support.hub_client import Client, client_process, hub_environment
 from tests.support.loopback_hub import LoopbackHub
 
@@ -33,6 +36,8 @@ def pytest_configure() -> None:
     gc.set_threshold(500_000, 20, 20)
     torch._dynamo.config.run_gc_after_compile = False
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    # Looks up all operators that were registered in C++; none is added later.
+    _export_utils._materialize_cpp_cia_ops = functools.cache(_export_utils._materialize_cpp_cia_ops)
     if not torch.cuda.is_available():  # to be seeded later, each kind of device would note the stack of this call
         torch.manual_seed = torch.default_generator.manual_seed
 
@@ -92,14 +97,21 @@ def tiny_config() -> Callable[..., ViTConfig]:
     return make
 
 
+def _make(model_class: type, config: Callable[..., ViTConfig], changes: dict[str, object]) -> Any:
+    def build() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return model_class(config(**changes)).eval()
+
+    return built_once((model_class, repr(sorted(changes.items()))), build)
+
+
 @pytest.fixture(scope="session")
 def make_classifier(tiny_config: Callable[..., ViTConfig]) -> Callable[..., ViTForImageClassification]:
     """Makes small classifiers with random weights, the same ones for the same arguments."""
 
     def make(**changes: object) -> ViTForImageClassification:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return ViTForImageClassification(tiny_config(**changes)).eval()
+        return _make(ViTForImageClassification, tiny_config, changes)
 
     return make
 
@@ -109,9 +121,7 @@ def make_bare(tiny_config: Callable[..., ViTConfig]) -> Callable[..., ViTModel]:
     """Makes small encoders (with a pooler) with random weights, the same ones for the same arguments."""
 
     def make(**changes: object) -> ViTModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return ViTModel(tiny_config(**changes)).eval()
+        return _make(ViTModel, tiny_config, changes)
 
     return make
 
