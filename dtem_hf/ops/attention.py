@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autocast import is_autocast_on
+
 
 # The size that an empty token counts as, by the dtype of attention. The gradient of a size is the gradient of its bias
 # divided by that size: the floor must stay far above what the dtype resolves in a bias' gradient, and far below 1.
@@ -46,7 +48,7 @@ def see_itself(bias: Tensor, sizes: Tensor) -> Tensor:
 
 def attention_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype that attention computes in, of tokens of `dtype` on a kind of device: autocast's, where it is on."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    return torch.get_autocast_dtype(device) if is_autocast_on(device) else dtype
 
 
 def extend_keys(

@@ -4,14 +4,14 @@ Positions are counted over the whole sequence. Even positions form A and odd one
 (CLS, distillation, registers) take part in neither, which is the same as giving their scores -inf, and needs no -inf.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
+from .autocast import without_autocast
 from .forms import exports_openvino
 from .splitting import split_even_odd
 
@@ -30,11 +30,6 @@ class Matching(NamedTuple):
     leaving: Tensor
     joined: Tensor
     staying: Tensor
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, at no cost where it is off already."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
