@@ -298,10 +298,11 @@ class TokenState:
     def shifted(self, key: str, parameter: Tensor) -> Tensor:
         """A parameter of the backbone, moved by the share of the tokens that are gone behind the running layer.
 
-        In the first layer it stays; behind the last one, it is moved as in the last layer.
+        In the first layer it stays; behind the last one, it is moved as in the last layer. It stays where packed
+        images run together, as they do until a layer merges.
         """
         shift = self._shifts.get(key)
-        if shift is None or self.layer == 0:
+        if shift is None or self.layer == 0 or self.parts:
             return parameter
         gone = 1 - (self._active[self.layer] - self._reductions[self.layer]) / self._active[0]
         return torch.add(parameter, shift.to(parameter), alpha=gone) if gone else parameter

@@ -24,7 +24,7 @@ from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Place, find_encoder, find_place, input_like, serve_attention
+from ..families import Family, Place, find_encoder, find_place, input_like, serve_attention
 from ..families.containers import container_of, states_read
 from ..families.layer import forget_keys, remember_keys
 from ..families.shifts import Shifted, shiftable_modules, shiftable_parameters
@@ -76,16 +76,15 @@ def prepare(
     config = _own(config, place)
     serve_attention(encoder.config._attn_implementation)
     family.check(holder, encoder)
-    layers = family.layers(encoder)
     if adapter is not None:
         adapter.check_fits(backbone_facts(model, place=place))
-    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(encoder, layers))
+    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family, encoder))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
     merging = _merging(model, place, config, method)
     shape = method.embedding_shape()
     if shape is not None and shape.shifts:
-        _check_shiftable(encoder, layers)
+        _check_shiftable(family, encoder)
     if shape is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
         raise UnsupportedModelError(
             "The model's weights are sharded. Attach first and shard then: an embedding that is attached now would be "
@@ -99,9 +98,9 @@ def prepare(
     return place, merging, embedding
 
 
-def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
+def _check_shiftable(family: Family, encoder: nn.Module) -> None:
     """Raise UnsupportedModelError where a module is of a kind whose parameters cannot move."""
-    for name, module, mixin in shiftable_modules(encoder, layers):
+    for name, module, mixin in shiftable_modules(family, encoder):
         if mixin is None:
             raise UnsupportedModelError(
                 f"learn_shifts=True: {name} is a {type(module).__name__}, and only parameters of torch's own Linear "
@@ -184,7 +183,7 @@ def install(
     if embedding is not None:
         encoder.merge_embedding = embedding
         if embedding.shape.shifts:
-            for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
+            for name, shifting, kind in shiftable_modules(merging.family, encoder):
                 assert kind is not None  # `prepare` has checked
                 derive_class(shifting, kind, Renamed)
                 shifting.merge_name = Shifts.key(*name.split("."))
