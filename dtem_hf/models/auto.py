@@ -180,7 +180,7 @@ def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **op
         pinned = f"{name}@{revision}" if revision and not os.path.isdir(name) else name
         try:
             adapter = MergeAdapter.from_reference(pinned, **_chosen(options, ADAPTER_ARGUMENTS))
-        except (OSError, ValueError):
+        except (OSError, TypeError, ValueError):  # TypeError: there is no name
             raise error from None
         base_model = adapter.backbone.base_model or "the backbone"
         raise AdapterError(

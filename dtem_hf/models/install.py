@@ -212,9 +212,12 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 def detach(model: PreTrainedModel) -> Any:
     """Take merging out of a model and all its parts: classes, config and state are what they were.
 
-    A plain model stays as it is. Raises ValueError for a part of a model that was attached to as a whole.
+    A plain model stays as it is. Raises ValueError for what is no model, and for a part of a model that was attached to
+    as a whole.
     """
     inner: Any = inside_peft(model)
+    if not isinstance(inner, nn.Module):
+        raise BadValue("model", type(inner).__name__, "a model of transformers")
     merged: list[Any] = [module for module in inner.modules() if is_merged(module)]
     if merged and not any(hasattr(type(module), "merge_config") for module in merged):
         raise BadValue("model", type(inner).__name__, "the merged model that this is a part of")
@@ -323,11 +326,13 @@ def backbone_facts(model: Any, base_model: str | None = None, place: Place | Non
     """
     place = place or find_place(model)
     encoder, geometry = place.encoder, place.family.geometry(place.encoder)
-    name = base_model or (None if os.path.exists(model.name_or_path) else model.name_or_path) or None
+    own = model.name_or_path
+    # transformers calls a model that it made from a state dict "None".
+    name = base_model or (None if own == "None" or os.path.exists(own) else own) or None
     return BackboneFacts(
         model_type=encoder.config.model_type,
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
         base_model=name,
-        base_revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+        base_revision=getattr(model.config, "_commit_hash", None) if name == own else None,
     )

@@ -228,6 +228,21 @@ def test_other_keywords_work_as_ever(base: Path, pixels: Tensor, make_classifier
     assert torch.equal(logits(load(base, merge=merge, device_map="cpu"), pixels), expected)
 
 
+def test_weights_from_memory_come_without_a_name(
+    base: Path, learned: Any, make_classifier: Make, pixels: Tensor
+) -> None:
+    """As transformers takes them: a config and a state dict; what was made of them has no base model to record."""
+    load = AutoModelForImageClassification.from_pretrained
+    loaded = load(None, config=learned.config, state_dict=learned.state_dict())
+    assert torch.equal(logits(loaded, pixels), logits(learned, pixels))
+    assert loaded.to_merge_adapter().backbone.base_model is None
+    plain = make_classifier()
+    merged = load(None, config=plain.config, state_dict=plain.state_dict(), merge=ToMeConfig(r=9))
+    assert torch.equal(logits(merged, pixels), logits(load(base, merge=ToMeConfig(r=9)), pixels))
+    with pytest.raises(OSError):  # transformers' own answer to no name at all
+        load(None, merge=ToMeConfig(r=9))
+
+
 def test_the_class_of_a_merged_model_loads_merged_models(checkpoint: Path, learned: Any, pixels: Tensor) -> None:
     for loaded in (
         type(learned).from_pretrained(checkpoint),
