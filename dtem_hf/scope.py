@@ -21,7 +21,9 @@ from .token_state import TokenState
 class Scope:
     """One open scope.
 
-    `reader` says how the model that opened it reads the encoder's tokens (see `families.readers`). `state` is the
+    `reader` says how the model that opened it reads the encoder's tokens (see `families.readers`); "": as was settled
+    when the encoder was merged. `states_read` are the indices of the hidden states that it reads; None: it does not
+    choose them. `state` is the
     token state of the encoder that runs, or of the last one that ran inside. `masked` says whether the user gave a
     mask over patches, where the encoder gets one that the model made itself; None: the encoder's own arguments tell.
     `num_tokens` adds up the tokens that the encoders inside have returned. An encoder's own scope is `closed`: models
@@ -35,6 +37,7 @@ class Scope:
     num_tokens: int = 0
     closed: bool = False
     sizes: Tensor | None = None
+    states_read: tuple[int, ...] | None = None
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("dtem_hf_scope", default=None)

@@ -22,8 +22,18 @@ class CrossAttendingModel(ScopedForward):
             return stock()
 
 
-class PlaceholderCheck:
-    """A model that puts image features in the place of placeholders: the error for a wrong number says what to do."""
+class PlaceholderCheck(ScopedForward):
+    """A model that puts image features in the place of placeholders: the error for a wrong number says what to do.
+
+    Its scope says which hidden states it reads now, by an argument or its config.
+    """
+
+    scoped = ("get_image_features",)
+
+    def _run_in_scope(self: Any, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        given = [inputs[name] for name in FEATURE_LAYERS if inputs.get(name) is not None]
+        with open_scope(Scope(reader="", states_read=states_read(self.config, *given))):
+            return stock()
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -72,7 +82,14 @@ def container_of(model_class: Any) -> Container:
     return CONTAINERS.get(model_class.config_class.model_type, GRID)
 
 
-def states_read(config: Any) -> list[int]:
-    """Which of the encoder's hidden states, the input first, a vision-language model reads: indices, as in a list."""
-    layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
-    return [layers] if isinstance(layers, int) else list(layers)
+# What the argument, and the entry of a config, is called that says which hidden states are read.
+FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+
+
+def states_read(config: Any, *given: Any) -> tuple[int, ...]:
+    """Which of the encoder's hidden states, the input first, a vision-language model reads: indices, as in a list.
+
+    Those that are `given` in a call, or else in its config.
+    """
+    layers, *_ = (*given, *(getattr(config, name) for name in FEATURE_LAYERS if hasattr(config, name)), -1)
+    return (layers,) if isinstance(layers, int) else tuple(layers)

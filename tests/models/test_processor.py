@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
-from dtem_hf import DTEMConfig, ToMeConfig, attach
+from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach
 from dtem_hf.families import find_place
 from tests.support.containers import VIT, built, llava, paligemma, vipllava
 
@@ -339,3 +339,31 @@ def test_images_of_several_sizes_each_get_their_own_placeholders(any_size: tuple
     expected = answered_by_hand(model, inputs, read)
     seen = [model.get_image_features(each, **ANY_SIZE) for each in pixels]
     torch.testing.assert_close(given(model, inputs, seen), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build, others", [(llava, -1), (vipllava, [-1, -3])], ids=["llava", "vipllava"])
+def test_other_layers_than_it_was_merged_for_are_refused(build: Any, others: Any) -> None:
+    """Layers behind the last one that is read do not run: another one would be read as it never was."""
+    model, inputs = built(build)
+    pixels, takes = inputs["pixel_values"], signature(model.model.get_image_features).parameters
+    name = next(each for each in takes if each.startswith("vision_feature_layer"))  # VipLLaVA's had an s once
+
+    def features() -> Tensor:
+        found = model.model.get_image_features(pixels, **{name: others}).pooler_output
+        return torch.stack(list(found))
+
+    plain, settled = features(), getattr(model.config, name)
+    attach(model, ToMeConfig(r=0), unmerge=False)
+    with pytest.raises(BadValue, match=r"vision_feature_layer=.*-1.*: -2.*, for which it was merged with unmerge=False"):
+        features()
+    with model.unmerged():
+        assert torch.equal(features(), plain)
+    setattr(model.config, name, others)
+    with pytest.raises(BadValue, match="set it in the config and attach again"):
+        model.model.get_image_features(pixels)
+    attach(model, ToMeConfig(r=0), unmerge=False)
+    assert torch.equal(features(), plain)
+    setattr(model.config, name, settled)
+    attach(model, ToMeConfig(r=0))  # all tokens in place: all layers run
+    assert torch.equal(features(), plain)
