@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,8 +19,20 @@ class CrossAttendingModel(ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         given = inputs.get("encoder_outputs")
         sizes = given.get(TOKEN_SIZES) if isinstance(given, ModelOutput) else None
+        if given is not None and sizes is None:
+            self._warn_of_lost_sizes(given[0].shape[1])
         with open_scope(Scope(reader="sized", sizes=sizes)):
             return stock()
+
+
+    def _warn_of_lost_sizes(self: Any, num_tokens: int) -> None:
+        merging = next((module.merging for module in self.modules() if "merging" in vars(module)), None)
+        if merging is not None and any(merging.plan.reductions) and num_tokens < merging.num_tokens:
+            warnings.warn(
+                f"encoder_outputs: {num_tokens} tokens without their sizes ({TOKEN_SIZES}), so the decoder counts a "
+                "merged token once; hand over the encoder's output as it returns it, not a tuple of it.",
+                stacklevel=2,
+            )
 
 
 class PlaceholderCheck(ScopedForward):

@@ -229,6 +229,23 @@ def test_a_reader_weighs_by_the_sizes_of_the_last_pass() -> None:
         assert scope.sizes is None
 
 
+@torch.no_grad()
+def test_a_decoder_is_handed_the_encoders_output_with_its_sizes_or_warns(recwarn: pytest.WarningsRecorder) -> None:
+    model, inputs = built(trocr)
+    attach(model, ToMeConfig(r=6))
+    pixels, words = inputs["pixel_values"], inputs["decoder_input_ids"]
+    computed = model.encoder(pixels)
+    found = model(encoder_outputs=computed, decoder_input_ids=words).logits
+    assert torch.equal(found, model(**inputs).logits)
+    with model.unmerged():
+        plain = model.encoder(pixels).to_tuple()
+    model(encoder_outputs=plain, decoder_input_ids=words)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"encoder_outputs: 41 tokens without their sizes \(token_sizes\)"):
+        lost = model(encoder_outputs=(computed.last_hidden_state,), decoder_input_ids=words).logits
+    assert not torch.allclose(lost, found, atol=1e-3)
+
+
 @pytest.mark.parametrize("decoder", [None, tf.BertConfig, tf.GPT2Config], ids=["trocr", "bert", "gpt2"])
 def test_generation_with_beams_equals_that_with_all_tokens_in_place(decoder: Any) -> None:
     model, inputs = built(trocr)
