@@ -24,7 +24,6 @@ class CrossAttendingModel(ScopedForward):
         with open_scope(Scope(reader="sized", sizes=sizes)):
             return stock()
 
-
     def _warn_of_lost_sizes(self: Any, num_tokens: int) -> None:
         merging = next((module.merging for module in self.modules() if "merging" in vars(module)), None)
         if merging is not None and any(merging.plan.reductions) and num_tokens < merging.num_tokens:

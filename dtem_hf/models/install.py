@@ -212,8 +212,7 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 def detach(model: PreTrainedModel) -> Any:
     """Take merging out of a model and all its parts: classes, config and state are what they were.
 
-    A plain model stays as it is. Raises ValueError for what is no model, and for a part of a model that was attached to
-    as a whole.
+    A plain model stays as it is. Raises ValueError for what is no model, and for a part of a model that is merged.
     """
     inner: Any = inside_peft(model)
     if not isinstance(inner, nn.Module):

@@ -12,7 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AttentionInterface, BertConfig, BertModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import dtem_hf
 from dtem_hf import (
@@ -25,6 +33,8 @@ from dtem_hf import (
     UnsupportedModelError,
     attach,
 )
+from dtem_hf.families import SUPPORTED
+from dtem_hf.families.containers import CONTAINERS
 
 
 Make = Callable[..., Any]
@@ -61,6 +71,15 @@ def test_every_auto_class_is_one_of_transformers() -> None:
     assert len(names) >= 6
     for name in names:
         assert issubclass(getattr(dtem_hf, name), getattr(transformers, name))
+
+
+def test_every_auto_class_that_has_a_model_with_an_encoder_inside_is_here() -> None:
+    types = [*CONTAINERS, "modernvbert", "t5gemma2", *(cls.config_class.model_type for cls in SUPPORTED)]
+    configs = [CONFIG_MAPPING[name] for name in types if name in CONFIG_MAPPING]
+    for name in dir(transformers):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("Auto") else None
+        if mapping is not None and any(config in mapping for config in configs):
+            assert name in dtem_hf.__all__
 
 
 @pytest.mark.parametrize("config", [ToMeConfig(r=9), DTEMConfig(r=9), DTEMConfig(r=9, init="random")], ids=str)

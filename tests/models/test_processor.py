@@ -355,7 +355,9 @@ def test_other_layers_than_it_was_merged_for_are_refused(build: Any, others: Any
 
     plain, settled = features(), getattr(model.config, name)
     attach(model, ToMeConfig(r=0), unmerge=False)
-    with pytest.raises(BadValue, match=r"vision_feature_layer=.*-1.*: -2.*, for which it was merged with unmerge=False"):
+    with pytest.raises(
+        BadValue, match=r"vision_feature_layer=.*-1.*: -2.*, for which it was merged with unmerge=False"
+    ):
         features()
     with model.unmerged():
         assert torch.equal(features(), plain)
