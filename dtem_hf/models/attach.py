@@ -53,11 +53,14 @@ class MergeMixin(Renamed):
         With `merge_config`, only where that keeps the recorded embedding; `from_pretrained` attaches all else when the
         weights are loaded.
         """
+        # Taken first: a model may build the one inside from the same config, by an Auto class that is registered.
+        own = getattr(config, "__dict__", {}).pop("merge", None)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if merge_config is not UNSET:  # what the checkpoint holds of an embedding is not asked for
             ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
             self._keys_to_ignore_on_load_unexpected = {*ignored, EMBEDDING_KEYS}
-        recorded, _ = resolve_merge(_take_record(self))
+        of_part = _take_record(self)
+        recorded, _ = resolve_merge(of_part if own is None else own)
         same_method = isinstance(merge_config, MergeConfig) and merge_config.method == getattr(recorded, "method", "")
         if recorded is not None and (merge_config is UNSET or same_method):
             attach(self, recorded)  # type: ignore[arg-type]
@@ -215,13 +218,13 @@ def merged_class(model_class: type) -> type:
 
 
 def _take_record(model: Any) -> Any:
-    """Take the recorded merge out of a model's config, or out of that of a part which was merged by itself."""
+    """Take the recorded merge out of the config of a part of a model which was merged by itself."""
     record = None
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig) and hasattr(config, "merge"):
             if record is None and config.merge is not None:
-                record = {**config.merge, "part": name} if name else config.merge
+                record = {**config.merge, "part": name}
             del config.merge
     return record
 
