@@ -73,6 +73,8 @@ def recorded_features(model: Any, kind: str, states: Sequence[int] = (-1,)) -> I
     `states`, `grid` is of these hidden states (the input first), side by side: run the model with
     output_hidden_states=True. Raises ValueError where an encoder lacks what is asked for.
     """
+    if kind not in FEATURES:
+        raise BadValue("features", kind, f"one of {', '.join(FEATURES)}")
     family, encoder = find_encoder(model)
     prefix = family.geometry(encoder).num_prefix_tokens
     if kind == "cls" and not prefix:
