@@ -151,7 +151,7 @@ class MergeMixin(Renamed):
     def trace_merging(self) -> Iterator[MergeTrace]:
         """`with model.trace_merging() as trace:` fills a `MergeTrace` anew with every pass of this thread.
 
-        A model compiled by torch.compile takes no notice: trace the model itself.
+        What torch.compile or torch.export makes of a model takes no notice: trace the model itself.
         """
         trace = MergeTrace()
         with pass_options(find_encoder(self)[1], trace=trace):  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ class MergeMixin(Renamed):
     def unmerged(self) -> Iterator[None]:
         """Inside the block, and in this thread only, the model runs as if nothing were attached.
 
-        A model compiled by torch.compile takes no notice: run the model itself.
+        What torch.compile or torch.export makes of a model takes no notice: to export the plain model, detach a copy.
         """
         with pass_options(find_encoder(self)[1], merge=False):  # type: ignore[arg-type]
             yield
