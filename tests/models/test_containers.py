@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from tests.support.containers import (
     built,
     depth_anything,
     dual_encoder,
+    gemma3,
+    idefics2,
     images,
     llava,
     llava_next,
     paligemma,
+    qwen2_vl,
     trocr,
     vipllava,
 )
@@ -146,6 +150,34 @@ def test_a_part_merged_by_itself_comes_back_merged(tmp_path: Path) -> None:
     again = dtem_hf.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert again.merge_config.part == "encoder" and again.merge_config.r == DTEMConfig(r=3).r
     assert torch.equal(traced_sources(again, inputs), sources)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [llava, gemma3, idefics2, qwen2_vl], ids=lambda build: build.__name__)
+def test_a_container_comes_back_merged_without_its_head(build: Build, tmp_path: Path) -> None:
+    """By its checkpoint and by its adapter, both of which name the part as it is called in the whole."""
+    model, inputs = built(build)
+    plain = copy.deepcopy(model.model)
+    attach(model, DTEMConfig(r=3))
+    for parameter in model.merge_parameters():
+        nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    for headless in (dtem_hf.AutoModel.from_pretrained(tmp_path).eval(), attach(plain, model.to_merge_adapter())):
+        assert f"model.{headless.merge_config.part}" == model.merge_config.part
+        assert torch.equal(headless(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: tf.ViTModel(tf.ViTConfig(**VIT)), "part='tower': None, as ViTModel is merged as a whole"),
+        (lambda: tf.BertModel(tf.BertConfig(**TEXT)), "BertModel cannot be merged"),
+    ],
+)
+def test_a_part_of_what_has_none_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attach(make(), ToMeConfig(r=3), part="tower")
 
 
 @torch.no_grad()
