@@ -98,8 +98,9 @@ class MergeMixin(Renamed):
                 f"checkpoint does not hold it ({missing[0]} is missing). Pass merge='adapter' to load an adapter, "
                 "or merge=None for the plain model; attach(model, DTEMConfig(...)) then starts from keys."
             )
-        # Without a name, the weights are those in `state_dict`.
-        if pretrained_model_name_or_path is not None and getattr(model.config, "_commit_hash", None) is None:
+        # Without a name, the weights are those in `state_dict`; a PEFT adapter is loaded with its base model.
+        is_own = str(pretrained_model_name_or_path) == model.name_or_path and pretrained_model_name_or_path is not None
+        if is_own and getattr(model.config, "_commit_hash", None) is None:
             # Newer transformers leave it out; an adapter records it.
             model.config._commit_hash = cached_commit(
                 os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")

@@ -7,23 +7,27 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from ..errors import AdapterError, BadValue, NoTrainedHead, UnsupportedModelError
 from ..families import SUPPORTED, find_place, unsupported
 from ..families.containers import CONTAINERS
+from ..files import read_json
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
 from .derived import stock_class
 from .install import MergeLike, resolve_merge
 
 
-_HUB_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder", "trust_remote_code")
+_FILE_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder")
+_HUB_ARGUMENTS = (*_FILE_ARGUMENTS, "trust_remote_code")
 
 
 class MergingAutoClass:
@@ -46,7 +50,7 @@ class MergingAutoClass:
         if not isinstance(config, PretrainedConfig):
             options = _chosen(kwargs, _HUB_ARGUMENTS)
             with _adapters_named(cls.__name__, pretrained_model_name_or_path, **options):
-                config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+                config = _config_of(pretrained_model_name_or_path, **options)
         if merge in (UNSET, None) and not _is_recorded(config, merge is UNSET):
             return stock(pretrained_model_name_or_path, *model_args, **kwargs)
         model_class: Any = merged_class(cls._model_class(config))
@@ -73,6 +77,17 @@ class MergingAutoClass:
                 f"{cls.__name__} has no model of type {config.model_type!r}; {auto_class(config).__name__} has."
             )
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}", config.model_type)
+
+
+def _config_of(name: Any, **options: Any) -> PretrainedConfig:
+    """The config of a model; of a PEFT adapter that of its base model, which transformers loads with it."""
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        found = find_adapter_config_file(name, **_chosen(options, _FILE_ARGUMENTS)) if is_peft_available() else None
+        if found is None:
+            raise
+        return AutoConfig.from_pretrained(read_json(Path(found))["base_model_name_or_path"], **options)
 
 
 def _chosen(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
