@@ -100,10 +100,10 @@ def advise(
     check_whole("rounds", rounds, 1, MOST_TOKENS)
     check_number("minutes", minutes, 0, 1e6)
     check_number("max_loss", max_loss or 0, 0, 1)
-    for name, numbers in (("r", r), ("batch_sizes", batch_sizes)):
-        if not _are_counts(numbers) or (name == "batch_sizes" and len(numbers) == 0):
+    for name, counts, least_many in (("r", r, 0), ("batch_sizes", batch_sizes, 1)):
+        if not _are_counts(counts) or len(counts) < least_many:
             expected = "a list of whole numbers, each 1 or more; the unmerged model is always measured"
-            raise BadValue(name, numbers, expected)
+            raise BadValue(name, counts, expected)
     end = time.monotonic() + 60 * minutes
     for name, named, known in (("methods", methods, METHODS), ("runtimes", runtimes, RUNTIMES)):
         if not set(named) <= set(known):
@@ -134,7 +134,7 @@ def advise(
 
 
 def _are_counts(values: Any) -> bool:
-    whole = isinstance(values, Sequence | np.ndarray) and all(isinstance(each, Integral) for each in values)
+    whole = isinstance(values, Sequence) and all(isinstance(each, Integral) for each in values)
     return whole and min(values, default=1) >= 1
 
 

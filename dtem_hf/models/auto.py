@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import AdapterError, BadValue, NoTrainedHead, UnsupportedModelError
 from ..families import SUPPORTED, find_place, unsupported
@@ -44,8 +44,8 @@ class MergingAutoClass:
         stock = super().from_pretrained  # type: ignore[misc]
         # Read before the backbone, which is the larger download.
         if merge is not UNSET:
-            config, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
-            merge = adapter or config
+            given, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
+            merge = adapter or given
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             options = _chosen(kwargs, _HUB_ARGUMENTS)
@@ -82,12 +82,14 @@ class MergingAutoClass:
 def _config_of(name: Any, **options: Any) -> PretrainedConfig:
     """The config of a model; of a PEFT adapter that of its base model, which transformers loads with it."""
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, **options)
+        return config
     except (OSError, ValueError):
         found = find_adapter_config_file(name, **_chosen(options, _FILE_ARGUMENTS)) if is_peft_available() else None
         if found is None:
             raise
-        return AutoConfig.from_pretrained(read_json(Path(found))["base_model_name_or_path"], **options)
+        base: PretrainedConfig = AutoConfig.from_pretrained(read_json(found)["base_model_name_or_path"], **options)
+        return base
 
 
 def _chosen(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
