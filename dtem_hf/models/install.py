@@ -76,6 +76,9 @@ def prepare(
     config = _own(config, place)
     serve_attention(encoder.config._attn_implementation)
     family.check(holder, encoder)
+    layers = family.layers(encoder)
+    if len(set(layers)) < len(layers):
+        raise UnsupportedModelError(f"{type(encoder).__name__}: some of its layers are one module; copy it for each.")
     if adapter is not None:
         adapter.check_fits(backbone_facts(model, place=place))
     geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family, encoder))

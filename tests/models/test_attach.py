@@ -144,6 +144,16 @@ def test_a_failed_attach_leaves_the_model_as_it_was(
     assert torch.equal(logits(model, pixels), expected)
 
 
+def test_layers_that_are_one_module_are_refused(make_classifier: Make) -> None:
+    """A layer knows its place in the encoder, and so it can have one only."""
+    model = make_classifier()
+    model.vit.layers[2] = model.vit.layers[1]
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="ViTModel: some of its layers are one module"):
+        attach(model, ToMeConfig(r=5))
+    assert_unchanged(model, before)
+
+
 def test_an_unsupported_model_stays_as_it_was() -> None:
     model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     before = snapshot(model)
