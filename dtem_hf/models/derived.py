@@ -41,8 +41,18 @@ def derive_class(module: nn.Module, *mixins: type) -> None:
 
 
 def stock_class(cls: type) -> type:
-    """The class that a derived one was made from; any other class as it is."""
-    return cls.derived_from[0] if issubclass(cls, Renamed) else cls
+    """The class that a derived one was made from; any other class as it is.
+
+    What others have put on top of a derived class since, as FSDP2 and torch's parametrizations do, stays on top.
+    """
+    if not issubclass(cls, Renamed):
+        return cls
+    if "derived_from" in vars(cls):
+        return cls.derived_from[0]
+    derived = next(base for base in cls.__mro__ if "derived_from" in vars(base))
+    # Bases wrap `forward` in every class that is made of them: of the derived one's, none is kept.
+    content = {name: value for name, value in vars(cls).items() if name not in vars(derived)}
+    return type(cls.__name__, tuple(map(stock_class, cls.__bases__)), {**content, "__module__": cls.__module__})
 
 
 def restore_class(module: nn.Module) -> None:
