@@ -24,11 +24,15 @@ _HOMES = {
         "AutoModelForInstanceSegmentation",
         "AutoModelForKeypointDetection",
         "AutoModelForMaskedImageModeling",
+        "AutoModelForMaskedLM",
         "AutoModelForMultimodalLM",
         "AutoModelForObjectDetection",
         "AutoModelForPoseEstimation",
         "AutoModelForPreTraining",
         "AutoModelForSemanticSegmentation",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
         "AutoModelForUniversalSegmentation",
         "AutoModelForVideoClassification",
         "AutoModelForVisualQuestionAnswering",
@@ -92,11 +96,15 @@ if TYPE_CHECKING:  # type checkers treat `import X as X` as a public name
     from .models.auto import AutoModelForInstanceSegmentation as AutoModelForInstanceSegmentation
     from .models.auto import AutoModelForKeypointDetection as AutoModelForKeypointDetection
     from .models.auto import AutoModelForMaskedImageModeling as AutoModelForMaskedImageModeling
+    from .models.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
     from .models.auto import AutoModelForMultimodalLM as AutoModelForMultimodalLM
     from .models.auto import AutoModelForObjectDetection as AutoModelForObjectDetection
     from .models.auto import AutoModelForPoseEstimation as AutoModelForPoseEstimation
     from .models.auto import AutoModelForPreTraining as AutoModelForPreTraining
     from .models.auto import AutoModelForSemanticSegmentation as AutoModelForSemanticSegmentation
+    from .models.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
+    from .models.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .models.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .models.auto import AutoModelForUniversalSegmentation as AutoModelForUniversalSegmentation
     from .models.auto import AutoModelForVideoClassification as AutoModelForVideoClassification
     from .models.auto import AutoModelForVisualQuestionAnswering as AutoModelForVisualQuestionAnswering

@@ -21,12 +21,13 @@ from .token_state import TokenState
 class Scope:
     """One open scope.
 
-    `reader` says how the model that opened the scope reads the encoder's tokens (see `families.readers`). `state` is
-    the token state of the running encoder, or of the last encoder that ran inside. `masked`: the user gave a mask of
-    patches. A model sets it if it always makes a mask for the encoder; None: the encoder's arguments decide.
-    `num_tokens` is the sum of the tokens that the encoders inside returned. An encoder's own scope is `closed`: models
-    outside do not read a model that runs inside it (a teacher in a hook, say). `sizes` [B, n] are the sizes of the
-    tokens that the reader got, in this pass or an earlier one; None: each token counts once.
+    `reader` says how the model that opened the scope reads the encoder's tokens (see `families.readers`); "": as the
+    encoder's merging says. `states_read` are the indices of the hidden states that it reads; None: it does not choose
+    them. `state` is the token state of the running encoder, or of the last encoder that ran inside. `masked`: the user
+    gave a mask of patches. A model sets it if it always makes a mask for the encoder; None: the encoder's arguments
+    decide. `num_tokens` is the sum of the tokens that the encoders inside returned. An encoder's own scope is
+    `closed`: models outside do not read a model that runs inside it (a teacher in a hook, say). `sizes` [B, n] are
+    the sizes of the tokens that the reader got, in this pass or an earlier one; None: each token counts once.
     """
 
     reader: str = "tokens"
@@ -35,6 +36,7 @@ class Scope:
     num_tokens: int = 0
     closed: bool = False
     sizes: Tensor | None = None
+    states_read: tuple[int, ...] | None = None
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("dtem_hf_scope", default=None)

@@ -301,10 +301,11 @@ class TokenState:
     def shifted(self, key: str, parameter: Tensor) -> Tensor:
         """A backbone parameter plus its learned shift, times the share of tokens merged away behind the running layer.
 
-        The first layer does not shift; modules behind the last layer shift as in the last layer.
+        The first layer does not shift; modules behind the last layer shift as in the last layer. No parameter shifts
+        while packed images run together, which they do until a layer merges.
         """
         shift = self._shifts.get(key)
-        if shift is None or self.layer == 0:
+        if shift is None or self.layer == 0 or self.parts:
             return parameter
         merged_share = 1 - (self._active[self.layer] - self._reductions[self.layer]) / self._active[0]
         return torch.add(parameter, shift.to(parameter), alpha=merged_share) if merged_share else parameter

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..configuration import MatchingConfig, MergeConfig, ToMeConfig
 from ..deploy.runtimes import RUNTIMES, Run, make_run
-from ..errors import BadValue
+from ..errors import MOST_TOKENS, BadValue, check_number, check_whole
 from ..evaluation.metrics import bootstrap_interval, share_interval
 from ..evaluation.variants import Variant, make_variants
 from ..hub.adapter import MergeAdapter
@@ -96,15 +97,22 @@ def advise(
     does not change. Raises ValueError for invalid values and for a named runtime that cannot run the model,
     ImportError if its packages are missing.
     """
+    check_whole("rounds", rounds, 1, MOST_TOKENS)
+    check_number("minutes", minutes, 0, 1e6)
+    check_number("max_loss", max_loss or 0, 0, 1)
+    for name, counts, least_many in (("r", r, 0), ("batch_sizes", batch_sizes, 1)):
+        if not _are_counts(counts) or len(counts) < least_many:
+            expected = "a list of whole numbers, each 1 or more; the unmerged model is always measured"
+            raise BadValue(name, counts, expected)
     end = time.monotonic() + 60 * minutes
-    for name, values in (("r", r), ("batch_sizes", batch_sizes)):
-        if min(values, default=name == "r") < 1:
-            raise BadValue(name, list(values), "whole numbers, each 1 or more; the unmerged model is always measured")
     for name, named, known in (("methods", methods, METHODS), ("runtimes", runtimes, RUNTIMES)):
         if not set(named) <= set(known):
             raise BadValue(name, list(named), f"some of {', '.join(known)}")
+    batches = pixel_batches(images, _BATCH)
+    if len(shapes := {tuple(x.shape[1:]) for x in batches}) > 1:
+        raise BadValue("images", sorted(shapes), "images of one size")
     plain = detach(share_weights(model)).eval()
-    pixels = torch.cat(pixel_batches(images, _BATCH)).to(next(plain.parameters()).device)
+    pixels = torch.cat(batches).to(next(plain.parameters()).device)
     variants = _variants(plain, adapter, methods, r, tuple(pixels.shape[1:]))
     models, names = [variant.standalone() for variant in variants], list(runtimes or _USUAL)
     with _bar(end) as show:
@@ -123,6 +131,11 @@ def advise(
             for _ in _time(rows, list(runs.values()), pixels, batch_sizes, rounds, end, show):
                 report(_advice(rows, picked, most, left_out, finished=False))
     return _advice(rows, picked, most, left_out, finished=True)
+
+
+def _are_counts(values: Any) -> bool:
+    whole = isinstance(values, Sequence) and all(isinstance(each, Integral) for each in values)
+    return whole and min(values, default=1) >= 1
 
 
 def _variants(

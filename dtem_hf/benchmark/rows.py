@@ -17,8 +17,7 @@ from ..errors import BadValue
 from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
 from ..models.copies import share_weights
-from ..models.install import is_merged
-from ..models.processor import count_dropped_tokens, count_placeholders
+from ..models.processor import Reading, count_dropped_tokens
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
 from ..progress import tqdm
@@ -129,7 +128,7 @@ def answering_entries(
     entries = []
     for variant in tqdm([*variants, *merged], desc="count", unit="row", leave=False):
         model = variant.standalone()
-        number = count_placeholders(model, num_plain) if is_merged(model) else num_plain
+        number = Reading.of(model).count(num_plain)
         row = torch.cat([text.new_full((number,), image), text])
 
         def answer(pixels: Tensor, tokens: int = length, model: Any = model, row: Tensor = row) -> Tensor:

@@ -62,8 +62,9 @@ class Place:
 def find_place(model: nn.Module, part: str | None = None) -> Place:
     """Find the encoder to merge, or the encoder that is merged. `part` is a container part's dotted name, or its end.
 
-    Without `part`, it is the only part that can be merged, or of several parts the one that is merged already. Raises
-    UnsupportedModelError if no part can be merged, and ValueError if the choice is not clear or no part has the name.
+    In a model without its head, a part may have the name that it has in the whole model. Without `part`, it is the
+    only part that can be merged, or of several parts the one that is merged already. Raises UnsupportedModelError if
+    no part can be merged, and ValueError if the choice is not clear or no part has the name.
     """
     if isinstance(model, SUPPORTED) and part is None and _encoders(model):
         return _place(model, "")
@@ -72,15 +73,21 @@ def find_place(model: nn.Module, part: str | None = None) -> Place:
         name: module for name, module in parts.items() if not any(name.startswith(f"{outer}.") for outer in parts)
     }
     listed = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in outermost.items())
-    if part is not None:
-        chosen = [name for name in outermost if f".{name}".endswith(f".{part}")]
-        if len(chosen) != 1:
-            raise BadValue("part", part, f"one of the parts of {type(model).__name__} that can be merged: {listed}")
-        return _place(outermost[chosen[0]], chosen[0])
-    if not outermost and isinstance(model, SUPPORTED):
-        return _place(model, "")  # raises an error that says what is missing
-    if not outermost:
+    if not outermost and not isinstance(model, SUPPORTED):
         raise unsupported(type(model).__name__, getattr(getattr(model, "config", None), "model_type", ""))
+    if part is not None:
+        headless = part.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+        for ending in (part, headless):
+            chosen = [name for name in outermost if f".{name}".endswith(f".{ending}")]
+            if chosen:
+                break
+        if len(chosen) != 1:
+            among = f"one of the parts of {type(model).__name__} that can be merged: {listed}"
+            whole = f"None, as {type(model).__name__} is merged as a whole"
+            raise BadValue("part", part, among if outermost else whole)
+        return _place(outermost[chosen[0]], chosen[0])
+    if not outermost:
+        return _place(model, "")  # which says what is missing
     places = [_place(module, name) for name, module in outermost.items()]
     merged = [place for place in places if "merging" in vars(place.encoder)]
     if len(places) > 1 and len(merged) != 1:

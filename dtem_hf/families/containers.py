@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,12 +19,33 @@ class CrossAttendingModel(ScopedForward):
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         given = inputs.get("encoder_outputs")
         sizes = given.get(TOKEN_SIZES) if isinstance(given, ModelOutput) else None
+        if given is not None and sizes is None:
+            self._warn_of_lost_sizes(given[0].shape[1])
         with open_scope(Scope(reader="sized", sizes=sizes)):
             return stock()
 
+    def _warn_of_lost_sizes(self: Any, num_tokens: int) -> None:
+        merging = next((module.merging for module in self.modules() if "merging" in vars(module)), None)
+        if merging is not None and any(merging.plan.reductions) and num_tokens < merging.num_tokens:
+            warnings.warn(
+                f"encoder_outputs: {num_tokens} tokens without their sizes ({TOKEN_SIZES}), so the decoder counts a "
+                "merged token once; hand over the encoder's output as it returns it, not a tuple of it.",
+                stacklevel=2,
+            )
 
-class PlaceholderCheck:
-    """A model that replaces placeholders by image features; the error for a wrong number says what to do."""
+
+class PlaceholderCheck(ScopedForward):
+    """A model that replaces placeholders by image features; the error for a wrong number says what to do.
+
+    Its scope says which hidden states the model reads in this pass, by an argument or its config.
+    """
+
+    scoped = ("get_image_features",)
+
+    def _run_in_scope(self: Any, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
+        given = [inputs[name] for name in FEATURE_LAYERS if inputs.get(name) is not None]
+        with open_scope(Scope(reader="", states_read=states_read(self.config, *given))):
+            return stock()
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -80,7 +102,14 @@ def container_of(model_class: Any) -> Container:
     return CONTAINERS.get(model_class.config_class.model_type, GRID)
 
 
-def states_read(config: Any) -> list[int]:
-    """Indices of the hidden states that a vision-language model reads; 0 is the first layer's input, -1 the last."""
-    layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
-    return [layers] if isinstance(layers, int) else list(layers)
+# The names, in a call and in a config, of what says which hidden states are read.
+FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+
+
+def states_read(config: Any, *given: Any) -> tuple[int, ...]:
+    """Indices of the hidden states that a vision-language model reads; 0 is the first layer's input, -1 the last.
+
+    They are those `given` in a call, or else those of the config.
+    """
+    layers, *_ = (*given, *(getattr(config, name) for name in FEATURE_LAYERS if hasattr(config, name)), -1)
+    return (layers,) if isinstance(layers, int) else tuple(layers)

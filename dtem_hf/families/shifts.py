@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..embedding import Shifts
 from ..scope import current_state
+
+
+if TYPE_CHECKING:  # a family is made of an anatomy, which knows these modules
+    from .family import Family
 
 
 class Shifted:
@@ -47,29 +51,33 @@ class ShiftedLinear(Shifted, nn.Linear):
 
 
 def shiftable_modules(
-    encoder: nn.Module, layers: Sequence[nn.Module]
+    family: Family, encoder: nn.Module
 ) -> Iterator[tuple[str, Any, type[ShiftedNorm] | type[ShiftedLinear] | None]]:
     """Names, modules and mixins of the LayerNorms and biased linear maps in the layers, and of LayerNorms behind them.
 
-    Names are without LoRA's additions. The mixin is None for classes other than torch's own, such as quantised ones.
+    Behind layers of packed rows no module shifts: there, images with different shares of merged tokens lie in one
+    sequence. Names are without LoRA's additions. The mixin is None for classes other than torch's own, such as
+    quantised ones.
     """
-    inside = {id(module) for layer in layers for module in layer.modules()}
+    inside = {id(module) for layer in family.layers(encoder) for module in layer.modules()}
+    in_rows = "rows" in family.models.values()
     begun = False
     for name, module in encoder.named_modules():
         begun = begun or id(module) in inside
         is_map = isinstance(module, nn.Linear) and id(module) in inside and module.bias is not None
-        is_norm = isinstance(module, nn.LayerNorm) and begun and module.elementwise_affine
+        behind = begun and not in_rows
+        is_norm = isinstance(module, nn.LayerNorm) and (id(module) in inside or behind) and module.elementwise_affine
         if (is_map or is_norm) and not name.startswith("merge_embedding."):
             mixin = ShiftedNorm if is_norm else ShiftedLinear
             own = isinstance(module, mixin) or type(module) in (nn.LayerNorm, nn.Linear)
             yield name.replace(".base_layer", ""), module, mixin if own else None
 
 
-def shiftable_parameters(encoder: nn.Module, layers: Sequence[nn.Module]) -> tuple[tuple[str, int], ...]:
+def shiftable_parameters(family: Family, encoder: nn.Module) -> tuple[tuple[str, int], ...]:
     """Names and lengths of all parameters that can be shifted, from declared sizes: weights may be packed."""
     return tuple(
         (f"{name}.{parameter}", module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[0])
-        for name, module, mixin in shiftable_modules(encoder, layers)
+        for name, module, mixin in shiftable_modules(family, encoder)
         if mixin is not None
         for parameter in mixin.moving
         if getattr(module, parameter) is not None

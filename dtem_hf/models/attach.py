@@ -53,11 +53,14 @@ class MergeMixin(DerivedMixin):
         With None or a `merge_config` of another method, make the plain model; `from_pretrained` attaches the merge
         when the weights are loaded.
         """
+        # Taken first: a model may build the one inside from the same config, by an Auto class that is registered.
+        own = getattr(config, "__dict__", {}).pop("merge", None)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if merge_config is not UNSET:  # the checkpoint's embedding is not needed: no warning about its keys
             ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
             self._keys_to_ignore_on_load_unexpected = {*ignored, EMBEDDING_KEYS}
-        recorded, _ = resolve_merge(_take_record(self))
+        of_part = _take_record(self)
+        recorded, _ = resolve_merge(of_part if own is None else own)
         same_method = isinstance(merge_config, MergeConfig) and merge_config.method == getattr(recorded, "method", "")
         if recorded is not None and (merge_config is UNSET or same_method):
             attach(self, recorded)  # type: ignore[arg-type]
@@ -95,7 +98,9 @@ class MergeMixin(DerivedMixin):
                 f"checkpoint does not hold it ({missing[0]} is missing). Pass merge='adapter' to load an adapter, or "
                 "merge=None for the plain model; attach(model, DTEMConfig(...)) then starts from attention keys."
             )
-        if getattr(model.config, "_commit_hash", None) is None:
+        # Without a name, the weights are those in `state_dict`; transformers loads a PEFT adapter with its base model.
+        is_own = str(pretrained_model_name_or_path) == model.name_or_path and pretrained_model_name_or_path is not None
+        if is_own and getattr(model.config, "_commit_hash", None) is None:
             # Newer versions of transformers leave it out; adapters record it.
             model.config._commit_hash = cached_commit(
                 os.fspath(pretrained_model_name_or_path), kwargs.get("revision"), kwargs.get("cache_dir")
@@ -151,7 +156,7 @@ class MergeMixin(DerivedMixin):
     def trace_merging(self) -> Iterator[MergeTrace]:
         """`with model.trace_merging() as trace:` every pass of this thread fills the `MergeTrace` anew.
 
-        It has no effect on a model compiled by torch.compile: trace the model that is not compiled.
+        It has no effect on what torch.compile or torch.export makes of a model: trace the model itself.
         """
         trace = MergeTrace()
         with pass_options(find_encoder(self)[1], trace=trace):  # type: ignore[arg-type]
@@ -161,7 +166,8 @@ class MergeMixin(DerivedMixin):
     def unmerged(self) -> Iterator[None]:
         """Inside the block, and in this thread only, the model runs without merging.
 
-        It has no effect on a model compiled by torch.compile: run the model that is not compiled.
+        It has no effect on what torch.compile or torch.export makes of a model: to export the plain model, detach a
+        copy.
         """
         with pass_options(find_encoder(self)[1], merge=False):  # type: ignore[arg-type]
             yield
@@ -218,13 +224,13 @@ def merged_class(model_class: type) -> type:
 
 
 def _take_record(model: Any) -> Any:
-    """Take the recorded merge out of a model's config, or out of the config of a part that was saved merged."""
+    """Take the recorded merge out of the config of a part that was merged by itself."""
     record = None
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig) and hasattr(config, "merge"):
             if record is None and config.merge is not None:
-                record = {**config.merge, "part": name} if name else config.merge
+                record = {**config.merge, "part": name}
             del config.merge
     return record
 

@@ -13,17 +13,21 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import AdapterError, BadValue, NoTrainedHead, UnsupportedModelError
 from ..families import SUPPORTED, find_place, unsupported
 from ..families.containers import CONTAINERS, OTHERS
+from ..files import read_json
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
 from .derived import stock_class
 from .install import MergeLike, resolve_merge
 
 
-_HUB_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder", "trust_remote_code")
+_FILE_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder")
+_HUB_ARGUMENTS = (*_FILE_ARGUMENTS, "trust_remote_code")
 
 
 class MergingAutoClass:
@@ -41,13 +45,13 @@ class MergingAutoClass:
         stock = super().from_pretrained  # type: ignore[misc]
         # Before the backbone, which is the larger download: a wrong reference fails early.
         if merge is not UNSET:
-            config, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
-            merge = adapter or config
+            given, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
+            merge = adapter or given
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             options = _chosen(kwargs, _HUB_ARGUMENTS)
             with _adapters_named(cls.__name__, pretrained_model_name_or_path, **options):
-                config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+                config = _config_of(pretrained_model_name_or_path, **options)
         if merge in (UNSET, None) and not _is_recorded(config, merge is UNSET):
             return stock(pretrained_model_name_or_path, *model_args, **kwargs)
         model_class: Any = merged_class(cls._model_class(config))
@@ -74,6 +78,19 @@ class MergingAutoClass:
                 f"{cls.__name__} has no model of type {config.model_type!r}; {auto_class(config).__name__} has."
             )
         raise unsupported(f"{cls.__name__} for model type {config.model_type!r}", config.model_type)
+
+
+def _config_of(name: Any, **options: Any) -> PretrainedConfig:
+    """The config of a model; of a PEFT adapter that of its base model, which transformers loads with it."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, **options)
+        return config
+    except (OSError, ValueError):
+        found = find_adapter_config_file(name, **_chosen(options, _FILE_ARGUMENTS)) if is_peft_available() else None
+        if found is None:
+            raise
+        base: PretrainedConfig = AutoConfig.from_pretrained(read_json(found)["base_model_name_or_path"], **options)
+        return base
 
 
 def _chosen(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -128,6 +145,10 @@ AutoModelForImageSegmentation = _merging("AutoModelForImageSegmentation")
 AutoModelForVisualQuestionAnswering = _merging("AutoModelForVisualQuestionAnswering")
 AutoModelForMultimodalLM = _merging("AutoModelForMultimodalLM")
 AutoModelForCausalLM = _merging("AutoModelForCausalLM")
+AutoModelForSequenceClassification = _merging("AutoModelForSequenceClassification")
+AutoModelForTokenClassification = _merging("AutoModelForTokenClassification")
+AutoModelForMaskedLM = _merging("AutoModelForMaskedLM")
+AutoModelForSeq2SeqLM = _merging("AutoModelForSeq2SeqLM")
 AutoModelForMaskedImageModeling = _merging("AutoModelForMaskedImageModeling")
 AutoBackbone = _merging("AutoBackbone")
 AutoModelForPreTraining = _merging("AutoModelForPreTraining")
@@ -182,7 +203,7 @@ def _adapters_named(auto_name: str, name: Any, revision: str | None = None, **op
         pinned = f"{name}@{revision}" if revision and not os.path.isdir(name) else name
         try:
             adapter = MergeAdapter.from_reference(pinned, **_chosen(options, ADAPTER_ARGUMENTS))
-        except (OSError, ValueError):
+        except (OSError, TypeError, ValueError):  # TypeError: there is no name
             raise error from None
         base_model = adapter.backbone.base_model or "the backbone"
         raise AdapterError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..configuration import KeepRateConfig
-from ..errors import BadValue, UnsupportedModelError
+from ..errors import MOST_TOKENS, BadValue, UnsupportedModelError, check_number, check_whole
 from ..progress import tqdm
 from ..schedule import KeepRateSchedule, ListSchedule, Schedule, falling, reductions_for
 from .attach import MergeMixin
@@ -71,8 +71,10 @@ def calibrate(
     """
     if not issubclass(type(model), MergeMixin):
         raise UnsupportedModelError("calibrate: the model is not merged; attach(model, DTEMConfig(...)) first.")
-    if evaluations < 1:
-        raise BadValue("evaluations", evaluations, "1 or more")
+    for name, count in (("evaluations", evaluations), ("batch_size", batch_size)):
+        check_whole(name, count, 1, MOST_TOKENS)
+    if flops is not None:
+        check_number("flops", flops, 0, 1, above=True)
     merging = merging_of(model)
     before, flops = merging.config, merging.plan.ratio if flops is None else flops
     try:

@@ -41,8 +41,18 @@ def derive_class(module: nn.Module, *mixins: type) -> None:
 
 
 def stock_class(cls: type) -> type:
-    """The class that a derived class was made from; any other class is returned unchanged."""
-    return cls.derived_from[0] if issubclass(cls, DerivedMixin) else cls
+    """The class that a derived class was made from; any other class is returned unchanged.
+
+    Classes that other libraries put on top of a derived class, as FSDP2 and torch's parametrizations do, stay on top.
+    """
+    if not issubclass(cls, DerivedMixin):
+        return cls
+    if "derived_from" in vars(cls):
+        return cls.derived_from[0]
+    derived = next(base for base in cls.__mro__ if "derived_from" in vars(base))
+    # The mixins wrap `forward` in every class that is derived from them: leave that wrapper out.
+    content = {name: value for name, value in vars(cls).items() if name not in vars(derived)}
+    return type(cls.__name__, tuple(map(stock_class, cls.__bases__)), {**content, "__module__": cls.__module__})
 
 
 def restore_class(module: nn.Module) -> None:

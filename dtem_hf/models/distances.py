@@ -73,6 +73,8 @@ def recorded_features(model: Any, kind: str, states: Sequence[int] = (-1,)) -> I
     `states` are indices of hidden states (0: the input of the first layer), which `grid` concatenates; for others than
     the last, run the model with output_hidden_states=True. Raises ValueError if the encoder lacks the wanted features.
     """
+    if kind not in FEATURES:
+        raise BadValue("features", kind, f"one of {', '.join(FEATURES)}")
     family, encoder = find_encoder(model)
     prefix = family.geometry(encoder).num_prefix_tokens
     if kind == "cls" and not prefix:

@@ -15,7 +15,7 @@ from torch import nn
 from ..configuration import MergeConfig
 from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
-from ..errors import UnsupportedModelError
+from ..errors import BadValue, UnsupportedModelError
 from ..families import Family, enable_size_bias
 from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, output_for_reader, read_sizes, with_last
 from ..methods import Method
@@ -87,6 +87,14 @@ class Merging:
         """Whether the encoder returns all tokens, in place."""
         return self.reads_all or bool(self.config.unmerge)
 
+    def check_states(self, asked: Sequence[int]) -> None:
+        """Raise ValueError for hidden states that are not those which the merging was prepared for."""
+        last = self.geometry.num_layers
+        if self.reader == "sized" and {x + last + 1 if x < 0 else x for x in asked} != set(self.states_read):
+            settled = ", ".join(str(x - last - 1) for x in self.states_read)
+            expected = f"{settled}, for which it was merged with unmerge=False; set it in the config and attach again"
+            raise BadValue("vision_feature_layer", asked[0] if len(asked) == 1 else list(asked), expected)
+
     def plan_for(self, num_tokens: int) -> MergePlan:
         """The plan for images of `num_tokens` tokens. Raises ValueError if the config's r does not fit the encoder."""
         reductions = self.config.schedule.resolve(self.cost, num_tokens)
@@ -105,12 +113,15 @@ class EncoderMerging(DerivedMixin, ScopedForward):
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
-        wanted = Scope(reader=self.merging.reader) if outer is None or outer.closed else outer
+        wanted = Scope(reader="") if outer is None or outer.closed else outer
+        wanted.reader = wanted.reader or self.merging.reader
         # If pruned tokens stay, a weighted mean leaves them out; other readers get their hosts in their places.
         in_place = wanted.reader not in MEANS if self._masks_tokens else wanted.reader in RETURN_ALL
         unmerge = self.merging.unmerge or in_place
         masked = inputs.get("attention_mask") is not None if wanted.masked is None else wanted.masked
         state = self._new_token_state(inputs, unmerge or wanted.reader == "masks", masked)
+        if state is not None and wanted.states_read is not None:
+            self.merging.check_states(wanted.states_read)
         with open_scope(Scope(state=state, closed=True)):
             output = stock()
         wanted.sizes = None

@@ -23,7 +23,7 @@ from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Place, enable_size_bias, find_encoder, find_place, input_like
+from ..families import Family, Place, enable_size_bias, find_encoder, find_place, input_like
 from ..families.containers import container_of, states_read
 from ..families.layer import forget_keys, remember_keys
 from ..families.shifts import Shifted, shiftable_modules, shiftable_parameters
@@ -77,15 +77,17 @@ def prepare(
     enable_size_bias(encoder.config._attn_implementation)
     family.check(holder, encoder)
     layers = family.layers(encoder)
+    if len(set(layers)) < len(layers):
+        raise UnsupportedModelError(f"{type(encoder).__name__}: some of its layers are one module; copy it for each.")
     if adapter is not None:
         adapter.check_fits(backbone_facts(model, place=place))
-    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(encoder, layers))
+    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family, encoder))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
     merging = _merging(model, place, config, method)
     shape = method.embedding_shape()
     if shape is not None and shape.shifts:
-        _check_shiftable(encoder, layers)
+        _check_shiftable(family, encoder)
     if shape is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
         raise UnsupportedModelError(
             "The model's weights are sharded. Attach before you shard: an embedding that is attached now would be in "
@@ -99,9 +101,9 @@ def prepare(
     return place, merging, embedding
 
 
-def _check_shiftable(encoder: nn.Module, layers: Sequence[nn.Module]) -> None:
+def _check_shiftable(family: Family, encoder: nn.Module) -> None:
     """Raise UnsupportedModelError if a module is of a class whose parameters cannot be shifted."""
-    for name, module, mixin in shiftable_modules(encoder, layers):
+    for name, module, mixin in shiftable_modules(family, encoder):
         if mixin is None:
             raise UnsupportedModelError(
                 f"learn_shifts=True: {name} is a {type(module).__name__}; only parameters of torch's own Linear and "
@@ -184,7 +186,7 @@ def install(
     if embedding is not None:
         encoder.merge_embedding = embedding
         if embedding.shape.shifts:
-            for name, shifting, kind in shiftable_modules(encoder, merging.family.layers(encoder)):
+            for name, shifting, kind in shiftable_modules(merging.family, encoder):
                 assert kind is not None  # checked by `prepare`
                 derive_class(shifting, kind, DerivedMixin)
                 shifting.merge_name = Shifts.key(*name.split("."))
@@ -213,9 +215,12 @@ def _set_merging(model: Any, encoder: Any, merging: Merging) -> None:
 def detach(model: PreTrainedModel) -> Any:
     """Take merging out of a model and all its parts, and restore classes, config and state.
 
-    A plain model does not change. Raises ValueError for a part of a merged model: detach the whole model.
+    A plain model does not change. Raises ValueError for what is no model, and for a part of a merged model: detach the
+    whole model.
     """
     inner: Any = inside_peft(model)
+    if not isinstance(inner, nn.Module):
+        raise BadValue("model", type(inner).__name__, "a model of transformers")
     merged: list[Any] = [module for module in inner.modules() if is_merged(module)]
     if merged and not any(hasattr(type(module), "merge_config") for module in merged):
         raise BadValue("model", type(inner).__name__, "the whole merged model; this is a part of it")
@@ -324,11 +329,13 @@ def backbone_facts(model: Any, base_model: str | None = None, place: Place | Non
     """
     place = place or find_place(model)
     encoder, geometry = place.encoder, place.family.geometry(place.encoder)
-    name = base_model or (None if os.path.exists(model.name_or_path) else model.name_or_path) or None
+    own = model.name_or_path
+    # transformers calls a model that it made from a state dict "None".
+    name = base_model or (None if own == "None" or os.path.exists(own) else own) or None
     return BackboneFacts(
         model_type=encoder.config.model_type,
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
         base_model=name,
-        base_revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+        base_revision=getattr(model.config, "_commit_hash", None) if name == own else None,
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copyreg
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import transformers
 
 from ..errors import BadValue
 from ..families.containers import container_of
-from .install import is_merged, merging_of
+from .encoder import Merging
+from .install import inside_peft, is_merged, merging_of
 
 
 class AutoProcessor(transformers.AutoProcessor):
@@ -18,47 +23,75 @@ class AutoProcessor(transformers.AutoProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, merge: Any = None, **kwargs: Any) -> Any:
         """Load a processor that makes prompts for `merge`, a merged vision-language model; None: for the plain model.
 
-        The processor asks the model at every call, so it stays valid after `set_reduction`. Raises ValueError for a
-        model that is not merged, or that does not count placeholders.
+        The processor asks the model at every call, so it stays valid after `set_reduction`. A pickled processor, as
+        workers get it, makes prompts for the model of that time. Raises ValueError for a model that is not merged, or
+        that does not count placeholders.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if merge is None:
             return processor
-        if not (is_merged(merge) and container_of(type(merge)).counts_placeholders):
-            raise BadValue("merge", type(merge).__name__, "a merged vision-language model such as LLaVA or PaliGemma")
-        stock = type(processor)
+        model = inside_peft(merge)
+        if not (is_merged(model) and container_of(type(model)).counts_placeholders):
+            raise BadValue("merge", type(model).__name__, "a merged vision-language model such as LLaVA or PaliGemma")
         # On the class: save_pretrained would save an attribute of the processor itself.
-        processor.__class__ = type(stock.__name__, (MergedPlaceholders, stock), {"merged_model": merge})
+        processor.__class__ = _asking_class(type(processor), partial(Reading.of, model))
         return processor
 
 
-class MergedPlaceholders:
-    """Mixin for a processor: it writes one placeholder per token that `merged_model` returns for an image."""
+@dataclass(frozen=True)
+class Reading:
+    """How many tokens of an image a vision-language model gives its language model."""
 
-    merged_model: Any
+    merging: Merging | None
+    dropped: int
+
+    @classmethod
+    def of(cls, model: Any) -> Reading:
+        """How a model reads them now."""
+        return cls(merging_of(model) if is_merged(model) else None, count_dropped_tokens(model))
+
+    def count(self, num_plain: int) -> int:
+        """How many tokens of an image its language model gets, where that of a plain one gets `num_plain`."""
+        if self.merging is None or self.merging.unmerge:
+            return num_plain
+        # Behind the last layer that is read, they stay as many.
+        return self.merging.plan_for(num_plain + self.dropped).tokens[-1] - self.dropped
+
+
+class MergedPlaceholders:
+    """Mixed into a processor: an image becomes as many placeholders as a model hands on tokens for it."""
+
+    reading: Callable[[], Reading]
     image_token: str
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image: those of the plain model, but fewer."""
         text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
-        return self.image_token * count_placeholders(self.merged_model, text.count(self.image_token))
+        return self.image_token * self.reading().count(text.count(self.image_token))
 
     def _get_num_multimodal_tokens(self, *args: Any, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(*args, **kwargs)  # type: ignore[misc]
         if data.num_image_tokens is not None:
-            counts = [count_placeholders(self.merged_model, count) for count in data.num_image_tokens]
+            counts = [self.reading().count(count) for count in data.num_image_tokens]
             data = type(data)(num_image_tokens=counts, num_image_patches=data.num_image_patches)
         return data
 
 
-def count_placeholders(model: Any, num_plain: int) -> int:
-    """How many tokens of an image a merged model gives its language model, if the plain model gives `num_plain`."""
-    merging = merging_of(model)
-    if merging.unmerge:
-        return num_plain
-    dropped = count_dropped_tokens(model)
-    tokens = merging.plan_for(num_plain + dropped).tokens  # behind the last layer that is read, the number stays
-    return tokens[-1] - dropped
+class _AskingClass(type):
+    """The metaclass of processors that ask a model. No module holds these classes, so it says how they are pickled."""
+
+    reading: Callable[[], Reading]
+
+
+def _asking_class(stock: type, reading: Callable[[], Reading]) -> _AskingClass:
+    return _AskingClass(stock.__name__, (MergedPlaceholders, stock), {"reading": staticmethod(reading)})
+
+
+def _unpickled_class(stock: type, reading: Reading) -> _AskingClass:
+    return _asking_class(stock, lambda: reading)
+
+
+copyreg.pickle(_AskingClass, lambda cls: (_unpickled_class, (cls.__bases__[1], cls.reading())))
 
 
 def count_dropped_tokens(model: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -55,15 +55,14 @@ def image_shape(model: nn.Module, image_size: int | None = None) -> tuple[int, .
 
 def pixel_batches(images: Any, batch_size: int) -> list[Tensor]:
     """Batches of pixel values, from a tensor [n, C, H, W] or from batches (tensors, or dicts with `pixel_values`)."""
-    wanted = "pixel values [n, C, H, W], or batches of them; at least one"
-    if isinstance(images, str):
-        raise BadValue("images", images, wanted)
+    batches: list[Any] = []
     if isinstance(images, Tensor):
         batches = list(images.split(batch_size)) if images.dim() == 4 else []
-    else:
-        batches = [batch if isinstance(batch, Tensor) else batch["pixel_values"] for batch in images]
-    if not batches or any(x.dim() != 4 or len(x) == 0 for x in batches):
-        raise BadValue("images", type(images).__name__, wanted)
+    elif isinstance(images, Iterable) and not isinstance(images, str | Mapping):
+        batches = [batch.get("pixel_values") if isinstance(batch, Mapping) else batch for batch in images]
+    if not batches or any(not isinstance(x, Tensor) or x.dim() != 4 or len(x) == 0 for x in batches):
+        shown = images if isinstance(images, str) else type(images).__name__
+        raise BadValue("images", shown, "pixel values [n, C, H, W], or batches of them; at least one")
     return batches
 
 

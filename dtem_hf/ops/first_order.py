@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .splitting import split_even_odd
 
 
@@ -17,7 +18,7 @@ def first_order_change(x: Tensor, sizes: Tensor | None, gradient: Tensor, num_pr
     """
     if sizes is None:
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         a, b = split_even_odd(x.float(), num_prefix_tokens)
         grad_a, grad_b = split_even_odd(gradient.float(), num_prefix_tokens)
         size_a, size_b = split_even_odd(sizes.unsqueeze(-1), num_prefix_tokens)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .matching import descending_order
 from .merging import take_tokens
 
@@ -25,7 +26,7 @@ def fuse_tokens(
     Returns x [B, P + k + 1, D] in its own dtype and sizes [B, P + k + 1]; the sum runs in float32.
     """
     shares = weights.gather(1, fused).float().unsqueeze(-1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         token = (take_tokens(x, fused).float() * shares).sum(dim=1, keepdim=True).to(x.dtype)
     x = torch.cat([x[:, :num_prefix_tokens], take_tokens(x, kept), token], dim=1)
     total = sizes.gather(1, fused).sum(dim=1, keepdim=True)

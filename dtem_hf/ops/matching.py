@@ -4,14 +4,14 @@ Positions count over the whole sequence. Even positions form A, odd positions fo
 tokens (CLS, distillation, registers) are in neither set, which has the same effect as giving them scores of -inf.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
+from .autocast import without_autocast
 from .forms import exports_onnx, exports_openvino, is_exporting
 from .splitting import split_even_odd
 
@@ -30,11 +30,6 @@ class Matching(NamedTuple):
     leaving: Tensor
     joined: Tensor
     staying: Tensor
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Turn autocast off inside the block; free of cost if it is off already."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def cosine_scores(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .autocast import without_autocast
 from .forms import exports_one_hot, is_exporting
 from .matching import Matching
 
@@ -26,7 +27,7 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         # A product with the one-hot matrix: CUDA's scatter adds in no fixed order, and TensorRT has no such scatter.
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)
-        with torch.autocast(base.device.type, enabled=False):
+        with without_autocast(base.device.type):
             if base.dim() == 2:
                 return torch.baddbmm(base.unsqueeze(-1), one_hot, rows.unsqueeze(-1)).squeeze(-1)
             return torch.baddbmm(base, one_hot, rows)  # [B, n, r] @ [B, r, D]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
 from .merging import take_tokens
 from .splitting import split_even_odd
@@ -56,7 +57,7 @@ def soft_assignment(
             f"0 to {largest} would."
         )
     a, b = _soft_split(num_active, num_prefix_tokens)
-    with torch.autocast(metric.device.type, enabled=False):
+    with without_autocast(metric.device.type):
         scores = cosine_scores(metric[:, a], metric[:, b])
         if empty is not None:
             scores = put_empty_first(scores, empty[:, a], empty[:, b])
@@ -76,7 +77,7 @@ def move_mass(
     for the next layer. Computes in float32; `x` keeps its dtype.
     """
     a, b = _soft_split(num_active, num_prefix_tokens)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         size_a, size_b = sizes[:, a], sizes[:, b]
         flow = assignment.transpose(1, 2)  # [B, b, a]
         new_size_b = size_b + (flow @ size_a.unsqueeze(-1)).squeeze(-1)
@@ -123,7 +124,7 @@ def straight_through_matching(
     scores = cosine_scores(*split_even_odd(metric, num_prefix_tokens))
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
-    with torch.autocast(metric.device.type, enabled=False):
+    with without_autocast(metric.device.type):
         soft = soft_grouping(scores, r, **relaxation)
     first_b = matching.staying.shape[1] - scores.shape[2]
     edges = (matching.leaving - num_prefix_tokens) // 2 * scores.shape[2] + matching.joined - first_b
@@ -143,7 +144,7 @@ def merge_along_flow(
         sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
     a, b = split_even_odd(x, num_prefix_tokens)
     size_a, size_b = split_even_odd(sizes, num_prefix_tokens)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         flow_size = flow.transpose(1, 2) * size_a.unsqueeze(1)  # [B, b, a]
         new_size_b = size_b + flow_size.sum(dim=-1)
         total = torch.baddbmm(b.float() * size_b.unsqueeze(-1), flow_size, a.float())

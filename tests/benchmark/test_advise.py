@@ -224,13 +224,23 @@ def test_a_runtime_that_cannot_run_is_left_out_unless_asked_for(
         ({"runtimes": ["tpu"]}, "runtimes.*some of eager"),
         ({"methods": ["evit"]}, "methods.*some of.*tome"),  # it keeps a share, and merges no r per layer
         ({"methods": ["none"]}, "methods"),
+        ({"r": 4}, "r=4: a list of whole numbers"),
+        ({"r": [2.5]}, r"r=\[2\.5\]"),
+        ({"batch_sizes": ["a"]}, "batch_sizes=.*whole numbers"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"minutes": -1}, "minutes=-1"),
+        ({"max_loss": 2}, "max_loss=2: a number from 0 to 1"),
+        ({"max_loss": "x"}, "max_loss='x'"),
+        ({"features": "x"}, "features='x': one of auto, pooled"),
+        ({"images": None}, "images='NoneType': pixel values"),
+        ({"images": [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 16, 16)]}, "images=.*images of one size"),
     ],
 )
 def test_nonsense_is_named(
     make_classifier: Callable[..., Any], pixels: torch.Tensor, options: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(BadValue, match=named):
-        advise(make_classifier(), pixels, **options)
+        advise(make_classifier(), **{"images": pixels, **options})
 
 
 def test_help_has_two_examples(capsys: Any) -> None:

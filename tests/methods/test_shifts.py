@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from dtem_hf import (
 )
 from dtem_hf.deploy.graph import export_graph
 from dtem_hf.errors import AdapterError
+from dtem_hf.families import find_encoder
 from tests.support.families import row_of
+from tests.support.packed_rows import rows_of
 
 
 Make = Callable[..., Any]
 CONFIG = DTEMConfig(r=5, learn_shifts=True, relaxation="hard")
+FAMILIES = ["clip", "siglip2", "beit-both", "dinov3_vit", "deit", "videomae", "qwen2_vl", "qwen3_vl"]
 
 
 def shifted(model: Any) -> Any:
@@ -52,6 +57,20 @@ def shifts_of(model: Any) -> dict[str, Tensor]:
     return {name.removeprefix("shifts."): value for name, value in tensors.items() if name.startswith("shifts.")}
 
 
+def changed_by_hand(model: Any, gone: Sequence[float]) -> Any:
+    """A copy without shifts that merges alike, whose parameters were moved by the shares gone behind its layers."""
+    changed = detach(copy.deepcopy(model))
+    attach(changed, DTEMConfig(r=model.merge_config.r, relaxation="hard"))
+    encoders = [find_encoder(each)[1] for each in (changed, model)]
+    for ours, theirs in zip(*(encoder.merge_embedding.projections for encoder in encoders), strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    parameters = dict(encoders[0].named_parameters())
+    for name, shift in shifts_of(model).items():
+        layer = int(name.split(".")[1]) if name.startswith(("layers.", "blocks.")) else len(gone) - 1
+        parameters[name].data += (gone[layer] if layer else 0) * shift
+    return changed
+
+
 @pytest.mark.parametrize("r", [5, [0, 0, 7, 2], [0, 9, 0, 0]])
 def test_a_pass_equals_that_of_a_copy_whose_parameters_were_changed_by_hand(
     make_classifier: Make, pixels: Tensor, r: Any
@@ -60,18 +79,27 @@ def test_a_pass_equals_that_of_a_copy_whose_parameters_were_changed_by_hand(
     model = shifted(attach(make_classifier(), CONFIG))
     model.set_reduction(r)
     by_layer = [r] * 4 if isinstance(r, int) else r
-    changed = attach(copy.deepcopy(detach(copy.deepcopy(model))), DTEMConfig(r=r, relaxation="hard"))
-    for ours, theirs in zip(
-        changed.vit.merge_embedding.projections, model.vit.merge_embedding.projections, strict=True
-    ):
-        ours.load_state_dict(theirs.state_dict())
-    parameters = dict(changed.vit.named_parameters())
-    for name, shift in shifts_of(model).items():
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else 3
-        parameters[name].data += (sum(by_layer[: layer + 1]) if layer else 0) / 65 * shift
+    changed = changed_by_hand(model, [sum(by_layer[: layer + 1]) / 65 for layer in range(4)])
     torch.testing.assert_close(logits(model, pixels), logits(changed, pixels), atol=1e-6, rtol=1e-6)
     model.set_reduction(0)
     assert not torch.allclose(logits(model, pixels), logits(changed, pixels), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("r", [[4, 4, 4, 4], [0, 0, 9, 2]])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_packed_images_move_the_layers_each_by_its_own_share(family: str, r: list[int]) -> None:
+    """What joins patches behind the layers, or between them, sees all images at once, and does not move."""
+    model, grids = shifted(attach(row_of(family).make(), dataclasses.replace(CONFIG, r=r))), [(1, 8, 8), (1, 4, 8)]
+    assert all(name.startswith("blocks.") for name in shifts_of(model))
+    inputs = rows_of(grids)
+    packed = model(**inputs).last_hidden_state
+    lengths = [math.prod(grid) for grid in grids]
+    images = zip(grids, inputs["hidden_states"].split(lengths), packed.split(lengths), strict=True)
+    for grid, patches, ours in images:
+        changed = changed_by_hand(model, [sum(r[: layer + 1]) / len(patches) for layer in range(4)])
+        alone = changed(hidden_states=patches, grid_thw=torch.tensor([grid])).last_hidden_state
+        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_all_norms_and_biases_of_the_layers_move_and_no_matrix(make_classifier: Make) -> None:
@@ -84,7 +112,7 @@ def test_all_norms_and_biases_of_the_layers_move_and_no_matrix(make_classifier: 
     assert shifts_of(model).keys() == wanted and len(wanted) == 4 * 10 + 2
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip2", "beit-both", "dinov3_vit", "deit", "videomae"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_start_at_plain_merging_and_are_given_back(family: str) -> None:
     row = row_of(family)
     plain = row.make()

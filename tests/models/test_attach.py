@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from transformers import BertConfig, BertModel, ViTForImageClassification, ViTModel
 
 from dtem_hf import (
@@ -142,6 +143,33 @@ def test_a_failed_attach_leaves_the_model_as_it_was(
     assert message in str(raised.value)
     assert_unchanged(model, before)
     assert torch.equal(logits(model, pixels), expected)
+
+
+def test_a_class_put_on_top_stays_when_the_merging_is_taken_out(make_classifier: Make, pixels: Tensor) -> None:
+    """torch's parametrizations make a class of the module's own, in which its weight is computed."""
+
+    def normed(model: Any) -> Any:
+        for layer in model.vit.layers:
+            parametrizations.weight_norm(layer.mlp.fc1)
+        return model
+
+    plain = normed(make_classifier())
+    model = normed(attach(make_classifier(), DTEMConfig(r=5, learn_shifts=True)))
+    assert torch.equal(logits(model, pixels), logits(attach(normed(make_classifier()), DTEMConfig(r=5)), pixels))
+    detach(model)
+    assert torch.equal(logits(model, pixels), logits(plain, pixels))
+    found, wanted = type(model.vit.layers[0].mlp.fc1), type(plain.vit.layers[0].mlp.fc1)
+    assert found.__name__ == wanted.__name__ and found.__bases__ == wanted.__bases__
+
+
+def test_layers_that_are_one_module_are_refused(make_classifier: Make) -> None:
+    """A layer knows its place in the encoder, and so it can have one only."""
+    model = make_classifier()
+    model.vit.layers[2] = model.vit.layers[1]
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="ViTModel: some of its layers are one module"):
+        attach(model, ToMeConfig(r=5))
+    assert_unchanged(model, before)
 
 
 def test_an_unsupported_model_stays_as_it_was() -> None:

@@ -12,7 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AttentionInterface, BertConfig, BertModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import dtem_hf
 from dtem_hf import (
@@ -25,6 +33,8 @@ from dtem_hf import (
     UnsupportedModelError,
     attach,
 )
+from dtem_hf.families import SUPPORTED
+from dtem_hf.families.containers import CONTAINERS
 
 
 Make = Callable[..., Any]
@@ -61,6 +71,15 @@ def test_every_auto_class_is_one_of_transformers() -> None:
     assert len(names) >= 6
     for name in names:
         assert issubclass(getattr(dtem_hf, name), getattr(transformers, name))
+
+
+def test_every_auto_class_that_has_a_model_with_an_encoder_inside_is_here() -> None:
+    types = [*CONTAINERS, "modernvbert", "t5gemma2", *(cls.config_class.model_type for cls in SUPPORTED)]
+    configs = [CONFIG_MAPPING[name] for name in types if name in CONFIG_MAPPING]
+    for name in dir(transformers):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("Auto") else None
+        if mapping is not None and any(config in mapping for config in configs):
+            assert name in dtem_hf.__all__
 
 
 @pytest.mark.parametrize("config", [ToMeConfig(r=9), DTEMConfig(r=9), DTEMConfig(r=9, init="random")], ids=str)
@@ -226,6 +245,21 @@ def test_other_keywords_work_as_ever(base: Path, pixels: Tensor, make_classifier
     assert len(list((base.parent / "shards").glob("*.safetensors"))) > 1
     assert torch.equal(logits(load(base.parent / "shards"), pixels), expected)
     assert torch.equal(logits(load(base, merge=merge, device_map="cpu"), pixels), expected)
+
+
+def test_weights_from_memory_come_without_a_name(
+    base: Path, learned: Any, make_classifier: Make, pixels: Tensor
+) -> None:
+    """As transformers takes them: a config and a state dict; what was made of them has no base model to record."""
+    load = AutoModelForImageClassification.from_pretrained
+    loaded = load(None, config=learned.config, state_dict=learned.state_dict())
+    assert torch.equal(logits(loaded, pixels), logits(learned, pixels))
+    assert loaded.to_merge_adapter().backbone.base_model is None
+    plain = make_classifier()
+    merged = load(None, config=plain.config, state_dict=plain.state_dict(), merge=ToMeConfig(r=9))
+    assert torch.equal(logits(merged, pixels), logits(load(base, merge=ToMeConfig(r=9)), pixels))
+    with pytest.raises(OSError):  # transformers' own answer to no name at all
+        load(None, merge=ToMeConfig(r=9))
 
 
 def test_the_class_of_a_merged_model_loads_merged_models(checkpoint: Path, learned: Any, pixels: Tensor) -> None:

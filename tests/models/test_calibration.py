@@ -1,5 +1,7 @@
 """A calibrated plan: no more multiply-adds than it may have, no worse than the even one, and the same every time."""
 
+import math
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification, ViTModel
@@ -133,11 +135,19 @@ def test_refusals_leave_the_model_as_it_was():
     before = model.merge_config
     with pytest.raises(BadValue, match=r"flops=0\.001"):
         calibrate(model, images(4), flops=0.001)
-    for nothing in ([], torch.zeros(0, 3, 32, 32), torch.zeros(3, 32, 32)):
+    for flops in (0, 2, math.nan, "0.5"):
+        with pytest.raises(BadValue, match=f"flops={flops!r}: a number above 0, up to 1"):
+            calibrate(model, images(4), flops=flops)
+    no_images = ([], None, 5, [None], [{"labels": 1}], {"pixel_values": images(4)})
+    for nothing in (*no_images, torch.zeros(0, 3, 32, 32), torch.zeros(3, 32, 32)):
         with pytest.raises(BadValue, match="images"):
             calibrate(model, nothing)
     with pytest.raises(BadValue, match="evaluations=0"):
         calibrate(model, images(4), evaluations=0)
+    with pytest.raises(BadValue, match="batch_size=0"):
+        calibrate(model, images(4), batch_size=0)
+    with pytest.raises(BadValue, match="features='x': one of auto"):
+        calibrate(model, images(4), features="x")
     assert model.merge_config == before
     with pytest.raises(UnsupportedModelError, match="attach"):
         calibrate(make(), images(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from tests.support.containers import (
     built,
     depth_anything,
     dual_encoder,
+    gemma3,
+    idefics2,
     images,
     llava,
     llava_next,
     paligemma,
+    qwen2_vl,
     trocr,
     vipllava,
 )
@@ -149,6 +153,34 @@ def test_a_part_merged_by_itself_comes_back_merged(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("build", [llava, gemma3, idefics2, qwen2_vl], ids=lambda build: build.__name__)
+def test_a_container_comes_back_merged_without_its_head(build: Build, tmp_path: Path) -> None:
+    """By its checkpoint and by its adapter, both of which name the part as it is called in the whole."""
+    model, inputs = built(build)
+    plain = copy.deepcopy(model.model)
+    attach(model, DTEMConfig(r=3))
+    for parameter in model.merge_parameters():
+        nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    for headless in (dtem_hf.AutoModel.from_pretrained(tmp_path).eval(), attach(plain, model.to_merge_adapter())):
+        assert f"model.{headless.merge_config.part}" == model.merge_config.part
+        assert torch.equal(headless(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: tf.ViTModel(tf.ViTConfig(**VIT)), "part='tower': None, as ViTModel is merged as a whole"),
+        (lambda: tf.BertModel(tf.BertConfig(**TEXT)), "BertModel cannot be merged"),
+    ],
+)
+def test_a_part_of_what_has_none_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attach(make(), ToMeConfig(r=3), part="tower")
+
+
+@torch.no_grad()
 def traced_sources(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     with model.trace_merging() as trace:
         find_place(model).holder(inputs["pixel_values"])
@@ -227,6 +259,23 @@ def test_a_reader_weighs_by_the_sizes_of_the_last_pass() -> None:
         with model.unmerged():
             model.encoder(inputs["pixel_values"])
         assert scope.sizes is None
+
+
+@torch.no_grad()
+def test_a_decoder_is_handed_the_encoders_output_with_its_sizes_or_warns(recwarn: pytest.WarningsRecorder) -> None:
+    model, inputs = built(trocr)
+    attach(model, ToMeConfig(r=6))
+    pixels, words = inputs["pixel_values"], inputs["decoder_input_ids"]
+    computed = model.encoder(pixels)
+    found = model(encoder_outputs=computed, decoder_input_ids=words).logits
+    assert torch.equal(found, model(**inputs).logits)
+    with model.unmerged():
+        plain = model.encoder(pixels).to_tuple()
+    model(encoder_outputs=plain, decoder_input_ids=words)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"encoder_outputs: 41 tokens without their sizes \(token_sizes\)"):
+        lost = model(encoder_outputs=(computed.last_hidden_state,), decoder_input_ids=words).logits
+    assert not torch.allclose(lost, found, atol=1e-3)
 
 
 @pytest.mark.parametrize("decoder", [None, tf.BertConfig, tf.GPT2Config], ids=["trocr", "bert", "gpt2"])

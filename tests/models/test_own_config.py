@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, ToMeConfig, attach
+from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, ToMeConfig, attach, detach
 
 
 def test_a_config_may_be_changed_for_the_next_model(make_classifier):
@@ -70,6 +70,12 @@ def test_a_learned_embedding_that_a_given_config_leaves_out_is_reported(make_cla
 def test_what_is_no_model_of_transformers_is_named(model):
     with pytest.raises(BadValue, match=rf"model='{type(model).__name__}': a transformers model"):
         attach(model, ToMeConfig())
+
+
+@pytest.mark.parametrize("model", [None, "facebook/deit-small-patch16-224"])
+def test_what_is_no_model_at_all_cannot_be_detached(model):
+    with pytest.raises(BadValue, match=rf"model='{type(model).__name__}': a model of transformers"):
+        detach(model)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, attach, detach
 from dtem_hf.models.install import recorded_steps
+from tests.support import methods
 from tests.support.families import row_of
 from tests.support.family_case import Row
 from tests.support.passes import MILD, gradients, merged, run, same_bits
@@ -54,6 +55,17 @@ def test_autocast_keeps_sizes_in_float32_and_everything_finite(row: Row, config:
         assert sizes.dtype == torch.float32
         whole = torch.full((2,), float(model.merge_plan().num_tokens))
         torch.testing.assert_close(sizes.sum(1), whole, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_on_the_meta_device_a_pass_has_the_shapes_of_a_real_one(row: Row, method: str, training: bool) -> None:
+    """As programs need that plan memory before weights are loaded."""
+    model = attach(row.make(), methods.METHODS[method].config).train(training)
+    pixels = row.inputs(2)["pixel_values"]
+    real = model(pixels)[0]
+    empty = model.to("meta")(pixels.to("meta"))[0]
+    assert empty.is_meta and empty.shape == real.shape and empty.dtype == real.dtype
 
 
 def test_reentrant_checkpointing_changes_no_gradient_or_is_refused(row: Row, config: MergeConfig) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from dtem_hf import DTEMConfig, MergeAdapter, ToMeConfig, attach, detach
+from dtem_hf import AutoModelForImageClassification, DTEMConfig, MergeAdapter, ToMeConfig, attach, detach
 
 
 Make = Callable[..., Any]
@@ -62,6 +62,23 @@ def expected(make_classifier: Make, adapter: Path, lora: Path, pixels: Tensor) -
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         model.get_submodule(name).weight.data += scale * product
     return logits(attach(model, adapter), pixels)
+
+
+@pytest.mark.parametrize("base_merged", [False, True], ids=["given", "recorded"])
+def test_an_auto_class_loads_lora_with_its_base_model(
+    base: Path, adapter: Path, lora: Path, expected: Tensor, make_classifier: Make, pixels: Tensor, base_merged: bool
+) -> None:
+    """As transformers' own does, from a folder that holds LoRA and no model."""
+    if base_merged:
+        attach(make_classifier(), adapter).save_pretrained(base)
+    path = lora / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
+    merge = {} if base_merged else {"merge": adapter}
+    model = AutoModelForImageClassification.from_pretrained(lora, **merge)
+    torch.testing.assert_close(logits(model, pixels), expected, atol=1e-5, rtol=1e-5)
+    plain = AutoModelForImageClassification.from_pretrained(lora, merge=None)
+    assert not hasattr(plain, "merge_config")
+    assert torch.equal(logits(plain, pixels), logits(detach(model), pixels))
 
 
 WAYS: dict[str, Callable[[Any, Path, Path], Any]] = {

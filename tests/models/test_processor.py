@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import dtem_hf
-from dtem_hf import DTEMConfig, ToMeConfig, attach
+from dtem_hf import BadValue, DTEMConfig, ToMeConfig, attach, detach
 from dtem_hf.families import find_place
 from tests.support.containers import VIT, built, llava, paligemma, vipllava
 
@@ -137,6 +139,27 @@ def test_an_image_gets_as_many_placeholders_as_tokens_are_handed_on(pair: tuple[
             assert model(**inputs).logits.isfinite().all()
 
 
+def test_a_processor_reaches_workers_and_copies(pair: tuple[Any, Any]) -> None:
+    """A pickled one writes prompts for the model as it was then; a copy in the same process goes on asking it."""
+    model, processor = pair
+    pickled = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(processor))))
+    copied = copy.deepcopy(processor)
+    model.set_reduction(3)
+    for asked, r in ((pickled, 5), (copied, 3), (processor, 3)):
+        inputs = ask(asked, pictures(1), ["<image> what is this"])
+        assert (inputs["input_ids"] == WORDS.index("<image>")).sum() == handed_on(model, r)
+    assert type(pickled).__name__ == type(processor).__name__
+
+
+def test_a_model_that_was_detached_gets_plain_prompts(pair: tuple[Any, Any]) -> None:
+    model, processor = pair
+    detach(model)
+    inputs = ask(processor, pictures(1), ["<image> what is this"])
+    assert (inputs["input_ids"] == WORDS.index("<image>")).sum() == 64
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
 def test_all_tokens_in_place_need_no_other_prompts(pair: tuple[Any, Any]) -> None:
     model, processor = pair
     attach(model, ToMeConfig(r=5))
@@ -212,7 +235,7 @@ def test_a_processor_for_a_model_that_counts_no_placeholders_is_refused(tmp_path
         dtem_hf.AutoProcessor.from_pretrained(
             tmp_path, merge=attach(tf.ViTModel(tf.ViTConfig(**VIT)), ToMeConfig(r=2))
         )
-    assert not hasattr(dtem_hf.AutoProcessor.from_pretrained(tmp_path), "merged_model")
+    assert not hasattr(dtem_hf.AutoProcessor.from_pretrained(tmp_path), "reading")
 
 
 def test_soft_training_hands_on_as_many_tokens_as_the_plan(pair: tuple[Any, Any]) -> None:
@@ -339,3 +362,33 @@ def test_images_of_several_sizes_each_get_their_own_placeholders(any_size: tuple
     expected = answered_by_hand(model, inputs, read)
     seen = [model.get_image_features(each, **ANY_SIZE) for each in pixels]
     torch.testing.assert_close(given(model, inputs, seen), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build, others", [(llava, -1), (vipllava, [-1, -3])], ids=["llava", "vipllava"])
+def test_other_layers_than_it_was_merged_for_are_refused(build: Any, others: Any) -> None:
+    """Layers behind the last one that is read do not run: another one would be read as it never was."""
+    model, inputs = built(build)
+    pixels, takes = inputs["pixel_values"], signature(model.model.get_image_features).parameters
+    name = next(each for each in takes if each.startswith("vision_feature_layer"))  # VipLLaVA's had an s once
+
+    def features() -> Tensor:
+        found = model.model.get_image_features(pixels, **{name: others}).pooler_output
+        return torch.stack(list(found))
+
+    plain, settled = features(), getattr(model.config, name)
+    attach(model, ToMeConfig(r=0), unmerge=False)
+    with pytest.raises(
+        BadValue, match=r"vision_feature_layer=.*-1.*: -2.*, for which it was merged with unmerge=False"
+    ):
+        features()
+    with model.unmerged():
+        assert torch.equal(features(), plain)
+    setattr(model.config, name, others)
+    with pytest.raises(BadValue, match="set it in the config and attach again"):
+        model.model.get_image_features(pixels)
+    attach(model, ToMeConfig(r=0), unmerge=False)
+    assert torch.equal(features(), plain)
+    setattr(model.config, name, settled)
+    attach(model, ToMeConfig(r=0))  # all tokens in place: all layers run
+    assert torch.equal(features(), plain)

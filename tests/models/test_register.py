@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from dtem_hf import (
+    DTEMConfig,
     ToMeConfig,
     attach,
     detach,
@@ -22,6 +23,7 @@ from dtem_hf import (
 from dtem_hf.families import SUPPORTED
 from dtem_hf.models.derived import DerivedMixin
 from tests.models.test_auto import Make, logits
+from tests.support.containers import gemma3
 
 
 ENCODERS = {cls.config_class for cls in SUPPORTED}
@@ -76,6 +78,21 @@ def test_registered_auto_classes_do_not_get_in_the_way_of_plain_models(base: Pat
     assert type(model) is ViTForImageClassification
     model = transformers.AutoModelForImageClassification.from_config(ViTConfig.from_pretrained(base))
     assert type(detach(model)) is ViTForImageClassification
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("registered")
+def test_a_model_may_build_the_one_inside_by_a_registered_class(tmp_path: Path) -> None:
+    """As Gemma 3's classifier does, from its own config, which names the tower as the classifier holds it."""
+    generator, inputs = gemma3()
+    config = generator.config
+    config.pad_token_id = config.text_config.pad_token_id = 0
+    model = attach(transformers.Gemma3ForSequenceClassification(config).eval(), DTEMConfig(r=3))
+    model.save_pretrained(tmp_path)
+    for load in (transformers.AutoModelForSequenceClassification, type(model)):
+        loaded = load.from_pretrained(tmp_path)
+        assert loaded.merge_config.part == "model.vision_tower"
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_register_is_idempotent_and_undone(base: Path) -> None:

@@ -60,7 +60,7 @@ def test_parts_that_were_merged_by_themselves_are_detached_with_the_model():
 
 def test_a_part_of_a_merged_model_is_not_detached_alone():
     model = attach(make(), ToMeConfig(r=2), part="image_tower")
-    with pytest.raises(BadValue, match=r"model='CLIPVisionModel': the merged model that this is a part of"):
+    with pytest.raises(BadValue, match=r"model='CLIPVisionModel': the whole merged model"):
         detach(model.get_submodule(IMAGES))
     assert merged_parts(model) == [IMAGES]
 
@@ -96,7 +96,7 @@ def test_an_adapter_names_the_part_that_it_is_for(plain_folder, tmp_path):
 def test_what_lies_between_a_merged_model_and_its_layers_is_not_detached_alone(make_classifier):
     model = attach(make_classifier(), ToMeConfig(r=2))
     for part in (model.vit, model.vit.layers, model.vit.layers[0]):
-        with pytest.raises(BadValue, match=r"model='.*': the merged model that this is a part of"):
+        with pytest.raises(BadValue, match=r"model='.*': the whole merged model"):
             detach(part)
     assert model.merge_config.r == 2 and "merging" in vars(model.vit)
 
