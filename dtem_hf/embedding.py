@@ -1,4 +1,4 @@
-"""The decoupled embedding: one affine map per layer makes the features to compare tokens by (METHOD.md section 2)."""
+"""The decoupled embedding: an affine map per layer gives the features to compare (docs/method.md section 2)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Projection(nn.Module):
 
 
 def predictor_widths(width: int) -> dict[str, tuple[int, int]]:
-    """Widths in and out of the linear maps of a `Predictor`, by name (METHOD.md section 9)."""
+    """Widths in and out of the linear maps of a `Predictor`, by name (docs/method.md section 9)."""
     half, quarter = width // 2, width // 4
     return {"embed": (width, width), "fc1": (width, half), "fc2": (half, quarter), "fc3": (quarter, 2)}
 

@@ -5,8 +5,8 @@ python recipes/benchmark_training.py --model facebook/deit-small-patch16-224 --a
 
 `plain` is the backbone without merging, forward and backward to its input. The other rows are whole training steps of
 the embedding, optimiser included. `classification`, `distillation` (with its teacher), `straight_through` and `fisher`
-are steps of the training program. `definition` is `classification` with soft grouping as METHOD.md section 4 defines
-it: r rounds over all kept entries, recorded for the backward pass. Every round runs every row once.
+are steps of the training program. `definition` is `classification` with soft grouping as docs/method.md section 4
+defines it: r rounds over all kept entries, recorded for the backward pass. Every round runs every row once.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class _Steps:
 def grouping_by_definition(
     scores: Tensor, r: int, top_k: int = 3, score_temperature: float = 0.1, assignment_temperature: float = 0.1
 ) -> Tensor:
-    """Soft grouping as METHOD.md section 4 defines it, entry by entry and round by round: [B, A, B'] -> [B, A, B']."""
+    """Soft grouping by its definition (docs/method.md section 4), entry by entry: [B, A, B'] -> [B, A, B']."""
     kept = torch.full_like(scores, -torch.inf).scatter(-1, *reversed(scores.topk(min(top_k, scores.shape[-1]))))
     x = kept / score_temperature
     chosen = torch.zeros_like(scores)

@@ -4,8 +4,8 @@ python recipes/convert_mae.py --checkpoint mae_finetuned_vit_base.safetensors --
 
 The layout is timm's: `cls_token`, `pos_embed`, `patch_embed.proj`, `blocks.{i}`, `fc_norm` (of the mean of the patch
 tokens) or `norm` (of the CLS token), `head`. Such a classifier is exactly a BEiT with absolute positions, no relative
-bias and no layer scale (METHOD.md section 6). BEiT's keys have no bias: it would add the same number to all scores of
-a query, and softmax ignores that. So ToMe compares keys without their bias.
+bias and no layer scale (docs/method.md section 6). BEiT's keys have no bias: it would add the same number to all
+scores of a query, and softmax ignores that. So ToMe compares keys without their bias.
 
 A merged model's mean counts every token by its size. Without training, merge without proportional attention:
 `ToMeConfig(r=16, proportional_attention=False)`.

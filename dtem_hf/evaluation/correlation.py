@@ -1,4 +1,4 @@
-"""Kendall's τ per layer between token similarities by keys and by a learned embedding (METHOD.md section 8)."""
+"""Kendall's τ per layer between token similarities by keys and by a learned embedding (docs/method.md section 8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segmenter with a mask transformer, which transformers lacks (METHOD.md section 9).
+"""Segmenter with a mask transformer, which transformers lacks (docs/method.md section 9).
 
 Encoder and decoder have transformers' own ViT layers. Default sizes are those of Seg-S-Mask/16.
 """

@@ -1,4 +1,4 @@
-"""The forward pass of a merged layer, for all families with pre-norm layers (METHOD.md section 1)."""
+"""The forward pass of a merged layer, for all families with pre-norm layers (docs/method.md section 1)."""
 
 from __future__ import annotations
 

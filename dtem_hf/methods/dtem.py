@@ -1,4 +1,4 @@
-"""DTEM: tokens are compared by a learned embedding, decoupled from the backbone (METHOD.md sections 2 to 4)."""
+"""DTEM: tokens are compared by a learned embedding, decoupled from the backbone (docs/method.md sections 2 to 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dTPS: patches with a low learned score join the most similar kept patches (METHOD.md section 9)."""
+"""dTPS: patches with a low learned score join the most similar kept patches (docs/method.md section 9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""eTPS: patches with little CLS attention join the most similar kept patches (METHOD.md section 9)."""
+"""eTPS: patches with little CLS attention join the most similar kept patches (docs/method.md section 9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EViT: fuse the patches with little CLS attention into one token (METHOD.md section 7)."""
+"""EViT: fuse the patches with little CLS attention into one token (docs/method.md section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PiToMe: tokens that are similar to many others merge, distinct tokens are protected (METHOD.md section 9)."""
+"""PiToMe: tokens that are similar to many others merge, distinct tokens are protected (docs/method.md section 9)."""
 
 from __future__ import annotations
 

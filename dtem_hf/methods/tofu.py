@@ -1,4 +1,4 @@
-"""ToFu: ToMe's matching; early layers prune, late layers merge and restore the length (METHOD.md section 9)."""
+"""ToFu: ToMe's matching; early layers prune, late layers merge and restore the length (docs/method.md section 9)."""
 
 from __future__ import annotations
 

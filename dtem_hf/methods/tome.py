@@ -1,4 +1,4 @@
-"""ToMe: compare tokens by their attention keys, averaged over heads (METHOD.md section 2)."""
+"""ToMe: compare tokens by their attention keys, averaged over heads (docs/method.md section 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proportional attention: a token that stands for m patches counts m times (METHOD.md section 1)."""
+"""Proportional attention: a token that stands for m patches counts m times (docs/method.md section 1)."""
 
 import torch
 from torch import Tensor

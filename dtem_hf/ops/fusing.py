@@ -1,4 +1,4 @@
-"""Keep some tokens and fuse the others into one (METHOD.md section 7)."""
+"""Keep some tokens and fuse the others into one (docs/method.md section 7)."""
 
 import torch
 from torch import Tensor

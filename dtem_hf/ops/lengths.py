@@ -1,4 +1,4 @@
-"""Lengths of tokens: a mean is shorter than its tokens (METHOD.md section 9, ToFu)."""
+"""Lengths of tokens: a mean is shorter than its tokens (docs/method.md section 9, ToFu)."""
 
 import torch
 from torch import Tensor

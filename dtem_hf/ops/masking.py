@@ -1,4 +1,4 @@
-"""dTPS in training: pruned tokens stay in the sequence, and a mask says which are kept (METHOD.md section 9)."""
+"""dTPS in training: pruned tokens stay in the sequence, and a mask says which are kept (docs/method.md section 9)."""
 
 import torch
 from torch import Tensor

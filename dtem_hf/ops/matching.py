@@ -1,4 +1,4 @@
-"""Bipartite soft matching: which r tokens are merged, and into which partner (METHOD.md section 3).
+"""Bipartite soft matching: which r tokens are merged, and into which partner (docs/method.md section 3).
 
 Positions count over the whole sequence. Even positions form A, odd positions form B. The first `num_prefix_tokens`
 tokens (CLS, distillation, registers) are in neither set, which has the same effect as giving them scores of -inf.
@@ -85,7 +85,7 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
 def bipartite_soft_matching(
     metric: Tensor, r: int, num_prefix_tokens: int = 1, empty: Tensor | None = None
 ) -> Matching:
-    """Match every A token with its most similar B token and choose the r best pairs (METHOD.md section 3).
+    """Match every A token with its most similar B token and choose the r best pairs (docs/method.md section 3).
 
     `metric` [B, N, d], any floating dtype; r ≤ (N - P) // 2. Of equal scores, the lower position is taken, so the
     result depends on neither batch size nor device. `empty` [B, N] marks padding, which merges before all other

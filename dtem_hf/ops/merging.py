@@ -1,4 +1,4 @@
-"""Size-weighted merging along a matching, source maps, and unmerging (METHOD.md section 3)."""
+"""Size-weighted merging along a matching, source maps, and unmerging (docs/method.md section 3)."""
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 def merge_tokens(x: Tensor, sizes: Tensor | None, matching: Matching) -> tuple[Tensor, Tensor]:
-    """Merge the matched tokens: size-weighted mean of features, sum of sizes (METHOD.md section 3).
+    """Merge the matched tokens: size-weighted mean of features, sum of sizes (docs/method.md section 3).
 
     `x` [B, N, D], `sizes` [B, N] float32, or None if every token stands for one patch. Returns x [B, N - r, D] in its
     own dtype and sizes [B, N - r] float32, in the order of `matching.staying`. The sums run in float32 or wider.

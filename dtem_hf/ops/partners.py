@@ -1,4 +1,4 @@
-"""Matchings of PiToMe and TPS: which tokens leave, and which token each of them joins (METHOD.md section 9)."""
+"""Matchings of PiToMe and TPS: which tokens leave, and which token each of them joins (docs/method.md section 9)."""
 
 import torch
 from torch import Tensor

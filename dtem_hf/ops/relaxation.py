@@ -1,4 +1,4 @@
-"""Soft grouping and soft merging, the relaxation that trains the embedding (METHOD.md section 4)."""
+"""Soft grouping and soft merging, the relaxation that trains the embedding (docs/method.md section 4)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Matching and merging as Triton kernels (METHOD.md section 3), called by `kernels.py`, which imports this on CUDA."""
+"""Matching and merging as Triton kernels (docs/method.md section 3); `kernels.py` imports and calls them on CUDA."""
 
 # mypy: disable-error-code="no-untyped-def"
 

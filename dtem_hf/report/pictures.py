@@ -1,4 +1,4 @@
-"""Pictures of merged tokens: every final token over its patches, in their mean colour (METHOD.md section 8).
+"""Pictures of merged tokens: every final token over its patches, in their mean colour (docs/method.md section 8).
 
 The suffix of a picture's path is its format. Files are written atomically.
 """

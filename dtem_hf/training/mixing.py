@@ -1,4 +1,4 @@
-"""Mixup and cutmix on a batch (METHOD.md section 5), by kornia."""
+"""Mixup and cutmix on a batch (docs/method.md section 5), by kornia."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def forward(tensors: Checkpoint, pixels: Tensor, r: int = 0) -> Tensor:
 
 
 def merge(x: Tensor, sizes: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """METHOD.md section 3 for one image, by the suite's loops."""
+    """docs/method.md section 3 for one image, by the suite's loops."""
     x, sizes, _, _ = slow.hard_merge(x, sizes, slow.hard_matching(metric, r, 1), 1)
     return x, sizes
 

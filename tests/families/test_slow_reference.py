@@ -1,4 +1,4 @@
-"""Every family, every method: equal to loops over tokens, written from METHOD.md and fed with the weights alone."""
+"""Every family, every method: equal to loops over tokens, written from docs/method.md, fed with the weights alone."""
 
 from __future__ import annotations
 

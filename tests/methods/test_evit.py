@@ -1,4 +1,4 @@
-"""EViT against a slow one, written from METHOD.md section 7; and what it asks of a model."""
+"""EViT against a slow one, written from docs/method.md section 7; and what it asks of a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[..., Any]
 
 @torch.no_grad()
 def assert_equal_to_slow(merged: Any, plain: Any, pixels: Tensor, config: EViTConfig, layers: list[int]) -> None:
-    """Logits, source maps and sizes are those of METHOD.md section 7, one image at a time."""
+    """Logits, source maps and sizes are those of docs/method.md section 7, one image at a time."""
     weights = {name: value.double() for name, value in plain.state_dict().items()}
     rates = [config.keep_rate if index in layers else None for index in range(4)]
     reduction = Reduction(keep_rates=rates, proportional=config.proportional_attention)

@@ -327,22 +327,6 @@ def test_the_loss_of_a_language_model_teaches_the_tower(build: Build) -> None:
         assert any(gradient.any() for gradient in found) == (layer != 1 and not unread)
 
 
-def test_transformers_own_auto_classes_take_containers_when_registered(tmp_path: Path) -> None:
-    model, inputs = built(trocr)
-    model.save_pretrained(tmp_path / "plain")
-    merged = read(attach(model, ToMeConfig(r=3)), inputs)
-    model.save_pretrained(tmp_path / "merged")
-    dtem_hf.register()
-    try:
-        given = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", merge=ToMeConfig(r=3)).eval()
-        saved = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
-    finally:
-        dtem_hf.unregister()
-    assert same(read(given, inputs), merged) and same(read(saved, inputs), merged)
-    plain = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
-    assert type(plain) is tf.VisionEncoderDecoderModel
-
-
 def test_a_container_merged_from_the_start_is_what_attach_makes(tmp_path: Path) -> None:
     model, inputs = built(depth_anything)
     model.save_pretrained(tmp_path)

@@ -23,7 +23,8 @@ from dtem_hf import (
 from dtem_hf.families import SUPPORTED
 from dtem_hf.models.derived import DerivedMixin
 from tests.models.test_auto import Make, logits
-from tests.support.containers import gemma3
+from tests.models.test_containers import read, same
+from tests.support.containers import built, gemma3, trocr
 
 
 ENCODERS = {cls.config_class for cls in SUPPORTED}
@@ -108,6 +109,24 @@ def test_register_is_idempotent_and_undone(base: Path) -> None:
     assert type(stock.from_pretrained(base)) is ViTForImageClassification
     unregister()
     assert type(stock.from_pretrained(base)) is ViTForImageClassification
+
+
+def test_transformers_own_auto_classes_take_containers_when_registered(tmp_path: Path) -> None:
+    model, inputs = built(trocr)
+    model.save_pretrained(tmp_path / "plain")
+    merged = read(attach(model, ToMeConfig(r=3)), inputs)
+    model.save_pretrained(tmp_path / "merged")
+    register()
+    try:
+        given = transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "plain", merge=ToMeConfig(r=3)
+        ).eval()
+        saved = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    finally:
+        unregister()
+    assert same(read(given, inputs), merged) and same(read(saved, inputs), merged)
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
+    assert type(plain) is transformers.VisionEncoderDecoderModel
 
 
 def test_every_type_of_model_that_holds_an_encoder_by_default_is_registered() -> None:

@@ -1,4 +1,4 @@
-"""Every YAML file is complete, and those of published recipes hold the published numbers (METHOD.md section 5)."""
+"""Every YAML file is complete, and those of published recipes hold their numbers (docs/method.md section 5)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A merged vision transformer from its weights alone: METHOD.md section 1, one image at a time, token by token.
+"""A merged vision transformer from its weights alone: docs/method.md section 1, one image at a time, token by token.
 
 Nothing here calls the package or the layers of transformers: an `Anatomy` says what a family's layers are like and
 where its state dict keeps what they need, `run` runs them.

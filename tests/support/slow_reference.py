@@ -1,4 +1,4 @@
-"""METHOD.md written out with Python loops, one image at a time: what the fast code is tested against.
+"""docs/method.md written out with Python loops, one image at a time: what the fast code is tested against.
 
 Nothing here calls the package. A matching is a list of pairs (position that leaves, position that it joins).
 """

@@ -1,4 +1,4 @@
-"""What a method does to the tokens of one image behind a layer's attention or MLP, token by token (METHOD.md)."""
+"""What a method does to the tokens of one image behind a layer's attention or MLP, token by token (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task `classification`: cross-entropy with the data's labels, which mix like the images (METHOD.md section 5)."""
+"""Task `classification`: cross-entropy with the data's labels, mixed like the images (docs/method.md section 5)."""
 
 from __future__ import annotations
 
