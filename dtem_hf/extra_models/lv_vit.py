@@ -1,4 +1,4 @@
-"""LV-ViT, which transformers lacks (docs/method.md section 9): ViT with a convolutional stem and a head on every patch.
+"""LV-ViT, which transformers lacks (docs/method.md section 9): ViT with a convolutional stem and a head per patch.
 
 The layers are transformers' own. Default sizes are those of LV-ViT-S.
 """
