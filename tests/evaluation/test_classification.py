@@ -177,7 +177,7 @@ def test_evit_has_keep_rates_and_shares_and_no_r(vit_folder):
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad(), rows[3].ready() as merged:
         assert torch.equal(merged(pixels).logits, expected(pixels).logits)
-    with pytest.raises(BadValue, match="an amount that evit understands"):
+    with pytest.raises(BadValue, match="an amount that suits evit"):
         make_variants(model, ["evit"], [2], [])
 
 
