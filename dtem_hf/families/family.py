@@ -17,6 +17,7 @@ from ..errors import BadValue
 from .anatomy import Anatomy, convolution_cost, linear_cost
 from .layer import LayerMerging
 from .readers import READERS, RETURN_ALL
+from .shifts import Shiftable, shiftable_modules
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Family:
     def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
         """The encoder's layers, in order."""
         return attrgetter(next(path for cls, path in self.encoders.items() if isinstance(encoder, cls)))(encoder)
+
+    def shiftable(self, encoder: nn.Module) -> list[Shiftable]:
+        """The modules of an encoder whose parameters can be shifted."""
+        return list(shiftable_modules(encoder, self.layers(encoder), "rows" in self.models.values()))
 
     def geometry(self, encoder: Any) -> Geometry:
         """Widths and counts, from declared sizes: weights may be packed, sharded or offloaded."""

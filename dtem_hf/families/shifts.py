@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..embedding import Shifts
 from ..scope import current_state
-
-
-if TYPE_CHECKING:  # a family is made of an anatomy, which knows these modules
-    from .family import Family
 
 
 class Shifted:
@@ -50,17 +46,18 @@ class ShiftedLinear(Shifted, nn.Linear):
         return F.linear(x, self.weight, self.shifted("bias"))
 
 
-def shiftable_modules(
-    family: Family, encoder: nn.Module
-) -> Iterator[tuple[str, Any, type[ShiftedNorm] | type[ShiftedLinear] | None]]:
-    """Names, modules and mixins of the LayerNorms and biased linear maps in the layers, and of LayerNorms behind them.
+# The name of a module, the module, and the mixin with which its parameters shift: None if they cannot.
+Shiftable = tuple[str, Any, type[ShiftedNorm] | type[ShiftedLinear] | None]
 
-    Behind layers of packed rows no module shifts: there, images with different shares of merged tokens lie in one
-    sequence. Names are without LoRA's additions. The mixin is None for classes other than torch's own, such as
+
+def shiftable_modules(encoder: nn.Module, layers: Sequence[nn.Module], in_rows: bool) -> Iterator[Shiftable]:
+    """The LayerNorms and biased linear maps in the layers of an encoder, and the LayerNorms behind the layers.
+
+    Behind layers of packed rows (`in_rows`) no module shifts: there, images with different shares of merged tokens lie
+    in one sequence. Names are without LoRA's additions. The mixin is None for classes other than torch's own, such as
     quantised ones.
     """
-    inside = {id(module) for layer in family.layers(encoder) for module in layer.modules()}
-    in_rows = "rows" in family.models.values()
+    inside = {id(module) for layer in layers for module in layer.modules()}
     begun = False
     for name, module in encoder.named_modules():
         begun = begun or id(module) in inside
@@ -73,11 +70,11 @@ def shiftable_modules(
             yield name.replace(".base_layer", ""), module, mixin if own else None
 
 
-def shiftable_parameters(family: Family, encoder: nn.Module) -> tuple[tuple[str, int], ...]:
+def shiftable_parameters(modules: Sequence[Shiftable]) -> tuple[tuple[str, int], ...]:
     """Names and lengths of all parameters that can be shifted, from declared sizes: weights may be packed."""
     return tuple(
         (f"{name}.{parameter}", module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[0])
-        for name, module, mixin in shiftable_modules(family, encoder)
+        for name, module, mixin in modules
         if mixin is not None
         for parameter in mixin.moving
         if getattr(module, parameter) is not None

@@ -23,10 +23,10 @@ from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Family, Place, enable_size_bias, find_encoder, find_place, input_like
+from ..families import Place, enable_size_bias, find_encoder, find_place, input_like
 from ..families.containers import container_of, states_read
 from ..families.layer import forget_keys, remember_keys
-from ..families.shifts import Shifted, shiftable_modules, shiftable_parameters
+from ..families.shifts import Shiftable, Shifted, shiftable_parameters
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
@@ -81,13 +81,13 @@ def prepare(
         raise UnsupportedModelError(f"{type(encoder).__name__}: some of its layers are one module; copy it for each.")
     if adapter is not None:
         adapter.check_fits(backbone_facts(model, place=place))
-    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family, encoder))
+    geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family.shiftable(encoder)))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
     merging = _merging(model, place, config, method)
     shape = method.embedding_shape()
     if shape is not None and shape.shifts:
-        _check_shiftable(family, encoder)
+        _check_shiftable(family.shiftable(encoder))
     if shape is not None and any(isinstance(p, DTensor) for p in encoder.parameters()):
         raise UnsupportedModelError(
             "The model's weights are sharded. Attach before you shard: an embedding that is attached now would be in "
@@ -101,9 +101,9 @@ def prepare(
     return place, merging, embedding
 
 
-def _check_shiftable(family: Family, encoder: nn.Module) -> None:
+def _check_shiftable(modules: Sequence[Shiftable]) -> None:
     """Raise UnsupportedModelError if a module is of a class whose parameters cannot be shifted."""
-    for name, module, mixin in shiftable_modules(family, encoder):
+    for name, module, mixin in modules:
         if mixin is None:
             raise UnsupportedModelError(
                 f"learn_shifts=True: {name} is a {type(module).__name__}; only parameters of torch's own Linear and "
@@ -186,7 +186,7 @@ def install(
     if embedding is not None:
         encoder.merge_embedding = embedding
         if embedding.shape.shifts:
-            for name, shifting, kind in shiftable_modules(merging.family, encoder):
+            for name, shifting, kind in merging.family.shiftable(encoder):
                 assert kind is not None  # checked by `prepare`
                 derive_class(shifting, kind, DerivedMixin)
                 shifting.merge_name = Shifts.key(*name.split("."))

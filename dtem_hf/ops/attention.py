@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .autocast import is_autocast_on
-
 
 # Attention reads the size 0 as this floor, by its dtype. The gradient of a size is the gradient of its bias divided by
 # the size, so the floor must be far above the rounding error of a bias' gradient, and far below 1.
@@ -48,7 +46,7 @@ def see_itself(bias: Tensor, sizes: Tensor) -> Tensor:
 
 def attention_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype in which attention computes for tokens of `dtype` on a device type: autocast's if it is on."""
-    return torch.get_autocast_dtype(device) if is_autocast_on(device) else dtype
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else dtype
 
 
 def extend_keys(
