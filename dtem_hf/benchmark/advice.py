@@ -100,14 +100,8 @@ def advise(
     check_whole("rounds", rounds, 1, MOST_TOKENS)
     check_number("minutes", minutes, 0, 1e6)
     check_number("max_loss", max_loss or 0, 0, 1)
-    for name, counts, least_many in (("r", r, 0), ("batch_sizes", batch_sizes, 1)):
-        if not _are_counts(counts) or len(counts) < least_many:
-            expected = "a list of whole numbers, each 1 or more; the unmerged model is always measured"
-            raise BadValue(name, counts, expected)
+    _check_lists(methods, runtimes, r, batch_sizes)
     end = time.monotonic() + 60 * minutes
-    for name, named, known in (("methods", methods, METHODS), ("runtimes", runtimes, RUNTIMES)):
-        if not set(named) <= set(known):
-            raise BadValue(name, list(named), f"some of {', '.join(known)}")
     batches = pixel_batches(images, _BATCH)
     if len(shapes := {tuple(x.shape[1:]) for x in batches}) > 1:
         raise BadValue("images", sorted(shapes), "images of one size")
@@ -131,6 +125,17 @@ def advise(
             for _ in _time(rows, list(runs.values()), pixels, batch_sizes, rounds, end, show):
                 report(_advice(rows, picked, most, left_out, finished=False))
     return _advice(rows, picked, most, left_out, finished=True)
+
+
+def _check_lists(methods: Any, runtimes: Any, r: Any, batch_sizes: Any) -> None:
+    """Raise ValueError that names the first of these arguments of `advise` that is invalid."""
+    for name, counts, least_many in (("r", r, 0), ("batch_sizes", batch_sizes, 1)):
+        if not _are_counts(counts) or len(counts) < least_many:
+            expected = "a list of whole numbers, each 1 or more; the unmerged model is always measured"
+            raise BadValue(name, counts, expected)
+    for name, named, known in (("methods", methods, METHODS), ("runtimes", runtimes, RUNTIMES)):
+        if not set(named) <= set(known):
+            raise BadValue(name, list(named), f"some of {', '.join(known)}")
 
 
 def _are_counts(values: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The model card of an adapter's folder: made from the folder's files, and updated until somebody edits it."""
+"""The model card of an adapter's folder: made from the folder's files, and updated until a user edits it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def refreshed_card(adapter_dir: PathLike) -> Iterator[Path]:
 def _is_untouched(path: Path) -> bool:
     try:
         return is_made(read_text(path, LARGEST_CARD))
-    except ValueError:  # not a text file of reasonable size: somebody put it there
+    except ValueError:  # not a text file of reasonable size: a user put it there
         return False
 
 

@@ -87,9 +87,10 @@ def _config_of(name: Any, **options: Any) -> PretrainedConfig:
         return config
     except (OSError, ValueError):
         found = find_adapter_config_file(name, **_chosen(options, _FILE_ARGUMENTS)) if is_peft_available() else None
-        if found is None:
+        base_name = found and read_json(found).get("base_model_name_or_path")
+        if not base_name:
             raise
-        base: PretrainedConfig = AutoConfig.from_pretrained(read_json(found)["base_model_name_or_path"], **options)
+        base: PretrainedConfig = AutoConfig.from_pretrained(base_name, **options)
         return base
 
 

@@ -47,19 +47,19 @@ class Reading:
 
     @classmethod
     def of(cls, model: Any) -> Reading:
-        """How a model reads them now."""
+        """The reading of a model as it is merged now."""
         return cls(merging_of(model) if is_merged(model) else None, count_dropped_tokens(model))
 
     def count(self, num_plain: int) -> int:
-        """How many tokens of an image its language model gets, where that of a plain one gets `num_plain`."""
+        """How many tokens of an image the language model gets, if that of the plain model gets `num_plain`."""
         if self.merging is None or self.merging.unmerge:
             return num_plain
-        # Behind the last layer that is read, they stay as many.
+        # Behind the last layer that is read, the number stays.
         return self.merging.plan_for(num_plain + self.dropped).tokens[-1] - self.dropped
 
 
 class MergedPlaceholders:
-    """Mixed into a processor: an image becomes as many placeholders as a model hands on tokens for it."""
+    """Mixin for a processor: it writes one placeholder per token that a model gives its language model."""
 
     reading: Callable[[], Reading]
     image_token: str
@@ -78,7 +78,7 @@ class MergedPlaceholders:
 
 
 class _AskingClass(type):
-    """The metaclass of processors that ask a model. No module holds these classes, so it says how they are pickled."""
+    """The metaclass of processors that ask a model: no module holds these classes, so `copyreg` pickles them by it."""
 
     reading: Callable[[], Reading]
 

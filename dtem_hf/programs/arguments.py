@@ -124,7 +124,7 @@ def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str,
 
 
 def _check_outside(output_dir: str, name: str, images: str | None) -> None:
-    """Raise ValueError where results would lie among the images of a folder, and be read as such the next time."""
+    """Raise ValueError if results would lie among the images of a folder: the next run would read them as images."""
     if images is None or not os.path.isdir(images) or os.path.isfile(os.path.join(images, LABELS_NAME)):
         return
     if Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
@@ -167,7 +167,7 @@ def read_arguments(kind: type[T], argv: Sequence[str] | None, description: str, 
 
 
 def _at_home(value: Any) -> Any:
-    """A value, or each of a list, with `~/` in front written out: no shell does that in YAML and behind `=`."""
+    """Expand a leading `~/` in a value or in each entry of a list: no shell does that in YAML and behind `=`."""
     if isinstance(value, list):
         return [_at_home(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
@@ -236,7 +236,7 @@ def load_program(module: str, argv: Sequence[str] | None = None) -> Callable[[],
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is there twice; YAML's own loader takes the last of them."""
+    """A safe loader that refuses a repeated key; YAML's own loader takes the last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -247,7 +247,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _yaml_as_options(path: Path, lists: dict[str, bool]) -> list[str]:
-    """The words of a command line that say the same as a YAML file; `lists`: of each option, whether it is one."""
+    """The words of a command line for a YAML file; `lists` says for each option whether it takes a list."""
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: this file does not exist")
     try:

@@ -80,7 +80,7 @@ def test_runtimes_and_peers_stand_in_the_same_rounds(one_layer_vit_folder, peers
         ("peer", "my_peers:plain", 4),
         ("peer", "my_peers:merged", 4),
     ]
-    # A peer's cost is counted as anybody's, and it is compared with the plain model in eager.
+    # A peer's cost is counted like a model's, and the peer is compared with the plain model in eager.
     assert [row["multiply_adds"] for row in rows[4:]] == [row["multiply_adds"] for row in rows[2:4]]
     assert rows[5]["ideal_speedup"] == rows[3]["ideal_speedup"] > 1
     for i in (0, 2):

@@ -37,7 +37,7 @@ PREDICTIONS = {1: "A dog runs in the field", 2: "two cats on a couch", 3: "A red
 
 @pytest.fixture
 def no_jars(monkeypatch, tmp_path):
-    """SPICE's jars are where nobody looks, wherever else they may lie on this machine."""
+    """Hide SPICE's jars, wherever they lie on this machine."""
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv(SPICE_VARIABLE, str(tmp_path / "empty"))
 

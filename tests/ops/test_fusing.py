@@ -17,7 +17,7 @@ def by_hand(scores: list[float], num_kept: int, prefix: int) -> tuple[list[int],
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 @pytest.mark.parametrize("levels", [3, 10_000], ids=["ties", "no ties"])
 def test_the_highest_scores_stay_in_their_order(prefix: int, levels: int) -> None:
-    """Equal scores go to the lower position; what prefix tokens score is nothing to anybody."""
+    """Equal scores go to the lower position; the scores of prefix tokens do not count."""
     scores = torch.randint(levels, (4, 17)).float()
     scores[:, :prefix] += levels * torch.randint(-1, 2, (4, prefix))
     for num_kept in range(17 - prefix + 1):

@@ -39,7 +39,7 @@ def test_merge_equals_the_slow_reference_for_every_r(prefix: int, num_tokens: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_nobody_joined_are_copied_bit_for_bit(dtype: torch.dtype) -> None:
+def test_tokens_without_a_partner_are_copied_bit_for_bit(dtype: torch.dtype) -> None:
     x = torch.randn(2, 33, 8).to(dtype)
     sizes = integers(2, 33) / 3  # not representable: x · m / m would round
     matching = ops.bipartite_soft_matching(torch.randn(2, 33, 6), 5, 1)

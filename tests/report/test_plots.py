@@ -93,7 +93,7 @@ def test_small_models_are_counted_in_millions(tmp_path):
     assert "Multiply-adds per image (M)" in texts(tmp_path / "p.svg")
 
 
-def test_methods_nobody_knows_get_styles_of_their_own(tmp_path):
+def test_unknown_methods_get_different_styles(tmp_path):
     rows = [row(f"new{i}", r, 70.0 + i, 90.0, 10**9 + r) for i in range(5) for r in (4, 8)]
     plot_accuracy(rows, tmp_path / "p.svg")
     assert {f"new{i}" for i in range(5)} <= set(texts(tmp_path / "p.svg"))

@@ -84,7 +84,7 @@ def _wait_as_a_worker(ready):
     time.sleep(600)
 
 
-def test_worker_is_ended_by_its_parent_and_by_nobody_else():
+def test_worker_is_ended_by_its_parent_alone():
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     worker = context.Process(target=_wait_as_a_worker, args=(ready,))

@@ -43,7 +43,7 @@ def test_gradient_that_is_not_a_number_stops_the_run_although_the_loss_is_one(op
 
 
 def test_a_real_launch_with_a_yaml_file_has_all_threads_and_bfloat16(options, tmp_path):
-    """`accelerate launch` gives a process one thread; here it gets the cores, as nobody asked for fewer."""
+    """`accelerate launch` gives a process one thread; here it gets all cores, as no option asks for fewer."""
     options.update(mixed_precision="bf16", num_workers=1)
     (tmp_path / "run.yaml").write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
     environment = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}

@@ -121,7 +121,7 @@ def test_distances_by_hand():
         torch.testing.assert_close(feature_distance(*stacked, kind), (each + each.flip(0)) / 2)
 
 
-def test_nearest_is_somebody_else():
+def test_nearest_is_another_image():
     gallery, queries = torch.randn(6, 5), torch.randn(6, 5)
     found = nearest(queries, gallery)
     for i in range(6):
