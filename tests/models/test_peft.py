@@ -169,3 +169,10 @@ def test_detached_no_hook_stays_on_keys_that_were_wrapped(make_classifier):
     assert any(module._forward_hooks for module in wrapped.modules())
     detach(wrapped)
     assert not any(module._forward_hooks for module in wrapped.modules())
+
+
+@pytest.mark.parametrize("content", ["{}", '{"base_model_name_or_path": null}'])
+def test_a_peft_adapter_that_names_no_base_model_is_no_model(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, merge=ToMeConfig(r=2))
