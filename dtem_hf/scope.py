@@ -42,6 +42,9 @@ class Scope:
 _SCOPE: ContextVar[Scope | None] = ContextVar("dtem_hf_scope", default=None)
 # Dynamo cannot read a ContextVar. While it traces, in one thread, this variable holds the scope.
 _traced: Scope | None = None
+# One entry for each open block of any thread that changes passes (`pass_options`). Dynamo cannot read the ContextVar
+# with the changes, but it compares the length of a list before it runs what it has compiled.
+CHANGING_BLOCKS: list[None] = []
 
 
 def current_scope() -> Scope | None:

@@ -92,6 +92,7 @@ class TokenState:
         self.rotation: Any = None
         # Whether the encoder returned all tokens, each in its place.
         self.unmerged = False
+        self._entered = 0
         # Set when the encoder has returned. Gradient checkpointing runs layers again after that.
         self.finished = False
         # For packed images: for each number of tokens N, the rows [S, N] of the images with N tokens, and their state.
@@ -113,6 +114,21 @@ class TokenState:
         # by the layer in front of which they were drawn.
         self.kept: dict[int, Tensor] = {}
         self._first_merge = MOST_LAYERS  # none so far
+
+    def enter(self, layer: int) -> None:
+        """Count a layer that begins; the end of the encoder counts as one more.
+
+        Raises UnsupportedModelError if another layer should be next.
+        """
+        if self.finished:
+            return
+        if layer != self._entered:
+            raise UnsupportedModelError(
+                f"Layer {self._entered} of the merged encoder did not run: layers were replaced, removed or reordered "
+                "after attach. Attach again: attach(model, config), or to keep what it has learned "
+                "attach(model, model.to_merge_adapter())."
+            )
+        self._entered += 1
 
     def divide(self, rows: Sequence[Tensor]) -> None:
         """Make one state for the packed images of each length N; `rows` holds their rows [S, N] for each length."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from ..scope import Scope, current_state, open_scope
 from ..token_state import TokenState
 from .anatomy import Anatomy
@@ -27,11 +28,17 @@ class LayerMerging:
         # Pass the state as an argument: gradient checkpointing runs the forward pass again outside of every scope.
         if (state := current_state()) is not None:
             kwargs.setdefault("token_state", state)
+        elif not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # in a backward pass
+            raise UnsupportedModelError(
+                f"{type(self).__name__}: a checkpoint around a merged layer runs it again without the sizes of its "
+                "tokens; use model.gradient_checkpointing_enable() instead of a wrapper around layers."
+            )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, *args: Any, token_state: TokenState | None = None, **kwargs: Any) -> Any:
         if token_state is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        token_state.enter(self.merge_index)
         token_state.move_to(self.merge_index, hidden_states.device)
         if token_state.layers_read is not None and self.merge_index >= token_state.layers_read:
             token_state.record_unchanged(self.merge_index, hidden_states)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..scope import Scope, current_scope, current_state, is_traced, open_scope
+from ..scope import CHANGING_BLOCKS, Scope, current_scope, current_state, is_traced, open_scope
 from ..token_state import TokenState
 from .unmasked_attention import enable_size_bias
 
@@ -49,7 +49,11 @@ def _scoped(stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Slices of equal length: Dynamo of torch 2.9 supports no other zip.
         inputs = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
-        return self._run_in_scope(lambda: _untraced(lambda: stock(self, *args, **kwargs)), inputs)
+
+        def run() -> Any:
+            return self._run_in_scope(lambda: _untraced(lambda: stock(self, *args, **kwargs)), inputs)
+
+        return _eagerly(run) if CHANGING_BLOCKS and torch.compiler.is_dynamo_compiling() else run()
 
     return method
 
@@ -63,7 +67,7 @@ def _untraced(call: Callable[[], Any]) -> Any:
     return call() if is_traced() or ops.is_exporting() else _eagerly(call)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="inside trace_merging() and unmerged(), and behind a graph break")
 def _eagerly(call: Callable[[], Any]) -> Any:
     return call()
 

@@ -156,7 +156,8 @@ class MergeMixin(DerivedMixin):
     def trace_merging(self) -> Iterator[MergeTrace]:
         """`with model.trace_merging() as trace:` every pass of this thread fills the `MergeTrace` anew.
 
-        It has no effect on what torch.compile or torch.export makes of a model: trace the model itself.
+        A compiled model runs eagerly inside the block, with `fullgraph=True` not at all. An exported graph, which was
+        made before, fills no trace.
         """
         trace = MergeTrace()
         with pass_options(find_encoder(self)[1], trace=trace):  # type: ignore[arg-type]
@@ -166,8 +167,8 @@ class MergeMixin(DerivedMixin):
     def unmerged(self) -> Iterator[None]:
         """Inside the block, and in this thread only, the model runs without merging.
 
-        It has no effect on what torch.compile or torch.export makes of a model: to export the plain model, detach a
-        copy.
+        A compiled model runs eagerly inside the block, with `fullgraph=True` not at all. torch.export exports the
+        plain model; a graph that was exported before does not change.
         """
         with pass_options(find_encoder(self)[1], merge=False):  # type: ignore[arg-type]
             yield

@@ -19,7 +19,7 @@ from ..errors import BadValue, UnsupportedModelError
 from ..families import Family, enable_size_bias
 from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, output_for_reader, read_sizes, with_last
 from ..methods import Method
-from ..scope import Scope, current_scope, open_scope
+from ..scope import CHANGING_BLOCKS, Scope, current_scope, open_scope
 from ..token_state import TokenState
 from .derived import DerivedMixin
 
@@ -41,9 +41,11 @@ def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
     """
     current = _PASS_OPTIONS.get()
     token = _PASS_OPTIONS.set({**current, id(encoder): (*current.get(id(encoder), ()), changes)})
+    CHANGING_BLOCKS.append(None)
     try:
         yield
     finally:
+        CHANGING_BLOCKS.pop()
         changes.clear()  # the task's copy of the variable holds the same dict
         _PASS_OPTIONS.reset(token)
 
@@ -51,8 +53,7 @@ def pass_options(encoder: nn.Module, **changes: Any) -> Iterator[None]:
 def _options_of(encoder: nn.Module) -> dict[str, Any]:
     """The options of the pass that begins."""
     changes: dict[str, Any] = {}
-    # Dynamo cannot read a ContextVar: a compiled model is always merged and never traced.
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():  # Dynamo cannot read a ContextVar: see `CHANGING_BLOCKS`
         for block in _PASS_OPTIONS.get().get(id(encoder), ()):
             changes |= block
     return changes
@@ -126,6 +127,7 @@ class EncoderMerging(DerivedMixin, ScopedForward):
             output = stock()
         wanted.sizes = None
         if state is not None:
+            state.enter(self.merging.geometry.num_layers)
             state.finished = True
             if state.changed:
                 output = output_for_reader(output, state, wanted.reader, unmerge)

@@ -229,7 +229,7 @@ def detach(model: PreTrainedModel) -> Any:
             for layer in module.merging.family.layers(module):
                 for part in layer.modules():  # PEFT may have wrapped the key projection since
                     forget_keys(part)
-                del layer.merge_index
+                vars(layer).pop("merge_index", None)  # a layer that replaced a merged one has none
             if embedding_of(module) is not None:
                 del module.merge_embedding
             del module.merging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import shutil
@@ -292,3 +293,50 @@ def test_the_bare_encoder_holds_its_embedding_itself(make_bare: Make) -> None:
     model = attach(make_bare(), DTEMConfig(r=4))
     assert isinstance(model, ViTModel)
     assert next(key for key in model.state_dict() if "merge" in key) == "merge_embedding.projections.0.weight"
+
+
+def replace_one(layers: nn.ModuleList, other: nn.ModuleList) -> None:
+    layers[2] = other[2]
+
+
+def replace_the_last(layers: nn.ModuleList, other: nn.ModuleList) -> None:
+    layers[3] = other[3]
+
+
+def remove_the_last(layers: nn.ModuleList, other: nn.ModuleList) -> None:
+    del layers[3]
+
+
+def reorder(layers: nn.ModuleList, other: nn.ModuleList) -> None:
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+@pytest.mark.parametrize("change", [replace_one, replace_the_last, remove_the_last, reorder])
+def test_layers_that_change_after_attach_are_an_error_until_attach_runs_again(
+    make_classifier: Make, pixels: Tensor, change: Callable[[nn.ModuleList, nn.ModuleList], None]
+) -> None:
+    model, plain = attach(make_classifier(), ToMeConfig(r=9)), make_classifier()
+    change(model.vit.layers, make_classifier().vit.layers)
+    change(plain.vit.layers, make_classifier().vit.layers)
+    with pytest.raises(UnsupportedModelError, match=r"Layer [0-3] .* Attach again"):
+        model(pixels)
+    attach(model, ToMeConfig(r=9))
+    expected = attach(copy.deepcopy(plain), ToMeConfig(r=9))
+    assert torch.equal(logits(model, pixels), logits(expected, pixels))
+    assert torch.equal(logits(detach(model), pixels), logits(plain, pixels))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+def test_a_wrapper_around_a_layer_may_come_after_attach(make_classifier: Make, pixels: Tensor) -> None:
+    model = attach(make_classifier(), ToMeConfig(r=9))
+    expected = logits(model, pixels)
+    model.vit.layers[2] = Wrapper(model.vit.layers[2])
+    assert torch.equal(logits(model, pixels), expected)

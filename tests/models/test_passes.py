@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, attach, detach
+from dtem_hf import DTEMConfig, MergeConfig, ToMeConfig, UnsupportedModelError, attach, detach
 from dtem_hf.models.install import recorded_steps
 from tests.support import methods
 from tests.support.families import row_of
 from tests.support.family_case import Row
 from tests.support.passes import MILD, gradients, merged, run, same_bits
+from tests.support.unmerging import layers_of
 
 
 METHODS: dict[str, MergeConfig] = {"tome": ToMeConfig(r=9), "dtem": DTEMConfig(r=9)}
@@ -80,6 +82,18 @@ def test_reentrant_checkpointing_changes_no_gradient_or_is_refused(row: Row, con
         return
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_layer_is_refused(row: Row, config: MergeConfig, reentrant: bool) -> None:
+    """It would run the plain layer again, and soft merging would get the gradient of that."""
+    model = merged(row, config).train()
+    layers = layers_of(model)
+    for index, layer in enumerate(list(layers)):
+        implementation = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+        layers[index] = checkpoint_wrapper(layer, checkpoint_impl=implementation)
+    with pytest.raises(UnsupportedModelError, match="gradient_checkpointing_enable"):
+        gradients(row, model)
 
 
 def test_gradient_checkpointing_works_for_a_frozen_backbone(row: Row) -> None:
@@ -203,3 +217,32 @@ def test_one_graph_of_torch_compile_trains_as_eager_does(row: Row) -> None:
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert (ours[name] - theirs[name]).norm() < 1e-3 * theirs[name].norm() + 1e-5, name
+
+
+@torch.no_grad()
+def test_a_compiled_model_follows_the_options_of_its_passes() -> None:
+    """DINOv2's classifier opens a scope around its encoder's."""
+    torch._dynamo.reset()
+    row = row_of("dinov2")
+    model = merged(row, METHODS["tome"])
+    plain, expected = run(row, row.make("sdpa")), run(row, model)
+    compiled = torch.compile(model, backend="eager")
+    assert same_bits(run(row, compiled), expected)
+    with model.unmerged():
+        assert same_bits(run(row, compiled), plain)
+    with model.trace_merging() as trace:
+        assert same_bits(run(row, compiled), expected)
+    assert [sizes.shape[1] for sizes in trace.sizes] == list(model.merge_plan().tokens)
+    assert same_bits(run(row, compiled), expected)
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with model.unmerged(), pytest.raises(torch._dynamo.exc.Unsupported, match="unmerged"):
+        run(row, whole)
+
+
+@torch.no_grad()
+def test_an_unmerged_model_is_exported_without_merging(row: Row, config: MergeConfig) -> None:
+    model = merged(row, config)
+    with model.unmerged():
+        exported = torch.export.export(model, (), row.inputs(2))
+    assert same_bits(run(row, exported.module()), run(row, row.make("sdpa")))
