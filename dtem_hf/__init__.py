@@ -19,6 +19,7 @@ _HOMES = {
         "AutoModelForCausalLM",
         "AutoModelForDepthEstimation",
         "AutoModelForImageClassification",
+        "AutoModelForImageMatting",
         "AutoModelForImageSegmentation",
         "AutoModelForImageTextToText",
         "AutoModelForInstanceSegmentation",
@@ -26,12 +27,14 @@ _HOMES = {
         "AutoModelForMaskedImageModeling",
         "AutoModelForMaskedLM",
         "AutoModelForMultimodalLM",
+        "AutoModelForNormalEstimation",
         "AutoModelForObjectDetection",
         "AutoModelForPoseEstimation",
         "AutoModelForPreTraining",
         "AutoModelForSemanticSegmentation",
         "AutoModelForSeq2SeqLM",
         "AutoModelForSequenceClassification",
+        "AutoModelForSpeechSeq2Seq",
         "AutoModelForTokenClassification",
         "AutoModelForUniversalSegmentation",
         "AutoModelForVideoClassification",
@@ -91,6 +94,7 @@ if TYPE_CHECKING:  # type checkers treat `import X as X` as a public name
     from .models.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from .models.auto import AutoModelForDepthEstimation as AutoModelForDepthEstimation
     from .models.auto import AutoModelForImageClassification as AutoModelForImageClassification
+    from .models.auto import AutoModelForImageMatting as AutoModelForImageMatting
     from .models.auto import AutoModelForImageSegmentation as AutoModelForImageSegmentation
     from .models.auto import AutoModelForImageTextToText as AutoModelForImageTextToText
     from .models.auto import AutoModelForInstanceSegmentation as AutoModelForInstanceSegmentation
@@ -98,12 +102,14 @@ if TYPE_CHECKING:  # type checkers treat `import X as X` as a public name
     from .models.auto import AutoModelForMaskedImageModeling as AutoModelForMaskedImageModeling
     from .models.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
     from .models.auto import AutoModelForMultimodalLM as AutoModelForMultimodalLM
+    from .models.auto import AutoModelForNormalEstimation as AutoModelForNormalEstimation
     from .models.auto import AutoModelForObjectDetection as AutoModelForObjectDetection
     from .models.auto import AutoModelForPoseEstimation as AutoModelForPoseEstimation
     from .models.auto import AutoModelForPreTraining as AutoModelForPreTraining
     from .models.auto import AutoModelForSemanticSegmentation as AutoModelForSemanticSegmentation
     from .models.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from .models.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .models.auto import AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq
     from .models.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .models.auto import AutoModelForUniversalSegmentation as AutoModelForUniversalSegmentation
     from .models.auto import AutoModelForVideoClassification as AutoModelForVideoClassification

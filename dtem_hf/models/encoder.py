@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -111,6 +111,19 @@ class EncoderMerging(DerivedMixin, ScopedForward):
     """Mixin for the encoder: every pass gets a new token state."""
 
     merging: Merging
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model; also an encoder that was merged inside another model, whose config alone has the record."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        inside = not hasattr(config, "merge")
+        if inside:
+            merge = replace(self.merging.config, part=None, unmerge=self.merging.unmerge or None)
+            config.merge = merge.to_dict()
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if inside:
+                del config.merge
 
     def _run_in_scope(self, stock: Callable[[], Any], inputs: dict[str, Any]) -> Any:
         outer = current_scope()
