@@ -96,13 +96,7 @@ class MaskedPooling:
 
 
 class VJEPA2Family(Family):
-    """The config has its own names for the number of frames and the image size."""
-
-    def input_sides(self, config: Any) -> tuple[int, ...]:
-        return config.frames_per_clip, config.crop_size, config.crop_size
-
-    def patch_sides(self, config: Any) -> tuple[int, ...]:
-        return (config.tubelet_size, *super().patch_sides(config))
+    """The model records hidden states itself; its pooler has any number of layers."""
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
         mixins = super().model_mixins(model_class)
@@ -129,6 +123,8 @@ FAMILY = VJEPA2Family(
     ),
     models={VJEPA2Model: "grid", VJEPA2ForVideoClassification: "weighed"},
     num_prefix_tokens=0,
+    input_fields=("frames_per_clip", "crop_size"),
+    patch_fields=("tubelet_size", "patch_size"),
     composites=(VJEPA2Model, VJEPA2ForVideoClassification),
     layer_parts={"attention": PlacedAttention},
     layer_merging=VJEPA2Merging,

@@ -174,7 +174,7 @@ class EncoderMerging(DerivedMixin, ScopedForward):
             embedding_of(self),
             trace,
             masked=masked,
-            sizes=merging.family.padding_sizes(self, inputs),  # type: ignore[arg-type]
+            sizes=merging.family.padding_sizes(inputs),
             keep_sources=keep_sources,
             states_read=merging.states_read,
             steps=options.get("steps"),
