@@ -194,16 +194,8 @@ def make_repository(api: HfApi, repo_id: str, private: bool | None = None, branc
 
     Raises ValueError if `private` is wanted and the repository is public.
     """
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    try:
-        found = api.model_info(repo_id)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        found = api.model_info(repo_id)
-    if private and not found.private:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
         raise BadValue(
             "private", private, f"{repo_id} exists and is public; change that in its settings, or name another"
         )

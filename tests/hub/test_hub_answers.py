@@ -39,7 +39,6 @@ class TestPush:
     @pytest.mark.parametrize(
         ("method", "path"),
         [
-            ("GET", "/api/models/me/a$"),
             ("GET", "/api/models/me/a/revision/"),
             ("POST", "/api/repos/create"),
             ("POST", "/api/validate-yaml"),
@@ -67,8 +66,8 @@ class TestPush:
         assert hub.files("me/a")[WEIGHTS_NAME] == (folder / WEIGHTS_NAME).read_bytes()
 
     @pytest.mark.parametrize("body", NOT_JSON)
-    def test_who_am_i(self, hub, client, folder, body):
-        hub.faults.append(Fault("GET", "/api/whoami-v2", times=9, body=body))
+    def test_a_repository_without_a_user_that_the_hub_did_not_name(self, hub, client, folder, body):
+        hub.faults.append(Fault("POST", "/api/repos/create", times=9, body=body))
         with pytest.raises(ConnectionError, match=r"mine: .*Nothing was published"):
             client(PUBLISH, str(folder), "mine", **ME)
 
