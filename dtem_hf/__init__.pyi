@@ -1,0 +1,57 @@
+"""The public names and where they live; `__init__.py` reads this file, and type checkers do."""
+
+from .benchmark.advice import Advice as Advice
+from .benchmark.advice import advise as advise
+from .configuration import DTEMConfig as DTEMConfig
+from .configuration import DTPSConfig as DTPSConfig
+from .configuration import ETPSConfig as ETPSConfig
+from .configuration import EViTConfig as EViTConfig
+from .configuration import MergeConfig as MergeConfig
+from .configuration import PiToMeConfig as PiToMeConfig
+from .configuration import ToFuConfig as ToFuConfig
+from .configuration import ToMeConfig as ToMeConfig
+from .costs import MergePlan as MergePlan
+from .errors import AdapterError as AdapterError
+from .errors import BadValue as BadValue
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .hub.adapter import MergeAdapter as MergeAdapter
+from .models.attach import attach as attach
+from .models.auto import AutoBackbone as AutoBackbone
+from .models.auto import AutoModel as AutoModel
+from .models.auto import AutoModelForAudioClassification as AutoModelForAudioClassification
+from .models.auto import AutoModelForCausalLM as AutoModelForCausalLM
+from .models.auto import AutoModelForDepthEstimation as AutoModelForDepthEstimation
+from .models.auto import AutoModelForImageClassification as AutoModelForImageClassification
+from .models.auto import AutoModelForImageSegmentation as AutoModelForImageSegmentation
+from .models.auto import AutoModelForImageTextToText as AutoModelForImageTextToText
+from .models.auto import AutoModelForInstanceSegmentation as AutoModelForInstanceSegmentation
+from .models.auto import AutoModelForKeypointDetection as AutoModelForKeypointDetection
+from .models.auto import AutoModelForMaskedImageModeling as AutoModelForMaskedImageModeling
+from .models.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+from .models.auto import AutoModelForMultimodalLM as AutoModelForMultimodalLM
+from .models.auto import AutoModelForObjectDetection as AutoModelForObjectDetection
+from .models.auto import AutoModelForPoseEstimation as AutoModelForPoseEstimation
+from .models.auto import AutoModelForPreTraining as AutoModelForPreTraining
+from .models.auto import AutoModelForSemanticSegmentation as AutoModelForSemanticSegmentation
+from .models.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
+from .models.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+from .models.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
+from .models.auto import AutoModelForUniversalSegmentation as AutoModelForUniversalSegmentation
+from .models.auto import AutoModelForVideoClassification as AutoModelForVideoClassification
+from .models.auto import AutoModelForVisualQuestionAnswering as AutoModelForVisualQuestionAnswering
+from .models.auto import AutoModelForZeroShotImageClassification as AutoModelForZeroShotImageClassification
+from .models.auto import AutoModelForZeroShotObjectDetection as AutoModelForZeroShotObjectDetection
+from .models.auto import register as register
+from .models.auto import unregister as unregister
+from .models.calibration import Calibration as Calibration
+from .models.calibration import calibrate as calibrate
+from .models.install import detach as detach
+from .models.processor import AutoProcessor as AutoProcessor
+from .schedule import ConstantSchedule as ConstantSchedule
+from .schedule import FlopsSchedule as FlopsSchedule
+from .schedule import InflectedSchedule as InflectedSchedule
+from .schedule import KeepRateSchedule as KeepRateSchedule
+from .schedule import LinearSchedule as LinearSchedule
+from .token_state import MergeTrace as MergeTrace
+
+__version__: str
