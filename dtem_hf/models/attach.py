@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..configuration import MergeConfig
 from ..costs import MergePlan
 from ..errors import BadValue
-from ..families import SUPPORTED, enable_size_bias, find_encoder, find_family, find_place
+from ..families import SUPPORTED, find_encoder, find_family, find_place
 from ..families.containers import container_of
+from ..families.unmasked_attention import enable_size_bias
 from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
 from ..schedule import FlopsSchedule

@@ -16,8 +16,9 @@ from ..configuration import MergeConfig
 from ..costs import EncoderCost, MergePlan
 from ..embedding import Geometry
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Family, enable_size_bias
+from ..families.family import Family
 from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, output_for_reader, read_sizes, with_last
+from ..families.unmasked_attention import enable_size_bias
 from ..methods import Method
 from ..scope import Scope, current_scope, open_scope
 from ..token_state import TokenState

@@ -23,10 +23,12 @@ from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Place, enable_size_bias, find_encoder, find_place, input_like
+from ..families import Place, find_encoder, find_place
 from ..families.containers import container_of, states_read
+from ..families.family import input_like
 from ..families.layer import forget_keys, remember_keys
 from ..families.shifts import Shiftable, Shifted, shiftable_parameters
+from ..families.unmasked_attention import enable_size_bias
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
