@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -15,18 +15,6 @@ from ..token_state import TokenState
 
 
 C = TypeVar("C", bound=MergeConfig)
-
-
-class MergedLayer(Protocol):
-    """The layer methods that a reduction method may call."""
-
-    training: bool
-
-    def keys(self, normed: Tensor, state: TokenState) -> Tensor:
-        """Attention keys as the layer computes them, before any rotation: [B, n, D] -> [B, n, H, d]."""
-
-    def first_token_attention(self, normed: Tensor, bias: Tensor | None, state: TokenState) -> Tensor:
-        """The first token's attention to each token, averaged over heads: [B, n, D] -> [B, n], float32."""
 
 
 _METHODS: dict[str, type[Method[Any]]] = {}
@@ -68,11 +56,11 @@ class Method(ABC, Generic[C]):
         """Multiply-adds of a layer's metric, and of comparing tokens by it."""
 
     @abstractmethod
-    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+    def reduce(self, x: Tensor, normed: Tensor, layer: Any, state: TokenState, bias: Tensor | None) -> Tensor:
         """Reduce the tokens of layer `state.layer` and record it in `state`: x [B, n, D] -> [B, n', D].
 
         `normed` [B, n, D] is the input of the layer's queries, keys and values. `bias` [B or 1, 1 or H, 1 or n, n] is
-        the mask that attention added to its scores.
+        the mask that attention added to its scores. `layer` is a `LayerMerging` (`families/layer.py`).
         """
 
     def wants_bias(self, training: bool) -> bool:

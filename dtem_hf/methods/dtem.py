@@ -20,7 +20,6 @@ from ..embedding import (
     initialize_randomly,
 )
 from ..token_state import TokenState
-from .base import MergedLayer
 from .matching import MatchingMethod, record_matched
 
 
@@ -60,7 +59,7 @@ class DTEM(MatchingMethod[DTEMConfig]):
     def sizes_carry_gradient(self, training: bool) -> bool:
         return self.is_soft(training) or self.is_straight_through(training)
 
-    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
+    def metric(self, normed: Tensor, layer: Any, state: TokenState) -> Tensor:
         assert state.embedding is not None
         # Detached: the metric's gradient must not change the backbone.
         return state.embedding.projections[state.layer](normed.detach())
