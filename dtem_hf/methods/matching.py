@@ -63,7 +63,7 @@ class KeyMatchingMethod(MatchingMethod[M]):
     def metric(self, normed: Tensor, layer: Any, state: TokenState) -> Tensor:
         keys = layer.keys(normed, state).detach()
         # The sum has the direction of the mean, and the cosine needs only that.
-        if ops.is_exporting() and ops.exports_openvino():
+        if ops.is_exporting() and ops.exports("openvino"):
             first, *others = keys.float().unbind(-2)
             return sum(others, start=first)
         return keys.sum(dim=-2, dtype=torch.float32)

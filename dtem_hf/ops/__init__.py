@@ -2,7 +2,7 @@
 
 from .attention import attention_dtype, extend_keys, see_itself, size_bias
 from .first_order import first_order_change
-from .forms import MERGE_FORMS, exports_openvino, is_exporting, merge_form
+from .forms import MERGE_FORMS, exports, is_exporting, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .lengths import norms_of, prune_tokens, restore_lengths
 from .masking import draw_kept, squeeze_in_place
@@ -30,7 +30,7 @@ __all__ = [
     "cosine_scores",
     "draw_kept",
     "energies",
-    "exports_openvino",
+    "exports",
     "extend_keys",
     "first_order_change",
     "fuse_tokens",
