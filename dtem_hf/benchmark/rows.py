@@ -128,7 +128,7 @@ def answering_entries(
     entries = []
     for variant in tqdm([*variants, *merged], desc="count", unit="row", leave=False):
         model = variant.standalone()
-        number = Reading.of(model).count(num_plain)
+        number = Reading(model).count(num_plain)
         row = torch.cat([text.new_full((number,), image), text])
 
         def answer(pixels: Tensor, tokens: int = length, model: Any = model, row: Tensor = row) -> Tensor:
