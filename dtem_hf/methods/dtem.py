@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from ..token_state import TokenState
 from .matching import MatchingMethod, record_matched
 
 
-class DTEM(MatchingMethod[DTEMConfig]):
+class DTEM(MatchingMethod):
     """Soft grouping and soft merging in `.train()`, hard matching in `.eval()`, unless the config says otherwise."""
 
-    config_class: ClassVar[type[DTEMConfig]] = DTEMConfig
+    config_class = DTEMConfig
 
     def embedding_shape(self) -> EmbeddingShape:
         g, c = self.geometry, self.config

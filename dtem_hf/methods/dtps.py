@@ -18,14 +18,14 @@ from .base import Method
 from .matching import squeeze
 
 
-class DTPS(Method[DTPSConfig]):
+class DTPS(Method):
     """Prune and squeeze patches in front of some layers, each with its own predictor.
 
     `.eval()` keeps the patches of highest score. `.train()` draws which patches to keep, and no token leaves: a mask
     hides the pruned tokens from attention and gives the predictors a gradient. The choice of hosts has no gradient.
     """
 
-    config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
+    config_class = DTPSConfig
     pairwise: ClassVar[bool] = False
     between: ClassVar[bool] = True
 

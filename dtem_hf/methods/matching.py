@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..configuration import MatchingConfig
 from ..costs import MetricCost
 from ..token_state import MergeStep, TokenState
 from .base import Method
 
 
-M = TypeVar("M", bound=MatchingConfig)
-
-
-class MatchingMethod(Method[M]):
+class MatchingMethod(Method):
     """Hard bipartite soft matching. A subclass defines the metric."""
 
     merges_halves: ClassVar[bool] = True
@@ -54,7 +50,7 @@ class MatchingMethod(Method[M]):
         return merged
 
 
-class KeyMatchingMethod(MatchingMethod[M]):
+class KeyMatchingMethod(MatchingMethod):
     """Compare tokens by their attention keys, averaged over heads. Nothing is learned; training merges hard, too."""
 
     def metric_cost(self) -> MetricCost:

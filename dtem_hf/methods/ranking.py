@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..configuration import KeepRateConfig
 from ..costs import MetricCost
 from ..errors import UnsupportedModelError
 from ..token_state import TokenState
 from .base import Method
 
 
-K = TypeVar("K", bound=KeepRateConfig)
-
-
-class RankingMethod(Method[K]):
+class RankingMethod(Method):
     """Rank by CLS attention, from the layer's queries and keys. Nothing is learned; training does the same."""
 
     pairwise: ClassVar[bool] = False

@@ -72,7 +72,7 @@ class Merging:
     config: MergeConfig
     family: Family
     geometry: Geometry
-    method: Method[Any]
+    method: Method
     cost: EncoderCost
     num_tokens: int
     reads_all: bool

@@ -118,7 +118,7 @@ def _copy_with_part(config: MergeConfig, place: Place) -> MergeConfig:
     return replace(config, part=place.part or None)
 
 
-def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
+def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method) -> Merging:
     """The `Merging` of a model and a config. Raises ValueError if the schedule does not fit."""
     family, encoder, geometry = place.family, place.encoder, method.geometry
     cost = family.encoder_cost(place.holder, encoder, method.metric_cost())
