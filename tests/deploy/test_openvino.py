@@ -120,7 +120,7 @@ class MergeAlone(ImageGraph):
         return tuple(merged)
 
 
-@pytest.mark.parametrize("form", ops.MERGE_FORMS)
+@pytest.mark.parametrize("form", ops.forms.MERGE_FORMS)
 def test_ties_are_merged_as_in_eager(tmp_path, form):
     """Tokens that are copies of four unit vectors: almost all scores are ties, and each token bears its number."""
     draw = torch.Generator().manual_seed(3)

@@ -56,7 +56,7 @@ def test_all_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(me
     merged.set_attn_implementation("eager")
     pixels = torch.randn(4, 3, 32, 32)
     expected = ImageGraph(merged)(pixels)
-    for form in ops.MERGE_FORMS:
+    for form in ops.forms.MERGE_FORMS:
         with ops.merge_form(form):
             program = export_graph(merged, (3, 32, 32))
         names = [str(node.target) for node in program.graph.nodes]
