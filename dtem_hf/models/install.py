@@ -86,7 +86,7 @@ def prepare(
     geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family.shiftable(encoder)))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
-    merging = _merging(model, place, config, method)
+    merging = _merging(model, place, method)
     shape = method.embedding_shape()
     if shape is not None and shape.shifts:
         _check_shiftable(family.shiftable(encoder))
@@ -118,9 +118,9 @@ def _copy_with_part(config: MergeConfig, place: Place) -> MergeConfig:
     return replace(config, part=place.part or None)
 
 
-def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method) -> Merging:
-    """The `Merging` of a model and a config. Raises ValueError if the schedule does not fit."""
-    family, encoder, geometry = place.family, place.encoder, method.geometry
+def _merging(model: PreTrainedModel, place: Place, method: Method) -> Merging:
+    """The `Merging` of a model by a method. Raises ValueError if the config's schedule does not fit."""
+    family, encoder, config, geometry = place.family, place.encoder, method.config, method.geometry
     cost = family.encoder_cost(place.holder, encoder, method.metric_cost())
     cost = replace(cost, pairwise=method.pairwise, between=method.between)
     reader = _outer_reader(model, place, config)
@@ -132,7 +132,7 @@ def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: 
     reads_all = reader == "grid" or family.reads_grid(place.holder)
     if reads_all and config.unmerge is False:
         raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
-    return Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader, read)
+    return Merging(family, method, cost, family.num_tokens(encoder), reads_all, reader, read)
 
 
 def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
@@ -264,20 +264,20 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     Raises ValueError for another method, or a config that needs another embedding; the model does not change then.
     """
     place = find_place(model)
-    config, merging = _copy_with_part(config, place), place.encoder.merging
+    merging = place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
-    _check_shape(config, merging)
-    if config.unmerge == merging.config.unmerge:
-        changed = replace(merging, config=config)
-    else:
-        changed = _merging(model, place, config, merging.method)
-    merging.method.config = config
-    _set_merging(model, place.encoder, changed)
+    method = make_method(_copy_with_part(config, place), merging.method.geometry)
+    _check_shape(method, merging.method)
+    same_reader = config.unmerge == merging.config.unmerge
+    _set_merging(
+        model, place.encoder, replace(merging, method=method) if same_reader else _merging(model, place, method)
+    )
 
 
-def _check_shape(config: MergeConfig, merging: Merging) -> None:
-    wanted, own = make_method(config, merging.geometry).embedding_shape(), merging.method.embedding_shape()
+def _check_shape(method: Method, current: Method) -> None:
+    """Raise ValueError if a method needs another embedding than the current one."""
+    config, wanted, own = method.config, method.embedding_shape(), current.embedding_shape()
     if wanted is None or own is None or wanted == own:
         return
     if wanted.embed_dim != own.embed_dim:

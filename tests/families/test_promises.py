@@ -193,7 +193,7 @@ def test_dtps_that_draws_what_it_keeps_in_use_gives_the_same_in_training(row: Ro
     """Pruned tokens stay in training, and nothing that a model gives depends on them."""
     model = attach(row.make(), DTPSConfig(0.5, [1, 3]))
     encoder = find_encoder(model)[1]
-    patches = model.merge_plan().num_tokens - encoder.merging.geometry.num_prefix_tokens
+    patches = model.merge_plan().num_tokens - encoder.merging.method.geometry.num_prefix_tokens
     order = torch.randperm(patches, generator=torch.Generator().manual_seed(3)).tolist()
     first, second = sorted(order[: patches // 2]), sorted(order[: patches // 4])
     encoder.merge_embedding.predictors = nn.ModuleList([Choice(first, []), Choice(second, first)])
