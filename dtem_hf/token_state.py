@@ -288,9 +288,8 @@ class TokenState:
         dtype = ops.attention_dtype(dtype, sizes.device.type)
         exponents = None
         # A pooling head behind the last layer has no exponents.
-        if wanted and self.embedding is not None and layer < self.embedding.shape.num_layers:
-            exponents = self.embedding.exponents_of(layer)
-            exponents = None if exponents is None else exponents.to(sizes.device)
+        if wanted and self.embedding is not None and layer < len(self.embedding.exponents):
+            exponents = self.embedding.exponents[layer]().to(sizes.device)
         counted = sizes if wanted else (sizes > 0).float() if kept is None else kept.to(sizes.device)
         bias = ops.size_bias(counted, dtype, exponents)
         # The model masks padding by the smallest number, too. A gradient needs the floor of `size_bias` instead.

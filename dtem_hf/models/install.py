@@ -75,7 +75,7 @@ def prepare(
     """
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
-    config = _copy_with_part(config, place)
+    config = replace(config, part=place.part or None)  # a checked copy; loading finds the part by its name
     enable_size_bias(encoder.config._attn_implementation)
     family.check(holder, encoder)
     layers = family.layers(encoder)
@@ -111,11 +111,6 @@ def _check_shiftable(modules: Sequence[Shiftable]) -> None:
                 f"learn_shifts=True: {name} is a {type(module).__name__}; only parameters of torch's own Linear and "
                 "LayerNorm can be shifted. Load the model without quantisation, or use an adapter without shifts."
             )
-
-
-def _copy_with_part(config: MergeConfig, place: Place) -> MergeConfig:
-    """A checked copy of a config, independent of the caller's. It names the part, so that loading finds it again."""
-    return replace(config, part=place.part or None)
 
 
 def _merging(model: PreTrainedModel, place: Place, method: Method) -> Merging:
@@ -267,7 +262,7 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     merging = place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
-    method = make_method(_copy_with_part(config, place), merging.method.geometry)
+    method = make_method(replace(config, part=place.part or None), merging.method.geometry)
     _check_shape(method, merging.method)
     same_reader = config.unmerge == merging.config.unmerge
     _set_merging(
