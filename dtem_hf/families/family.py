@@ -16,7 +16,7 @@ from ..embedding import Geometry, KeyProjection
 from ..errors import BadValue, UnsupportedModelError
 from .anatomy import Anatomy, convolution_cost, linear_cost
 from .layer import LayerMerging
-from .readers import READERS, RETURN_ALL
+from .readers import READERS
 from .shifts import Shiftable, shiftable_modules
 
 
@@ -59,14 +59,6 @@ class Family:
     def reader(self, model_class: type) -> str | type:
         """How models of a class read the tokens: a word of `READERS`, or a mixin."""
         return next(self.models[cls] for cls in model_class.__mro__ if cls in self.models)
-
-    def reads_all(self, model: nn.Module) -> bool:
-        """Whether the encoder returns all tokens in place to a model."""
-        return self.reader(type(model)) in RETURN_ALL
-
-    def reads_grid(self, model: nn.Module) -> bool:
-        """Whether a model cannot work without all tokens in place."""
-        return self.reader(type(model)) in ("grid", "rows")
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
         """The mixins for a merged model of a class."""

@@ -27,6 +27,7 @@ from ..families import Place, find_encoder, find_place
 from ..families.containers import container_of, states_read
 from ..families.family import input_like
 from ..families.layer import forget_keys, remember_keys
+from ..families.readers import NEED_ALL
 from ..families.shifts import Shiftable, Shifted, shiftable_parameters
 from ..families.unmasked_attention import enable_size_bias
 from ..hub.adapter import MergeAdapter
@@ -124,7 +125,7 @@ def _merging(model: PreTrainedModel, place: Place, method: Method) -> Merging:
         read = tuple(range(geometry.num_layers + 1)[index] for index in states_read(model.config))
         unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - max(read))
         cost = replace(cost, layers=(*cost.layers[: max(read)], *unread))
-    reads_all = reader == "grid" or family.reads_grid(place.holder)
+    reads_all = reader == "grid" or family.reader(type(place.holder)) in NEED_ALL
     if reads_all and config.unmerge is False:
         raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
     return Merging(family, method, cost, family.num_tokens(encoder), reads_all, reader, read)
