@@ -82,7 +82,7 @@ class MergeMixin(DerivedMixin):
         if merge is UNSET and not isinstance(getattr(config, "merge", {}), dict):
             # transformers' own Auto classes write the value of merge= into the config, if that has a field `merge`.
             merge = config.merge  # type: ignore[union-attr]
-        if merge is not UNSET:  # before the larger download: a wrong reference fails early
+        if merge is not UNSET:
             wanted, adapter = resolve_merge(merge, **{k: kwargs[k] for k in ADAPTER_ARGUMENTS if k in kwargs})
             merge = adapter or wanted
             # Without the adapter: transformers would copy its tensors with all threads (see `prepare`).

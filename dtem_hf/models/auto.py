@@ -23,7 +23,7 @@ from ..files import read_json
 from ..hub.adapter import MergeAdapter
 from .attach import ADAPTER_ARGUMENTS, UNSET, attach, merged_class
 from .derived import stock_class
-from .install import MergeLike
+from .install import MergeLike, resolve_merge
 
 
 _FILE_ARGUMENTS = (*ADAPTER_ARGUMENTS, "proxies", "revision", "subfolder")
@@ -43,6 +43,10 @@ class MergingAutoClass:
         embedding. All other arguments are those of transformers.
         """
         stock = super().from_pretrained  # type: ignore[misc]
+        # Before the backbone, which is the larger download: a wrong reference fails early.
+        if merge is not UNSET:
+            given, adapter = resolve_merge(merge, **_chosen(kwargs, ADAPTER_ARGUMENTS))
+            merge = adapter or given
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             options = _chosen(kwargs, _HUB_ARGUMENTS)
