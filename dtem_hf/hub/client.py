@@ -173,11 +173,11 @@ def publish(
                 )
             except _FAILURES as error:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-                is_clear = status < 500 or not isinstance(_clear(error, repo_id, branch, True), ConnectionError)
+                is_lost = status >= 500 and isinstance(_clear(error, repo_id, branch, True), ConnectionError)
                 # If the commit arrived and only its answer is lost, the next try commits nothing.
-                if tries_left and (status == 412 or not (is_clear or create_pr)):
+                if tries_left and (status == 412 or (is_lost and not create_pr)):
                     continue
-                if is_clear:
+                if not is_lost:
                     raise
                 again = "Run the same command again: it commits nothing twice"
                 if create_pr:
