@@ -27,7 +27,7 @@ from ..programs.conditions import command, data_name
 from ..programs.identity import digest
 from ..programs.lock import only_run_in, output_folder
 from ..programs.processes import known_processes
-from ..report.tables import about, print_rows, shown, shown_r
+from ..report.tables import print_table
 from .arguments import METHODS_HELP, ResumableArguments
 from .captions_generation import caption_batch, count_generation
 from .captions_scoring import SPICE_VARIABLE, score_captions, unavailable
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = evaluate_captions(arguments, lambda result: write_json(path, result))
         if known_processes().is_main_process:
             print_table(result)
+            for metric, reason in result["reasons"].items():
+                print(f"{metric}: {reason}")
             print(f"written: {path}, and the captions of every row beside it")
 
 
@@ -183,23 +185,3 @@ def _score_rows(
             }
         )
     return rows, scores.reasons
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Show the rows of a caption evaluation in the terminal, and the reasons for missing metrics."""
-    metrics = ("BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-    lines = [
-        [
-            row["method"],
-            shown_r(row["r"]),
-            *("–" if row[name] is None else f"{100 * row[name]:.1f}" for name in metrics),
-            str(row["visual_tokens"]),
-            *(f"{row[f'{part}_multiply_adds'] / 1e6:.1f}" for part in ("encoder", "decoding")),
-            shown(row["captions_per_second"], ".1f"),
-        ]
-        for row in result["rows"]
-    ]
-    columns = ("method", "r", *metrics, "visual tokens", "M encoder", "M decoding", "captions/s")
-    print_rows(about(result), columns, lines)
-    for metric, reason in result["reasons"].items():
-        print(f"{metric}: {reason}")
