@@ -20,7 +20,7 @@ from ..programs.arguments import option, parse_arguments
 from ..programs.lock import only_run_in
 from ..programs.processes import known_processes
 from ..report.plots import measure_of, plot_pareto
-from ..report.tables import LEGEND, Columns, as_markdown, interval, number, print_table, table_of
+from ..report.tables import LEGEND, Columns, as_markdown, interval, number, numbers, print_table, table_of
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP, SeveralAdapters
 from .classification import ClassifierArguments, evaluate
@@ -135,10 +135,7 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
         "Images/s": number("images_per_second", ".1f"),
         "Speed-up": number("speedup", ".2f", unit="×"),
         "Ideal": lambda row: f"{1 / row['ratio']:.2f}×",
-        "Top-1": number("top1", ".2f"),
-        "Top-5": number("top5", ".2f"),
-        "ECE": number("calibration_error", ".2f"),
-        "Agreement": number("agreement", ".2f"),
+        **numbers(".2f", {"Top-1": "top1", "Top-5": "top5", "ECE": "calibration_error", "Agreement": "agreement"}),
         "KL": number("kl", ".4f"),
     }
     if "kl_interval" in rows[-1]:

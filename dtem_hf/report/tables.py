@@ -55,6 +55,11 @@ def number(name: str, form: str, per: float = 1, unit: str = "") -> Cell:
     return cell
 
 
+def numbers(form: str, names: dict[str, str]) -> Columns:
+    """Columns of numbers in one format: entries of a row by heading."""
+    return {heading: number(name, form) for heading, name in names.items()}
+
+
 def interval(name: str, form: str) -> Cell:
     """Cells with the two ends of an interval."""
     return lambda row: " to ".join(f"{end:{form}}" for end in row[name])
@@ -72,8 +77,7 @@ _FEATURES = {
     **_NAMES,
     "cosine": number("cosine", ".4f"),
     "cosine, 95 %": interval("cosine_interval", ".4f"),
-    "same nearest": number("same_nearest", ".1f"),
-    "k-NN top-1": number("knn_top1", ".1f"),
+    **numbers(".1f", {"same nearest": "same_nearest", "k-NN top-1": "knn_top1"}),
     **_COSTS,
     **_SPEED,
 }
@@ -88,8 +92,7 @@ _MAPS = {
 }
 _SEGMENTATION = {
     **_NAMES,
-    "mIoU": number("miou", ".1f"),
-    "pixel accuracy": number("pixel_accuracy", ".1f"),
+    **numbers(".1f", {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}),
     **_COSTS,
 }
 _CAPTIONS = {
@@ -103,17 +106,13 @@ _LOSSES = {
     **_NAMES,
     **_VISUAL,
     "share": _COSTS["share"],
-    "loss": number("loss", ".4f"),
-    "ratio": number("loss_ratio", ".4f"),
+    **numbers(".4f", {"loss": "loss", "ratio": "loss_ratio"}),
     "added": number("added_loss", "+.4f"),
     "±": number("standard_error", ".4f"),
 }
 _CLASSES = {
     **_NAMES,
-    "top-1": number("top1", ".1f"),
-    "top-5": number("top5", ".1f"),
-    "ECE": number("calibration_error", ".1f"),
-    "agreement": number("agreement", ".1f"),
+    **numbers(".1f", {"top-1": "top1", "top-5": "top5", "ECE": "calibration_error", "agreement": "agreement"}),
     "KL": number("kl", ".4f"),
     **_COSTS,
     **_SPEED,
