@@ -31,8 +31,7 @@ from ..programs.arguments import DTYPES, at_least, one_of, option, parse_argumen
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
-from .rows import Entry, answering_entries, captioning_entries, image_entries, measure_entries
-from .runtimes import room_for_graphs
+from .rows import Entry, answering_entries, captioning_entries, image_entries, measure_entries, room_for_graphs
 from .tables import markdown, print_benchmark
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..costs import MergePlan
-from ..deploy.runtimes import is_exported, make_run
+from ..deploy.graph import ImageGraph
+from ..deploy.runtimes import Run, is_exported, make_run
 from ..errors import BadValue
 from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
@@ -20,11 +22,11 @@ from ..models.copies import share_weights
 from ..models.processor import Reading, count_dropped_tokens
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
+from ..programs.functions import load_function
 from ..progress import tqdm
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
 from .efficiency import break_even, count_multiply_adds, peak_memory, speeds, spread
-from .runtimes import PeerGraph, peer_run
 
 
 @dataclass
@@ -92,6 +94,29 @@ def image_entries(
     return entries
 
 
+def peer_run(name: str, model: nn.Module, r: Any) -> Run:
+    """Call a peer, `module:function`, with a plain model and an r; it returns a callable of pixels [B, C, H, W].
+
+    The model is in eval mode, on the benchmark's device and in its dtype. Raises ValueError if the result is not
+    callable.
+    """
+    run = load_function("peer", name)(model, r)
+    if not callable(run):
+        raise BadValue("peer", name, f"a function that returns a callable, not {type(run).__name__}")
+    return run
+
+
+class PeerGraph(ImageGraph):
+    """A peer's callable as a module that can be exported; `model` is the model that the peer was called with."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        super().__init__(model)
+        self._run = run
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (self._run(pixel_values),)
+
+
 def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], length: int) -> list[Entry]:
     """Make a row for every variant that writes greedy captions of exactly `length` tokens."""
     if not hasattr(variants[0].model, "generate"):
@@ -147,6 +172,16 @@ def answering_entries(
 def _entry(runtime: str, variant: Variant, model: Any, run: Any, reference: int, count: int, shape: Any) -> Entry:
     plan = model.merge_plan(tuple(shape[1:])) if hasattr(model, "merge_plan") else None
     return Entry(runtime, variant.method, variant.shown_r, run, reference, count, model, plan, variant.adapter)
+
+
+@contextmanager
+def room_for_graphs(count: int) -> Iterator[None]:
+    """Let torch.compile keep `count` graphs of the same code, and as many for batches of one image."""
+    with torch._dynamo.config.patch(
+        recompile_limit=max(2 * count, torch._dynamo.config.recompile_limit),
+        accumulated_recompile_limit=max(2 * count, torch._dynamo.config.accumulated_recompile_limit),
+    ):
+        yield
 
 
 @torch.inference_mode()

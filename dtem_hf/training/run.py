@@ -38,7 +38,6 @@ from .interruption import Interruption
 from .parameters import choose_learned, drawn_for, optimizer_groups, relax
 from .publication import Publication
 from .results import Results
-from .same_run import check_same_run
 from .step_outcome import gather_outcome, raise_not_finite
 from .tasks import make_task
 from .threads import use_threads
@@ -319,7 +318,7 @@ class Run:
         found = checkpoints.complete(self.checkpoints)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
-            check_same_run(self.arguments, self.images_per_step, self.identity, state)
+            checkpoints.check_same_run(self.arguments, self.images_per_step, self.identity, state)
             for name in (*self._state(), "position"):
                 setattr(self, name, state[name])
             self.metrics.run_id = state.get("run_id", self.metrics.run_id)
