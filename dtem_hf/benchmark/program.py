@@ -155,8 +155,6 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         "image_size": list(shape[1:]),
         "rounds": arguments.rounds,
         "compile_mode": arguments.compile_mode,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
         "attention": model.config._attn_implementation,
         "rows": rows,

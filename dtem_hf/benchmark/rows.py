@@ -244,8 +244,7 @@ def _run(entry: Entry, pixels: Tensor) -> Any:
     try:
         return entry.run(pixels)
     except Exception as error:
-        if hasattr(error, "add_note"):
-            error.add_note(f"while {entry.runtime} {entry.method} r={entry.r} ran on a batch of {len(pixels)}")
+        error.add_note(f"while {entry.runtime} {entry.method} r={entry.r} ran on a batch of {len(pixels)}")
         raise
 
 

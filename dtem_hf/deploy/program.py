@@ -226,7 +226,6 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
             "outputs": names,
             "parity": parity,
             **({} if reason is None else {"unchecked_because": reason}),
-            "device": device.type,
             "versions": {**made["versions"], **_runtime_versions()},
         }
         write_json(path.with_name(f"{path.name}.json"), record)
@@ -309,10 +308,8 @@ def load_for_export(arguments: ExportArguments) -> Any:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 

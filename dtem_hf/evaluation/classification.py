@@ -186,8 +186,6 @@ def evaluate(
         "image_size": list(shape[-2:]),
         "batch_size": a.batch_size,
         "processes": parts.state.num_processes,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
         "dtype": a.dtype,
         "runtime": a.runtime,
         **weighing,

@@ -161,8 +161,6 @@ def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> di
         "data": {"name": data_name(a.data), "num_images": len(images)},
         "image_size": list(size),
         "batch_size": a.batch_size,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
         "dtype": "float32",
         "rows": rows,
     }

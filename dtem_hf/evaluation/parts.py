@@ -55,7 +55,15 @@ class Parts:
                 shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
         if (folder / _RUN_NAME).is_file():
-            _check_same_run(read_json(folder / _RUN_NAME), run, folder)
+            before = read_json(folder / _RUN_NAME)
+            for name, value in run.items():
+                if before.get(name) != value:
+                    raise BadValue(
+                        name,
+                        value,
+                        f"the unfinished run in {folder} has {before.get(name)!r}; use that, choose another "
+                        "output_dir, or pass --resume never to start over",
+                    )
         self.state.wait_for_everyone()  # all have checked before one writes
 
     def measure(
@@ -117,14 +125,3 @@ class Parts:
 def batches_of(num_items: int, batch_size: int) -> list[Sequence[int]]:
     """Split items into batches, the last of which may be smaller."""
     return [range(start, min(start + batch_size, num_items)) for start in range(0, num_items, batch_size)]
-
-
-def _check_same_run(before: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
-    for name, value in run.items():
-        if before.get(name) != value:
-            raise BadValue(
-                name,
-                value,
-                f"the unfinished run in {folder} has {before.get(name)!r}; use that, choose another output_dir, or "
-                "pass --resume never to start over",
-            )

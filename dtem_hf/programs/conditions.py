@@ -17,8 +17,9 @@ from ..version import __version__
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """The command line, the hardware and the versions of a result."""
-    return {"command": command(), "hardware": hardware(device), "versions": versions()}
+    """The command line, the machine and the versions of a result."""
+    machine = {"hardware": hardware(device), "device": device.type, "threads": torch.get_num_threads()}
+    return {"command": command(), **machine, "versions": versions()}
 
 
 def describe_model(name: str, model: Any) -> dict[str, Any]:
