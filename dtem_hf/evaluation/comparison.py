@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..report.tables import LEGEND, Columns, as_markdown, interval, number, numb
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP, SeveralAdapters
 from .classification import ClassifierArguments, evaluate
-from .variants import METHODS, UNMERGED, Variant
+from .variants import METHODS, UNMERGED, Variant, make_variants
 
 
 # The rows of the ablation; each adds one part to the row above.
@@ -59,8 +59,8 @@ class CompareArguments(ClassifierArguments, SeveralAdapters):
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
         """The rows, with the methods that need an adapter if one is given."""
         given = [] if self.ablation else [a.config.method for a in adapters.values() if a.config.needs_adapter]
-        whole = replace(self, methods=list(dict.fromkeys([*self.methods, *given])))
-        return super(CompareArguments, whole).make_variants(model, adapters, **options)
+        methods = list(dict.fromkeys([*self.methods, *given]))
+        return make_variants(model, methods, self.reductions(), self.flops, adapters, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
