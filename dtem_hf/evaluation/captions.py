@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..report.tables import print_table
 from .arguments import METHODS_HELP, ResumableArguments
 from .captions_generation import caption_batch, count_generation
 from .captions_scoring import score_captions, unavailable
-from .parts import Columns, Parts
+from .parts import Columns, measured
 from .variants import Variant, median_speeds
 
 
@@ -128,18 +129,11 @@ def evaluate_captions(
     words = digest(tokenizer.get_vocab())
     read = {"split": a.split, "num_images": len(images), "images": images.digest()}
     run = a.run_facts(model, variants, adapters, images.processor, **read, settings=settings, tokenizer=words)
-    parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
-    columns = parts.measure(
-        images,
-        a.batch_size,
-        lambda batch, number: caption_batch(
-            variants, batch, tokenizer, settings, device, first=number % len(variants)
-        ),
-        "caption",
-        a.num_workers,
-    )
-    result: dict[str, Any] = {}
-    if parts.state.is_main_process:
+    state, result = known_processes(), dict[str, Any]()
+    measure = partial(caption_batch, variants, tokenizer, settings, device)
+    with measured(a, run, images, measure, "caption") as columns:
+        if not state.is_main_process:
+            return result
         one = images[0]["pixel_values"][None].to(device, model.dtype)
         costs = [count_generation(variant, one, settings) for variant in variants]
         rows, reasons = _score_rows(a, variants, columns, {i: image.captions for i, image in annotated.items()})
@@ -148,12 +142,12 @@ def evaluate_captions(
             "data": {"name": data_name(a.images), "num_images": len(images)},
             "generation": settings,
             "batch_size": a.batch_size,
-            "processes": parts.state.num_processes,
+            "processes": state.num_processes,
             "dtype": a.dtype,
             "reasons": reasons,
             "rows": [{**row, **cost} for row, cost in zip(rows, costs, strict=True)],
         }
-    parts.finish(lambda: keep(result))
+        keep(result)
     return result
 
 
