@@ -131,22 +131,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         merged = arguments.make_variants(model, adapters, unmerge=False)[1:]
         entries = answering_entries(variants, merged, shape, arguments.prompt_tokens, arguments.answer_tokens)
     else:
-        peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
-        entries = image_entries(
-            model, variants, shape, arguments.runtimes, arguments.compile_mode, peers, arguments.peer_runtimes
-        )
+        entries = image_entries(model, variants, shape, arguments)
     with room_for_graphs(len(entries) * (1 + len(arguments.batch_sizes))):
-        rows = measure_entries(
-            entries,
-            shape,
-            arguments.batch_sizes,
-            device,
-            model.dtype,
-            arguments.rounds,
-            arguments.warmup,
-            arguments.breakdown,
-            arguments.compile_mode,
-        )
+        rows = measure_entries(entries, shape, device, model.dtype, arguments)
     return {
         **arguments.facts(model, device),
         "random_weights": arguments.random_weights,

@@ -50,32 +50,24 @@ class Entry:
     tokens_read: str | None = None
 
 
-def image_entries(
-    model: Any,
-    variants: Sequence[Variant],
-    shape: tuple[int, ...],
-    runtimes: Sequence[str],
-    compile_mode: str,
-    peers: Sequence[tuple[str, Any]] = (),
-    peer_runtimes: Sequence[str] = ("eager",),
-) -> list[Entry]:
+def image_entries(model: Any, variants: Sequence[Variant], shape: tuple[int, ...], arguments: Any) -> list[Entry]:
     """Make a row for every variant in every runtime, then for every peer at every r; the first variant is unmerged.
 
-    A peer is compared with the unmerged model in the peer's runtime, or else in eager.
+    A peer is compared with the unmerged model in the peer's runtime, or else in eager. `arguments` are the program's.
     """
     like = next(model.parameters())
     one = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
     models = [variant.standalone() for variant in variants]
     counts = [count_multiply_adds(partial(run_on_pixels, merged, one)) for merged in models]
+    peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
+    total = len(arguments.runtimes) * len(variants) + len(arguments.peer_runtimes) * len(peers)
     entries: list[Entry] = []
-    with tqdm(
-        total=len(runtimes) * len(variants) + len(peers) * len(peer_runtimes), desc="prepare", unit="row", leave=False
-    ) as progress:
-        for runtime in runtimes:
+    with tqdm(total=total, desc="prepare", unit="row", leave=False) as progress:
+        for runtime in arguments.runtimes:
             reference = len(entries)
             for variant, merged, count in zip(variants, models, counts, strict=True):
                 progress.set_postfix_str(f"{runtime} {variant.label}")
-                run = make_run(runtime, merged, shape, compile_mode)
+                run = make_run(runtime, merged, shape, arguments.compile_mode)
                 entries.append(_entry(runtime, variant, merged, run, reference, count, shape))
                 progress.update()
         plain = {entry.runtime: entry.reference for entry in entries}
@@ -85,9 +77,11 @@ def image_entries(
             run = peer_run(name, shared, r)
             # The counter sees only torch; a count of 0 means unknown.
             counted = count_multiply_adds(partial(run, one)) or None
-            for runtime in peer_runtimes:
+            for runtime in arguments.peer_runtimes:
                 reference = plain.get(runtime, plain.get("eager", 0))
-                own = run if runtime == "eager" else make_run(runtime, PeerGraph(shared, run), shape, compile_mode)
+                own = run
+                if runtime != "eager":
+                    own = make_run(runtime, PeerGraph(shared, run), shape, arguments.compile_mode)
                 row = "peer" if runtime == "eager" else runtime
                 entries.append(Entry(row, name, as_schedule(r).to_json(), own, reference, counted))
                 progress.update()
@@ -186,25 +180,18 @@ def room_for_graphs(count: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def measure_entries(
-    entries: Sequence[Entry],
-    shape: tuple[int, ...],
-    batch_sizes: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-    warmup: int,
-    breakdown: bool,
-    compile_mode: str,
+    entries: Sequence[Entry], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, arguments: Any
 ) -> list[dict[str, Any]]:
     """Measure every row on noise of [C, H, W] at every batch size; all rows run in turn within each round.
 
-    `dtype` is the dtype of the pixels, except for exported graphs, which take float32.
+    `dtype` is the dtype of the pixels, except for exported graphs, which take float32. `arguments` are the program's.
     """
+    rounds, warmup, breakdown = arguments.rounds, arguments.warmup, arguments.breakdown
     rows = [_facts(entry, entries[entry.reference]) for entry in entries]
     runs_each = len(entries) + sum(entry.begin is not None for entry in entries)
-    total = len(batch_sizes) * runs_each * (rounds + warmup)
+    total = len(arguments.batch_sizes) * runs_each * (rounds + warmup)
     with tqdm(total=total, desc="benchmark", unit="run") as progress:
-        for batch_size in batch_sizes:
+        for batch_size in arguments.batch_sizes:
             progress.set_postfix_str(f"batch {batch_size}")
             pixels = torch.randn(batch_size, *shape, device=device)
             runs = [
@@ -228,7 +215,7 @@ def measure_entries(
                 if breakdown and entry.runtime == "eager":
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
-                    alone = entry.plan and merging_alone(entry.model, entry.plan, batch_size, compile_mode)
+                    alone = entry.plan and merging_alone(entry.model, entry.plan, batch_size, arguments.compile_mode)
                     cell["merging"] = None
                     if alone:  # matching and merging, compiled and timed separately
                         median = float(np.median(time_interleaved([alone], device, rounds, warmup)))
