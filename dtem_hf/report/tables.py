@@ -90,11 +90,7 @@ _MAPS = {
     "IoU, 95 %": interval("iou_interval", ".3f"),
     **_COSTS,
 }
-_SEGMENTATION = {
-    **_NAMES,
-    **numbers(".1f", {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}),
-    **_COSTS,
-}
+_SEGMENTATION = {**_NAMES, **numbers(".1f", {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}), **_COSTS}
 _CAPTIONS = {
     **_NAMES,
     **{name: number(name, ".1f", 0.01) for name in ("BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")},
