@@ -31,7 +31,7 @@ from ..programs.processes import known_processes
 from ..report.tables import print_table
 from .arguments import METHODS_HELP, ResumableArguments
 from .captions_generation import caption_batch, count_generation
-from .captions_scoring import score_captions, unavailable
+from .captions_scoring import SPICE_VARIABLE, score_captions, unavailable
 from .parts import Columns, measured
 from .variants import Variant, median_speeds
 
@@ -44,6 +44,9 @@ class EvaluateCaptionsArguments(ResumableArguments):
     split: str | None = option("split of Karpathy's file: train, restval, val or test", default=None)
     predictions: str | None = option("captions to score instead of a model's, in COCO's result format", default=None)
     output: str = option("file for the scores of predictions", default="runs/captions/scores.json")
+    spice_jars: str | None = option(
+        f"folder with SPICE's two CoreNLP jars; left out: {SPICE_VARIABLE}, or SPICE's own folder", default=None
+    )
     model: str | None = option("captioning model: Hub id or local folder", default=None)  # type: ignore[assignment]
     images: str | None = option("folder of the annotated images", default=None)
     methods: list[str] = option(METHODS_HELP, default_factory=lambda: ["none", "tome"])
@@ -71,7 +74,7 @@ class EvaluateCaptionsArguments(ResumableArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line; caption and score, or only score; print and write the scores."""
     arguments = parse_arguments(EvaluateCaptionsArguments, argv, __doc__ or "")
-    for metric, reason in unavailable().items():
+    for metric, reason in unavailable(arguments.spice_jars).items():
         print(f"{metric} will be null: {reason}")
     if arguments.predictions is not None:
         output_folder(Path(arguments.output).parent)
@@ -96,7 +99,7 @@ def score_file(arguments: EvaluateCaptionsArguments) -> dict[str, Any]:
     if len(predictions) < len(images):
         print(f"{len(predictions)} of {len(images)} images have a prediction; only these are scored")
     references = {image_id: image.captions for image_id, image in images.items()}
-    scores = score_captions(references, predictions)
+    scores = score_captions(references, predictions, arguments.spice_jars)
     for metric, value in scores.values.items():
         print(f"{metric:>8}  {f'null: {scores.reasons[metric]}' if value is None else f'{value:.4f}'}")
     return {
@@ -164,7 +167,7 @@ def _score_rows(
         predictions = dict(zip(columns["image_id"].tolist(), columns["captions"][:, i].tolist(), strict=True))
         file_name = f"results_{re.sub(r'[^A-Za-z0-9.]+', '-', variant.label).strip('-')}.json"
         write_predictions(Path(arguments.output_dir) / file_name, predictions)
-        scores = score_captions(references, predictions)
+        scores = score_captions(references, predictions, arguments.spice_jars)
         rows.append(
             {
                 **variant.facts(),

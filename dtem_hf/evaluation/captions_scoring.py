@@ -1,17 +1,20 @@
 """BLEU, METEOR, ROUGE-L, CIDEr and SPICE as COCO's caption evaluation computes them, by pycocoevalcap.
 
-This module calls the scorers one by one. `COCOEvalCap.evaluate` would build SPICE first, which downloads its jars if
-they are missing, and would return no score if that fails. A metric that cannot be computed is None, with the reason.
+This module calls the scorers one by one. `COCOEvalCap.evaluate` would build SPICE first, which starts a download, and
+would return no score if that fails. A metric that cannot be computed is None, with the reason. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,8 @@ from ..errors import BadValue, need
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+SPICE_VARIABLE = "DTEM_HF_SPICE_JARS"
+_SPICE_MEMORY = "8G"
 
 Captions = dict[int, list[str]]
 
@@ -42,12 +47,15 @@ class Scorer(NamedTuple):
     lacks: str | None = None
 
 
-def score_captions(references: Mapping[int, Sequence[str]], predictions: Mapping[int, str]) -> CaptionScores:
+def score_captions(
+    references: Mapping[int, Sequence[str]], predictions: Mapping[int, str], spice_jars: str | None = None
+) -> CaptionScores:
     """Score one prediction per image against the references of that image.
 
-    Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
+    `spice_jars` is a folder with SPICE_JARS (left out: the environment variable DTEM_HF_SPICE_JARS, or SPICE's own
+    folder). Raises ValueError for a prediction without references, and ImportError without pycocoevalcap.
     """
-    lacking = unavailable()
+    lacking = unavailable(spice_jars)
     unknown = [image_id for image_id in predictions if not references.get(image_id)]
     if unknown:
         raise BadValue("predictions", unknown[0], f"images that have captions; {len(unknown)} have none")
@@ -57,7 +65,7 @@ def score_captions(references: Mapping[int, Sequence[str]], predictions: Mapping
     if len(lacking) < len(METRICS):
         given = ({i: references[i] for i in predictions}, {i: [text] for i, text in predictions.items()})
         tokenised = [tokenise(captions) for captions in given]
-    for scorer in _scorers():
+    for scorer in _scorers(spice_jars):
         reason, values = lacking.get(scorer.metrics[0]), None
         if reason is None:
             try:
@@ -74,14 +82,14 @@ def score_captions(references: Mapping[int, Sequence[str]], predictions: Mapping
     return scores
 
 
-def unavailable() -> dict[str, str]:
+def unavailable(spice_jars: str | None = None) -> dict[str, str]:
     """The metrics that cannot be computed on this machine, with reasons; programs call it before they caption.
 
     Raises ImportError without pycocoevalcap.
     """
     need("captions", "scoring captions", "pycocoevalcap")
     lacking = _tokenizer_lacks()
-    reasons = {metric: lacking or scorer.lacks for scorer in _scorers() for metric in scorer.metrics}
+    reasons = {metric: lacking or scorer.lacks for scorer in _scorers(spice_jars) for metric in scorer.metrics}
     return {metric: reason for metric, reason in reasons.items() if reason is not None}
 
 
@@ -92,7 +100,7 @@ def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
     """
     need("captions", "scoring captions", "pycocoevalcap")
     tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer")
-    jar = _folder_of(tokenizer) / tokenizer.STANFORD_CORENLP_3_4_1_JAR
+    jar = _package_folder("tokenizer") / tokenizer.STANFORD_CORENLP_3_4_1_JAR
     # One caption per line, without other line ends: Java splits lines at more characters than `\n`.
     lines = [" ".join(text.split()) for texts in captions.values() for text in texts]
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,13 +119,28 @@ def tokenise(captions: Mapping[int, Sequence[str]]) -> Captions:
     return {image_id: [next(tokens) for _ in texts] for image_id, texts in captions.items()}
 
 
-def _scorers() -> list[Scorer]:
+def find_spice_jars(folder: str | None = None) -> tuple[Path | None, str | None]:
+    """The folder with SPICE's two CoreNLP jars, or None and a message that says which jar is missing where."""
+    given = folder or os.environ.get(SPICE_VARIABLE)
+    place = Path(given) if given else _package_folder("spice") / "lib"
+    missing = [name for name in SPICE_JARS if not (place / name).is_file()]
+    if not missing:
+        return place, None
+    where = str(place) if given else "pycocoevalcap/spice/lib"
+    return None, (
+        f"SPICE needs {' and '.join(missing)} in {where}: unpack Stanford CoreNLP 3.6.0 (2015-12-09) and name its "
+        f"folder with --spice_jars or {SPICE_VARIABLE}"
+    )
+
+
+def _scorers(spice_jars: str | None) -> list[Scorer]:
+    jars, missing_jars = find_spice_jars(spice_jars)
     return [
         Scorer(METRICS[:4], lambda gts, res: _class("bleu", "Bleu")(4).compute_score(gts, res, verbose=0)[0]),
         Scorer(("METEOR",), _meteor, _meteor_lacks()),
         Scorer(("ROUGE-L",), lambda gts, res: [_class("rouge", "Rouge")().compute_score(gts, res)[0]]),
         Scorer(("CIDEr",), lambda gts, res: [_class("cider", "Cider")().compute_score(gts, res)[0]]),
-        Scorer(("SPICE",), lambda gts, res: [_class("spice", "Spice")().compute_score(gts, res)[0]], _spice_lacks()),
+        Scorer(("SPICE",), lambda gts, res: [_spice(gts, res, jars)], missing_jars),
     ]
 
 
@@ -135,9 +158,10 @@ def _meteor(references: Captions, predictions: Captions) -> list[float]:
             meteor.lock.release()
 
 
-def _folder_of(module: Any) -> Path:
-    """The folder of a scorer's module, in which its jars are."""
-    return Path(module.__file__).parent
+def _package_folder(part: str) -> Path:
+    spec = find_spec("pycocoevalcap")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / part
 
 
 def _tokenizer_lacks() -> str | None:
@@ -154,18 +178,24 @@ def _tokenizer_lacks() -> str | None:
 
 
 def _meteor_lacks() -> str | None:
-    meteor = import_module("pycocoevalcap.meteor.meteor")
-    jar = _folder_of(meteor) / meteor.METEOR_JAR
+    jar = _package_folder("meteor") / import_module("pycocoevalcap.meteor.meteor").METEOR_JAR
     return None if jar.is_file() else f"METEOR needs {jar.name} in pycocoevalcap/meteor"
 
 
-def _spice_lacks() -> str | None:
-    """Which of SPICE's two CoreNLP jars are missing, or None. pycocoevalcap would download them."""
-    folder = _folder_of(import_module("pycocoevalcap.spice.spice")) / "lib"
-    missing = [name for name in SPICE_JARS if not (folder / name).is_file()]
-    if not missing:
-        return None
-    return (
-        f"SPICE needs {' and '.join(missing)} in pycocoevalcap/spice/lib: copy them from Stanford CoreNLP 3.6.0 "
-        "(2015-12-09), or run python -m pycocoevalcap.spice.get_stanford_models, which downloads them"
-    )
+def _spice(references: Captions, predictions: Captions, jars: Path | None) -> float:
+    """SPICE's mean F-score. pycocoevalcap's own class would look for its jars in one place only, and download them."""
+    assert jars is not None
+    folder = _package_folder("spice")
+    classes = os.pathsep.join([str(folder / "spice-1.0.jar"), str(folder / "lib" / "*"), str(jars.resolve() / "*")])
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = Path(scratch, "input.json"), Path(scratch, "output.json")
+        items = [{"image_id": i, "test": predictions[i][0], "refs": references[i]} for i in predictions]
+        given.write_text(json.dumps(items), encoding="utf-8")
+        program = ["java", f"-Xmx{_SPICE_MEMORY}", "-cp", classes, "edu.anu.spice.SpiceScorer"]
+        run = subprocess.run(
+            [*program, str(given), "-out", str(made), "-subset", "-silent"], capture_output=True, text=True
+        )
+        if run.returncode or not made.is_file():
+            raise subprocess.SubprocessError((run.stderr.strip() or f"exit code {run.returncode}")[-300:])
+        scores = [float(item["scores"]["All"]["f"]) for item in json.loads(made.read_text(encoding="utf-8"))]
+    return sum(scores) / len(scores)

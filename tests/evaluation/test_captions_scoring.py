@@ -7,7 +7,6 @@ import shutil
 import stat
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dtem_hf import BadValue
 from dtem_hf.evaluation.captions_scoring import (
     METRICS,
     SPICE_JARS,
+    SPICE_VARIABLE,
     score_captions,
     tokenise,
     unavailable,
@@ -36,13 +36,10 @@ PREDICTIONS = {1: "A dog runs in the field", 2: "two cats on a couch", 3: "A red
 
 
 @pytest.fixture
-def spice_folder(monkeypatch, tmp_path):
-    """The folder that pycocoevalcap takes for its own SPICE; its `lib` lacks the jars."""
-    folder = tmp_path / "spice"
-    (folder / "lib").mkdir(parents=True)
-    monkeypatch.setattr("pycocoevalcap.spice.spice.__file__", str(folder / "spice.py"))
-    monkeypatch.setattr(import_module("pycocoevalcap.spice.get_stanford_models"), "SPICEDIR", str(folder))
-    return folder
+def no_jars(monkeypatch, tmp_path):
+    """Hide SPICE's jars, wherever they lie on this machine."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv(SPICE_VARIABLE, str(tmp_path / "empty"))
 
 
 @pytest.fixture(autouse=True)
@@ -110,10 +107,10 @@ def test_published_figures_by_the_recipes_command(shared, tmp_path):
 
 
 @needs_java
-def test_scores_against_their_definitions_and_no_spice_from_jars_that_do_not_work(spice_folder):
+def test_scores_against_their_definitions_and_no_spice_from_jars_that_do_not_work(tmp_path):
     for name in SPICE_JARS:
-        (spice_folder / "lib" / name).write_bytes(b"PK\x05\x06" + bytes(18))
-    scores = score_captions(REFERENCES, PREDICTIONS)
+        (tmp_path / name).write_bytes(b"PK\x05\x06" + bytes(18))
+    scores = score_captions(REFERENCES, PREDICTIONS, str(tmp_path))
     references, predictions = (
         {i: [re.sub(r"[^a-z ]", "", text.lower()) for text in texts] for i, texts in captions.items()}
         for captions in (REFERENCES, {i: [text] for i, text in PREDICTIONS.items()})
@@ -133,7 +130,7 @@ def test_line_ends_and_empty_captions_keep_their_places():
     assert tokens == {1: ["a dog runs fast", ""], 2: ["it 's here there"], 3: [""]}
 
 
-def test_without_java_everything_is_null_with_the_reason(monkeypatch, spice_folder, tmp_path):
+def test_without_java_everything_is_null_with_the_reason(monkeypatch, no_jars, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     scores = score_captions(REFERENCES, PREDICTIONS)
     assert scores.values == dict.fromkeys(METRICS)
@@ -142,7 +139,7 @@ def test_without_java_everything_is_null_with_the_reason(monkeypatch, spice_fold
 
 @needs_java
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # METEOR's destructor meets a dead Java
-def test_a_scorer_that_dies_takes_no_other_with_it_and_spice_needs_its_jars(spice_folder, monkeypatch, tmp_path):
+def test_a_scorer_that_dies_takes_no_other_with_it_and_spice_needs_its_jars(no_jars, monkeypatch, tmp_path):
     from pycocoevalcap.meteor import meteor
 
     (tmp_path / "broken.jar").write_bytes(b"no jar")
@@ -151,11 +148,11 @@ def test_a_scorer_that_dies_takes_no_other_with_it_and_spice_needs_its_jars(spic
     assert scores.values["METEOR"] is None and scores.reasons["METEOR"].startswith("METEOR failed")
     assert scores.values["CIDEr"] is not None and scores.values["BLEU-1"] is not None
     assert scores.values["SPICE"] is None and list(scores.reasons) == ["METEOR", "SPICE"]
-    assert SPICE_JARS[0] in scores.reasons["SPICE"] and "pycocoevalcap/spice/lib" in scores.reasons["SPICE"]
+    assert SPICE_JARS[0] in scores.reasons["SPICE"] and "--spice_jars" in scores.reasons["SPICE"]
 
 
 @needs_java
-def test_what_a_scorer_lacks_is_known_before_anything_is_scored(spice_folder, monkeypatch):
+def test_what_a_scorer_lacks_is_known_before_anything_is_scored(no_jars, monkeypatch):
     from pycocoevalcap.meteor import meteor
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -177,28 +174,33 @@ def test_tokenising_writes_nothing_into_the_package():
     assert folder.stat().st_mtime_ns == before
 
 
-def test_spice_is_the_mean_of_its_f_scores(monkeypatch, spice_folder, tmp_path):
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_spice_runs_with_the_jars_of_a_folder(monkeypatch, tmp_path, by_variable):
     """A stand-in for Java takes SPICE's arguments: the real one needs jars that are not to be had everywhere."""
-    from dtem_hf.evaluation.captions_scoring import _scorers
+    from dtem_hf.evaluation.captions_scoring import _spice, find_spice_jars
 
-    tools = tmp_path / "tools"
-    tools.mkdir()
+    jars, tools = tmp_path / "jars", tmp_path / "tools"
+    for folder in (jars, tools):
+        folder.mkdir()
     for name in SPICE_JARS:
-        (spice_folder / "lib" / name).touch()
+        (jars / name).touch()
     program = f"""#!{sys.executable}
-import json, os, sys
-given, made = sys.argv[4], sys.argv[sys.argv.index("-out") + 1]
-assert sys.argv[3] == "spice-1.0.jar" and os.getcwd() == {str(spice_folder)!r}
+import json, sys
+classes, given, made = sys.argv[3], sys.argv[5], sys.argv[sys.argv.index("-out") + 1]
+assert {str(jars)!r} in classes and "spice-1.0.jar" in classes
 items = json.load(open(given))
-scores = [(i["image_id"], 0.5 if i["test"] in i["refs"] else 0.25) for i in items]
-json.dump([{{"image_id": i, "scores": {{"All": {{"f": score}}}}}} for i, score in scores], open(made, "w"))
+scores = [0.5 if item["test"] in item["refs"] else 0.25 for item in items]
+json.dump([{{"scores": {{"All": {{"f": score}}}}}} for score in scores], open(made, "w"))
 """
     (tools / "java").write_text(program)
     (tools / "java").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
-    spice = _scorers()[-1]
-    assert spice.metrics == ("SPICE",) and spice.lacks is None
-    assert list(spice.score({1: ["a", "b"], 2: ["c"]}, {1: ["b"], 2: ["x"]})) == [0.375]
+    monkeypatch.delenv(SPICE_VARIABLE, raising=False)
+    if by_variable:
+        monkeypatch.setenv(SPICE_VARIABLE, str(jars))
+    found, missing = find_spice_jars(None if by_variable else str(jars))
+    assert (found, missing) == (jars, None)
+    assert _spice({1: ["a", "b"], 2: ["c"]}, {1: ["b"], 2: ["x"]}, found) == 0.375
 
 
 def test_predictions_without_references_are_named():
