@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dtem_hf import (
     DTEMConfig,
@@ -142,8 +143,24 @@ def assert_onnx_runs(case: FamilyCase, model: Any, program: torch.export.Exporte
         )
 
 
+def described(program: torch.export.ExportedProgram) -> str:
+    """A graph without its weights: each operator with all its arguments, and the shapes of what it returns."""
+    numbers = {node: f"%{number}" for number, node in enumerate(program.graph.nodes)}
+    lines = []
+    for node, number in numbers.items():
+        arguments = torch.fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        made = tree_map(lambda value: getattr(value, "dtype", ""), node.meta.get("val"))
+        shapes = tree_map(lambda value: getattr(value, "shape", value), node.meta.get("val"))
+        lines.append(f"{number} = {'' if node.op == 'placeholder' else node.target}{arguments}: {made} {shapes}")
+    return "\n".join(lines)
+
+
+RAN_IN_ONNX_RUNTIME: set[str] = set()
+
+
 @by_exported
 def test_onnx_runtime_with_a_dynamic_batch(case: FamilyCase, model_class: Any, tmp_path: Path) -> None:
+    """The exporter sees a graph, and not a family: of graphs that are equal but for their weights, one is written."""
     pytest.importorskip("onnxscript")
     path = str(tmp_path / "model.onnx")
     if lacks(case, "onnx") or "onnx" in case.eager_only:
@@ -151,7 +168,11 @@ def test_onnx_runtime_with_a_dynamic_batch(case: FamilyCase, model_class: Any, t
         with pytest.raises(Exception):  # noqa: B017 (what torch.onnx or onnxruntime raises is its own affair)
             assert_onnx_runs(case, plain, export(plain, case), path)
     if not lacks(case, "onnx"):
-        assert_onnx_runs(case, *exported(case.family, model_class), path)
+        model, program = exported(case.family, model_class)
+        graph = described(program)
+        if graph not in RAN_IN_ONNX_RUNTIME:
+            assert_onnx_runs(case, model, program, path)
+        RAN_IN_ONNX_RUNTIME.add(graph)
 
 
 OTHER_METHODS = [
