@@ -52,7 +52,9 @@ def test_an_onnx_file_and_its_record(vit_folder, tmp_path, capsys):
         torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_all_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(merged):
+def test_all_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(make_bare):
+    """All tokens that one layer leaves."""
+    merged = attach(make_bare(num_hidden_layers=1), ToMeConfig(r=6))
     merged.set_attn_implementation("eager")
     pixels = torch.randn(4, 3, 32, 32)
     expected = ImageGraph(merged)(pixels)

@@ -1,13 +1,13 @@
 """The table of ways to train: every row by the recipes themselves, once; and what stands in the table."""
 
 import json
+import runpy
 
 import pytest
 import yaml
 
 from dtem_hf import BadValue
 from recipes.training_table import main
-from tests.support.children import run_python
 
 
 @pytest.fixture
@@ -33,8 +33,16 @@ def rows(tmp_path):
     return path
 
 
+def run_here(command, check):
+    """A recipe in this process: to import what it needs takes a new one longer than to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+
+
+@pytest.mark.usefixtures("any_precision")
 def test_rows_are_made_once_and_stand_in_the_table(rows, vit_folder, image_folder, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda command, check: run_python(command[1:], check=check))
+    monkeypatch.setattr("subprocess.run", run_here)
     folders = ["--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "out")]
     data = ["--model", str(vit_folder), "--train", str(image_folder), "--dev", str(image_folder)]
     command = ["--rows", str(rows), *data, *folders]
