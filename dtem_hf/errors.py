@@ -66,6 +66,11 @@ class UnreadableImage(ValueError):
     """An image cannot be decoded; the message names it."""
 
 
+def said_of_stop(error: KeyboardInterrupt) -> str:
+    """What to print when Ctrl-C ended a program; without a message of its own, the program keeps no part of its work."""
+    return f"Stopped by Ctrl-C: {str(error) or 'the same command starts over'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, or the name of its class if there is none."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

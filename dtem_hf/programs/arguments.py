@@ -31,12 +31,13 @@ from ..errors import (
     check_number,
     check_whole,
     said_by_worker,
+    said_of_stop,
 )
 from ..files import check_file, check_folder, check_is_there, read_text
 from ..hub.client import clear_errors
 from ..progress import hide_other_bars
 from ..schedule import R_EXPECTED
-from .processes import choose_device
+from .processes import choose_device, say
 
 
 T = TypeVar("T")
@@ -196,12 +197,15 @@ def _suggestion(unknown: Sequence[str], options: Collection[str]) -> str:
 def run_script(program: str | Callable[[], None]) -> None:
     """Run a script: a function, or the `main` of a module of dtem_hf.
 
-    It shows an error that the user can correct as one line on stderr, and exits with 2 for a bad value and with 1 for
-    a missing file or package, or a file that cannot be written.
+    It shows an error that the user can correct as one line on stderr, and exits with 2 for a bad value, with 1 for a
+    missing file or package, or a file that cannot be written, and with 130 after Ctrl-C.
     """
     hide_other_bars()
     try:
         (load_program(program) if isinstance(program, str) else program)()
+    except KeyboardInterrupt as error:
+        say(said_of_stop(error))
+        raise SystemExit(130) from error
     except (
         BadValue,
         UnsupportedModelError,
