@@ -110,8 +110,8 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
     ) -> CommitInfo | None:
         """Write config, tensors and card into a folder, which is made if needed; each file is written atomically.
 
-        Other files do not change. A card that was edited stays, with a warning. With `push_to_hub`, the adapter is published
-        (`push_to_hub_kwargs` go to the method `push_to_hub`), and the commit is returned.
+        Other files do not change. A card that was edited stays, with a warning. With `push_to_hub`, the adapter is
+        published (`push_to_hub_kwargs` go to the method `push_to_hub`), and the commit is returned.
         """
         directory = Path(save_directory)
         with refreshed_card(directory):
