@@ -22,7 +22,7 @@ import yaml
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
-from ..configuration import MergeConfig
+from ..configuration import CONFIG_NAME, MergeConfig
 from ..errors import (
     AdapterError,
     BadValue,
@@ -106,13 +106,19 @@ class ImageArguments(ModelArguments):
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
     """Read arguments with `read_arguments`, and check the paths among them.
 
-    Raises FileNotFoundError for a missing folder in `model` or `adapter`, and ValueError if the path of `output_dir`
-    is a file or lies among the images of the run, or the path of `output` is a folder.
+    Raises FileNotFoundError for a missing folder in `model` or `adapter`, and ValueError if one of them is a file, a
+    path is empty, the path of `output_dir` is a file or lies among the images of the run, or the path of `output` is a
+    folder.
     """
     found = read_arguments(kind, argv, description, leading)
+    for name in ("model", "adapter", "data", "output_dir", "output"):
+        if getattr(found, name, None) == "":  # an empty path is the current folder
+            raise BadValue(name, "", "a path or a name")
     for name in ("model", "adapter"):
         if isinstance(value := getattr(found, name, None), str):
             check_is_there(value.partition("@")[0])
+            if os.path.isfile(value) and not getattr(found, "random_weights", False):  # these read a config's file
+                raise BadValue(name, value, "a folder or a Hub id; this is a file")
     if isinstance(value := getattr(found, "output_dir", None), str):
         check_folder("output_dir", value)
         for name in _IMAGE_FOLDERS:
@@ -277,8 +283,13 @@ def _yaml_as_options(path: Path, lists: dict[str, bool]) -> list[str]:
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """The config of a model. Raises OSError that says what to do if neither folder nor Hub id exists."""
+    """The config of a model. Raises OSError that says what to do if neither folder nor Hub id exists.
+
+    Raises AdapterError for an adapter's folder.
+    """
     check_is_there(model)
+    if os.path.isfile(os.path.join(model, CONFIG_NAME)) and not os.path.isfile(os.path.join(model, "config.json")):
+        raise AdapterError(f"{model} is a merge adapter and no model: name its backbone as the model.")
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
