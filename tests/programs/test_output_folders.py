@@ -70,6 +70,12 @@ def test_a_file_is_no_folder(name: str, below: str, tmp_path: Path) -> None:
         import_module(name).main([*PROGRAMS[name], "--output_dir", str(tmp_path / "bad.jpg" / below)])
 
 
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(BadValue, match=r"a folder; .*out is a link to nothing"):
+        parse_arguments(EvaluateArguments, [*IMAGES, "--output_dir", str(tmp_path / "out")], "")
+
+
 @pytest.mark.parametrize("below", ["", "runs/x"])
 def test_results_do_not_lie_among_the_images(below: str, tmp_path: Path) -> None:
     """Their pictures would be images of the next run; a labels.csv says which images there are."""
