@@ -262,6 +262,8 @@ def visualize(
     check_file("output", output)
     if by_layer and len(images) > 1:
         raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
+    if Path(model).is_file():
+        raise BadValue("model", model, "a folder or a Hub id; this is a file")
     for path in images:
         if not path.is_file():
             raise FileNotFoundError(f"there is no picture {path}")

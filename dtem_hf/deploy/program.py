@@ -31,7 +31,7 @@ from ..errors import BadValue, need
 from ..families import find_encoder
 from ..files import replacing_together, write_json
 from ..models.attach import UNSET
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_whole
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.vision import image_part, image_shape
@@ -300,7 +300,7 @@ def load_for_export(arguments: ExportArguments) -> Any:
         torch.manual_seed(arguments.seed)
         model = auto_class(config).from_config(config, merge=merge)
     else:
-        model = auto_class(config).from_pretrained(arguments.model, merge=merge)
+        model = load_whole(auto_class(config), arguments.model, merge=merge)
     if reduction := read_reduction(arguments.r, arguments.flops):
         model.set_reduction(**reduction)
     return model

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ..data.captioned_images import MODEL_INPUTS, CaptionCollate, CaptionedImages, Images, hold_out
 from ..data.captions import read_annotations
 from ..files import write_json
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_whole
 from ..models.distances import caption_losses
 from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments, read_config
@@ -66,7 +66,7 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
     """Measure every row's mean loss per caption (nats per token), and DTEM's loss minus ToMe's at the same r."""
     a, device = arguments, arguments.choose_device()
     config = read_config(a.model)
-    model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
+    model = load_whole(auto_class(config), a.model, merge=None).to(device).eval()
     variants = a.make_variants(model, a.load_adapters())
     images: Images = read_annotations(a.captions, a.split)
     if a.hold_out is not None:

@@ -21,7 +21,7 @@ from ..data.captioned_images import ImageFolder
 from ..data.captions import read_annotations, read_predictions, write_predictions
 from ..errors import BadValue, check_number
 from ..files import write_json
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_whole
 from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments, read_config
 from ..programs.conditions import command, data_name
@@ -123,7 +123,7 @@ def evaluate_captions(
     a, device = arguments, arguments.choose_device()
     assert a.model is not None and a.images is not None
     config = read_config(a.model)
-    model = auto_class(config).from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device).eval()
+    model = load_whole(auto_class(config), a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device).eval()
     adapters = a.load_adapters()
     variants = a.make_variants(model, adapters)
     annotated = dict(list(read_annotations(a.annotations, a.split).items())[: a.limit])

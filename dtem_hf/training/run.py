@@ -328,11 +328,10 @@ class Run:
         return self.results.record(self.data.num_images, self.images_per_step, self._state())
 
     def _finish(self) -> dict[str, Any]:
-        record, skipped = self._record(), len(self.unreadable)
-        self.results.write_record(record)
+        record, skipped = self.results.write_record(self._record()), len(self.unreadable)
         self.accelerator.print(
             f"best step {self.best['step']}: {self.task.ranked_by} "
-            f"{self.best['validation'][self.task.ranked_by]:.4f}; adapter in {self.results.adapter}"
+            f"{self.best['validation'][self.task.ranked_by]:.4g}; adapter in {self.results.adapter}"
             + (f", the whole model in {self.results.model}" if self.arguments.train_backbone else "")
             + (f"; {skipped} unreadable images were left out" if skipped else "")
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from typing import Any
 
 import pytest
 import torch
+from transformers import ViTModel
 
 from dtem_hf import BadValue, ToMeConfig, attach, ops
 from dtem_hf.deploy.graph import ImageGraph, export_graph, output_names
@@ -16,6 +18,7 @@ from dtem_hf.deploy.parity import check_parity
 from dtem_hf.deploy.program import ExportArguments, export, export_format, load_for_export, main
 from dtem_hf.errors import UnsupportedModelError
 from dtem_hf.models.vision import image_shape
+from tests.support.command_line import TINY
 
 
 @pytest.fixture
@@ -159,6 +162,21 @@ def test_an_opset_that_cannot_be_written_is_refused_before_the_model_is_loaded(o
 def test_an_untrained_method_is_refused(vit_folder):
     with pytest.raises(BadValue, match="method='dtps': a method that needs no training"):
         load_for_export(ExportArguments(model=str(vit_folder), method="dtps"))
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
+    config = copy.deepcopy(TINY)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(tmp_path / "model")
+    arguments = ExportArguments(model=str(tmp_path / "model"), method="tome", output_dir=str(tmp_path / "out"))
+    with pytest.raises(BadValue, match=r"lacks 2 weights of ViTForImageClassification, such as classifier\.bias"):
+        export(arguments)
+    assert not (tmp_path / "out").exists()
+    config.architectures = ["ViTModel"]
+    config.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"lacks pooler\.dense\.bias: the output of the pooler is random"):
+        load_for_export(arguments)
 
 
 @pytest.mark.parametrize("method", ["none", "tome"])
