@@ -92,10 +92,10 @@ def plan(
       dtem-hf plan facebook/deit-small-patch16-224 --flops 0.5 --json
     """
     from .labels import reduction_label
-    from .programs.arguments import read_reduction
+    from .programs.arguments import read_config, read_reduction
 
     reduction = read_reduction(r, flops)
-    config = _read_config(model)
+    config = read_config(model)
     merged = _without_weights(config, _merge_of(config, method))
     if reduction:
         merged.set_reduction(**reduction)
@@ -140,10 +140,11 @@ def info(
     from .hub.reading import recorded_merge
     from .hub.records import clean
     from .models.attach import UNSET
+    from .programs.arguments import read_config
 
     check_is_there(adapter)
     if (merge := recorded_merge(adapter)) is not None:
-        config = _read_config(adapter)
+        config = read_config(adapter)
         plan = _without_weights(config, UNSET).merge_plan()
         if as_json:
             typer.echo(json.dumps({"model": adapter, "merge": merge, "plan": plan.to_dict()}, indent=2))
@@ -250,7 +251,7 @@ def visualize(
     from .labels import method_name
     from .models.auto import auto_class
     from .opening import load_processor, open_image
-    from .programs.arguments import check_no_adapter, read_reduction
+    from .programs.arguments import check_no_adapter, read_config, read_reduction
     from .progress import hide_other_bars
     from .report.pictures import draw_merged_layers, draw_merged_tokens
 
@@ -261,13 +262,15 @@ def visualize(
     check_file("output", output)
     if by_layer and len(images) > 1:
         raise BadValue("by_layer", by_layer, f"one image, not {len(images)}")
+    if Path(model).is_file():
+        raise BadValue("model", model, "a folder or a Hub id; this is a file")
     for path in images:
         if not path.is_file():
             raise FileNotFoundError(f"there is no picture {path}")
         if Path(output).exists() and path.samefile(output):
             raise BadValue("output", output, "another file than the pictures to draw")
     pictures = [open_image(path, path.name) for path in images]
-    config = _read_config(model)
+    config = read_config(model)
     merges = {reference: _read_merge(reference) for reference in merge or ()}
     models: dict[str, Any] = {}
     for label, wanted in (merges or {"": _merge_of(config, method)}).items():
@@ -305,12 +308,6 @@ def _add_program(name: str, module: str, summary: str) -> None:
 
 for _name, (_module, _summary) in PROGRAMS.items():
     _add_program(_name, _module, _summary)
-
-
-def _read_config(model: str) -> PretrainedConfig:
-    from .programs.arguments import read_config
-
-    return read_config(model)
 
 
 def _without_weights(config: PretrainedConfig, merge: Any) -> Any:

@@ -25,7 +25,7 @@ CONFIG_NAME = "merge_config.json"
 # Every saved config holds it. A higher minor version loads with a warning, a higher major version is refused.
 FORMAT_VERSION = (1, 0)
 # An adapter's config file has these keys beside the method's fields.
-ADAPTER_KEYS = ("backbone", "tensors_sha256")
+ADAPTER_KEYS = {"backbone", "tensors_sha256"}
 
 
 def _help(text: str, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class MergeConfig(ABC):
         if not issubclass(kind, cls):
             raise BadValue("method", method, f"{cls.__name__} reads {cls.method!r}; use MergeConfig.from_dict for any")
         known = {f.name for f in fields(kind)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - known - ADAPTER_KEYS)
         if unknown:
             warnings.warn(
                 f"{kind.__name__}: ignoring {_shorten(unknown)}, which this version of dtem_hf does not know; "
@@ -122,10 +122,7 @@ class MergeConfig(ABC):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
         """Read `merge_config.json` from a folder, such as an adapter's. Raises FileNotFoundError or ValueError."""
-        values = read_json(Path(directory) / CONFIG_NAME)
-        if isinstance(values, dict):
-            values = {name: value for name, value in values.items() if name not in ADAPTER_KEYS}
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(Path(directory) / CONFIG_NAME))
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict())

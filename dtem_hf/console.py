@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from .errors import said_by_worker
+from .errors import said_by_worker, said_of_stop
 from .version import __version__
 
 
@@ -31,6 +31,9 @@ class OneLineErrors(TyperGroup):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt as error:
+            _say(said_of_stop(error), typer.colors.YELLOW)
+            raise typer.Exit(130) from error
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             said = said_by_worker(error)  # torch makes a RuntimeError of a worker's BadValue
             if ctx.params["traceback"] or (isinstance(error, RuntimeError) and said is None):

@@ -73,10 +73,11 @@ class EncoderCost:
 
     def plan(self, num_tokens: int, reductions: Sequence[int]) -> MergePlan:
         """The plan for `num_tokens` tokens and one r per layer; an r too large for its layer is lowered."""
-        if self.pairwise:
-            reductions = clamp_reductions(reductions, num_tokens, self.num_prefix_tokens)
-        tokens, costs, n = [], [], num_tokens
+        lowered, tokens, costs, n = [], [], [], num_tokens
         for layer, r in zip(self.layers, reductions, strict=True):
+            if self.pairwise:
+                r = min(r, max(n - self.num_prefix_tokens, 0) // 2)
+            lowered.append(r)
             costs.append(layer.multiply_adds(n, r, self.num_prefix_tokens, self.between))
             n -= r
             tokens.append(n)
@@ -84,7 +85,7 @@ class EncoderCost:
         plain = sum(layer.multiply_adds(num_tokens, 0, self.num_prefix_tokens) for layer in self.layers)
         return MergePlan(
             num_tokens=num_tokens,
-            reductions=list(reductions),
+            reductions=lowered,
             tokens=tokens,
             layer_multiply_adds=costs,
             multiply_adds=around + self._on_output(n) + sum(costs),
@@ -131,12 +132,3 @@ class MergePlan:
             f"image, {self.ratio:.3f} of the unmerged {self.unmerged_multiply_adds / 1e9:.3f} G"
         )
         return "\n".join([f"{'layer':>5} {'r':>4} {'tokens':>7} {'M multiply-adds':>16}", *rows, total])
-
-
-def clamp_reductions(reductions: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
-    """Lower each r to half of the non-prefix tokens that reach its layer."""
-    clamped = []
-    for r in reductions:
-        clamped.append(min(r, max(num_tokens - num_prefix_tokens, 0) // 2))
-        num_tokens -= clamped[-1]
-    return clamped

@@ -164,8 +164,9 @@ class Shifts(nn.Module):
 
 
 class DecoupledEmbedding(nn.Module):
-    """The learned parameters of an encoder: `projections`, and `exponents`, `norms`, `shifts` and `predictors`.
+    """The learned parameters of an encoder: `projections`, `exponents` and `norms` by layer, `shifts`, `predictors`.
 
+    A layer's exponents of token sizes are one per head, [H].
     The constructor leaves the values uninitialised; a method or an adapter fills them.
     """
 
@@ -182,10 +183,6 @@ class DecoupledEmbedding(nn.Module):
         )
         self.norms = nn.ModuleList(LearnedVector(1, device) for _ in depth if shape.norms)
         self.shifts = Shifts(shape.shifts, device)
-
-    def exponents_of(self, layer: int) -> Tensor | None:
-        """The learned exponents of token sizes in a layer's attention, one per head [H]; None if none are learned."""
-        return self.exponents[layer]() if self.exponents else None
 
     def lengthen(self, layer: int, x: Tensor, norms: Callable[[], Tensor]) -> Tensor:
         """Give merged tokens back a learned share of their lost length: x [B, n, D] -> [B, n, D].

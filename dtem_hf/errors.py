@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import packages_distributions
-from importlib.util import find_spec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +65,11 @@ class UnreadableImage(ValueError):
     """An image cannot be decoded; the message names it."""
 
 
+def said_of_stop(error: KeyboardInterrupt) -> str:
+    """What to print when Ctrl-C ended a program; without a message, the program keeps no part of its work."""
+    return f"Stopped by Ctrl-C: {str(error) or 'the same command starts over'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, or the name of its class if there is none."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
@@ -89,24 +93,33 @@ def need(extra: str, what: str, *modules: str) -> None:
 
 def _is_installed(module: str) -> bool:
     """Whether a package is installed. A script or a plain folder of its name does not count."""
-    with without_scripts_named(module):
-        found = find_spec(module)
+    found = _find_past_scripts(module)
     # pycocoevalcap is a plain folder, too, but a distribution installs it.
     return found is not None and (found.has_location or module in packages_distributions())
 
 
-@contextmanager
-def without_scripts_named(module: str) -> Iterator[None]:
-    """Inside the block, Python does not search folders that hold a script of the package's name.
+def _find_past_scripts(module: str) -> ModuleSpec | None:
+    """Find a package in the folders of Python's path that hold no script of its name.
 
     Python searches the folder of the running script first, and recipes/ has an `evaluate.py`.
     """
-    former = sys.path[:]
-    sys.path[:] = [folder for folder in former if not Path(folder, f"{module}.py").is_file()]
-    try:
-        yield
-    finally:
-        sys.path[:] = former
+    if sys.modules.get(module, module) is None:  # as `import` reads it: there is no such package
+        return None
+    return PathFinder.find_spec(module, [each for each in sys.path if not Path(each, f"{module}.py").is_file()])
+
+
+def import_past_scripts(module: str) -> None:
+    """Import a package; a later `import` then takes it, and not a script of its name nearer on Python's path."""
+    if module not in sys.modules:
+        spec = _find_past_scripts(module)
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        sys.modules[module] = made = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(made)
+        except BaseException:
+            del sys.modules[module]
+            raise
 
 
 def check_whole(field: str, value: Any, low: int, high: int) -> None:

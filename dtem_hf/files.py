@@ -83,11 +83,12 @@ def making_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
-    """Raise ValueError naming `option` if the path of the folder, or of one of its parents, is a file."""
+    """Raise ValueError naming `option` if the path of the folder or of a parent is a file or a broken link."""
     path = Path(folder)
     there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
     if not there.is_dir():
-        raise BadValue(option, str(folder), f"a folder; {there} is a file")
+        what = "a file" if there.exists() else "a link to nothing"
+        raise BadValue(option, str(folder), f"a folder; {there} is {what}")
 
 
 def check_file(option: str, file: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,6 @@ class TokenState:
         self.rotation: Any = None
         # Whether the encoder returned all tokens, each in its place.
         self.unmerged = False
-        self._entered = 0
         # Set when the encoder has returned. Gradient checkpointing runs layers again after that.
         self.finished = False
         # For packed images: for each number of tokens N, the rows [S, N] of the images with N tokens, and their state.
@@ -114,21 +113,6 @@ class TokenState:
         # by the layer in front of which they were drawn.
         self.kept: dict[int, Tensor] = {}
         self._first_merge = MOST_LAYERS  # none so far
-
-    def enter(self, layer: int) -> None:
-        """Count a layer that begins; the end of the encoder counts as one more.
-
-        Raises UnsupportedModelError if another layer should be next.
-        """
-        if self.finished:
-            return
-        if layer != self._entered:
-            raise UnsupportedModelError(
-                f"Layer {self._entered} of the merged encoder did not run: layers were replaced, removed or reordered "
-                "after attach. Attach again: attach(model, config), or to keep what it has learned "
-                "attach(model, model.to_merge_adapter())."
-            )
-        self._entered += 1
 
     def divide(self, rows: Sequence[Tensor]) -> None:
         """Make one state for the packed images of each length N; `rows` holds their rows [S, N] for each length."""
@@ -179,7 +163,7 @@ class TokenState:
     @property
     def num_layers(self) -> int:
         """How many layers have run."""
-        return len(self._sizes) - 1
+        return self.parts[0][1].num_layers if self.parts else len(self._sizes) - 1
 
     def kept_before(self, layer: int) -> Tensor | None:
         """The keep mask [B, n] of the tokens that enter a layer; None if no mask was drawn in front of it."""
@@ -201,6 +185,29 @@ class TokenState:
         """Positions of the tokens that enter a layer, in the family's coordinates: [B, n, k] float32, or None."""
         return self._positions[layer]
 
+    def enter(self, layer: int, x: Tensor) -> None:
+        """Begin a layer with its tokens x [B, n, D]. Raises UnsupportedModelError if another layer should be next."""
+        if not self.finished and layer != self.num_layers:
+            self._stop_at_change()
+        if x.device != self._device:
+            self.move_to(layer, x.device)
+        self.layer = layer
+        if layer in self._stacks:  # the reader stacks these tokens
+            self._stacked[layer].setdefault(layer, x)
+
+    def finish(self, num_layers: int) -> None:
+        """End the pass of the encoder's layers. Raises UnsupportedModelError if not all have run."""
+        if num_layers != self.num_layers:
+            self._stop_at_change()
+        self.finished = True
+
+    def _stop_at_change(self) -> NoReturn:
+        raise UnsupportedModelError(
+            f"Layer {self.num_layers} of the merged encoder did not run: layers were replaced, removed or reordered "
+            "after attach. Attach again: attach(model, config), or to keep what it has learned "
+            "attach(model, model.to_merge_adapter())."
+        )
+
     def move_to(self, layer: int, device: torch.device) -> None:
         """Move sizes, positions and source map of the tokens that enter a layer to the layer's device."""
         if device == self._device:
@@ -210,11 +217,6 @@ class TokenState:
         for kept, index in lists:
             if 0 <= index < len(kept) and (tensor := kept[index]) is not None and tensor.device != device:
                 kept[index] = tensor.to(device)
-
-    def stack(self, layer: int, x: Tensor) -> None:
-        """Keep the tokens x [B, n, D] that enter a layer if the reader stacks them."""
-        if layer in self._stacks:
-            self._stacked[layer].setdefault(layer, x)
 
     @property
     def stacked(self) -> dict[int, Tensor]:
@@ -304,9 +306,8 @@ class TokenState:
         dtype = ops.attention_dtype(dtype, sizes.device.type)
         exponents = None
         # A pooling head behind the last layer has no exponents.
-        if wanted and self.embedding is not None and layer < self.embedding.shape.num_layers:
-            exponents = self.embedding.exponents_of(layer)
-            exponents = None if exponents is None else exponents.to(sizes.device)
+        if wanted and self.embedding is not None and layer < len(self.embedding.exponents):
+            exponents = self.embedding.exponents[layer]().to(sizes.device)
         counted = sizes if wanted else (sizes > 0).float() if kept is None else kept.to(sizes.device)
         bias = ops.size_bias(counted, dtype, exponents)
         # The model masks padding by the smallest number, too. A gradient needs the floor of `size_bias` instead.

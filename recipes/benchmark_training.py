@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -26,8 +27,7 @@ from dtem_hf.benchmark.efficiency import peak_memory, spread
 from dtem_hf.configuration import DTEMConfig
 from dtem_hf.files import write_json
 from dtem_hf.models.attach import attach
-from dtem_hf.models.distances import kl_to
-from dtem_hf.models.install import merging_of, recorded_steps, set_merge_config
+from dtem_hf.models.install import set_merge_config
 from dtem_hf.models.timing import time_interleaved
 from dtem_hf.models.vision import image_shape
 from dtem_hf.ops import relaxation
@@ -36,8 +36,9 @@ from dtem_hf.programs.conditions import conditions
 from dtem_hf.programs.lock import only_run_in
 from dtem_hf.progress import tqdm
 from dtem_hf.report.tables import print_rows
-from dtem_hf.training.fisher import FisherArguments, fisher_loss, sampled_log_probability
+from dtem_hf.training.arguments import TrainArguments
 from dtem_hf.training.parameters import freeze_backbone, relax
+from dtem_hf.training.tasks import make_task
 
 
 @dataclass(kw_only=True)
@@ -84,8 +85,7 @@ def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
     freeze_backbone(model)
     torch.manual_seed(0)
     pixels = torch.randn(a.batch_size, *image_shape(model), device=device)
-    steps = _Steps(model, pixels, a.autocast)
-    runs = steps.rows()
+    runs = _Steps(model, pixels, a).rows()
     with tqdm(total=len(runs) * (a.rounds + 2), desc="benchmark", unit="step") as progress:
         seconds = time_interleaved(list(runs.values()), device, a.rounds, warmup=2, advance=progress.update)
     names = list(runs)
@@ -104,64 +104,52 @@ def measure_training_step(arguments: TrainingStepArguments) -> dict[str, Any]:
 
 
 class _Steps:
-    def __init__(self, model: Any, pixels: Tensor, autocast: str) -> None:
-        self.model, self.pixels, self.autocast = model, pixels, autocast
-        self.labels = torch.randint(model.config.num_labels, (len(pixels),), device=pixels.device)
+    def __init__(self, model: Any, pixels: Tensor, arguments: TrainingStepArguments) -> None:
+        self.model, self.autocast, self.config = model, arguments.autocast, model.merge_config
+        options = TrainArguments(model=arguments.model, data="noise", r=str(arguments.r))
+        self.tasks = {name: make_task(name, options) for name in ("classification", "distillation", "fisher")}
         self.optimizer = torch.optim.AdamW(model.merge_parameters(), lr=1e-4)
-        self.config = model.merge_config
-        numbers = torch.arange(len(pixels))
-        self.batch = {"epoch": torch.zeros_like(numbers), "index": numbers}
+        numbers = torch.arange(len(pixels), device=pixels.device)
+        labels = torch.randint(model.config.num_labels, (len(pixels),), device=pixels.device)
+        self.batch = {"pixel_values": pixels, "labels": labels, "index": numbers, "epoch": torch.zeros_like(numbers)}
 
     def rows(self) -> dict[str, Callable[[], None]]:
         """The steps by name."""
         straight_through = replace(self.config, relaxation="straight_through")
         return {
             "plain": self._plain,
-            "classification": lambda: self._learn(self._cross_entropy),
-            "distillation": lambda: self._learn(self._divergence),
-            "straight_through": lambda: self._learn(self._cross_entropy, straight_through),
-            "fisher": lambda: self._learn(self._fisher, soft=False),
+            "classification": partial(self._learn, "classification"),
+            "distillation": partial(self._learn, "distillation"),
+            "straight_through": partial(self._learn, "classification", straight_through),
+            "fisher": partial(self._learn, "fisher"),
             "definition": self._definition,
         }
 
     def _plain(self) -> None:
-        pixels = self.pixels.clone().requires_grad_(True)
+        pixels = self.batch["pixel_values"].clone().requires_grad_(True)
         with self.model.unmerged(), self._precision():
-            loss = F.cross_entropy(self.model(pixel_values=pixels).logits.float(), self.labels)
+            loss = F.cross_entropy(self.model(pixel_values=pixels).logits.float(), self.batch["labels"])
         loss.backward()
 
-    def _learn(self, loss: Callable[[], Tensor], config: Any = None, soft: bool = True) -> None:
+    def _learn(self, name: str, config: Any = None) -> None:
+        task = self.tasks[name]
         set_merge_config(self.model, config or self.config)
-        relax(self.model, soft)
+        relax(self.model, task.soft)
         with self._precision():
-            value = loss()
-        value.backward()
+            loss = task.loss(self.model, self.model, self.batch)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _definition(self) -> None:
         with patch.object(relaxation, "soft_grouping", grouping_by_definition):
-            self._learn(self._cross_entropy)
-
-    def _cross_entropy(self) -> Tensor:
-        return F.cross_entropy(self.model(pixel_values=self.pixels).logits.float(), self.labels)
-
-    def _divergence(self) -> Tensor:
-        with torch.no_grad(), self.model.unmerged():
-            reference = self.model(pixel_values=self.pixels).logits.float()
-        return kl_to(reference, self.model(pixel_values=self.pixels).logits).mean()
-
-    def _fisher(self) -> Tensor:
-        with recorded_steps(self.model) as steps:
-            logits = self.model(pixel_values=self.pixels).logits
-        output = sampled_log_probability(logits, self.batch, seed=0, sample=0)
-        prefix = merging_of(self.model).cost.num_prefix_tokens
-        return fisher_loss(steps, [output], prefix, self.config, FisherArguments())
+            self._learn("classification")
 
     def _precision(self) -> Any:
         if self.autocast == "no":
             return nullcontext()
-        return torch.autocast(self.pixels.device.type, dtype=getattr(torch, self.autocast))
+        device = self.batch["pixel_values"].device
+        return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
 
 
 def grouping_by_definition(

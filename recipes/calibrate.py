@@ -1,7 +1,4 @@
-"""Search for the r of every layer that costs a model least, at equal multiply-adds: `--help` has examples.
-
-python recipes/calibrate.py --model facebook/deit-tiny-patch16-224 --method tome --flops 0.5 --data path/to/images
-"""
+"""Search for the r of every layer that costs a model least, at equal multiply-adds; `--help` has examples."""
 
 from dtem_hf.programs.arguments import run_script
 

@@ -1,8 +1,4 @@
-"""Convert a Segmenter, in its authors' layout, to one of this package with the same outputs.
-
-python recipes/convert_segmenter.py --checkpoint segmenter.safetensors --output_dir segmenter-small
-dtem-hf plan segmenter-small --method tome --r 16   # the folder then works like any other model
-"""
+"""Convert a Segmenter, in its authors' layout, to one of this package with the same outputs; `--help` has examples."""
 
 from dtem_hf.convert.segmenter import main
 from dtem_hf.programs.arguments import run_script

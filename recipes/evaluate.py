@@ -1,8 +1,4 @@
-"""Evaluate a classifier, or an encoder by its features, under several methods and amounts of merging.
-
-python recipes/evaluate.py --model facebook/deit-small-patch16-224 --data path/to/images --adapter me/dtem-deit-small
-python recipes/evaluate.py --model ... --data ... --methods tome --r 8 16 --limit 200    # a laptop's CPU
-"""
+"""Evaluate a classifier, or an encoder by its features, with and without merging; `--help` has examples."""
 
 from dtem_hf.programs.arguments import run_script
 

@@ -1,8 +1,4 @@
-"""Train a small ViT on real handwritten digits, learn what to merge, measure, save and load it again.
-
-make quickstart
-python recipes/quickstart.py --output_dir runs/quickstart
-"""
+"""Train a small ViT, learn what to merge, measure, save and load it again; `--help` has examples."""
 
 from dtem_hf.programs.arguments import run_script
 

@@ -1,7 +1,4 @@
-"""Put a run's tables, plots and pictures on one page.
-
-python recipes/report.py --folders runs/compare runs/analysis --output runs/report.html
-"""
+"""Put a run's tables, plots and pictures on one page; `--help` has examples."""
 
 from dtem_hf.programs.arguments import run_script
 

@@ -1,8 +1,4 @@
-"""Learn a merge embedding for a frozen vision transformer.
-
-accelerate launch recipes/train.py --config recipes/configs/deit_tiny_sample.yaml
-python recipes/train.py --model facebook/deit-tiny-patch16-224 --data path/to/images --steps 200   # a laptop's CPU
-"""
+"""Learn a merge embedding for a frozen vision transformer; `--help` has examples."""
 
 from dtem_hf.programs.arguments import run_script
 

@@ -1,7 +1,4 @@
-"""Train a small GIT from scratch on captioned images, in minutes on a laptop's CPU.
-
-python recipes/train_small_git.py --images path/to/flickr8k --captions captions.txt --output_dir runs/small-git
-"""
+"""Train a small GIT from scratch on captioned images, in minutes on a laptop's CPU; `--help` has examples."""
 
 from dtem_hf.programs.arguments import run_script
 

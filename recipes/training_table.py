@@ -4,7 +4,7 @@ python recipes/training_table.py --rows recipes/configs/training_table.yaml --mo
     --train path/to/images --dev path/to/labelled/images --output_dir docs/training
 
 A row whose JSON is in output_dir, with the same options, is finished and not made again. So the same command goes on
-where it stopped. --only takes names of rows, so several commands can share the work.
+where it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class TrainingTableArguments:
     model: str = option("classifier: Hub id or local folder")
     train: str = option("images to learn from: folder, or Hub dataset")
     dev: str = option("labelled images to evaluate on: folder, or Hub dataset")
-    only: list[str] = option("names of rows; left out, all of them", default_factory=list)
     work_dir: str = option("folder for the runs themselves", default="runs/training_table")
     output_dir: str = option("folder for one JSON per row, table.md and table.png", default="docs/training")
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(TrainingTableArguments, argv, __doc__ or "")
     table = _Table(arguments)
     with only_run_in(arguments.output_dir):
-        for row in table.chosen():
+        for row in table.rows.values():
             table.make(row)
         print(f"written: {table.write()}")
 
@@ -82,20 +81,6 @@ class _Table:
                 raise BadValue(f"start_from of {row.name}", row.start_from, "a row above it")
             self.rows[row.name] = row
         self.output, self.work = Path(arguments.output_dir), Path(arguments.work_dir)
-
-    def chosen(self) -> list[Row]:
-        """The chosen rows, each after the row that it starts from."""
-        names = self.arguments.only or list(self.rows)
-        for name in names:
-            if name not in self.rows:
-                raise BadValue("only", name, f"one of {', '.join(self.rows)}")
-        wanted: dict[str, Row] = {}
-        for name in names:
-            line = [self.rows[name]]
-            while line[0].start_from is not None:
-                line.insert(0, self.rows[line[0].start_from])
-            wanted.update({row.name: row for row in line})
-        return list(wanted.values())
 
     def make(self, row: Row) -> None:
         """Train and evaluate a row, unless its JSON is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import dtem_hf
-from dtem_hf.errors import EXTRAS, need
+from dtem_hf.errors import EXTRAS, import_past_scripts, need
 from tests.support.hub_client import hub_environment
 from tests.support.loopback_hub import LoopbackHub
 
@@ -109,6 +110,26 @@ def test_what_has_the_name_of_a_package_is_not_taken_for_it(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ImportError, match=f"this needs {', '.join(EXTRAS[extra])}: pip"):
         need(extra, "this")
+
+
+def test_packages_are_looked_for_and_imported_without_a_change_of_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python's path is one for all threads."""
+
+    class Fixed(list):  # type: ignore[type-arg]
+        def __setitem__(self, *_: object) -> None:
+            raise AssertionError
+
+    for name in ("xmlrpc", "wsgiref"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", Fixed([str(tmp_path), *sys.path]))
+    need("train", "this", "xmlrpc")
+    import_past_scripts("wsgiref")
+    assert importlib.import_module("wsgiref").__path__
+    with pytest.raises(ModuleNotFoundError, match="colorless"):
+        import_past_scripts("colorless")
 
 
 def test_merged_models_run_are_saved_and_published_without_any_extra(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtem_hf.costs import EncoderCost, LayerCost, MetricCost, clamp_reductions
+from dtem_hf.costs import EncoderCost, LayerCost, MetricCost
 from dtem_hf.errors import BadValue
 from dtem_hf.schedule import (
     ConstantSchedule,
@@ -79,9 +79,12 @@ def test_linear_schedule_has_its_mean_and_never_rises_by_more_than_rounding(
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 def test_clamping_takes_at_most_half_of_what_is_free(prefix: int) -> None:
     # 20 free tokens: half of 20, of 10, of 5, of 3, of 2, of 1.
-    assert clamp_reductions([50] * 6, 20 + prefix, prefix) == [10, 5, 2, 1, 1, 0]
-    assert clamp_reductions([4, 0, 7, 50], 20 + prefix, prefix) == [4, 0, 7, 4]
-    assert clamp_reductions([3, 3], prefix, prefix) == [0, 0]
+    for wanted, free, taken in (
+        ([50] * 6, 20, [10, 5, 2, 1, 1, 0]),
+        ([4, 0, 7, 50], 20, [4, 0, 7, 4]),
+        ([3, 3], 0, [0, 0]),
+    ):
+        assert encoder(len(wanted), prefix).plan(free + prefix, wanted).reductions == taken
 
 
 def spread_evenly(total: int, num_layers: int) -> list[int]:

@@ -30,7 +30,7 @@ from ..models.timing import timed_rounds
 from ..models.vision import pixel_batches
 from ..progress import tqdm
 from .efficiency import speeds
-from .runtimes import room_for_graphs
+from .rows import room_for_graphs
 from .verdict import Row, judge, least, pick, sentence
 
 

@@ -134,8 +134,6 @@ def advise_on(
         "rounds": a.rounds,
         "minutes": a.minutes,
         "compile_mode": a.compile_mode,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
         "dtype": a.dtype,
     }
     advice = advise(

@@ -148,9 +148,9 @@ def merging_alone(model: Any, plan: MergePlan, batch_size: int, compile_mode: st
         return [torch.randn(batch_size, n, width, device=like.device, dtype=like.dtype) for n in counts]
 
     inputs = (
-        noise(merging.geometry.hidden_size),
+        noise(merging.method.geometry.hidden_size),
         noise(merging.method.metric_cost().width),
         [torch.ones(batch_size, n, device=like.device) for n in counts],
     )
-    compiled = torch.compile(MergingAlone(plan, merging.geometry.num_prefix_tokens), fullgraph=True, mode=compile_mode)
+    compiled = torch.compile(MergingAlone(plan, merging.cost.num_prefix_tokens), fullgraph=True, mode=compile_mode)
     return lambda: compiled(*inputs)

@@ -31,8 +31,7 @@ from ..programs.arguments import DTYPES, at_least, one_of, option, parse_argumen
 from ..programs.functions import load_function
 from ..programs.lock import only_run_in
 from ..report.plots import plot_speedups
-from .rows import Entry, answering_entries, captioning_entries, image_entries, measure_entries
-from .runtimes import room_for_graphs
+from .rows import Entry, answering_entries, captioning_entries, image_entries, measure_entries, room_for_graphs
 from .tables import markdown, print_benchmark
 
 
@@ -132,22 +131,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         merged = arguments.make_variants(model, adapters, unmerge=False)[1:]
         entries = answering_entries(variants, merged, shape, arguments.prompt_tokens, arguments.answer_tokens)
     else:
-        peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
-        entries = image_entries(
-            model, variants, shape, arguments.runtimes, arguments.compile_mode, peers, arguments.peer_runtimes
-        )
+        entries = image_entries(model, variants, shape, arguments)
     with room_for_graphs(len(entries) * (1 + len(arguments.batch_sizes))):
-        rows = measure_entries(
-            entries,
-            shape,
-            arguments.batch_sizes,
-            device,
-            model.dtype,
-            arguments.rounds,
-            arguments.warmup,
-            arguments.breakdown,
-            arguments.compile_mode,
-        )
+        rows = measure_entries(entries, shape, device, model.dtype, arguments)
     return {
         **arguments.facts(model, device),
         "random_weights": arguments.random_weights,
@@ -156,8 +142,6 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         "image_size": list(shape[1:]),
         "rounds": arguments.rounds,
         "compile_mode": arguments.compile_mode,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
         "attention": model.config._attn_implementation,
         "rows": rows,

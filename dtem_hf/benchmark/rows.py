@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..costs import MergePlan
-from ..deploy.runtimes import is_exported, make_run
+from ..deploy.graph import ImageGraph
+from ..deploy.runtimes import Run, is_exported, make_run
 from ..errors import BadValue
 from ..evaluation.captions_generation import count_generation
 from ..evaluation.variants import Variant
@@ -20,11 +22,11 @@ from ..models.copies import share_weights
 from ..models.processor import Reading, count_dropped_tokens
 from ..models.timing import time_interleaved
 from ..models.vision import run_on_pixels
+from ..programs.functions import load_function
 from ..progress import tqdm
 from ..schedule import as_schedule
 from .breakdown import break_down, merging_alone
 from .efficiency import break_even, count_multiply_adds, peak_memory, speeds, spread
-from .runtimes import PeerGraph, peer_run
 
 
 @dataclass
@@ -48,32 +50,24 @@ class Entry:
     tokens_read: str | None = None
 
 
-def image_entries(
-    model: Any,
-    variants: Sequence[Variant],
-    shape: tuple[int, ...],
-    runtimes: Sequence[str],
-    compile_mode: str,
-    peers: Sequence[tuple[str, Any]] = (),
-    peer_runtimes: Sequence[str] = ("eager",),
-) -> list[Entry]:
+def image_entries(model: Any, variants: Sequence[Variant], shape: tuple[int, ...], arguments: Any) -> list[Entry]:
     """Make a row for every variant in every runtime, then for every peer at every r; the first variant is unmerged.
 
-    A peer is compared with the unmerged model in the peer's runtime, or else in eager.
+    A peer is compared with the unmerged model in the peer's runtime, or else in eager. `arguments` are the program's.
     """
     like = next(model.parameters())
     one = torch.randn(1, *shape, device=like.device, dtype=like.dtype)
     models = [variant.standalone() for variant in variants]
     counts = [count_multiply_adds(partial(run_on_pixels, merged, one)) for merged in models]
+    peers = [(name, r) for name in arguments.peer for r in arguments.reductions()]
+    total = len(arguments.runtimes) * len(variants) + len(arguments.peer_runtimes) * len(peers)
     entries: list[Entry] = []
-    with tqdm(
-        total=len(runtimes) * len(variants) + len(peers) * len(peer_runtimes), desc="prepare", unit="row", leave=False
-    ) as progress:
-        for runtime in runtimes:
+    with tqdm(total=total, desc="prepare", unit="row", leave=False) as progress:
+        for runtime in arguments.runtimes:
             reference = len(entries)
             for variant, merged, count in zip(variants, models, counts, strict=True):
                 progress.set_postfix_str(f"{runtime} {variant.label}")
-                run = make_run(runtime, merged, shape, compile_mode)
+                run = make_run(runtime, merged, shape, arguments.compile_mode)
                 entries.append(_entry(runtime, variant, merged, run, reference, count, shape))
                 progress.update()
         plain = {entry.runtime: entry.reference for entry in entries}
@@ -83,13 +77,38 @@ def image_entries(
             run = peer_run(name, shared, r)
             # The counter sees only torch; a count of 0 means unknown.
             counted = count_multiply_adds(partial(run, one)) or None
-            for runtime in peer_runtimes:
+            for runtime in arguments.peer_runtimes:
                 reference = plain.get(runtime, plain.get("eager", 0))
-                own = run if runtime == "eager" else make_run(runtime, PeerGraph(shared, run), shape, compile_mode)
+                own = run
+                if runtime != "eager":
+                    own = make_run(runtime, PeerGraph(shared, run), shape, arguments.compile_mode)
                 row = "peer" if runtime == "eager" else runtime
                 entries.append(Entry(row, name, as_schedule(r).to_json(), own, reference, counted))
                 progress.update()
     return entries
+
+
+def peer_run(name: str, model: nn.Module, r: Any) -> Run:
+    """Call a peer, `module:function`, with a plain model and an r; it returns a callable of pixels [B, C, H, W].
+
+    The model is in eval mode, on the benchmark's device and in its dtype. Raises ValueError if the result is not
+    callable.
+    """
+    run = load_function("peer", name)(model, r)
+    if not callable(run):
+        raise BadValue("peer", name, f"a function that returns a callable, not {type(run).__name__}")
+    return run
+
+
+class PeerGraph(ImageGraph):
+    """A peer's callable as a module that can be exported; `model` is the model that the peer was called with."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        super().__init__(model)
+        self._run = run
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (self._run(pixel_values),)
 
 
 def captioning_entries(variants: Sequence[Variant], shape: tuple[int, ...], length: int) -> list[Entry]:
@@ -128,7 +147,7 @@ def answering_entries(
     entries = []
     for variant in tqdm([*variants, *merged], desc="count", unit="row", leave=False):
         model = variant.standalone()
-        number = Reading.of(model).count(num_plain)
+        number = Reading(model).count(num_plain)
         row = torch.cat([text.new_full((number,), image), text])
 
         def answer(pixels: Tensor, tokens: int = length, model: Any = model, row: Tensor = row) -> Tensor:
@@ -149,27 +168,30 @@ def _entry(runtime: str, variant: Variant, model: Any, run: Any, reference: int,
     return Entry(runtime, variant.method, variant.shown_r, run, reference, count, model, plan, variant.adapter)
 
 
+@contextmanager
+def room_for_graphs(count: int) -> Iterator[None]:
+    """Let torch.compile keep `count` graphs of the same code, and as many for batches of one image."""
+    with torch._dynamo.config.patch(
+        recompile_limit=max(2 * count, torch._dynamo.config.recompile_limit),
+        accumulated_recompile_limit=max(2 * count, torch._dynamo.config.accumulated_recompile_limit),
+    ):
+        yield
+
+
 @torch.inference_mode()
 def measure_entries(
-    entries: Sequence[Entry],
-    shape: tuple[int, ...],
-    batch_sizes: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-    warmup: int,
-    breakdown: bool,
-    compile_mode: str,
+    entries: Sequence[Entry], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, arguments: Any
 ) -> list[dict[str, Any]]:
     """Measure every row on noise of [C, H, W] at every batch size; all rows run in turn within each round.
 
-    `dtype` is the dtype of the pixels, except for exported graphs, which take float32.
+    `dtype` is the dtype of the pixels, except for exported graphs, which take float32. `arguments` are the program's.
     """
+    rounds, warmup, breakdown = arguments.rounds, arguments.warmup, arguments.breakdown
     rows = [_facts(entry, entries[entry.reference]) for entry in entries]
     runs_each = len(entries) + sum(entry.begin is not None for entry in entries)
-    total = len(batch_sizes) * runs_each * (rounds + warmup)
+    total = len(arguments.batch_sizes) * runs_each * (rounds + warmup)
     with tqdm(total=total, desc="benchmark", unit="run") as progress:
-        for batch_size in batch_sizes:
+        for batch_size in arguments.batch_sizes:
             progress.set_postfix_str(f"batch {batch_size}")
             pixels = torch.randn(batch_size, *shape, device=device)
             runs = [
@@ -193,7 +215,7 @@ def measure_entries(
                 if breakdown and entry.runtime == "eager":
                     cell["breakdown"] = break_down(entry.model, run, device, max(3, rounds // 2), 1)
                 elif breakdown and entry.runtime == "compile":
-                    alone = entry.plan and merging_alone(entry.model, entry.plan, batch_size, compile_mode)
+                    alone = entry.plan and merging_alone(entry.model, entry.plan, batch_size, arguments.compile_mode)
                     cell["merging"] = None
                     if alone:  # matching and merging, compiled and timed separately
                         median = float(np.median(time_interleaved([alone], device, rounds, warmup)))
@@ -209,8 +231,7 @@ def _run(entry: Entry, pixels: Tensor) -> Any:
     try:
         return entry.run(pixels)
     except Exception as error:
-        if hasattr(error, "add_note"):
-            error.add_note(f"while {entry.runtime} {entry.method} r={entry.r} ran on a batch of {len(pixels)}")
+        error.add_note(f"while {entry.runtime} {entry.method} r={entry.r} ran on a batch of {len(pixels)}")
         raise
 
 

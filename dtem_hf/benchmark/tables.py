@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report.tables import SPEEDUP_LEGEND, as_markdown, benchmark_cells, print_rows, shown, shown_r
+from ..report.tables import SPEEDUP_LEGEND, TextTable, as_markdown, print_rows, shown, shown_r, table_of
 from .verdict import is_same
 
 
@@ -17,7 +17,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
     """Show a benchmark in the terminal: a line per row, with speed, speed-up and memory for every batch size."""
     measured = "answers" if result["task"] == "answering" else "images"
     title = f"{result['model']['name']} on {result['hardware']}, {result['dtype']}: {measured}/s (quartiles), speed-up"
-    columns, lines = benchmark_cells(result["rows"])
+    columns, lines = table_of(result["rows"])
     print_rows(title, columns, _broken_at_commas(lines, 5), names=2, legend=SPEEDUP_LEGEND)
     for columns, lines in _breakdowns(result):
         print_rows("where the time goes", columns, _broken_at_commas(lines, 3))
@@ -42,7 +42,7 @@ def markdown(result: dict[str, Any]) -> str:
         "rounds, quartiles in brackets. A speed-up is the median of the ratios within rounds to the unmerged model in "
         'the same runtime, or else in eager (peers). "Of ideal": speed-up as a share of the ratio of multiply-adds.',
         f"`{result['command']}`",
-        as_markdown(*benchmark_cells(result["rows"]), "---"),
+        as_markdown(*table_of(result["rows"]), "---"),
     ]
     for columns, lines in _breakdowns(result):
         parts += ["Where the time goes:", as_markdown(columns, lines, "---")]
@@ -51,7 +51,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+def _breakdowns(result: dict[str, Any]) -> list[TextTable]:
     """Milliseconds and shares: of all parts for eager rows, of matching and merging for compiled rows."""
     eager, compiled = [], []
     for row in result["rows"]:
@@ -72,7 +72,7 @@ def _breakdowns(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]
     return tables
 
 
-def advice_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def advice_cells(rows: Sequence[dict[str, Any]]) -> TextTable:
     """A line per method and r, with speed and speed-up (over the unmerged model in the same runtime) per runtime."""
     first = [row for row in rows if row["runtime"] == rows[0]["runtime"]]
     measures = [(name, digits) for name, digits in _ADVICE_MEASURES if first[0][name] is not None]

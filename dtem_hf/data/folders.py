@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,6 +64,11 @@ def load_folder(folder: Path, split: str, streaming: bool, label_column: str | N
             return _from_shards(folder, shards, split, streaming), label_column
         if not images:
             raise BadValue("data", str(folder), "a folder of at least one image, parquet file or WebDataset tar file")
+        if left_out := Counter(path.suffix for path in {*files} - {*images} if path.name not in _METADATA):
+            kinds = ", ".join(f"{count} × {suffix or 'no ending'}" for suffix, count in sorted(left_out.items())[:5])
+            say(
+                f"data: files in {folder.name} that are no images, or that Pillow does not open, are left out: {kinds}"
+            )
         listed = _from_images(folder, images, split, label_column)
     if len(listed) == 0:
         raise BadValue("data", str(folder), "at least one image")
@@ -72,14 +78,18 @@ def load_folder(folder: Path, split: str, streaming: bool, label_column: str | N
 def read_table(path: Path, *needed: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
     """The columns of a CSV file, and its rows as pairs of the line's name and the fields.
 
-    Raises FileNotFoundError, or ValueError for a header without the columns `needed`, or a row with too many fields.
+    Raises FileNotFoundError, or ValueError for a header without the columns `needed`, a row with too many fields, or a
+    file that is no table in UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        rows: list[tuple[str, Any]] = [(f"{path.name} line {line}", row) for line, row in enumerate(reader, start=2)]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or ())
+            rows: list[tuple[str, Any]] = [(f"{path.name} line {n}", row) for n, row in enumerate(reader, start=2)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadValue(path.name, str(path), f"a table in UTF-8 ({error})") from error
     if not set(needed) <= set(columns):
         raise BadValue(path.name, columns, f"a header with the columns {' and '.join(needed)}")
     for where, row in rows:
@@ -176,8 +186,11 @@ def no_such_column(label_column: str, columns: Sequence[str]) -> BadValue:
 def _rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".csv":
         return [row for _, row in read_table(path)[1]]
-    with open(path, encoding="utf-8-sig") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except ValueError as error:
+        raise BadValue(path.name, str(path), f"a JSON object in UTF-8 in every line ({error})") from error
 
 
 def _from_shards(folder: Path, shards: Sequence[PurePosixPath], split: str, streaming: bool) -> Any:

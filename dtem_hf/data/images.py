@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from torch import Tensor
 
 from ..errors import BadValue
+from ..files import check_is_there
 from ..opening import SHARD_KEY, files_digest, open_image, row_name
 from ..programs.processes import say
 from .augmentation import augmented_pixels
@@ -70,8 +71,9 @@ def _load(data: str, split: str, streaming: bool, label_column: str | None) -> A
     folder = Path(data)
     if folder.is_dir():
         return _standard_columns(*load_folder(folder, split, streaming, label_column), data)
-    if folder.exists() or data.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"data={data!r}: there is no such folder")
+    if folder.exists():
+        raise FileNotFoundError(f"data={data!r}: there is no such folder; this is a file")
+    check_is_there(data)
     return _standard_columns(load_dataset(data, split=split, streaming=streaming), label_column, data)
 
 

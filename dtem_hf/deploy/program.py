@@ -17,7 +17,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..errors import BadValue, need
 from ..families import find_encoder
 from ..files import replacing_together, write_json
 from ..models.attach import UNSET
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_whole
 from ..models.copies import share_weights
 from ..models.install import detach
 from ..models.vision import image_part, image_shape
@@ -49,7 +48,7 @@ from ..programs.arguments import (
     read_config,
     read_reduction,
 )
-from ..programs.conditions import conditions, data_name, describe_model
+from ..programs.conditions import conditions, data_name, describe_model, versions
 from ..programs.processes import say
 from ..progress import tqdm
 from .aot_inductor import PackageRunner, write_package
@@ -212,7 +211,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
         if kind != "aot_inductor":
             _write_configs(model, arguments.model, folder)
         record = {
-            **(made := conditions(device)),
+            **conditions(device),
             "format": kind,
             "files": [_described(file) for file in files],
             **({"opset": written_opset(path), "merge_form": arguments.merge_form} if kind == "onnx" else {}),
@@ -226,8 +225,7 @@ def export_format(arguments: ExportArguments, model: Any, kind: str, device: tor
             "outputs": names,
             "parity": parity,
             **({} if reason is None else {"unchecked_because": reason}),
-            "device": device.type,
-            "versions": {**made["versions"], **_runtime_versions()},
+            "versions": versions("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf"),
         }
         write_json(path.with_name(f"{path.name}.json"), record)
     return record
@@ -302,17 +300,15 @@ def load_for_export(arguments: ExportArguments) -> Any:
         torch.manual_seed(arguments.seed)
         model = auto_class(config).from_config(config, merge=merge)
     else:
-        model = auto_class(config).from_pretrained(arguments.model, merge=merge)
+        model = load_whole(auto_class(config), arguments.model, merge=merge)
     if reduction := read_reduction(arguments.r, arguments.flops):
         model.set_reduction(**reduction)
     return model
 
 
 def _described(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
@@ -326,13 +322,3 @@ def _described_merge(model: Any, arguments: ExportArguments) -> dict[str, Any]:
         return {"merge": None}
     plan = model.merge_plan(arguments.image_size)
     return {"merge": model.merge_config.to_dict(), "adapter": arguments.merge, "plan": plan.to_dict()}
-
-
-def _runtime_versions() -> dict[str, str]:
-    found = {}
-    for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,7 +9,7 @@ python recipes/calibrate.py --model facebook/dinov2-small --head my_heads:shade 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,41 +98,28 @@ def calibrate_model(arguments: CalibrateArguments) -> dict[str, Any]:
     else:
         model = load_encoder(a.model, a.features)
     model.to(device).eval()
-    if a.adapter is not None:
-        attach(model, MergeAdapter.from_reference(a.adapter))
-    else:
-        attach(model, MergeConfig.from_dict({"method": a.method}))
+    adapter = None if a.adapter is None else MergeAdapter.from_reference(a.adapter)
+    attach(model, adapter or MergeConfig.from_dict({"method": a.method}))
     if a.r is not None:
         model.set_reduction(parse_reduction(a.r))
     pixels, data = a.draw(a.limit)
-    found = calibrate(
-        model,
-        pixels,
-        a.flops,
-        evaluations=a.evaluations,
-        batch_size=a.batch_size,
-        features=a.features,
-        head=head,
-    )
+    options: dict[str, Any] = {name: getattr(a, name) for name in ("evaluations", "batch_size", "features")}
+    found = calibrate(model, pixels, a.flops, head=head, **options)
     record = {
         **conditions(device),
         "model": describe_model(a.model, model),
         "adapter": a.adapter,
         "method": model.merge_config.method,
         "data": data,
-        "reductions": list(found.reductions),
-        "flops": found.flops,
         "features": a.features,
         "head": a.head,
-        "distance": found.distance,
-        "even_distance": found.even_distance,
-        "evaluations": found.evaluations,
+        **asdict(found),
+        "reductions": list(found.reductions),
     }
     output = Path(a.output_dir)
-    if a.adapter is not None:
-        trained = MergeAdapter.from_reference(a.adapter)
-        MergeAdapter(model.merge_config, trained.tensors, trained.backbone).save_pretrained(output)
-    else:
-        model.merge_config.save_pretrained(output)
+    result: Any = model.merge_config
+    if adapter is not None:
+        result = MergeAdapter(result, adapter.tensors, adapter.backbone)
+    result.save_pretrained(output)
     write_json(output / "calibration.json", record)
     return record

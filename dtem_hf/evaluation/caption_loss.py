@@ -18,14 +18,14 @@ from transformers import AutoTokenizer
 from ..data.captioned_images import MODEL_INPUTS, CaptionCollate, CaptionedImages, Images, hold_out
 from ..data.captions import read_annotations
 from ..files import write_json
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_whole
 from ..models.distances import caption_losses
 from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments, read_config
 from ..programs.conditions import data_name
 from ..programs.lock import output_folder
 from ..progress import tqdm
-from ..report.tables import print_rows, shown_r
+from ..report.tables import print_table
 from .arguments import METHODS_HELP, RowArguments
 from .variants import run_in_turn
 
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = evaluate_caption_loss(arguments)
     write_json(arguments.output, result)
     print_table(result)
+    for each in result["comparisons"]:
+        difference = f"{each['dtem_minus_tome']:+.4f} ± {each['standard_error']:.4f}"
+        print(f"r={each['r']}: DTEM − ToMe = {difference} nats per token")
     print(f"written: {arguments.output}")
 
 
@@ -63,7 +66,7 @@ def evaluate_caption_loss(arguments: CaptionLossArguments) -> dict[str, Any]:
     """Measure every row's mean loss per caption (nats per token), and DTEM's loss minus ToMe's at the same r."""
     a, device = arguments, arguments.choose_device()
     config = read_config(a.model)
-    model = auto_class(config).from_pretrained(a.model, merge=None).to(device).eval()
+    model = load_whole(auto_class(config), a.model, merge=None).to(device).eval()
     variants = a.make_variants(model, a.load_adapters())
     images: Images = read_annotations(a.captions, a.split)
     if a.hold_out is not None:
@@ -123,25 +126,3 @@ def standard_error(values: torch.Tensor) -> float:
     """Standard error of the mean, without NaN values."""
     known = values[~values.isnan()]
     return (known.std() / len(known) ** 0.5).item() if len(known) > 1 else 0.0
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Show the rows, and DTEM against ToMe, in the terminal."""
-    data = result["data"]
-    lines = [
-        [
-            row["method"],
-            shown_r(row["r"]),
-            str(row["visual_tokens"]),
-            f"{row['ratio']:.3f}",
-            *(f"{row[name]:.4f}" for name in ("loss", "loss_ratio")),
-            f"{row['added_loss']:+.4f}",
-            f"{row['standard_error']:.4f}",
-        ]
-        for row in result["rows"]
-    ]
-    title = f"{result['model']['name']} on {data['num_captions']} captions of {data['num_images']} images"
-    print_rows(title, ("method", "r", "visual tokens", "share", "loss", "ratio", "added", "±"), lines)
-    for each in result["comparisons"]:
-        difference = f"{each['dtem_minus_tome']:+.4f} ± {each['standard_error']:.4f}"
-        print(f"r={each['r']}: DTEM − ToMe = {difference} nats per token")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ from ..data.captioned_images import ImageFolder
 from ..data.captions import read_annotations, read_predictions, write_predictions
 from ..errors import BadValue, check_number
 from ..files import write_json
-from ..models.auto import auto_class
+from ..models.auto import auto_class, load_whole
 from ..opening import load_processor
 from ..programs.arguments import at_least, option, parse_arguments, read_config
 from ..programs.conditions import command, data_name
 from ..programs.identity import digest
 from ..programs.lock import only_run_in, output_folder
 from ..programs.processes import known_processes
-from ..report.tables import about, print_rows, shown, shown_r
+from ..report.tables import print_table
 from .arguments import METHODS_HELP, ResumableArguments
 from .captions_generation import caption_batch, count_generation
 from .captions_scoring import SPICE_VARIABLE, score_captions, unavailable
-from .parts import Columns, Parts
+from .parts import Columns, measured
 from .variants import Variant, median_speeds
 
 
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = evaluate_captions(arguments, lambda result: write_json(path, result))
         if known_processes().is_main_process:
             print_table(result)
+            for metric, reason in result["reasons"].items():
+                print(f"{metric}: {reason}")
             print(f"written: {path}, and the captions of every row beside it")
 
 
@@ -120,7 +123,7 @@ def evaluate_captions(
     a, device = arguments, arguments.choose_device()
     assert a.model is not None and a.images is not None
     config = read_config(a.model)
-    model = auto_class(config).from_pretrained(a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device).eval()
+    model = load_whole(auto_class(config), a.model, merge=None, dtype=getattr(torch, a.dtype)).to(device).eval()
     adapters = a.load_adapters()
     variants = a.make_variants(model, adapters)
     annotated = dict(list(read_annotations(a.annotations, a.split).items())[: a.limit])
@@ -129,18 +132,11 @@ def evaluate_captions(
     words = digest(tokenizer.get_vocab())
     read = {"split": a.split, "num_images": len(images), "images": images.digest()}
     run = a.run_facts(model, variants, adapters, images.processor, **read, settings=settings, tokenizer=words)
-    parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
-    columns = parts.measure(
-        images,
-        a.batch_size,
-        lambda batch, number: caption_batch(
-            variants, batch, tokenizer, settings, device, first=number % len(variants)
-        ),
-        "caption",
-        a.num_workers,
-    )
-    result: dict[str, Any] = {}
-    if parts.state.is_main_process:
+    state, result = known_processes(), dict[str, Any]()
+    measure = partial(caption_batch, variants, tokenizer, settings, device)
+    with measured(a, run, images, measure, "caption") as columns:
+        if not state.is_main_process:
+            return result
         one = images[0]["pixel_values"][None].to(device, model.dtype)
         costs = [count_generation(variant, one, settings) for variant in variants]
         rows, reasons = _score_rows(a, variants, columns, {i: image.captions for i, image in annotated.items()})
@@ -149,12 +145,12 @@ def evaluate_captions(
             "data": {"name": data_name(a.images), "num_images": len(images)},
             "generation": settings,
             "batch_size": a.batch_size,
-            "processes": parts.state.num_processes,
+            "processes": state.num_processes,
             "dtype": a.dtype,
             "reasons": reasons,
             "rows": [{**row, **cost} for row, cost in zip(rows, costs, strict=True)],
         }
-    parts.finish(lambda: keep(result))
+        keep(result)
     return result
 
 
@@ -183,23 +179,3 @@ def _score_rows(
             }
         )
     return rows, scores.reasons
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Show the rows of a caption evaluation in the terminal, and the reasons for missing metrics."""
-    metrics = ("BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-    lines = [
-        [
-            row["method"],
-            shown_r(row["r"]),
-            *("–" if row[name] is None else f"{100 * row[name]:.1f}" for name in metrics),
-            str(row["visual_tokens"]),
-            *(f"{row[f'{part}_multiply_adds'] / 1e6:.1f}" for part in ("encoder", "decoding")),
-            shown(row["captions_per_second"], ".1f"),
-        ]
-        for row in result["rows"]
-    ]
-    columns = ("method", "r", *metrics, "visual tokens", "M encoder", "M decoding", "captions/s")
-    print_rows(about(result), columns, lines)
-    for metric, reason in result["reasons"].items():
-        print(f"{metric}: {reason}")

@@ -20,10 +20,10 @@ from .variants import Variant, run_in_turn
 @torch.inference_mode()
 def caption_batch(
     variants: Sequence[Variant],
-    batch: dict[str, Tensor],
     tokenizer: Any,
     settings: Mapping[str, Any],
     device: torch.device,
+    batch: dict[str, Tensor],
     first: int = 0,
 ) -> Columns:
     """Caption a batch with all R rows, starting with row `first`; `settings` go to `generate`.

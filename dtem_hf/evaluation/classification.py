@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +49,7 @@ from ..report.tables import print_table
 from .arguments import ResumableArguments
 from .features import feature_rows, measure_features
 from .metrics import CalibrationError, TopKAccuracy, bootstrap_interval
-from .parts import Columns, Measure, Parts
+from .parts import Columns, Measure, measured
 from .variants import Variant, median_speeds, run_in_turn
 
 
@@ -165,43 +164,36 @@ def evaluate(
     read = {"data": a.data, "split": a.split, "num_images": len(images), "images": data_digest(images)}
     read["classes"] = digest(classes.ids)
     run = a.run_facts(model, variants, adapters, processor, **read, runtime=a.runtime, **facts, **weighing)
-    parts = Parts(Path(a.output_dir) / "parts", run, a.resume)
-    columns = parts.measure(
-        processed,
-        a.batch_size,
-        lambda batch, number: measure(variants, batch, device, first=number % len(variants)),
-        "evaluate",
-        a.num_workers,
-        collate,
-    )
-    result = {
-        **a.facts(model, device),
-        **facts,
-        "data": {
-            "name": data_name(a.data),
-            "num_images": len(images),
-            "labelled": bool((columns["labels"] >= 0).any()),
-            "labels": classes.how,
-        },
-        "image_size": list(shape[-2:]),
-        "batch_size": a.batch_size,
-        "processes": parts.state.num_processes,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "dtype": a.dtype,
-        "runtime": a.runtime,
-        **weighing,
-        "rows": make(variants, columns),
-    }
-    parts.finish(lambda: keep(result))
+    state = known_processes()
+    measure_in_turn = partial(measure, variants, device)
+    with measured(a, run, processed, measure_in_turn, "evaluate", collate) as columns:
+        result = {
+            **a.facts(model, device),
+            **facts,
+            "data": {
+                "name": data_name(a.data),
+                "num_images": len(images),
+                "labelled": bool((columns["labels"] >= 0).any()),
+                "labels": classes.how,
+            },
+            "image_size": list(shape[-2:]),
+            "batch_size": a.batch_size,
+            "processes": state.num_processes,
+            "dtype": a.dtype,
+            "runtime": a.runtime,
+            **weighing,
+            "rows": make(variants, columns),
+        }
+        if state.is_main_process:
+            keep(result)
     return result
 
 
 @torch.inference_mode()
 def measure_batch(
-    variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int = 0
+    variants: Sequence[Variant], device: torch.device, batch: dict[str, Tensor], first: int = 0
 ) -> Columns:
-    """Run all rows on a batch in turn, starting with row `first`.
+    """Run all rows on a batch in turn, starting with row `first` modulo R.
 
     The first row shares the processor with the workers that decode the next batch, so `first` should change from batch
     to batch. Row 0 is the reference. Returns labels [B] and, for R rows, `ranked` classes [B, R, 5], `confidence` in

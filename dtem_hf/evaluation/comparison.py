@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from ..programs.arguments import option, parse_arguments
 from ..programs.lock import only_run_in
 from ..programs.processes import known_processes
 from ..report.plots import measure_of, plot_pareto
-from ..report.tables import LEGEND, as_markdown, print_table, shown
+from ..report.tables import LEGEND, Columns, as_markdown, interval, number, numbers, print_table, table_of
 from ..schedule import FlopsSchedule, as_schedule
 from .arguments import METHODS_HELP, SeveralAdapters
 from .classification import ClassifierArguments, evaluate
-from .variants import METHODS, UNMERGED, Variant
+from .variants import METHODS, UNMERGED, Variant, make_variants
 
 
 # The rows of the ablation; each adds one part to the row above.
@@ -59,8 +59,8 @@ class CompareArguments(ClassifierArguments, SeveralAdapters):
     def make_variants(self, model: Any, adapters: dict[str, MergeAdapter], **options: Any) -> list[Variant]:
         """The rows, with the methods that need an adapter if one is given."""
         given = [] if self.ablation else [a.config.method for a in adapters.values() if a.config.needs_adapter]
-        whole = replace(self, methods=list(dict.fromkeys([*self.methods, *given])))
-        return super(CompareArguments, whole).make_variants(model, adapters, **options)
+        methods = list(dict.fromkeys([*self.methods, *given]))
+        return make_variants(model, methods, self.reductions(), self.flops, adapters, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,26 +127,20 @@ def wide_table(rows: Sequence[dict[str, Any]]) -> str:
 def long_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per row with cost, speed and accuracy, as Markdown."""
     factor, unit = multiply_adds_unit(max(row["multiply_adds"] for row in rows))
-    cost = ["Multiply-adds", "Share", "Images/s", "Speed-up", "Ideal"]
-    with_intervals = "kl_interval" in rows[-1]
-    lines = [["Method", "Reduction", *cost, "Top-1", "Top-5", "ECE", "Agreement", "KL"]]
-    lines[0] += ["KL, 95 %"] if with_intervals else []
-    for row in rows:
-        lines.append(
-            [
-                series_name(row),
-                "–" if row["method"] == UNMERGED else amount_name(row["r"]),
-                f"{row['multiply_adds'] / factor:.3f} {unit}",
-                f"{row['ratio']:.3f}",
-                shown(row["images_per_second"], ".1f"),
-                shown(row["speedup"], ".2f", "×"),
-                f"{1 / row['ratio']:.2f}×",
-                *(shown(row[name], ".2f") for name in ("top1", "top5", "calibration_error", "agreement")),
-                f"{row['kl']:.4f}",
-                *(["{:.4f} to {:.4f}".format(*row["kl_interval"])] if with_intervals else []),
-            ]
-        )
-    return as_markdown(lines[0], lines[1:])
+    columns: Columns = {
+        "Method": series_name,
+        "Reduction": lambda row: amount_name(row["r"]),
+        "Multiply-adds": number("multiply_adds", ".3f", factor, f" {unit}"),
+        "Share": number("ratio", ".3f"),
+        "Images/s": number("images_per_second", ".1f"),
+        "Speed-up": number("speedup", ".2f", unit="×"),
+        "Ideal": lambda row: f"{1 / row['ratio']:.2f}×",
+        **numbers(".2f", {"Top-1": "top1", "Top-5": "top5", "ECE": "calibration_error", "Agreement": "agreement"}),
+        "KL": number("kl", ".4f"),
+    }
+    if "kl_interval" in rows[-1]:
+        columns["KL, 95 %"] = interval("kl_interval", ".4f")
+    return as_markdown(*table_of(rows, columns))
 
 
 def ablation_table(rows: Sequence[dict[str, Any]]) -> str:

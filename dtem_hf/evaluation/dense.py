@@ -41,7 +41,7 @@ from ..programs.functions import load_function
 from ..programs.lock import only_run_in, output_folder
 from ..progress import tqdm
 from ..report.pictures import displayed_pixels, draw_maps
-from ..report.tables import MAP_COLUMNS, MAP_LEGEND, as_markdown, cells, print_table
+from ..report.tables import MAP_LEGEND, as_markdown, print_table, table_of
 from ..schedule import FlopsSchedule
 from .arguments import METHODS_HELP, SeveralAdapters
 from .metrics import bootstrap_interval
@@ -161,8 +161,6 @@ def evaluate_dense(arguments: DenseArguments, picture: Path | None = None) -> di
         "data": {"name": data_name(a.data), "num_images": len(images)},
         "image_size": list(size),
         "batch_size": a.batch_size,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
         "dtype": "float32",
         "rows": rows,
     }
@@ -183,7 +181,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {result['model']['name']}: maps from merged tokens",
         f"{data['num_images']:,} images of {data['name']}, {size} pixels, head `{result['head']}`, threshold "
         f"{result['threshold']:g}. Below, {MAP_LEGEND}.",
-        as_markdown(MAP_COLUMNS, [cells(row) for row in result["rows"]]),
+        as_markdown(*table_of(result["rows"])),
         f"Made by `{result['command']}`.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -25,7 +25,7 @@ _CHUNK = 1024
 
 @torch.inference_mode()
 def measure_features(
-    variants: Sequence[Variant], batch: dict[str, Tensor], device: torch.device, first: int, kind: str
+    variants: Sequence[Variant], device: torch.device, batch: dict[str, Tensor], first: int, kind: str
 ) -> Columns:
     """Run all rows on a batch in turn, starting with row `first`; `kind` is a kind of `recorded_features`.
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from ..errors import without_scripts_named
+from ..errors import import_past_scripts
 
 
-with without_scripts_named("evaluate"):
-    import evaluate
+import_past_scripts("evaluate")
+import evaluate  # noqa: E402
 
 
 class _LocalMetric(evaluate.Metric):

@@ -35,7 +35,7 @@ from ..programs.arguments import above_zero, at_least, option, parse_arguments, 
 from ..programs.conditions import data_name
 from ..programs.lock import only_run_in
 from ..progress import tqdm
-from ..report.tables import about, print_rows, shown_r
+from ..report.tables import print_table
 from .arguments import RowArguments
 from .parts import batches_of
 from .variants import Variant
@@ -300,21 +300,6 @@ def mean_iou(matrix: NDArray[np.int64]) -> float:
     union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
     present = union > 0
     return float((np.diag(matrix)[present] / union[present]).mean()) if present.any() else math.nan
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Show the rows of a segmentation in the terminal."""
-    lines = [
-        [
-            row["method"],
-            shown_r(row["r"]),
-            *(f"{row[name]:.1f}" for name in ("miou", "pixel_accuracy")),
-            f"{row['multiply_adds'] / 1e6:.1f}",
-            f"{row['ratio']:.3f}",
-        ]
-        for row in result["rows"]
-    ]
-    print_rows(about(result), ("method", "r", "mIoU", "pixel accuracy", "M mult-adds", "share"), lines)
 
 
 def _largest_class(mask: NDArray[np.uint8]) -> int:

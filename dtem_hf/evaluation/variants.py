@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -151,11 +152,17 @@ def make_variants(
     A method that learns has rows for each of its `adapters`. `model` is plain, and all rows share its weights. Costs
     are for images of `image_size`; None: the model's own. `proportional_attention` overrides this field of every
     config; `options` go to `attach`. Raises ValueError for an unknown method, for no amount of merging, and for a
-    missing adapter that a method needs.
+    missing adapter that a method needs. Warns of an adapter whose method is none of `methods`.
     """
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
         raise BadValue("methods", list(methods), f"some of {', '.join(method_names())}; not {', '.join(unknown)}")
+    for name, adapter in (adapters or {}).items():
+        if adapter.config.method not in methods:
+            warnings.warn(
+                f"The adapter {name} is not measured: its method, {adapter.config.method}, is none of methods.",
+                stacklevel=2,
+            )
     if not reductions and not shares and set(methods) != {UNMERGED}:
         raise BadValue("r", list(reductions), "at least one r, or one share in flops")
     reference = attach(share_weights(model), ToMeConfig(r=0), **options)

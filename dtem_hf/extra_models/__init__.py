@@ -12,12 +12,3 @@ AutoModelForImageClassification.register(LVViTConfig, LVViTForImageClassificatio
 AutoConfig.register(SegmenterConfig.model_type, SegmenterConfig)
 AutoModel.register(SegmenterConfig, SegmenterModel)
 AutoModelForSemanticSegmentation.register(SegmenterConfig, SegmenterForSemanticSegmentation)
-
-__all__ = [
-    "LVViTConfig",
-    "LVViTForImageClassification",
-    "LVViTModel",
-    "SegmenterConfig",
-    "SegmenterForSemanticSegmentation",
-    "SegmenterModel",
-]

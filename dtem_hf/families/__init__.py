@@ -8,8 +8,7 @@ from torch import nn
 
 from ..discovery import import_all
 from ..errors import BadValue, UnsupportedModelError
-from .family import Family, input_like
-from .unmasked_attention import enable_size_bias
+from .family import Family
 
 
 FAMILIES: list[Family] = [module.FAMILY for module in import_all(sys.modules[__name__]) if hasattr(module, "FAMILY")]
@@ -118,17 +117,3 @@ def find_encoder(model: nn.Module) -> tuple[Family, Any]:
     """The family and the encoder of `find_place`; raises what it raises."""
     place = find_place(model)
     return place.family, place.encoder
-
-
-__all__ = [
-    "FAMILIES",
-    "SUPPORTED",
-    "Family",
-    "Place",
-    "enable_size_bias",
-    "find_encoder",
-    "find_family",
-    "find_place",
-    "input_like",
-    "unsupported",
-]

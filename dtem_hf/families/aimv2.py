@@ -16,6 +16,7 @@ from transformers.models.aimv2.modeling_aimv2 import (
 from ..scope import current_state
 from .anatomy import Anatomy, linear_cost
 from .family import Family
+from .masked_attention import by_heads
 
 
 class WeighedHead:
@@ -26,10 +27,7 @@ class WeighedHead:
         bias = None if state is None else state.final_bias(hidden_states.dtype)
         if bias is None:
             return super().forward(hidden_states)  # type: ignore[misc]
-        k, v = (
-            linear(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for linear in (self.k_proj, self.v_proj)
-        )  # [B, H, n, d]
+        k, v = by_heads(hidden_states, self.num_heads, self.k_proj, self.v_proj)
         query = self.cls_token.expand(k.shape[0], -1, -1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, k, v, attn_mask=bias.to(k.device))
         pooled: Tensor = self.output_proj(mixed.flatten(1))  # of one query: [B, H, 1, d] -> [B, H · d]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..costs import EncoderCost, LayerCost, MetricCost
 from ..embedding import Geometry, KeyProjection
-from ..errors import BadValue
+from ..errors import BadValue, UnsupportedModelError
 from .anatomy import Anatomy, convolution_cost, linear_cost
 from .layer import LayerMerging
-from .readers import READERS, RETURN_ALL
+from .readers import READERS
 from .shifts import Shiftable, shiftable_modules
 
 
@@ -27,7 +27,10 @@ class Family:
     `encoders`: transformers' modules that run the layers, each with the dotted name of its list of layers. `anatomy`:
     the names of a layer's parts. `models`: the models with such an encoder, and how each reads its tokens: a word of
     `READERS`, or a mixin. `num_prefix_tokens`: tokens in front of the patches, which never merge; the config fields
-    `prefix_fields` add to them. `width_field`: the config field of the width D.
+    `prefix_fields` add to them. `width_field`: the config field of the width D. `input_fields`, `patch_fields`: the
+    config fields with the sizes of an input and of a patch; for clips, the number of frames first. `patch_map`: the
+    name of the linear map that embeds patches, if no convolution does. `padding_mask`: the argument of the encoder
+    that is 0 for padding. `required`: config fields with the only value that can be merged, and the reason.
 
     `composites`: models with more than vision (text towers, decoders); only the multiply-adds of their encoder count.
     `frames`: the field of a composite's config for the number of images per input. `encoder_parts`, `layer_parts` and
@@ -41,6 +44,11 @@ class Family:
     num_prefix_tokens: int = 1
     prefix_fields: tuple[str, ...] = ("num_register_tokens",)
     width_field: str = "hidden_size"
+    input_fields: tuple[str, ...] = ("image_size",)
+    patch_fields: tuple[str, ...] = ("patch_size",)
+    patch_map: str = ""
+    padding_mask: str = ""
+    required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     composites: tuple[type[nn.Module], ...] = ()
     frames: str | None = None
     encoder_parts: Mapping[str, type] = field(default_factory=dict)
@@ -51,14 +59,6 @@ class Family:
     def reader(self, model_class: type) -> str | type:
         """How models of a class read the tokens: a word of `READERS`, or a mixin."""
         return next(self.models[cls] for cls in model_class.__mro__ if cls in self.models)
-
-    def reads_all(self, model: nn.Module) -> bool:
-        """Whether the encoder returns all tokens in place to a model."""
-        return self.reader(type(model)) in RETURN_ALL
-
-    def reads_grid(self, model: nn.Module) -> bool:
-        """Whether a model cannot work without all tokens in place."""
-        return self.reader(type(model)) in ("grid", "rows")
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
         """The mixins for a merged model of a class."""
@@ -95,20 +95,24 @@ class Family:
         width = getattr(encoder.config, self.width_field)
         return [self.anatomy.key_projection(layer, width, like) for layer in self.layers(encoder)]
 
-    def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    def padding_sizes(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Sizes [B, N] for inputs with padding (size 0), from the encoder's arguments; None without padding."""
-        return None
+        mask = inputs.get(self.padding_mask)
+        return None if mask is None else mask.flatten(1).float()
 
     def check(self, model: nn.Module, encoder: Any) -> None:
         """Raise UnsupportedModelError if settings of a model of the family prevent merging."""
+        for name, (value, why) in self.required.items():
+            if (found := getattr(encoder.config, name)) != value:
+                raise UnsupportedModelError(f"{name}={found!r}: {why}")
 
     def input_sides(self, config: Any) -> tuple[int, ...]:
         """Height and width of the model's own images in pixels; of clips, the number of frames in front."""
-        return _sides(config.image_size, "image_size", 2)
+        return _sides_in(config, *self.input_fields)
 
     def patch_sides(self, config: Any) -> tuple[int, ...]:
         """Height and width of a patch in pixels; of clips, its number of frames in front."""
-        return _sides(config.patch_size, "patch_size", 2)
+        return _sides_in(config, *self.patch_fields)
 
     def input_shape(self, encoder: Any, image_size: Any = None) -> tuple[int, ...]:
         """The shape of one input: (channels, height, width), of clips the frames first. `image_size` None: its own."""
@@ -161,14 +165,22 @@ class Family:
         and weighted sums count per token.
         """
         widths = [module.embed_dim for module in modules if isinstance(module, nn.MultiheadAttention)]
-        head = linear_cost(modules) + sum(width**2 for width in widths)
-        return convolution_cost(modules), head, sum(2 * width**2 + 2 * width for width in widths)
+        per_patch = linear_cost(
+            getattr(module, self.patch_map) for module in modules if hasattr(module, self.patch_map)
+        )
+        head = linear_cost(modules) - per_patch + sum(width**2 for width in widths)
+        return convolution_cost(modules) + per_patch, head, sum(2 * width**2 + 2 * width for width in widths)
 
     def _layer_cost(self, layer: nn.Module, geometry: Geometry, metric: MetricCost) -> LayerCost:
         before = list(attrgetter(self.anatomy.attention)(layer).modules())
         seen = {id(module) for module in before}
         after = [module for module in layer.modules() if id(module) not in seen]
         return LayerCost(linear_cost(before), 2 * geometry.num_heads * geometry.head_dim, linear_cost(after), metric)
+
+
+def _sides_in(config: Any, *names: str) -> tuple[int, ...]:
+    *frames, size = names
+    return (*(getattr(config, name) for name in frames), *_sides(getattr(config, size), size, 3))
 
 
 def _sides(value: Any, name: str, most: int) -> tuple[int, ...]:

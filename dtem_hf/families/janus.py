@@ -6,12 +6,14 @@ Its `pooler_output` is computed from the first merged token, whatever its patche
 from transformers.models.janus.modeling_janus import JanusVisionModel
 
 from .clip import CLIP_LAYER
-from .internvl import InternVLFamily
+from .family import Family
+from .internvl import PLAIN_KEYS
 
 
-FAMILY = InternVLFamily(
+FAMILY = Family(
     encoders={JanusVisionModel: "encoder.layers"},
     anatomy=CLIP_LAYER,
     models={JanusVisionModel: "tokens"},
     num_prefix_tokens=0,
+    required=PLAIN_KEYS,
 )

@@ -38,13 +38,10 @@ class LayerMerging:
     def forward(self, hidden_states: Tensor, *args: Any, token_state: TokenState | None = None, **kwargs: Any) -> Any:
         if token_state is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        token_state.enter(self.merge_index)
-        token_state.move_to(self.merge_index, hidden_states.device)
+        token_state.enter(self.merge_index, hidden_states)
         if token_state.layers_read is not None and self.merge_index >= token_state.layers_read:
             token_state.record_unchanged(self.merge_index, hidden_states)
             return hidden_states
-        token_state.layer = self.merge_index
-        token_state.stack(self.merge_index, hidden_states)
         if token_state.finished:
             with open_scope(Scope(state=token_state, closed=True)):
                 return self.merged_forward(hidden_states, token_state, *args, **kwargs)

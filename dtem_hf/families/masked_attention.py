@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.clip.modeling_clip import eager_attention_forward
+
+
+def by_heads(x: Tensor, num_heads: int, *projections: Any) -> Iterator[Tensor]:
+    """Every projection's output for tokens [B, n, D], split into heads: [B, H, n, d] each."""
+    return (projection(x).unflatten(-1, (num_heads, -1)).transpose(1, 2) for projection in projections)
 
 
 def attend(
@@ -29,10 +35,7 @@ class MaskedAttention:
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        q, k, v = (
-            linear(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
+        q, k, v = by_heads(hidden_states, self.num_attention_heads, self.query, self.key, self.value)
         return attend(self, q, k, v, attention_mask, q.shape[-1] ** -0.5, self.dropout_prob)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.radio.modeling_radio import RadioEncoder, RadioModel
 
 from ..errors import UnsupportedModelError
@@ -24,24 +23,13 @@ class RadioMerging(LayerMerging):
         return super().merged_forward(hidden_states, state, *args, **kwargs)
 
 
-class RadioFamily(Family):
-    """A linear map, not a convolution, embeds every patch."""
-
-    def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
-        stem, head, tail = super().outside_cost(modules)
-        for embeddings in (m for m in modules if hasattr(m, "patch_projection")):
-            projection: Any = embeddings.patch_projection
-            size = projection.in_features * projection.out_features
-            stem, head = stem + size, head - size
-        return stem, head, tail
-
-
-FAMILY = RadioFamily(
+FAMILY = Family(
     encoders={RadioEncoder: "layer"},
     anatomy=DINOV2_LAYER,
     models={RadioModel: "tokens"},
     num_prefix_tokens=0,
     prefix_fields=("num_cls_tokens", "num_registers"),
+    patch_map="patch_projection",
     layer_parts=DINOV2_LAYER_PARTS,
     layer_merging=RadioMerging,
 )

@@ -140,8 +140,9 @@ READERS: Mapping[str, tuple[type, ...]] = {
 
 # The entry of an encoder's output that holds the tokens' sizes, for a decoder that attends to them later.
 TOKEN_SIZES = "token_sizes"
-# The readers that get all tokens in place.
-RETURN_ALL = ("grid", "masked_mean", "rows")
+# The readers that cannot work without all tokens in place, and all readers that get them.
+NEED_ALL = ("grid", "rows")
+RETURN_ALL = (*NEED_ALL, "masked_mean")
 # The readers that take means; the encoder scales their tokens.
 MEANS = ("mean", "masked_mean")
 # The readers that get only active tokens: a soft merge keeps inactive tokens behind all others.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..costs import EncoderCost, MetricCost
-from ..extra_models import SegmenterForSemanticSegmentation, SegmenterModel
+from ..extra_models.segmenter import SegmenterForSemanticSegmentation, SegmenterModel
 from ..scope import current_state
 from .anatomy import linear_cost
 from .family import Family

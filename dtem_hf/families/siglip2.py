@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -34,12 +34,8 @@ class UnmaskedHead:
         return super().forward(hidden_state, None if merged else attention_mask)  # type: ignore[misc]
 
 
-class PaddedFamily(Family):
-    """Images come as patches; a mask marks padding."""
-
-    def padding_sizes(self, encoder: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        mask = inputs.get("pixel_attention_mask")
-        return None if mask is None else mask.float()
+class NaFlexFamily(Family):
+    """Images come as patches, up to a number of them."""
 
     def num_tokens(self, encoder: Any, image_size: int | tuple[int, int] | None = None) -> int:
         if image_size is not None:
@@ -47,22 +43,19 @@ class PaddedFamily(Family):
         return encoder.config.num_patches
 
     def outside_cost(self, modules: Sequence[nn.Module]) -> tuple[int, ...]:
-        stem, head, tail = super().outside_cost(modules)
-        for embeddings in (m for m in modules if hasattr(m, "patch_embedding")):
-            patch: Any = embeddings.patch_embedding  # a linear map of every patch
-            size = patch.in_features * patch.out_features
-            stem, head = stem + size, head - size
-            if POSITIONS_BY_PRODUCT:
-                positions: Any = embeddings.position_embedding
-                stem += positions.num_embeddings * positions.embedding_dim
-        return stem, head, tail
+        stem, *others = super().outside_cost(modules)
+        if POSITIONS_BY_PRODUCT:
+            stem += sum(m.num_embeddings * m.embedding_dim for m in modules if isinstance(m, nn.Embedding))
+        return stem, *others
 
 
-FAMILY = PaddedFamily(
+FAMILY = NaFlexFamily(
     encoders={Siglip2VisionModel: "encoder.layers"},
     anatomy=CLIP_LAYER,
     models={Siglip2Model: "tokens", Siglip2VisionModel: "tokens", Siglip2ForImageClassification: "masked_mean"},
     num_prefix_tokens=0,
+    patch_map="patch_embedding",
+    padding_mask="pixel_attention_mask",
     composites=(Siglip2Model,),
     encoder_parts={"head": UnmaskedHead, "head.attention": WeighedAttention},
 )

@@ -12,11 +12,11 @@ from transformers.models.videomae.modeling_videomae import (
 )
 
 from ..errors import UnsupportedModelError
+from .family import Family
 from .older_vit import OLDER_VIT_LAYER, OLDER_VIT_PARTS, OlderViTMerging
-from .video import VideoFamily
 
 
-class VideoMAEFamily(VideoFamily):
+class VideoMAEFamily(Family):
     """A classifier that does not average would read the first patch as if it were a CLS token."""
 
     def check(self, model: nn.Module, encoder: Any) -> None:
@@ -31,6 +31,8 @@ FAMILY = VideoMAEFamily(
     anatomy=OLDER_VIT_LAYER,
     models={VideoMAEModel: "tokens", VideoMAEForVideoClassification: "mean", VideoMAEForPreTraining: "grid"},
     num_prefix_tokens=0,
+    input_fields=("num_frames", "image_size"),
+    patch_fields=("tubelet_size", "patch_size"),
     composites=(VideoMAEForPreTraining,),
     layer_parts=OLDER_VIT_PARTS,
     layer_merging=OlderViTMerging,

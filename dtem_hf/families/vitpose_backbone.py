@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.vitpose_backbone.modeling_vitpose_backbone import VitPoseBackbone, VitPoseBackboneEncoder
 
-from ..errors import UnsupportedModelError
 from ..token_state import TokenState
 from .family import Family
 from .layer import LayerMerging
@@ -24,19 +23,13 @@ class VitPoseMerging(LayerMerging):
         return super().merged_forward(hidden_states, state, None, **kwargs)
 
 
-class VitPoseFamily(Family):
-    """Several experts cannot be merged: their MLP needs the dataset index."""
-
-    def check(self, model: nn.Module, encoder: Any) -> None:
-        if encoder.config.num_experts > 1:
-            raise UnsupportedModelError(f"num_experts={encoder.config.num_experts}: only 1 expert can be merged.")
-
-
-FAMILY = VitPoseFamily(
+# Several experts need the dataset index in their MLP.
+FAMILY = Family(
     encoders={VitPoseBackboneEncoder: "layer"},
     anatomy=replace(OLDER_VIT_LAYER, mlp="mlp"),
     models={VitPoseBackbone: "grid"},
     num_prefix_tokens=0,
     layer_parts=OLDER_VIT_PARTS,
     layer_merging=VitPoseMerging,
+    required={"num_experts": (1, "only 1 expert can be merged.")},
 )

@@ -27,7 +27,7 @@ from ..token_state import TokenState
 from .dinov2 import DINOV3_LAYER
 from .family import Family
 from .layer import LayerMerging
-from .masked_attention import attend
+from .masked_attention import attend, by_heads
 from .readers import GridReader, RecordingGridReader, read_bias
 
 
@@ -45,10 +45,7 @@ class PlacedAttention:
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is None:
             return super().forward(hidden_states)  # type: ignore[misc]
-        q, k, v = (
-            linear(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
+        q, k, v = by_heads(hidden_states, self.num_attention_heads, self.query, self.key, self.value)
         places = self.get_position_ids(hidden_states)
         q, k = (self.apply_rotary_embeddings(x, places) for x in (q, k))
         mixed, weights = attend(self, q, k, v, attention_mask, self.scaling, self.dropout_prob)
@@ -87,22 +84,14 @@ class MaskedPooling:
         if attention_mask is None:
             return super().forward(*tokens, **kwargs)  # type: ignore[misc]
         queries, keys = tokens[:2] if tokens else [kwargs["hidden_states"]] * 2
-        q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for linear, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, keys))
-        )
+        (q,) = by_heads(queries, self.num_heads, self.q_proj)
+        k, v = by_heads(keys, self.num_heads, self.k_proj, self.v_proj)
         mixed, weights = attend(self, q, k, v, attention_mask, self.scale, self.dropout)
         return (self.out_proj(mixed) if hasattr(self, "out_proj") else mixed), weights
 
 
 class VJEPA2Family(Family):
-    """The config has its own names for the number of frames and the image size."""
-
-    def input_sides(self, config: Any) -> tuple[int, ...]:
-        return config.frames_per_clip, config.crop_size, config.crop_size
-
-    def patch_sides(self, config: Any) -> tuple[int, ...]:
-        return (config.tubelet_size, *super().patch_sides(config))
+    """The model records hidden states itself; its pooler has any number of layers."""
 
     def model_mixins(self, model_class: type) -> tuple[type, ...]:
         mixins = super().model_mixins(model_class)
@@ -129,6 +118,8 @@ FAMILY = VJEPA2Family(
     ),
     models={VJEPA2Model: "grid", VJEPA2ForVideoClassification: "weighed"},
     num_prefix_tokens=0,
+    input_fields=("frames_per_clip", "crop_size"),
+    patch_fields=("tubelet_size", "patch_size"),
     composites=(VJEPA2Model, VJEPA2ForVideoClassification),
     layer_parts={"attention": PlacedAttention},
     layer_merging=VJEPA2Merging,

@@ -14,18 +14,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
+from huggingface_hub import CommitInfo, ModelHubMixin
 from safetensors.torch import save
 from torch import Tensor
 
 from ..configuration import CONFIG_NAME, MergeConfig
 from ..embedding import DecoupledEmbedding
 from ..errors import AdapterError
-from ..files import replacing, write_json, write_text
-from .card import card_of
+from ..files import replacing, write_json
 from .facts import BackboneFacts
-from .folder_card import marked
-from .layout import CARD_NAME, WEIGHTS_NAME
+from .folder_card import refreshed_card
+from .layout import WEIGHTS_NAME
 from .publishing import publish_folder
 from .reading import read_adapter, split_reference, tensors_digest
 
@@ -111,13 +110,12 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
     ) -> CommitInfo | None:
         """Write config, tensors and card into a folder, which is made if needed; each file is written atomically.
 
-        An existing card and other files do not change. With `push_to_hub`, the adapter is published
-        (`push_to_hub_kwargs` go to the method `push_to_hub`), and the commit is returned.
+        Other files do not change. A card that was edited stays, with a warning. With `push_to_hub`, the adapter is
+        published (`push_to_hub_kwargs` go to the method `push_to_hub`), and the commit is returned.
         """
         directory = Path(save_directory)
-        self._save_pretrained(directory)
-        if not (directory / CARD_NAME).exists():
-            write_text(directory / CARD_NAME, marked(self.generate_model_card()))
+        with refreshed_card(directory):
+            self._save_pretrained(directory)
         if push_to_hub:
             return publish_folder(directory, repo_id or directory.name, **push_to_hub_kwargs)
         return None
@@ -134,10 +132,6 @@ class MergeAdapter(ModelHubMixin, library_name="dtem-hf", tags=["token-merging"]
             if weights_path.exists():
                 # If the process is killed between the two files, a config without a digest keeps both readable.
                 write_json(config_path, config)
-
-    def generate_model_card(self, **kwargs: Any) -> ModelCard:
-        """The card of an adapter without records of training and evaluation; `kwargs` go to `card_of`."""
-        return card_of(self.config, self.backbone, **{"evaluation": None, **kwargs})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Publish the adapter in one commit; a missing repository is made. Returns the commit.

@@ -6,7 +6,6 @@ a ConnectionError. All are OSErrors that name the repository.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -45,7 +44,7 @@ from .layout import CARD_NAME
 
 
 MAIN = "main"
-_TRIES_AGAINST_OTHERS = 3
+_TRIES = 3
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 _NOTHING = "Nothing was published; run the same command again."
 # The errors that the client raises; the last three for JSON that does not have the form of the Hub's answers.
@@ -143,15 +142,15 @@ def publish(
     """Commit files to a repository, all or none; a missing repository is made.
 
     An existing README.md is kept unless `overwrite_card`; an existing config.json is always kept. Unchanged files make
-    no commit. If the answer to the commit is lost, it asks the Hub whether the commit arrived. Raises ValueError for
-    contradictory options, PermissionError for missing rights, and ConnectionError.
+    no commit. A failed commit is tried again, except for a pull request, which could then be made twice. Raises
+    ValueError for contradictory options, PermissionError for missing rights, and ConnectionError.
     """
     if create_pr and branch not in (None, MAIN):
         raise BadValue("branch", branch, f"{MAIN!r} or None beside create_pr=True, which proposes a change of {MAIN}")
     api = HfApi(token=token, library_name="dtem-hf", library_version=__version__)
     with clear_errors(repo_id, branch, publishing=True):
         repo_id = make_repository(api, repo_id, private, None if create_pr else branch)
-        for tries_left in reversed(range(_TRIES_AGAINST_OTHERS)):
+        for tries_left in reversed(range(_TRIES)):
             head = api.model_info(repo_id, revision=branch or MAIN)
             there = {entry.rfilename for entry in head.siblings or ()}
             kept = {constants.CONFIG_NAME, *(() if overwrite_card else (CARD_NAME,))} & there
@@ -173,61 +172,21 @@ def publish(
                     parent_commit=head.sha,
                 )
             except _FAILURES as error:
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-                if status == 412 and tries_left:
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+                is_lost = status >= 500 and isinstance(_clear(error, repo_id, branch, True), ConnectionError)
+                # If the commit arrived and only its answer is lost, the next try commits nothing.
+                if tries_left and (status == 412 or (is_lost and not create_pr)):
                     continue
-                if status is None or status >= 500:
-                    commit = _arrived(api, repo_id, branch or MAIN, create_pr, wanted, commit_message, error)
-                    if commit is not None:
-                        return commit
-                raise
+                if not is_lost:
+                    raise
+                again = "Run the same command again: it commits nothing twice"
+                if create_pr:
+                    again = f"Look at {api.endpoint}/{repo_id}/discussions before you try again"
+                raise LostAnswer(
+                    f"{repo_id}: the upload failed ({first_line(error)}), and {api.endpoint} does not say whether the "
+                    f"commit arrived. {again}."
+                ) from error
     raise AssertionError("the last try returns or raises")
-
-
-def _arrived(
-    api: HfApi,
-    repo_id: str,
-    revision: str,
-    create_pr: bool,
-    files: Mapping[str, bytes],
-    message: str,
-    error: Exception,
-) -> CommitInfo | None:
-    """The newest commit of a revision, or of the newest pull request, if it holds all the files; else None.
-
-    Raises LostAnswer if the Hub does not answer.
-    """
-    pull = None
-    try:
-        if create_pr:
-            pulls = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
-            number = max((int(ref.ref.rsplit("/", 1)[-1]) for ref in pulls), default=None)
-            if number is None:
-                return None
-            revision, pull = f"refs/pr/{number}", f"{api.endpoint}/{repo_id}/discussions/{number}"
-        entries: list[Any] = api.get_paths_info(repo_id, list(files), revision=revision)
-        found = {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}
-        commit = str(api.model_info(repo_id, revision=revision).sha)
-    except _FAILURES as asked:
-        again = f"Look at {api.endpoint}/{repo_id}/discussions before you try again"
-        if not create_pr:
-            again = "Run the same command again: it commits nothing twice"
-        raise LostAnswer(
-            f"{repo_id}: the upload failed ({first_line(error)}), and {api.endpoint} does not say whether the commit "
-            f"arrived ({first_line(asked)}). {again}."
-        ) from error
-    for name, data in files.items():
-        git_blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if found.get(name) not in (git_blob, hashlib.sha256(data).hexdigest()):
-            return None
-    return CommitInfo(
-        commit_url=f"{api.endpoint}/{repo_id}/commit/{commit}",
-        commit_message=message,
-        commit_description="",
-        oid=commit,
-        _endpoint=api.endpoint,
-        pr_url=pull,
-    )
 
 
 def make_repository(api: HfApi, repo_id: str, private: bool | None = None, branch: str | None = None) -> str:
@@ -235,16 +194,8 @@ def make_repository(api: HfApi, repo_id: str, private: bool | None = None, branc
 
     Raises ValueError if `private` is wanted and the repository is public.
     """
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    try:
-        found = api.model_info(repo_id)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        found = api.model_info(repo_id)
-    if private and not found.private:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
         raise BadValue(
             "private", private, f"{repo_id} exists and is public; change that in its settings, or name another"
         )

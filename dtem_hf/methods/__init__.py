@@ -3,9 +3,9 @@
 import sys
 
 from ..discovery import import_all
-from .base import MergedLayer, Method, make_method
+from .base import Method, make_method
 
 
 import_all(sys.modules[__name__])
 
-__all__ = ["MergedLayer", "Method", "make_method"]
+__all__ = ["Method", "make_method"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,25 +14,10 @@ from ..embedding import DecoupledEmbedding, EmbeddingShape, Geometry, KeyProject
 from ..token_state import TokenState
 
 
-C = TypeVar("C", bound=MergeConfig)
+_METHODS: dict[str, type[Method]] = {}
 
 
-class MergedLayer(Protocol):
-    """The layer methods that a reduction method may call."""
-
-    training: bool
-
-    def keys(self, normed: Tensor, state: TokenState) -> Tensor:
-        """Attention keys as the layer computes them, before any rotation: [B, n, D] -> [B, n, H, d]."""
-
-    def first_token_attention(self, normed: Tensor, bias: Tensor | None, state: TokenState) -> Tensor:
-        """The first token's attention to each token, averaged over heads: [B, n, D] -> [B, n], float32."""
-
-
-_METHODS: dict[str, type[Method[Any]]] = {}
-
-
-class Method(ABC, Generic[C]):
+class Method(ABC):
     """A reduction method for one encoder. It holds no tensors and no state of a pass.
 
     A subclass names its `config_class`. `pairwise`: tokens merge in pairs, so that at most half of them can leave a
@@ -45,7 +30,7 @@ class Method(ABC, Generic[C]):
     merges_halves: ClassVar[bool] = False
     between: ClassVar[bool] = False
 
-    def __init__(self, config: C, geometry: Geometry) -> None:
+    def __init__(self, config: Any, geometry: Geometry) -> None:
         self.config = config
         self.geometry = geometry
 
@@ -53,14 +38,16 @@ class Method(ABC, Generic[C]):
         if "config_class" in cls.__dict__:
             _METHODS[cls.config_class.method] = cls
 
-    def check(self, encoder_name: str) -> None:
+    def check(self, encoder_name: str) -> None:  # noqa: B027 (most methods run in every encoder)
         """Raise UnsupportedModelError if the method cannot run in the encoder."""
 
     def embedding_shape(self) -> EmbeddingShape | None:
         """The shapes of the method's learned parameters; None if it learns nothing."""
         return None
 
-    def initialize(self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float) -> None:
+    def initialize(  # noqa: B027 (most methods learn nothing)
+        self, embedding: DecoupledEmbedding, keys: Sequence[KeyProjection], std: float
+    ) -> None:
         """Fill the untrained embedding, from key projections or with standard deviation `std`, the backbone's own."""
 
     @abstractmethod
@@ -68,11 +55,11 @@ class Method(ABC, Generic[C]):
         """Multiply-adds of a layer's metric, and of comparing tokens by it."""
 
     @abstractmethod
-    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+    def reduce(self, x: Tensor, normed: Tensor, layer: Any, state: TokenState, bias: Tensor | None) -> Tensor:
         """Reduce the tokens of layer `state.layer` and record it in `state`: x [B, n, D] -> [B, n', D].
 
         `normed` [B, n, D] is the input of the layer's queries, keys and values. `bias` [B or 1, 1 or H, 1 or n, n] is
-        the mask that attention added to its scores.
+        the mask that attention added to its scores. `layer` is a `LayerMerging` (`families/layer.py`).
         """
 
     def wants_bias(self, training: bool) -> bool:
@@ -92,6 +79,6 @@ class Method(ABC, Generic[C]):
         return False
 
 
-def make_method(config: MergeConfig, geometry: Geometry) -> Method[Any]:
+def make_method(config: MergeConfig, geometry: Geometry) -> Method:
     """The method that a config names."""
     return _METHODS[config.method](config, geometry)

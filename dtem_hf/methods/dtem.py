@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,13 @@ from ..embedding import (
     initialize_randomly,
 )
 from ..token_state import TokenState
-from .base import MergedLayer
 from .matching import MatchingMethod, record_matched
 
 
-class DTEM(MatchingMethod[DTEMConfig]):
+class DTEM(MatchingMethod):
     """Soft grouping and soft merging in `.train()`, hard matching in `.eval()`, unless the config says otherwise."""
 
-    config_class: ClassVar[type[DTEMConfig]] = DTEMConfig
+    config_class = DTEMConfig
 
     def embedding_shape(self) -> EmbeddingShape:
         g, c = self.geometry, self.config
@@ -60,7 +59,7 @@ class DTEM(MatchingMethod[DTEMConfig]):
     def sizes_carry_gradient(self, training: bool) -> bool:
         return self.is_soft(training) or self.is_straight_through(training)
 
-    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
+    def metric(self, normed: Tensor, layer: Any, state: TokenState) -> Tensor:
         assert state.embedding is not None
         # Detached: the metric's gradient must not change the backbone.
         return state.embedding.projections[state.layer](normed.detach())

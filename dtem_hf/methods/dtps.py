@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,18 +14,18 @@ from ..configuration import DTPSConfig
 from ..costs import MetricCost
 from ..embedding import DecoupledEmbedding, EmbeddingShape, KeyProjection, initialize_randomly, predictor_widths
 from ..token_state import TokenState
-from .base import MergedLayer, Method
+from .base import Method
 from .matching import squeeze
 
 
-class DTPS(Method[DTPSConfig]):
+class DTPS(Method):
     """Prune and squeeze patches in front of some layers, each with its own predictor.
 
     `.eval()` keeps the patches of highest score. `.train()` draws which patches to keep, and no token leaves: a mask
     hides the pruned tokens from attention and gives the predictors a gradient. The choice of hosts has no gradient.
     """
 
-    config_class: ClassVar[type[DTPSConfig]] = DTPSConfig
+    config_class = DTPSConfig
     pairwise: ClassVar[bool] = False
     between: ClassVar[bool] = True
 
@@ -46,7 +46,7 @@ class DTPS(Method[DTPSConfig]):
         per_token = sum(inner * outer for inner, outer in predictor_widths(width).values())
         return MetricCost(per_token, per_image=-prefix * per_token, width=width, compared="leaving")
 
-    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+    def reduce(self, x: Tensor, normed: Tensor, layer: Any, state: TokenState, bias: Tensor | None) -> Tensor:
         index, prefix, num_tokens = state.layer, state.num_prefix_tokens, x.shape[1]
         _, r = state.begin_layer(index, num_tokens)
         if r == 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from .. import ops
@@ -14,10 +12,10 @@ from .matching import squeeze
 from .ranking import RankingMethod
 
 
-class ETPS(RankingMethod[ETPSConfig]):
+class ETPS(RankingMethod):
     """Rank as EViT does; each pruned patch joins one kept patch, its host, weighted by their similarity."""
 
-    config_class: ClassVar[type[ETPSConfig]] = ETPSConfig
+    config_class = ETPSConfig
 
     def metric_cost(self) -> MetricCost:
         return super().metric_cost()._replace(width=self.geometry.hidden_size, compared="leaving")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from .. import ops
@@ -12,10 +10,10 @@ from ..token_state import TokenState
 from .ranking import RankingMethod
 
 
-class EViT(RankingMethod[EViTConfig]):
+class EViT(RankingMethod):
     """The fused token is the sum of the patches that are not kept, weighted by CLS attention."""
 
-    config_class: ClassVar[type[EViTConfig]] = EViTConfig
+    config_class = EViTConfig
 
     def shorten(self, x: Tensor, sizes: Tensor, scores: Tensor, r: int, state: TokenState) -> Tensor:
         num_tokens, prefix = x.shape[1], state.num_prefix_tokens

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..configuration import MatchingConfig
 from ..costs import MetricCost
 from ..token_state import MergeStep, TokenState
-from .base import MergedLayer, Method
+from .base import Method
 
 
-M = TypeVar("M", bound=MatchingConfig)
-
-
-class MatchingMethod(Method[M]):
+class MatchingMethod(Method):
     """Hard bipartite soft matching. A subclass defines the metric."""
 
     merges_halves: ClassVar[bool] = True
 
     @abstractmethod
-    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
+    def metric(self, normed: Tensor, layer: Any, state: TokenState) -> Tensor:
         """The features to compare tokens by: [B, n, D] -> [B, n, d]."""
 
-    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+    def reduce(self, x: Tensor, normed: Tensor, layer: Any, state: TokenState, bias: Tensor | None) -> Tensor:
         index = state.layer
         _, r = state.begin_layer(index, x.shape[1])
         if r == 0:
@@ -54,16 +50,16 @@ class MatchingMethod(Method[M]):
         return merged
 
 
-class KeyMatchingMethod(MatchingMethod[M]):
+class KeyMatchingMethod(MatchingMethod):
     """Compare tokens by their attention keys, averaged over heads. Nothing is learned; training merges hard, too."""
 
     def metric_cost(self) -> MetricCost:
         return MetricCost(0, width=self.geometry.head_dim)  # attention computes the keys anyway
 
-    def metric(self, normed: Tensor, layer: MergedLayer, state: TokenState) -> Tensor:
+    def metric(self, normed: Tensor, layer: Any, state: TokenState) -> Tensor:
         keys = layer.keys(normed, state).detach()
         # The sum has the direction of the mean, and the cosine needs only that.
-        if ops.is_exporting() and ops.exports_openvino():
+        if ops.is_exporting() and ops.exports("openvino"):
             first, *others = keys.float().unbind(-2)
             return sum(others, start=first)
         return keys.sum(dim=-2, dtype=torch.float32)

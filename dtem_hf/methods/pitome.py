@@ -13,10 +13,10 @@ from ..token_state import TokenState
 from .matching import KeyMatchingMethod, record_matched
 
 
-class PiToMe(KeyMatchingMethod[PiToMeConfig]):
+class PiToMe(KeyMatchingMethod):
     """Match by energy, and merge by the size-weighted mean, as ToMe does."""
 
-    config_class: ClassVar[type[PiToMeConfig]] = PiToMeConfig
+    config_class = PiToMeConfig
     merges_halves: ClassVar[bool] = False
 
     def metric_cost(self) -> MetricCost:

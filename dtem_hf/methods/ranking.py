@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..configuration import KeepRateConfig
 from ..costs import MetricCost
 from ..errors import UnsupportedModelError
 from ..token_state import TokenState
-from .base import MergedLayer, Method
+from .base import Method
 
 
-K = TypeVar("K", bound=KeepRateConfig)
-
-
-class RankingMethod(Method[K]):
+class RankingMethod(Method):
     """Rank by CLS attention, from the layer's queries and keys. Nothing is learned; training does the same."""
 
     pairwise: ClassVar[bool] = False
@@ -35,7 +31,7 @@ class RankingMethod(Method[K]):
         # Project one query, and multiply it with the keys; attention computes the keys anyway.
         return MetricCost(width, per_image=width * self.geometry.hidden_size)
 
-    def reduce(self, x: Tensor, normed: Tensor, layer: MergedLayer, state: TokenState, bias: Tensor | None) -> Tensor:
+    def reduce(self, x: Tensor, normed: Tensor, layer: Any, state: TokenState, bias: Tensor | None) -> Tensor:
         index = state.layer
         _, r = state.begin_layer(index, x.shape[1])
         if r == 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -13,10 +11,10 @@ from ..token_state import TokenState
 from .matching import KeyMatchingMethod, record_matched
 
 
-class ToFu(KeyMatchingMethod[ToFuConfig]):
+class ToFu(KeyMatchingMethod):
     """A pruned token's features are dropped; its size goes to its partner, which stands for both from then on."""
 
-    config_class: ClassVar[type[ToFuConfig]] = ToFuConfig
+    config_class = ToFuConfig
 
     def prunes(self, layer: int) -> bool:
         """Whether a layer prunes; else it merges."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..configuration import ToMeConfig
 from .matching import KeyMatchingMethod
 
 
-class ToMe(KeyMatchingMethod[ToMeConfig]):
+class ToMe(KeyMatchingMethod):
     """Bipartite soft matching by keys, and merging by the size-weighted mean."""
 
-    config_class: ClassVar[type[ToMeConfig]] = ToMeConfig
+    config_class = ToMeConfig

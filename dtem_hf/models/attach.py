@@ -14,8 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..configuration import MergeConfig
 from ..costs import MergePlan
 from ..errors import BadValue
-from ..families import SUPPORTED, enable_size_bias, find_encoder, find_family, find_place
+from ..families import SUPPORTED, find_encoder, find_family, find_place
 from ..families.containers import container_of
+from ..families.readers import RETURN_ALL
+from ..families.unmasked_attention import enable_size_bias
 from ..hub.adapter import MergeAdapter
 from ..hub.client import cached_commit
 from ..schedule import FlopsSchedule
@@ -148,7 +150,7 @@ class MergeMixin(DerivedMixin):
         place = find_place(self)  # type: ignore[arg-type]
         family, merging = place.family, place.encoder.merging
         plan = merging.plan if image_size is None else merging.plan_for(family.num_tokens(place.encoder, image_size))
-        all_tokens = merging.unmerge or family.reads_all(place.holder)
+        all_tokens = merging.unmerge or family.reader(type(place.holder)) in RETURN_ALL
         returned = plan.num_tokens if all_tokens else plan.tokens[-1]
         return replace(plan, output_tokens=returned * family.frames_of(place.holder))
 

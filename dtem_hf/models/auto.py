@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -173,6 +174,21 @@ def load_trained_classifier(name: str, instead: str = "", **options: Any) -> Any
     if info["missing_keys"]:
         lacks = f"a trained classifier, and this one lacks {min(info['missing_keys'])}, which would be random"
         raise NoTrainedHead("model", name, f"{lacks}{ending}")
+    return model
+
+
+def load_whole(auto: Any, name: str, **options: Any) -> Any:
+    """Load a model by an Auto class. Raises BadValue if the checkpoint lacks weights, which would be random.
+
+    A pooler like ViT's may be missing, with a warning: many checkpoints lack it, and few readers use it.
+    """
+    model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    poolers = {key for key in info["missing_keys"] if ".pooler.dense." in f".{key}"}
+    if missing := info["missing_keys"] - poolers:
+        lacks = f"{len(missing)} weights of {type(model).__name__}, such as {min(missing)}, which would be random"
+        raise BadValue("model", name, f"a whole checkpoint, and this one lacks {lacks}")
+    if poolers:
+        warnings.warn(f"{name} lacks {min(poolers)}: the output of the pooler is random.", stacklevel=2)
     return model
 
 

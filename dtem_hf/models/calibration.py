@@ -193,7 +193,7 @@ def _over_weights(merging: Merging, flops: float) -> _Plans:
 def _over_layers(merging: Merging, flops: float) -> _Plans:
     """A point is the set of layers that reduce, at one keep rate; a move shifts, drops or adds a layer."""
     depth = len(merging.cost.layers)
-    own: KeepRateSchedule = merging.config.schedule  # type: ignore[assignment]
+    own: KeepRateSchedule = merging.config.schedule
 
     def schedule(layers: tuple[int, ...]) -> Schedule:
         return replace(own, layers=layers).for_flops(merging.cost, merging.plan.num_tokens, flops)

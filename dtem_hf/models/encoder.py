@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration import MergeConfig
 from ..costs import EncoderCost, MergePlan
-from ..embedding import Geometry
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Family, enable_size_bias
+from ..families.family import Family
 from ..families.readers import MEANS, RETURN_ALL, TOKEN_SIZES, ScopedForward, output_for_reader, read_sizes, with_last
+from ..families.unmasked_attention import enable_size_bias
 from ..methods import Method
 from ..scope import CHANGING_BLOCKS, Scope, current_scope, open_scope
 from ..token_state import TokenState
@@ -61,18 +60,16 @@ def _options_of(encoder: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Merging:
-    """How an encoder is merged: config, method, costs, and the plan for images of the model's own size, `num_tokens`.
+    """How an encoder is merged: method, costs, and the plan for images of the model's own size, `num_tokens`.
 
     `reader` says how the model reads the encoder's tokens, if no model of the encoder's family around it says so.
     `reads_all`: it reads all tokens in place. `states_read` are the indices of the hidden states that are read (0: the
-    input of the first layer); layers behind the last of them return their input. `set_reduction` changes config and
-    plan only.
+    input of the first layer); layers behind the last of them return their input. `set_reduction` changes the
+    method's config and the plan only.
     """
 
-    config: MergeConfig
     family: Family
-    geometry: Geometry
-    method: Method[Any]
+    method: Method
     cost: EncoderCost
     num_tokens: int
     reads_all: bool
@@ -84,13 +81,18 @@ class Merging:
         object.__setattr__(self, "plan", self.plan_for(self.num_tokens))
 
     @property
+    def config(self) -> Any:
+        """The method's config."""
+        return self.method.config
+
+    @property
     def unmerge(self) -> bool:
         """Whether the encoder returns all tokens, in place."""
         return self.reads_all or bool(self.config.unmerge)
 
     def check_states(self, asked: Sequence[int]) -> None:
         """Raise ValueError for hidden states that are not those which the merging was prepared for."""
-        last = self.geometry.num_layers
+        last = self.method.geometry.num_layers
         if self.reader == "sized" and {x + last + 1 if x < 0 else x for x in asked} != set(self.states_read):
             settled = ", ".join(str(x - last - 1) for x in self.states_read)
             expected = f"{settled}, for which it was merged with unmerge=False; set it in the config and attach again"
@@ -100,7 +102,7 @@ class Merging:
         """The plan for images of `num_tokens` tokens. Raises ValueError if the config's r does not fit the encoder."""
         reductions = self.config.schedule.resolve(self.cost, num_tokens)
         last = max(self.states_read)
-        return self.cost.plan(num_tokens, [*reductions[:last], *[0] * (self.geometry.num_layers - last)])
+        return self.cost.plan(num_tokens, [*reductions[:last], *[0] * (self.method.geometry.num_layers - last)])
 
     def reductions(self, num_tokens: int) -> Sequence[int]:
         """One r per layer for an image of `num_tokens` tokens."""
@@ -140,8 +142,7 @@ class EncoderMerging(DerivedMixin, ScopedForward):
             output = stock()
         wanted.sizes = None
         if state is not None:
-            state.enter(self.merging.geometry.num_layers)
-            state.finished = True
+            state.finish(self.merging.method.geometry.num_layers)
             if state.changed:
                 output = output_for_reader(output, state, wanted.reader, unmerge)
                 wanted.sizes = read_sizes(state, wanted.reader, unmerge)
@@ -183,13 +184,13 @@ class EncoderMerging(DerivedMixin, ScopedForward):
             trace.sizes.clear()
         state = TokenState(
             merging.reductions,
-            merging.geometry.num_prefix_tokens,
+            merging.method.geometry.num_prefix_tokens,
             merging.method,
             merging.family.anatomy,
             embedding_of(self),
             trace,
             masked=masked,
-            sizes=merging.family.padding_sizes(self, inputs),  # type: ignore[arg-type]
+            sizes=merging.family.padding_sizes(inputs),
             keep_sources=keep_sources,
             states_read=merging.states_read,
             steps=options.get("steps"),

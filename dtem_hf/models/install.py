@@ -23,10 +23,13 @@ from ..configuration import LEARN_FIELDS, MergeConfig
 from ..costs import LayerCost, MetricCost
 from ..embedding import DecoupledEmbedding, Shifts
 from ..errors import BadValue, UnsupportedModelError
-from ..families import Place, enable_size_bias, find_encoder, find_place, input_like
+from ..families import Place, find_encoder, find_place
 from ..families.containers import container_of, states_read
+from ..families.family import input_like
 from ..families.layer import forget_keys, remember_keys
+from ..families.readers import NEED_ALL
 from ..families.shifts import Shiftable, Shifted, shiftable_parameters
+from ..families.unmasked_attention import enable_size_bias
 from ..hub.adapter import MergeAdapter
 from ..hub.facts import BackboneFacts
 from ..methods import Method, make_method
@@ -73,7 +76,7 @@ def prepare(
     """
     place = find_place(model, config.part)
     family, holder, encoder = place.family, place.holder, place.encoder
-    config = _copy_with_part(config, place)
+    config = replace(config, part=place.part or None)  # a checked copy; loading finds the part by its name
     enable_size_bias(encoder.config._attn_implementation)
     family.check(holder, encoder)
     layers = family.layers(encoder)
@@ -84,7 +87,7 @@ def prepare(
     geometry = replace(family.geometry(encoder), shiftable=shiftable_parameters(family.shiftable(encoder)))
     method = make_method(config, geometry)
     method.check(type(encoder).__name__)
-    merging = _merging(model, place, config, method)
+    merging = _merging(model, place, method)
     shape = method.embedding_shape()
     if shape is not None and shape.shifts:
         _check_shiftable(family.shiftable(encoder))
@@ -111,14 +114,9 @@ def _check_shiftable(modules: Sequence[Shiftable]) -> None:
             )
 
 
-def _copy_with_part(config: MergeConfig, place: Place) -> MergeConfig:
-    """A checked copy of a config, independent of the caller's. It names the part, so that loading finds it again."""
-    return replace(config, part=place.part or None)
-
-
-def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: Method[Any]) -> Merging:
-    """The `Merging` of a model and a config. Raises ValueError if the schedule does not fit."""
-    family, encoder, geometry = place.family, place.encoder, method.geometry
+def _merging(model: PreTrainedModel, place: Place, method: Method) -> Merging:
+    """The `Merging` of a model by a method. Raises ValueError if the config's schedule does not fit."""
+    family, encoder, config, geometry = place.family, place.encoder, method.config, method.geometry
     cost = family.encoder_cost(place.holder, encoder, method.metric_cost())
     cost = replace(cost, pairwise=method.pairwise, between=method.between)
     reader = _outer_reader(model, place, config)
@@ -127,10 +125,10 @@ def _merging(model: PreTrainedModel, place: Place, config: MergeConfig, method: 
         read = tuple(range(geometry.num_layers + 1)[index] for index in states_read(model.config))
         unread = [LayerCost(0, 0, 0, MetricCost(0))] * (geometry.num_layers - max(read))
         cost = replace(cost, layers=(*cost.layers[: max(read)], *unread))
-    reads_all = reader == "grid" or family.reads_grid(place.holder)
+    reads_all = reader == "grid" or family.reader(type(place.holder)) in NEED_ALL
     if reads_all and config.unmerge is False:
         raise BadValue("unmerge", False, f"None or True: {type(model).__name__} reads all tokens, in place")
-    return Merging(config, family, geometry, method, cost, family.num_tokens(encoder), reads_all, reader, read)
+    return Merging(family, method, cost, family.num_tokens(encoder), reads_all, reader, read)
 
 
 def _outer_reader(model: PreTrainedModel, place: Place, config: MergeConfig) -> str:
@@ -262,20 +260,20 @@ def set_merge_config(model: Any, config: MergeConfig) -> None:
     Raises ValueError for another method, or a config that needs another embedding; the model does not change then.
     """
     place = find_place(model)
-    config, merging = _copy_with_part(config, place), place.encoder.merging
+    merging = place.encoder.merging
     if config.method != merging.config.method:
         raise BadValue("method", config.method, f"{merging.config.method!r}, or attach another method")
-    _check_shape(config, merging)
-    if config.unmerge == merging.config.unmerge:
-        changed = replace(merging, config=config)
-    else:
-        changed = _merging(model, place, config, merging.method)
-    merging.method.config = config
-    _set_merging(model, place.encoder, changed)
+    method = make_method(replace(config, part=place.part or None), merging.method.geometry)
+    _check_shape(method, merging.method)
+    same_reader = config.unmerge == merging.config.unmerge
+    _set_merging(
+        model, place.encoder, replace(merging, method=method) if same_reader else _merging(model, place, method)
+    )
 
 
-def _check_shape(config: MergeConfig, merging: Merging) -> None:
-    wanted, own = make_method(config, merging.geometry).embedding_shape(), merging.method.embedding_shape()
+def _check_shape(method: Method, current: Method) -> None:
+    """Raise ValueError if a method needs another embedding than the current one."""
+    config, wanted, own = method.config, method.embedding_shape(), current.embedding_shape()
     if wanted is None or own is None or wanted == own:
         return
     if wanted.embed_dim != own.embed_dim:

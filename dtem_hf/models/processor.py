@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copyreg
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import transformers
 
 from ..errors import BadValue
 from ..families.containers import container_of
+from .derived import DerivedMixin, derived_class
 from .encoder import Merging
 from .install import inside_peft, is_merged, merging_of
 
@@ -33,65 +30,60 @@ class AutoProcessor(transformers.AutoProcessor):
         model = inside_peft(merge)
         if not (is_merged(model) and container_of(type(model)).counts_placeholders):
             raise BadValue("merge", type(model).__name__, "a merged vision-language model such as LLaVA or PaliGemma")
-        # On the class: save_pretrained would save an attribute of the processor itself.
-        processor.__class__ = _asking_class(type(processor), partial(Reading.of, model))
+        processor.__class__ = derived_class(type(processor), MergedPlaceholders)  # type: ignore[arg-type]
+        processor.reading = Reading(model)
         return processor
 
 
-@dataclass(frozen=True)
 class Reading:
-    """How many tokens of an image a vision-language model gives its language model."""
+    """How many tokens of an image a vision-language model gives its language model, as it is merged at each call.
 
-    merging: Merging | None
-    dropped: int
+    A pickled reading holds no model, and stays as it was.
+    """
 
-    @classmethod
-    def of(cls, model: Any) -> Reading:
-        """The reading of a model as it is merged now."""
-        return cls(merging_of(model) if is_merged(model) else None, count_dropped_tokens(model))
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._merging: Merging | None = None
+        self._dropped = 0
 
     def count(self, num_plain: int) -> int:
         """How many tokens of an image the language model gets, if that of the plain model gets `num_plain`."""
-        if self.merging is None or self.merging.unmerge:
+        self._ask()
+        if self._merging is None or self._merging.unmerge:
             return num_plain
         # Behind the last layer that is read, the number stays.
-        return self.merging.plan_for(num_plain + self.dropped).tokens[-1] - self.dropped
+        return self._merging.plan_for(num_plain + self._dropped).tokens[-1] - self._dropped
+
+    def _ask(self) -> None:
+        if self._model is not None:
+            self._merging = merging_of(self._model) if is_merged(self._model) else None
+            self._dropped = count_dropped_tokens(self._model)
+
+    def __deepcopy__(self, memo: Any) -> Reading:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._ask()
+        return {**vars(self), "_model": None}
 
 
-class MergedPlaceholders:
+class MergedPlaceholders(DerivedMixin):
     """Mixin for a processor: it writes one placeholder per token that a model gives its language model."""
 
-    reading: Callable[[], Reading]
+    reading: Reading
     image_token: str
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image: those of the plain model, but fewer."""
         text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
-        return self.image_token * self.reading().count(text.count(self.image_token))
+        return self.image_token * self.reading.count(text.count(self.image_token))
 
     def _get_num_multimodal_tokens(self, *args: Any, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(*args, **kwargs)  # type: ignore[misc]
         if data.num_image_tokens is not None:
-            counts = [self.reading().count(count) for count in data.num_image_tokens]
+            counts = [self.reading.count(count) for count in data.num_image_tokens]
             data = type(data)(num_image_tokens=counts, num_image_patches=data.num_image_patches)
         return data
-
-
-class _AskingClass(type):
-    """The metaclass of processors that ask a model: no module holds these classes, so `copyreg` pickles them by it."""
-
-    reading: Callable[[], Reading]
-
-
-def _asking_class(stock: type, reading: Callable[[], Reading]) -> _AskingClass:
-    return _AskingClass(stock.__name__, (MergedPlaceholders, stock), {"reading": staticmethod(reading)})
-
-
-def _unpickled_class(stock: type, reading: Reading) -> _AskingClass:
-    return _asking_class(stock, lambda: reading)
-
-
-copyreg.pickle(_AskingClass, lambda cls: (_unpickled_class, (cls.__bases__[1], cls.reading())))
 
 
 def count_dropped_tokens(model: Any) -> int:

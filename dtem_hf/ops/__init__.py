@@ -2,13 +2,13 @@
 
 from .attention import attention_dtype, extend_keys, see_itself, size_bias
 from .first_order import first_order_change
-from .forms import MERGE_FORMS, exports_openvino, is_exporting, merge_form
+from .forms import exports, is_exporting, merge_form
 from .fusing import fuse_tokens, fused_source_map, split_by_score
 from .lengths import norms_of, prune_tokens, restore_lengths
 from .masking import draw_kept, squeeze_in_place
 from .matching import Matching, bipartite_soft_matching, cosine_scores, put_empty_first
 from .merging import compose_source_maps, join_in_place, merge_tokens, source_map, unmerge_tokens
-from .partners import energies, match_by_energy, match_pruned_to_kept, matching_of_pairs
+from .partners import match_by_energy, match_pruned_to_kept
 from .relaxation import (
     merge_along_flow,
     move_mass,
@@ -18,19 +18,17 @@ from .relaxation import (
     soft_grouping,
     straight_through_matching,
 )
-from .splitting import split_counts, split_even_odd
+from .splitting import split_even_odd
 
 
 __all__ = [
-    "MERGE_FORMS",
     "Matching",
     "attention_dtype",
     "bipartite_soft_matching",
     "compose_source_maps",
     "cosine_scores",
     "draw_kept",
-    "energies",
-    "exports_openvino",
+    "exports",
     "extend_keys",
     "first_order_change",
     "fuse_tokens",
@@ -39,7 +37,6 @@ __all__ = [
     "join_in_place",
     "match_by_energy",
     "match_pruned_to_kept",
-    "matching_of_pairs",
     "merge_along_flow",
     "merge_form",
     "merge_tokens",
@@ -56,7 +53,6 @@ __all__ = [
     "soft_grouping",
     "source_map",
     "split_by_score",
-    "split_counts",
     "split_even_odd",
     "squeeze_in_place",
     "straight_through_matching",

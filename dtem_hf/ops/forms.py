@@ -40,24 +40,11 @@ def merge_form(form: str) -> Iterator[None]:
         _FORM.reset(before)
 
 
-def exports_one_hot() -> bool:
-    """Whether the graph that is being exported must hold no scatter."""
-    return _exports("one_hot")
+def exports(*forms: str) -> bool:
+    """Whether a graph is being exported in one of these forms.
 
-
-def exports_onnx() -> bool:
-    """Whether a graph is being exported for ONNX alone, whose TopK keeps the order of equal values."""
-    return _exports("scatter", "one_hot")
-
-
-def exports_openvino() -> bool:
-    """Whether a graph is being exported for OpenVINO.
-
-    OpenVINO's TopK is unstable or slow, and its sum over heads is slower than additions.
+    Only ONNX's TopK, of the forms "scatter" and "one_hot", keeps the order of equal values; OpenVINO's is unstable or
+    slow. OpenVINO also adds faster than it sums over heads.
     """
-    return _exports("openvino")
-
-
-def _exports(*forms: str) -> bool:
     # Dynamo cannot read the ContextVar, and never exports a form.
     return _is_exporting_without_dynamo() and _FORM.get() in forms

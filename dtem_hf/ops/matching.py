@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .autocast import without_autocast
-from .forms import exports_onnx, exports_openvino, is_exporting
+from .forms import exports, is_exporting
 from .splitting import split_even_odd
 
 
@@ -41,7 +41,7 @@ def cosine_scores(a: Tensor, b: Tensor) -> Tensor:
 def descending_order(x: Tensor) -> Tensor:
     """Indices that sort the last dimension, largest first; equal values keep their order."""
     if is_exporting():  # ONNX has no stable sort, and torch's topk is not stable
-        return x.topk(x.shape[-1]).indices if exports_onnx() else _order_by_rank(x)
+        return x.topk(x.shape[-1]).indices if exports("scatter", "one_hot") else _order_by_rank(x)
     return x.argsort(dim=-1, descending=True, stable=True)
 
 
@@ -74,7 +74,7 @@ def _best_partner(metric: Tensor, num_prefix_tokens: int, empty: Tensor | None) 
         scores = torch.bmm(a, b.transpose(1, 2))  # [B, a, b]
     if empty is not None:
         scores = put_empty_first(scores, *split_even_odd(empty, num_prefix_tokens))
-    if is_exporting() and exports_openvino():
+    if is_exporting() and exports("openvino"):
         # OpenVINO takes the index of a maximum from a TopK that does not keep the order of equal values.
         best, last = scores.amax(dim=-1, keepdim=True), scores.shape[2] - 1
         places = torch.arange(last + 1, device=scores.device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import kernels
 from .autocast import without_autocast
-from .forms import exports_one_hot, is_exporting
+from .forms import exports, is_exporting
 from .matching import Matching
 
 
@@ -23,7 +23,7 @@ def _add_at(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
     May overwrite `base`.
     """
-    if base.is_cuda or (is_exporting() and exports_one_hot()):
+    if base.is_cuda or (is_exporting() and exports("one_hot")):
         # A product with the one-hot matrix: CUDA's scatter adds in no fixed order, and TensorRT has no such scatter.
         positions = torch.arange(base.shape[1], device=base.device).unsqueeze(-1)
         one_hot = (positions == index.unsqueeze(1)).to(base.dtype)

@@ -22,7 +22,7 @@ import yaml
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
-from ..configuration import MergeConfig
+from ..configuration import CONFIG_NAME, MergeConfig
 from ..errors import (
     AdapterError,
     BadValue,
@@ -31,12 +31,13 @@ from ..errors import (
     check_number,
     check_whole,
     said_by_worker,
+    said_of_stop,
 )
 from ..files import check_file, check_folder, check_is_there, read_text
 from ..hub.client import clear_errors
 from ..progress import hide_other_bars
 from ..schedule import R_EXPECTED
-from .processes import choose_device
+from .processes import choose_device, say
 
 
 T = TypeVar("T")
@@ -105,13 +106,19 @@ class ImageArguments(ModelArguments):
 def parse_arguments(kind: type[T], argv: Sequence[str] | None, description: str, leading: Sequence[str] = ()) -> T:
     """Read arguments with `read_arguments`, and check the paths among them.
 
-    Raises FileNotFoundError for a missing folder in `model` or `adapter`, and ValueError if the path of `output_dir`
-    is a file or lies among the images of the run, or the path of `output` is a folder.
+    Raises FileNotFoundError for a missing folder in `model` or `adapter`, and ValueError if one of them is a file, a
+    path is empty, the path of `output_dir` is a file or lies among the images of the run, or the path of `output` is a
+    folder.
     """
     found = read_arguments(kind, argv, description, leading)
+    for name in ("model", "adapter", "data", "output_dir", "output"):
+        if getattr(found, name, None) == "":  # an empty path is the current folder
+            raise BadValue(name, "", "a path or a name")
     for name in ("model", "adapter"):
         if isinstance(value := getattr(found, name, None), str):
             check_is_there(value.partition("@")[0])
+            if os.path.isfile(value) and not getattr(found, "random_weights", False):  # these read a config's file
+                raise BadValue(name, value, "a folder or a Hub id; this is a file")
     if isinstance(value := getattr(found, "output_dir", None), str):
         check_folder("output_dir", value)
         for name in _IMAGE_FOLDERS:
@@ -196,12 +203,15 @@ def _suggestion(unknown: Sequence[str], options: Collection[str]) -> str:
 def run_script(program: str | Callable[[], None]) -> None:
     """Run a script: a function, or the `main` of a module of dtem_hf.
 
-    It shows an error that the user can correct as one line on stderr, and exits with 2 for a bad value and with 1 for
-    a missing file or package, or a file that cannot be written.
+    It shows an error that the user can correct as one line on stderr, and exits with 2 for a bad value, with 1 for a
+    missing file or package, or a file that cannot be written, and with 130 after Ctrl-C.
     """
     hide_other_bars()
     try:
         (load_program(program) if isinstance(program, str) else program)()
+    except KeyboardInterrupt as error:
+        say(said_of_stop(error))
+        raise SystemExit(130) from error
     except (
         BadValue,
         UnsupportedModelError,
@@ -273,8 +283,13 @@ def _yaml_as_options(path: Path, lists: dict[str, bool]) -> list[str]:
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """The config of a model. Raises OSError that says what to do if neither folder nor Hub id exists."""
+    """The config of a model. Raises OSError that says what to do if neither folder nor Hub id exists.
+
+    Raises AdapterError for an adapter's folder.
+    """
     check_is_there(model)
+    if os.path.isfile(os.path.join(model, CONFIG_NAME)) and not os.path.isfile(os.path.join(model, "config.json")):
+        raise AdapterError(f"{model} is a merge adapter and no model: name its backbone as the model.")
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:

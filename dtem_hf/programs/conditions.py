@@ -6,7 +6,8 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from ..version import __version__
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """The command line, the hardware and the versions of a result."""
-    return {"command": command(), "hardware": hardware(device), "versions": versions()}
+    """The command line, the machine and the versions of a result."""
+    machine = {"hardware": hardware(device), "device": device.type, "threads": torch.get_num_threads()}
+    return {"command": command(), **machine, "versions": versions()}
 
 
 def describe_model(name: str, model: Any) -> dict[str, Any]:
@@ -30,15 +32,19 @@ def describe_model(name: str, model: Any) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of the packages that results depend on."""
-    return {
+def versions(*others: str) -> dict[str, str]:
+    """The versions of the packages that results depend on, and of those others that are installed."""
+    found = {
         "dtem_hf": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": version("accelerate"),
         "python": platform.python_version(),
     }
+    for name in others:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def hardware(device: torch.device) -> str:

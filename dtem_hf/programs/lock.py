@@ -22,6 +22,8 @@ except ImportError:  # Windows
 
 LOCK_NAME = ".lock"
 _CLOCK_TOLERANCE = 2.0  # seconds by which the clocks of processes and of files may differ
+# What a later run resumes from, and where it lies.
+_KEPT = {"finished batches": "parts/*.npz", "checkpoints": "checkpoints/step-*"}
 _held: set[int] = set()  # open lock files of this process
 
 
@@ -43,6 +45,7 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
     The folder is made if needed. All processes of a launch enter the block together. The lock ends with its process,
     even if the process is killed. Raises ValueError, in all processes, if another thread, process or launch has the
     lock, RuntimeError if the processes of a launch do not know each other, and OSError if the folder is not writable.
+    A KeyboardInterrupt gets a message that says what was kept and how to go on.
     """
     state, lock, holder = known_processes(), None, ""
     with making_folder(folder) if state.is_main_process else nullcontext():
@@ -57,9 +60,19 @@ def only_run_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
             raise BadValue("output_dir", str(folder), f"a folder that no other run is using; {holder} is using it")
         try:
             yield Path(folder)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*error.args or [_how_to_go_on(Path(folder))]) from error
         finally:
             if lock is not None:
                 lock.release()
+
+
+def _how_to_go_on(folder: Path) -> str:
+    """What an interrupted run has kept in its folder, and what the same command does with it."""
+    for what, pattern in _KEPT.items():
+        if count := len(list(folder.glob(pattern))):
+            return f"{folder} keeps {count} {what}, and the same command resumes from there"
+    return f"no result was written to {folder}, and the same command starts over"
 
 
 class _Lock:

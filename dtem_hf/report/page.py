@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -16,11 +16,14 @@ from typing import Any
 from ..errors import BadValue
 from ..files import read_json, write_text
 from ..programs.arguments import option, parse_arguments
-from .tables import benchmark_cells, cells, columns_of
+from .tables import TextTable, table_of
 
 
-# Columns, and lines of texts.
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+# The files to read, in the order of the page.
+KNOWN_RECORDS = (
+    *("comparison.json", "evaluation.json", "dense.json", "benchmark.json", "correlation.json", "captions.json"),
+    "segmentation.json",
+)
 _LARGEST_RECORD = 1 << 24
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _STYLE = """
@@ -53,7 +56,7 @@ class Section:
 
     title: str
     facts: dict[str, str] = field(default_factory=dict)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[TextTable] = field(default_factory=list)
     pictures: dict[str, Path] = field(default_factory=dict)
 
 
@@ -84,7 +87,7 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
     """Read a folder's records with known names and all its pictures. Raises FileNotFoundError if it has none."""
     folder = Path(folder)
     section = Section(folder.name)
-    for name, table_of in KNOWN_RECORDS.items():
+    for name in KNOWN_RECORDS:
         if (folder / name).is_file():
             record = read_json(folder / name, _LARGEST_RECORD)
             if not isinstance(record, dict):
@@ -101,28 +104,6 @@ def read_section(folder: str | os.PathLike[str]) -> Section:
     return section
 
 
-def _evaluation_table(rows: Sequence[dict[str, Any]]) -> Table:
-    return columns_of(rows), [cells(row) for row in rows]
-
-
-def _plain_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of numbers, under the record's own names."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return [name.replace("_", " ") for name in columns], [[_text(row.get(name)) for name in columns] for row in rows]
-
-
-# The files to read, in the order of the page, and the functions that make tables of their rows.
-KNOWN_RECORDS: dict[str, Callable[[Sequence[dict[str, Any]]], Table]] = {
-    "comparison.json": _evaluation_table,
-    "evaluation.json": _evaluation_table,
-    "dense.json": _evaluation_table,
-    "benchmark.json": benchmark_cells,
-    "correlation.json": _plain_table,
-    "captions.json": _plain_table,
-    "segmentation.json": _plain_table,
-}
-
-
 def _facts(record: dict[str, Any]) -> dict[str, str]:
     """The conditions in a record."""
     data, model = record.get("data") or {}, record.get("model") or {}
@@ -134,10 +115,6 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
         "command": record.get("command"),
     }
     return {name: str(value) for name, value in facts.items() if value}
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _section_html(section: Section) -> str:

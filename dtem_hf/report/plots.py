@@ -23,6 +23,7 @@ from ..labels import method_name, multiply_adds_unit, reduction_label, series_na
 # Okabe and Ito's colours, which colour-blind readers can distinguish; in print, markers do.
 _STYLES = {"dtem": ("#0072B2", "o"), "tome": ("#D55E00", "s"), "evit": ("#009E73", "^")}
 _SPARE_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#7F5F3F", "<"), ("#999999", "X"))
+_ALL_STYLES = (*_STYLES.values(), *_SPARE_STYLES)
 _UNMERGED = "none"
 _MEASURES = {
     "top1": "Top-1 accuracy (%)",
@@ -156,7 +157,7 @@ def plot_speedups(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], 
     merged = [row for row in rows if row["method"] != _UNMERGED]
     amounts = list(dict.fromkeys((row["method"], str(row["r"])) for row in merged))
     kinds = [f"{row['tokens_read']} tokens" if "tokens_read" in row else row["runtime"] for row in merged]
-    colours = dict(zip(amounts, cycle([style for style, _ in (*_STYLES.values(), *_SPARE_STYLES)]), strict=False))
+    colours = dict(zip(amounts, cycle(style for style, _ in _ALL_STYLES), strict=False))
     dashes = dict(zip(dict.fromkeys(kinds), cycle(["-", "--", ":", "-."]), strict=False))
     drawn = set()
     for row, kind in zip(merged, kinds, strict=True):
@@ -185,7 +186,7 @@ def plot_advice(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], ti
     figure, axes = _figure(rows, path, (1 + 4.6 * len(sizes), 4.2), panels=max(1, len(sizes)))
     measure = "cosine" if rows[0]["agreement"] is None else "agreement"
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
-    colours = dict(zip(runtimes, cycle(style for style, _ in (*_STYLES.values(), *_SPARE_STYLES)), strict=False))
+    colours = dict(zip(runtimes, cycle(style for style, _ in _ALL_STYLES), strict=False))
     markers = {row["method"]: _STYLES.get(row["method"], ("", "D"))[1] for row in rows}
     for place, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
         for runtime in runtimes:
@@ -214,7 +215,7 @@ def plot_training(rows: Sequence[tuple[str, Sequence[float]]], r: Sequence[int],
     figure, (axis,) = _figure(rows, path, (8, 1.2 + 0.28 * len(rows)))
     first = rows[0][1]
     ranked = sorted(rows, key=lambda row: -sum(row[1]))
-    for number, (amount, (colour, marker)) in enumerate(zip(r, (*_STYLES.values(), *_SPARE_STYLES), strict=False)):
+    for number, (amount, (colour, marker)) in enumerate(zip(r, _ALL_STYLES, strict=False)):
         shares = [values[number] / first[number] for _, values in ranked]
         axis.plot(shares, range(len(ranked)), marker, color=colour, markersize=5, label=f"r = {amount}", alpha=0.9)
     axis.axvline(1, color="0.45", linewidth=1, linestyle=(0, (5, 4)), zorder=1)

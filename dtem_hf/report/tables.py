@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.cells import cell_len
@@ -15,16 +16,15 @@ from rich.table import Table
 from ..labels import reduction_label, series_name
 
 
-_COSTS = ("M mult-adds", "share", "images/s", "speed-up")
-COLUMNS = ("method", "r", "top-1", "top-5", "ECE", "agreement", "KL", *_COSTS)
-FEATURE_COLUMNS = ("method", "r", "cosine", "cosine, 95 %", "same nearest", "k-NN top-1", *_COSTS)
-MAP_COLUMNS = ("method", "r", "error", "error, 95 %", "IoU", "IoU, 95 %", *_COSTS[:2])
+# Headings, and lines of texts.
+TextTable = tuple[list[str], list[list[str]]]
 
 # Explanations of the columns.
 LEGEND = (
     "top-1, top-5, ECE (expected calibration error) and agreement (images with the unmerged model's class) in "
     "percent; KL: divergence from the unmerged model's probabilities, in nats; share: of its multiply-adds"
 )
+_SPEEDUP = "; speed-up: ratio of the images/s"
 # For tables with both columns.
 SPEEDUP_LEGEND = (
     "images/s: median over the rounds; speed-up: median of the ratios within rounds to the unmerged model in the same "
@@ -38,6 +38,111 @@ MAP_LEGEND = (
     "error: mean absolute difference of a map from the unmerged model's; IoU: intersection over union of the pixels "
     "above the threshold with the unmerged model's; both are means over images. share: of the unmerged multiply-adds"
 )
+
+
+# Makes the cell of a row; columns are such functions by heading.
+Cell = Callable[[dict[str, Any]], str]
+Columns = dict[str, Cell]
+
+
+def number(name: str, form: str, per: float = 1, unit: str = "") -> Cell:
+    """Cells with an entry of a row, divided by `per`; a dash without it."""
+
+    def cell(row: dict[str, Any]) -> str:
+        value = row.get(name)
+        return shown(None if value is None else value / per, form, unit)
+
+    return cell
+
+
+def numbers(form: str, names: dict[str, str]) -> Columns:
+    """Columns of numbers in one format: entries of a row by heading."""
+    return {heading: number(name, form) for heading, name in names.items()}
+
+
+def interval(name: str, form: str) -> Cell:
+    """Cells with the two ends of an interval."""
+    return lambda row: " to ".join(f"{end:{form}}" for end in row[name])
+
+
+def _amount(row: dict[str, Any]) -> str:
+    return json.dumps(row["r"]) if isinstance(row["r"], (int, list)) else shown_r(row["r"])
+
+
+_NAMES: Columns = {"method": lambda row: row["method"], "r": _amount}
+_COSTS = {"M mult-adds": number("multiply_adds", ".1f", 1e6), "share": number("ratio", ".3f")}
+_SPEED = {"images/s": number("images_per_second", ".0f"), "speed-up": number("speedup", ".2f", unit="×")}
+_VISUAL = {"visual tokens": number("visual_tokens", ".0f")}
+_FEATURES = {
+    **_NAMES,
+    "cosine": number("cosine", ".4f"),
+    "cosine, 95 %": interval("cosine_interval", ".4f"),
+    **numbers(".1f", {"same nearest": "same_nearest", "k-NN top-1": "knn_top1"}),
+    **_COSTS,
+    **_SPEED,
+}
+_MAPS = {
+    "method": series_name,
+    "r": lambda row: reduction_label(row["r"]),
+    "error": number("map_error", ".4f"),
+    "error, 95 %": interval("map_error_interval", ".4f"),
+    "IoU": number("iou", ".3f"),
+    "IoU, 95 %": interval("iou_interval", ".3f"),
+    **_COSTS,
+}
+_SEGMENTATION = {**_NAMES, **numbers(".1f", {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}), **_COSTS}
+_CAPTIONS = {
+    **_NAMES,
+    **{name: number(name, ".1f", 0.01) for name in ("BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")},
+    **_VISUAL,
+    **{f"M {part}": number(f"{part}_multiply_adds", ".1f", 1e6) for part in ("encoder", "decoding")},
+    "captions/s": number("captions_per_second", ".1f"),
+}
+_LOSSES = {
+    **_NAMES,
+    **_VISUAL,
+    "share": _COSTS["share"],
+    **numbers(".4f", {"loss": "loss", "ratio": "loss_ratio"}),
+    "added": number("added_loss", "+.4f"),
+    "±": number("standard_error", ".4f"),
+}
+_CLASSES = {
+    **_NAMES,
+    **numbers(".1f", {"top-1": "top1", "top-5": "top5", "ECE": "calibration_error", "agreement": "agreement"}),
+    "KL": number("kl", ".4f"),
+    **_COSTS,
+    **_SPEED,
+}
+# The columns of each kind of result, and their legend, by an entry that only rows of this kind have.
+_KINDS: dict[str, tuple[Columns, str | None]] = {
+    "cosine": (_FEATURES, f"{_FEATURE_LEGEND}{_SPEEDUP}"),
+    "map_error": (_MAPS, MAP_LEGEND),
+    "miou": (_SEGMENTATION, None),
+    "CIDEr": (_CAPTIONS, None),
+    "added_loss": (_LOSSES, None),
+    "kl": (_CLASSES, f"{LEGEND}{_SPEEDUP}"),
+}
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> Columns:
+    """The columns of a result; for a kind without columns of its own, all entries under their own names."""
+    if "batches" in rows[0]:
+        return _benchmark_columns(rows)
+    for name, (columns, _) in _KINDS.items():
+        if name in rows[0]:
+            return columns
+    return {name.replace("_", " "): partial(_entry, name) for row in rows for name in row}
+
+
+def table_of(rows: Sequence[dict[str, Any]], columns: Columns | None = None) -> TextTable:
+    """The headings and the lines of a result's table."""
+    columns = columns or columns_of(rows)
+    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
+
+
+def _entry(name: str, row: dict[str, Any]) -> str:
+    value = row.get(name)
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def print_rows(
@@ -94,50 +199,21 @@ def about(result: dict[str, Any]) -> str:
     return f"{result['model']['name']} on {data['num_images']} images of {data['name']}"
 
 
-def columns_of(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
-    """The columns of an evaluation of classes, of features, or of maps."""
-    return FEATURE_COLUMNS if "cosine" in rows[0] else MAP_COLUMNS if "map_error" in rows[0] else COLUMNS
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """The cells of an evaluation's row, as text."""
-    r, name = row["r"], row["method"]
-    amount = json.dumps(r) if isinstance(r, (int, list)) else shown_r(r)
-    costs = [
-        f"{row['multiply_adds'] / 1e6:.1f}",
-        f"{row['ratio']:.3f}",
-        shown(row.get("images_per_second"), ".0f"),
-        shown(row.get("speedup"), ".2f", "×"),
-    ]
-    if "map_error" in row:
-        name, amount, costs = series_name(row), reduction_label(r), costs[:2]
-        figures = [f"{row['map_error']:.4f}", "{:.4f} to {:.4f}".format(*row["map_error_interval"])]
-        figures += [f"{row['iou']:.3f}", "{:.3f} to {:.3f}".format(*row["iou_interval"])]
-    elif "cosine" in row:
-        figures = [f"{row['cosine']:.4f}", "{:.4f} to {:.4f}".format(*row["cosine_interval"])]
-        figures += [shown(row[key], ".1f") for key in ("same_nearest", "knn_top1")]
-    else:
-        figures = [shown(row.get(key), ".1f") for key in ("top1", "top5", "calibration_error")]
-        figures += [f"{row['agreement']:.1f}", f"{row['kl']:.4f}"]
-    return [name, amount, *figures, *costs]
-
-
-def benchmark_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The columns and the cells of a benchmark's rows, as text."""
+def _benchmark_columns(rows: Sequence[dict[str, Any]]) -> Columns:
     sizes = [batch["batch_size"] for batch in rows[0]["batches"]]
-    columns = ["runtime", "method", "r", "M mult-adds", "ideal", *(f"batch {size}" for size in sizes), "break-even"]
-    lines = []
-    for row in rows:
-        read = f", {row['tokens_read']} tokens" if "tokens_read" in row else ""
-        line = [row["runtime"], row["method"] + read, shown_r(row["r"])]
-        line.append("–" if row["multiply_adds"] is None else f"{row['multiply_adds'] / 1e6:.1f}")
-        line.append(shown(row["ideal_speedup"], ".2f", "×"))
-        line += [_batch_cell(batch) for batch in row["batches"]]
-        lines.append([*line, str(row["break_even_batch_size"] or "–")])
-    return columns, lines
+    return {
+        "runtime": lambda row: row["runtime"],
+        "method": lambda row: row["method"] + (f", {row['tokens_read']} tokens" if "tokens_read" in row else ""),
+        "r": lambda row: shown_r(row["r"]),
+        "M mult-adds": _COSTS["M mult-adds"],
+        "ideal": number("ideal_speedup", ".2f", unit="×"),
+        **{f"batch {size}": partial(_batch_cell, i) for i, size in enumerate(sizes)},
+        "break-even": number("break_even_batch_size", ".0f"),
+    }
 
 
-def _batch_cell(batch: dict[str, Any]) -> str:
+def _batch_cell(place: int, row: dict[str, Any]) -> str:
+    batch = row["batches"][place]
     speed, memory = batch["images_per_second"], batch["peak_memory"]
     digits = 1 if speed["median"] >= 1 else 3  # large language models answer less than one prompt per second
     median, low, high = (f"{speed[name]:.{digits}f}" for name in ("median", "q25", "q75"))
@@ -151,9 +227,6 @@ def _batch_cell(batch: dict[str, Any]) -> str:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Show the rows of an evaluation in the terminal."""
-    columns = columns_of(result["rows"])
-    legend = {COLUMNS: LEGEND, FEATURE_COLUMNS: _FEATURE_LEGEND, MAP_COLUMNS: MAP_LEGEND}[tuple(columns)]
-    if "speed-up" in columns:
-        legend += "; speed-up: ratio of the images/s"
-    print_rows(about(result), columns, [cells(row) for row in result["rows"]], legend=legend)
+    """Show the rows of a result in the terminal."""
+    legend = next(legend for name, (_, legend) in _KINDS.items() if name in result["rows"][0])
+    print_rows(about(result), *table_of(result["rows"]), legend=legend)

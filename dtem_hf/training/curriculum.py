@@ -85,35 +85,23 @@ class CurriculumArguments(MergeArguments):
             raise BadValue(name, value, f"no value: method {self.method} has no such option")
 
     def merge_config(self) -> DTEMConfig | DTPSConfig:
-        """The config of the method that learns. Raises ValueError for an invalid option."""
+        """The config that is learned, and saved with the adapter. Raises ValueError for an invalid option."""
         kind = _LEARNED[self.method]
         values = {f.name: getattr(self, f.name) for f in fields(kind)}
         if "r" in values:
             values["r"] = parse_reduction(str(values["r"]))
         return kind.from_dict(values)
 
-
-class Curriculum:
-    """The merge config of every step. It depends only on options and step, so that all processes draw the same r.
-
-    `config` is the config that the adapter is saved with.
-    """
-
-    def __init__(self, arguments: CurriculumArguments) -> None:
-        self.arguments = arguments
-        self.config = arguments.merge_config()
-
-    def at(self, step: int) -> DTEMConfig | DTPSConfig:
-        """The config of training step `step` (from 0)."""
-        a = self.arguments
-        changes: dict[str, Any] = {}
-        if a.sample_r:
-            changes["r"] = random.Random(a.seed * 1_000_003 + step).choice(a.sample_r)
-        done = step / max(a.steps - 1, 1)
+    def config_at(self, step: int) -> DTEMConfig | DTPSConfig:
+        """The config of training step `step` (from 0); it is the same in all processes."""
+        config, changes = self.merge_config(), dict[str, Any]()
+        if self.sample_r:
+            changes["r"] = random.Random(self.seed * 1_000_003 + step).choice(self.sample_r)
+        done = step / max(self.steps - 1, 1)
         for name in ("score_temperature", "assignment_temperature"):
-            if (last := getattr(a, f"last_{name}")) is not None:
-                first = getattr(self.config, name)
+            if (last := getattr(self, f"last_{name}")) is not None:
+                first = getattr(config, name)
                 changes[name] = first * (last / first) ** done
-        if a.straight_through_from is not None and step >= a.straight_through_from:
+        if self.straight_through_from is not None and step >= self.straight_through_from:
             changes["relaxation"] = "straight_through"
-        return replace(self.config, **changes)
+        return replace(config, **changes)

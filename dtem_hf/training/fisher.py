@@ -9,7 +9,6 @@ Its gradient reaches each layer's embedding only through the layer's similaritie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,27 +17,11 @@ from torch import Tensor
 
 from .. import ops
 from ..configuration import DTEMConfig
-from ..programs.arguments import at_least, option
 from ..token_state import MergeStep
+from .task_arguments import TaskArguments
 
 
 _TINY = 1e-20
-
-
-@dataclass(kw_only=True)
-class FisherArguments:
-    """Options of the tasks fisher, feature_fisher and caption_fisher."""
-
-    fisher_samples: int = option("fisher: gradients per image and step", default=1)
-    fisher_similarity: float = option(
-        "fisher: the cost of a merge grows by the factor exp(this · (1 - cosine of the tokens' attention keys))",
-        default=4.0,
-    )
-    fisher_floor: float = option("fisher: least cost of a merge, as a share of the image's mean", default=1e-3)
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "fisher_samples")
-        at_least(self, 0, "fisher_similarity", "fisher_floor")
 
 
 def fisher_loss(
@@ -46,7 +29,7 @@ def fisher_loss(
     outputs: Sequence[Tensor],
     num_prefix_tokens: int,
     config: DTEMConfig,
-    arguments: FisherArguments,
+    arguments: TaskArguments,
 ) -> Tensor:
     """Expected cost of the merges that soft grouping would choose, divided by the cost of random merges: a scalar.
 
@@ -67,7 +50,7 @@ def fisher_loss(
 
 
 def _expected(
-    step: MergeStep, divergence: Tensor, num_prefix_tokens: int, config: DTEMConfig, arguments: FisherArguments
+    step: MergeStep, divergence: Tensor, num_prefix_tokens: int, config: DTEMConfig, arguments: TaskArguments
 ) -> Tensor:
     halves = ops.split_even_odd
     scores = ops.cosine_scores(*halves(step.metric, num_prefix_tokens))

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from ..files import replacing_folder, write_json
 from ..hub.folder_card import refreshed_card
 from ..hub.layout import TRAINING_NAME
+from ..hub.records import read_record
 from ..programs.conditions import command, data_name, hardware, versions
 from .arguments import TrainArguments
 from .tasks import Task
@@ -44,15 +45,20 @@ class Results:
         if self.arguments.train_backbone:
             with replacing_folder(self.model) as folder:
                 self.task.save_model(model, folder)
-        with refreshed_card(self.adapter) as folder:
-            model.save_merge_adapter(folder, base_model=self.arguments.base_model)
-            write_json(folder / TRAINING_NAME, record)
+        write_json(self.adapter / TRAINING_NAME, record)
+        model.save_merge_adapter(self.adapter, base_model=self.arguments.base_model)
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        """Write `training.json` and the card."""
+    def write_record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write `training.json` and the card, unless the file is of this step already; returns its content."""
+        path = self.adapter / TRAINING_NAME
+        # A finished run that is started again has trained nothing with its options: the record stays.
+        kept = read_record(path) if path.is_file() else {}
+        if kept.get("steps") == record["steps"]:
+            return kept
         if self.accelerator.is_main_process:
-            with refreshed_card(self.adapter) as folder:
-                write_json(folder / TRAINING_NAME, record)
+            with refreshed_card(self.adapter):
+                write_json(path, record)
+        return record
 
     def record(self, num_images: int | None, images_per_step: int, state: dict[str, Any]) -> dict[str, Any]:
         """The content of `training.json`; `state` is the state that checkpoints hold."""

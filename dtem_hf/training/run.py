@@ -32,13 +32,11 @@ from ..programs.identity import weights_digest
 from ..progress import tqdm
 from . import checkpoints
 from .arguments import TrainArguments
-from .curriculum import Curriculum
 from .feed import IndexedFeed, StreamedFeed, loader
 from .interruption import Interruption
 from .parameters import choose_learned, drawn_for, optimizer_groups, relax
 from .publication import Publication
 from .results import Results
-from .same_run import check_same_run
 from .step_outcome import gather_outcome, raise_not_finite
 from .tasks import make_task
 from .threads import use_threads
@@ -68,7 +66,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.publication.prepare()
         self.metrics = Metrics(self.accelerator, self.output)
-        self.task, self.curriculum = make_task(a.task, a), Curriculum(a)
+        self.task = make_task(a.task, a)
         self.results = Results(a, self.accelerator, self.task)
         set_seed(a.seed)
         self.model = self.task.load_model()
@@ -183,7 +181,7 @@ class Run:
         losses: list[torch.Tensor] = []
         batches: list[dict[str, Any]] = []
         for batch, share in self.feed.with_shares(self.feed.batches(self.step, self.position), self.task.num_terms):
-            set_merge_config(self.model, self.curriculum.at(self.step))
+            set_merge_config(self.model, a.config_at(self.step))
             loss, norm = self._backward(batch, share)
             losses.append(loss)
             batches.append(batch)
@@ -252,14 +250,14 @@ class Run:
             self.accelerator.print(f"step {self.step}: left out: {reason} ({len(self.unreadable)} so far)")
 
     def _glance(self) -> dict[str, Any]:
-        set_merge_config(self.model, self.curriculum.config)
+        set_merge_config(self.model, self.arguments.merge_config())
         figures = self.validation.glance(self.model, lambda soft: relax(self.model, soft))
         relax(self.model, self.task.soft, self.arguments.train_backbone)
         return figures
 
     def _validate(self) -> None:
         relax(self.model, False)
-        set_merge_config(self.model, self.curriculum.config)
+        set_merge_config(self.model, self.arguments.merge_config())
         try:
             figures = self.validation(self.model)
         finally:
@@ -319,7 +317,7 @@ class Run:
         found = checkpoints.complete(self.checkpoints)
         if found:
             state = checkpoints.load(self.accelerator, found[-1])
-            check_same_run(self.arguments, self.images_per_step, self.identity, state)
+            checkpoints.check_same_run(self.arguments, self.images_per_step, self.identity, state)
             for name in (*self._state(), "position"):
                 setattr(self, name, state[name])
             self.metrics.run_id = state.get("run_id", self.metrics.run_id)
@@ -330,11 +328,10 @@ class Run:
         return self.results.record(self.data.num_images, self.images_per_step, self._state())
 
     def _finish(self) -> dict[str, Any]:
-        record, skipped = self._record(), len(self.unreadable)
-        self.results.write_record(record)
+        record, skipped = self.results.write_record(self._record()), len(self.unreadable)
         self.accelerator.print(
             f"best step {self.best['step']}: {self.task.ranked_by} "
-            f"{self.best['validation'][self.task.ranked_by]:.4f}; adapter in {self.results.adapter}"
+            f"{self.best['validation'][self.task.ranked_by]:.4g}; adapter in {self.results.adapter}"
             + (f", the whole model in {self.results.model}" if self.arguments.train_backbone else "")
             + (f"; {skipped} unreadable images were left out" if skipped else "")
         )

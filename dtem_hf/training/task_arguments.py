@@ -9,11 +9,10 @@ from ..errors import BadValue
 from ..models.distances import FEATURE_LOSSES, FEATURES
 from ..programs.arguments import LABEL_COLUMN_HELP, at_least, one_of, option
 from .curriculum import CurriculumArguments
-from .fisher import FisherArguments
 
 
 @dataclass(kw_only=True)
-class TaskArguments(CurriculumArguments, FisherArguments):
+class TaskArguments(CurriculumArguments):
     """The model that learns, the images it learns from, and the loss."""
 
     model: str = option("backbone: Hub id or local folder")
@@ -50,13 +49,18 @@ class TaskArguments(CurriculumArguments, FisherArguments):
         default=None,
     )
     max_caption_tokens: int = option("largest length of captions in tokens; longer captions are cut", default=40)
+    fisher_samples: int = option("fisher: gradients per image and step", default=1)
+    fisher_similarity: float = option(
+        "fisher: the cost of a merge grows by the factor exp(this · (1 - cosine of the tokens' attention keys))",
+        default=4.0,
+    )
+    fisher_floor: float = option("fisher: least cost of a merge, as a share of the image's mean", default=1e-3)
 
     def __post_init__(self) -> None:
-        CurriculumArguments.__post_init__(self)
-        FisherArguments.__post_init__(self)
-        at_least(self, 1, "validation_size", "shuffle_buffer")
+        super().__post_init__()
+        at_least(self, 1, "validation_size", "shuffle_buffer", "fisher_samples")
         at_least(self, 2, "max_caption_tokens")
-        at_least(self, 0, "mixup", "cutmix", "feature_weight")
+        at_least(self, 0, "mixup", "cutmix", "feature_weight", "fisher_similarity", "fisher_floor")
         for name in ("label_smoothing", "distillation_weight"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise BadValue(name, getattr(self, name), "a number from 0 to 1")

@@ -102,16 +102,6 @@ def test_peers_are_exported_where_that_is_asked(one_layer_vit_folder, peers):
     assert rows[2]["ratio"] == 1 and rows[1]["batches"][0]["speedup"]["median"] == 1
 
 
-def test_compiled_rows_and_what_merging_takes_of_them(tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    ViTConfig(image_size=16, patch_size=4, **sizes).save_pretrained(tmp_path)
-    settings = {"model": str(tmp_path), "random_weights": True, "methods": ["tome"], "r": ["2"], **ONCE}
-    rows = benchmark(BenchmarkArguments(**settings, runtimes=["compile"], breakdown=True))["rows"]
-    assert rows[0]["batches"][0]["merging"] is None
-    merging = rows[1]["batches"][0]["merging"]
-    assert merging["seconds"] > 0 and merging["share"] > 0
-
-
 def test_the_breakdown_sees_every_part_and_leaves_no_trace(make_classifier, pixels):
     model = attach(make_classifier(), DTEMConfig(r=6))
     before = dict(vars(ops))

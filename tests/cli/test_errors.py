@@ -45,6 +45,16 @@ class TestErrors:
 
         self.check(run("plan", tmp_path), 2, "'bert' cannot be merged: ")
 
+    def test_an_adapter_is_no_model(self, adapter_folder):
+        self.check(run("plan", adapter_folder), 2, "adapter is a merge adapter and no model: name its backbone")
+
+    def test_a_file_is_no_model(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+        Image.new("RGB", (32, 32)).save(tmp_path / "cat.png")
+        self.check(
+            run("visualize", tmp_path / "config.json", tmp_path / "cat.png"), 2, "config.json", "this is a file"
+        )
+
     def test_config_without_a_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
 

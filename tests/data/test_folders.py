@@ -181,3 +181,29 @@ def test_a_digest_tells_names_labels_and_content(tmp_path):
     kept.to_parquet(str(tmp_path / "p" / "a.parquet")) if (tmp_path / "p").mkdir() is None else None
     (tmp_path / "labels.csv").unlink()
     assert data_digest(load_images(str(tmp_path / "p"))) != data_digest(load_images(str(tmp_path / "p"), limit=1))
+
+
+def test_files_that_are_left_out_are_said(tmp_path, capsys):
+    for name in ("a/1.png", "b/2.PNG"):
+        write_picture(tmp_path / name)
+    for name in ("b/3.heic", "b/4.heic", "b/notes"):
+        (tmp_path / name).write_bytes(b"ftypheic")
+    assert len(load_images(str(tmp_path))) == 2
+    assert "does not open, are left out: 1 × no ending, 2 × .heic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "metadata.csv", "metadata.jsonl"])
+def test_a_table_in_another_encoding_is_named(tmp_path, name):
+    write_picture(tmp_path / "a.png")
+    (tmp_path / name).write_bytes("file,label\na.png,café\n".encode("latin-1"))
+    with pytest.raises(BadValue, match=rf"^{name}='{tmp_path}.*': a .* in UTF-8"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["here/nothing", "here/loop", "a/b/nothing"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        load_images(name)

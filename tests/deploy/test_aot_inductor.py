@@ -11,8 +11,11 @@ from dtem_hf.deploy.program import ExportArguments, export, load_for_export
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++ on a CPU, and there is no g++")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-# Neither the C++ nor its compiler does what makes it fast.
-@torch._inductor.config.patch({"aot_inductor.debug_compile": True, "cpp.simdlen": 1})
+# Neither the C++ nor its compiler does what makes it fast, and headers that are compiled ahead take longer than two
+# packages with them.
+@torch._inductor.config.patch(
+    {"aot_inductor.debug_compile": True, "aot_inductor.precompile_headers": False, "cpp.simdlen": 1}
+)
 def test_a_package_for_any_batch(one_layer_vit_folder, tmp_path, dtype):
     settings = {"model": str(one_layer_vit_folder), "method": "tome", "r": "3", "dtype": dtype, "device": "cpu"}
     arguments = ExportArguments(**settings, formats=["aot_inductor"], output_dir=str(tmp_path))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from typing import Any
 
 import pytest
 import torch
+from transformers import ViTModel
 
 from dtem_hf import BadValue, ToMeConfig, attach, ops
 from dtem_hf.deploy.graph import ImageGraph, export_graph, output_names
@@ -16,6 +18,7 @@ from dtem_hf.deploy.parity import check_parity
 from dtem_hf.deploy.program import ExportArguments, export, export_format, load_for_export, main
 from dtem_hf.errors import UnsupportedModelError
 from dtem_hf.models.vision import image_shape
+from tests.support.command_line import TINY
 
 
 @pytest.fixture
@@ -52,11 +55,13 @@ def test_an_onnx_file_and_its_record(vit_folder, tmp_path, capsys):
         torch.testing.assert_close(run(pixels)[0], model(pixels).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_all_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(merged):
+def test_all_forms_of_merging_give_the_same_and_one_of_them_without_a_scatter(make_bare):
+    """All tokens that one layer leaves."""
+    merged = attach(make_bare(num_hidden_layers=1), ToMeConfig(r=6))
     merged.set_attn_implementation("eager")
     pixels = torch.randn(4, 3, 32, 32)
     expected = ImageGraph(merged)(pixels)
-    for form in ops.MERGE_FORMS:
+    for form in ops.forms.MERGE_FORMS:
         with ops.merge_form(form):
             program = export_graph(merged, (3, 32, 32))
         names = [str(node.target) for node in program.graph.nodes]
@@ -157,6 +162,21 @@ def test_an_opset_that_cannot_be_written_is_refused_before_the_model_is_loaded(o
 def test_an_untrained_method_is_refused(vit_folder):
     with pytest.raises(BadValue, match="method='dtps': a method that needs no training"):
         load_for_export(ExportArguments(model=str(vit_folder), method="dtps"))
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
+    config = copy.deepcopy(TINY)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(tmp_path / "model")
+    arguments = ExportArguments(model=str(tmp_path / "model"), method="tome", output_dir=str(tmp_path / "out"))
+    with pytest.raises(BadValue, match=r"lacks 2 weights of ViTForImageClassification, such as classifier\.bias"):
+        export(arguments)
+    assert not (tmp_path / "out").exists()
+    config.architectures = ["ViTModel"]
+    config.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"lacks pooler\.dense\.bias: the output of the pooler is random"):
+        load_for_export(arguments)
 
 
 @pytest.mark.parametrize("method", ["none", "tome"])

@@ -43,6 +43,9 @@ def test_an_adapter_gets_its_plan_and_keeps_its_tensors(vit_folder, common, tmp_
     assert after.tensors.keys() == before.tensors.keys() and "exponents.3" in after.tensors
     assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
     assert "r per layer" in capsys.readouterr().out
+    main([*common, "--adapter", str(tmp_path / "found"), "--r", "2", "--output_dir", str(tmp_path / "adapter")])
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f'"r": {MergeAdapter.from_pretrained(tmp_path / "adapter").config.to_dict()["r"]}' in card
 
 
 def test_a_method_without_an_adapter_gets_a_config(vit_folder, common, tmp_path):

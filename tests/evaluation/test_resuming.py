@@ -16,6 +16,7 @@ from PIL import Image
 from dtem_hf import BadValue
 from dtem_hf.evaluation import classification
 from dtem_hf.evaluation.classification import EvaluateArguments, evaluate, main
+from tests.support.command_line import run
 from tests.support.full_disk import full_disk
 from tests.support.runs import flags, watch
 
@@ -101,6 +102,17 @@ def test_a_run_that_measured_nothing_leaves_nothing(options, folders, monkeypatc
         watch(patched, classification, "measure_batch", stop_behind=0)
         main(flags({**options, "output_dir": str(folders / "new" / "out")}))
     assert not (folders / "new").exists()
+
+
+def test_ctrl_c_says_what_is_kept(options, folders, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+    for behind, said in ((0, f"no result was written to {folders / 'out'}"), (3, "out keeps 3 finished batches")):
+        with monkeypatch.context() as patched:
+            watch(patched, classification, "measure_batch", stop_behind=behind)
+            stopped = run("evaluate", *flags(options))
+        assert stopped.exit_code == 130 and stopped.stdout == ""
+        assert stopped.stderr.startswith("Stopped by Ctrl-C: ") and said in stopped.stderr
+        assert len(list(folders.glob("out/parts/*.npz"))) == behind
 
 
 def test_parts_that_a_kill_left_are_not_another_runs(options, folders, monkeypatch):

@@ -133,7 +133,8 @@ def test_a_method_that_learns_nothing_has_no_adapter(make_classifier: Make, tmp_
 def test_other_files_and_a_card_of_ones_own_are_kept(folder: Path, model: Any) -> None:
     (folder / "README.md").write_text("mine")
     (folder / "notes.txt").write_text("also mine")
-    model.save_merge_adapter(folder)
+    with pytest.warns(UserWarning, match="was edited and is kept"):
+        model.save_merge_adapter(folder)
     assert (folder / "README.md").read_text() == "mine"
     assert (folder / "notes.txt").read_text() == "also mine"
 

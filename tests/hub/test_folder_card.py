@@ -30,6 +30,14 @@ def test_saving_an_adapter_writes_a_card(adapter_folder):
     assert card.data.base_model == BASE and "Not evaluated." in card.text
 
 
+def test_saving_again_tells_the_card_the_new_r(adapter_folder):
+    adapter = dtem_hf.MergeAdapter.from_pretrained(adapter_folder)
+    assert '"r": 4' in (adapter_folder / "README.md").read_text(encoding="utf-8")
+    dtem_hf.MergeAdapter(dtem_hf.DTEMConfig(r=3), adapter.tensors, adapter.backbone).save_pretrained(adapter_folder)
+    text = (adapter_folder / "README.md").read_text(encoding="utf-8")
+    assert '"r": 3' in text and '"r": 4' not in text and is_made(text)
+
+
 def test_a_card_takes_the_place_of_the_one_before_and_nothing_else_changes(adapter_folder):
     (adapter_folder / "evaluation.json").write_text(json.dumps(evaluation()))
     (adapter_folder / "README.md").write_text("mine")

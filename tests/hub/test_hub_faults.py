@@ -30,7 +30,6 @@ class TestFaults:
         "fault",
         [
             Fault("PUT", "/lfs/", times=9, status=403),
-            Fault("POST", "/lfs-verify", times=9, status=404),
             Fault("POST", "/commit/", times=9, cut_after=100),
             Fault("POST", "/commit/", times=9, status=500),
         ],
@@ -53,6 +52,11 @@ class TestFaults:
         assert_same(client(LOAD, "me/a", **cache), make_adapter())
         if fault.path == "/commit/":  # what has arrived is not sent again
             assert not hub.requests("PUT")
+
+    def test_an_upload_that_the_hub_does_not_confirm_is_tried_again(self, hub, client, folder, cache):
+        hub.faults.append(Fault("POST", "/lfs-verify", times=9, status=404))
+        client(PUBLISH, str(folder), "me/a", **ME)
+        assert_same(client(LOAD, "me/a", **cache), make_adapter())
 
     def test_a_killed_upload_leaves_nothing_half_published_and_a_rerun_completes(self, hub, client, folder):
         fault = Fault("PUT", "/lfs/", delay=5.0)

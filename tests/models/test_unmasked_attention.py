@@ -18,7 +18,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 
 from dtem_hf import DTEMConfig, ToMeConfig, attach, detach
 from dtem_hf.errors import UnsupportedModelError
-from dtem_hf.families import enable_size_bias
+from dtem_hf.families.unmasked_attention import enable_size_bias
 from dtem_hf.scope import Scope, open_scope
 from dtem_hf.token_state import TokenState
 

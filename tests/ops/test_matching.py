@@ -57,7 +57,7 @@ def test_split_counts_and_halves_cut_at_even_and_odd_positions(prefix: int) -> N
         a, b = ops.matching.split_even_odd(positions, prefix)
         assert a.tolist() == [[i for i in range(prefix, num_tokens) if i % 2 == 0]]
         assert b.tolist() == [[i for i in range(prefix, num_tokens) if i % 2 == 1]]
-        assert ops.split_counts(num_tokens, prefix) == (a.shape[1], b.shape[1])
+        assert ops.splitting.split_counts(num_tokens, prefix) == (a.shape[1], b.shape[1])
 
 
 @pytest.mark.parametrize("r", [-1, 9])

@@ -74,7 +74,7 @@ def test_energy_by_hand() -> None:
     cosines = ops.cosine_scores(torch.tensor([[[2.0, 0], [3, 0], [0, 1]]]), torch.tensor([[[2.0, 0], [3, 0], [0, 1]]]))
     alike, alone = 2 * 0.1 + math.exp(-0.9) - 1, 0.1 + 2 * (math.exp(-0.9) - 1)
     expected = torch.tensor([[alike, alike, alone]]) / 3
-    torch.testing.assert_close(ops.energies(cosines, 0.9), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.partners.energies(cosines, 0.9), expected, atol=1e-6, rtol=0)
 
 
 def test_equal_energies_go_to_the_lower_position_and_equal_partners_to_the_first() -> None:
@@ -93,7 +93,7 @@ def test_an_r_that_does_not_fit_is_refused(r: int) -> None:
 def test_a_token_that_nothing_joins_is_copied_bit_for_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 12, 5).to(dtype)
-        hosts = ops.matching_of_pairs(torch.tensor([[3, 7], [11, 2]]), torch.tensor([[4, 4], [1, 5]]), 12)
+        hosts = ops.partners.matching_of_pairs(torch.tensor([[3, 7], [11, 2]]), torch.tensor([[4, 4], [1, 5]]), 12)
         merged, sizes = ops.merge_tokens(x, torch.ones(2, 12), hosts)
         assert merged.dtype == dtype and sizes.dtype == torch.float32
         for image in range(2):

@@ -10,7 +10,9 @@ import pytest
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dtem_hf import BadValue
+from dtem_hf.benchmark.program import BenchmarkArguments
 from dtem_hf.errors import EXTRAS, UnreadableImage
+from dtem_hf.evaluation.classification import EvaluateArguments
 from dtem_hf.programs.arguments import ModelArguments, option, parse_arguments, parse_reduction, run_script
 from dtem_hf.quickstart import QuickstartArguments
 
@@ -129,6 +131,21 @@ def test_a_folder_that_is_not_there_is_no_hub_id(name, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
         parse_arguments(ModelArguments, ["--model", name], "")
     assert parse_arguments(ModelArguments, ["--model", "user/model"], "").model == "user/model"
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "data", "output_dir"])
+def test_an_empty_path_is_not_the_current_folder(name):
+    options = {"model": "m", "data": "d", name: ""}
+    with pytest.raises(BadValue, match=f"^{name}='': a path or a name"):
+        parse_arguments(EvaluateArguments, [f"--{key}={value}" for key, value in options.items()], "")
+
+
+def test_a_file_is_no_model_unless_its_config_is_enough(tmp_path):
+    words = ["--model", str(tmp_path / "config.json")]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadValue, match=r"model='.*config\.json': a folder or a Hub id; this is a file"):
+        parse_arguments(BenchmarkArguments, words, "")
+    assert parse_arguments(BenchmarkArguments, [*words, "--random_weights", "True"], "").random_weights
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []])

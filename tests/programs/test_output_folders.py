@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from dtem_hf.evaluation.caption_loss import CaptionLossArguments
 from dtem_hf.evaluation.classification import EvaluateArguments
 from dtem_hf.programs.arguments import parse_arguments
 from dtem_hf.programs.lock import LOCK_NAME, only_run_in
+from tests.support.children import Child
 
 
+ROOT = Path(__file__).parents[2]
 NOWHERE = "nowhere"
 IMAGES = ["--model", NOWHERE, "--data", NOWHERE]
 CAPTIONED = ["--images", NOWHERE, "--captions", NOWHERE]
@@ -46,12 +50,30 @@ def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded(name: str
         assert list((tmp_path / "run").iterdir()) == before == [tmp_path / "run" / LOCK_NAME]
 
 
+def test_ctrl_c_ends_a_script_with_one_line(vit_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", vit_folder, "--rounds", 10000, "--output_dir", tmp_path / "run"]
+    script = Child([ROOT / "recipes" / "benchmark.py", *words], tmp_path / "log")
+    while script.is_alive() and not (tmp_path / "run" / LOCK_NAME).exists():
+        time.sleep(0.01)
+    script.send_signal(signal.SIGINT)
+    assert script.wait() == 130
+    said = f"no result was written to {tmp_path / 'run'}, and the same command starts over"
+    assert (tmp_path / "log").read_text().splitlines()[-1] == f"Stopped by Ctrl-C: {said}"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_file_is_no_folder(name: str, below: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").touch()
     with pytest.raises(BadValue, match=r"output_dir='.*': a folder; .*bad\.jpg is a file"):
         import_module(name).main([*PROGRAMS[name], "--output_dir", str(tmp_path / "bad.jpg" / below)])
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(BadValue, match=r"a folder; .*out is a link to nothing"):
+        parse_arguments(EvaluateArguments, [*IMAGES, "--output_dir", str(tmp_path / "out")], "")
 
 
 @pytest.mark.parametrize("below", ["", "runs/x"])

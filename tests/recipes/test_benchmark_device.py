@@ -23,6 +23,8 @@ def test_it_runs_in_small(tmp_path):
         assert row["seconds"][row["faster"]] == min(row["seconds"]["mask"], row["seconds"]["extended_keys"])
         assert set(row["kernels"].values()) == {"FLASH_ATTENTION"}  # with sizes, too, a fused kernel runs
     assert (tmp_path / "tiny-default-sdpa-2" / "benchmark.md").is_file()
+    compiled = json.loads((tmp_path / "tiny-default-sdpa-2" / "benchmark.json").read_text())["rows"]
+    assert compiled[0]["batches"][0]["merging"] is None and compiled[1]["batches"][0]["merging"]["seconds"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels run")

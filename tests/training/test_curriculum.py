@@ -11,46 +11,45 @@ from dtem_hf import AutoModelForImageClassification, BadValue, DTEMConfig, Merge
 from dtem_hf.errors import AdapterError
 from dtem_hf.hub.adapter import mean_adapter
 from dtem_hf.training.arguments import TrainArguments
-from dtem_hf.training.curriculum import Curriculum
 from dtem_hf.training.parameters import freeze_backbone
 from dtem_hf.training.program import train
 from tests.support.training_processes import logged
 
 
 def curriculum(options, **changes):
-    return Curriculum(TrainArguments(**{**options, **changes}))
+    return TrainArguments(**{**options, **changes})
 
 
 def test_without_options_every_step_is_as_the_config_says(options):
     plain = curriculum(options)
-    assert {repr(plain.at(step)) for step in range(6)} == {repr(plain.config)}
+    assert {repr(plain.config_at(step)) for step in range(6)} == {repr(plain.merge_config())}
 
 
 def test_r_is_drawn_evenly_and_by_step(options):
-    drawn = [curriculum(options, sample_r=[1, 2, 3], steps=600).at(step).r for step in range(600)]
-    again = [curriculum(options, sample_r=[1, 2, 3], steps=600).at(step).r for step in range(600)]
+    drawn = [curriculum(options, sample_r=[1, 2, 3], steps=600).config_at(step).r for step in range(600)]
+    again = [curriculum(options, sample_r=[1, 2, 3], steps=600).config_at(step).r for step in range(600)]
     assert drawn == again
     assert all(150 < count < 250 for count in Counter(drawn).values()) and len(set(drawn)) == 3
-    other = [curriculum(options, sample_r=[1, 2, 3], steps=600, seed=1).at(step).r for step in range(600)]
+    other = [curriculum(options, sample_r=[1, 2, 3], steps=600, seed=1).config_at(step).r for step in range(600)]
     assert other != drawn
 
 
 def test_plans_are_drawn_as_well(options):
     falling = {"kind": "linear", "r": 3, "slope": 0.5}
     found = curriculum(options, sample_r=["2", "[3, 2, 1, 0]", json.dumps(falling)], steps=30)
-    drawn = {repr(found.at(step).schedule) for step in range(30)}
+    drawn = {repr(found.config_at(step).schedule) for step in range(30)}
     assert drawn == {repr(DTEMConfig(r=r).schedule) for r in (2, [3, 2, 1, 0], falling)}
 
 
 def test_temperatures_fall_by_the_same_factor_every_step(options):
-    steps = [curriculum(options, last_score_temperature=0.01, steps=5).at(step) for step in range(5)]
+    steps = [curriculum(options, last_score_temperature=0.01, steps=5).config_at(step) for step in range(5)]
     temperatures = [step.score_temperature for step in steps]
     assert temperatures == pytest.approx([0.1 * 0.1 ** (i / 4) for i in range(5)])
     assert {step.assignment_temperature for step in steps} == {0.1}
 
 
 def test_straight_through_begins_at_its_step(options):
-    relaxations = [curriculum(options, straight_through_from=2).at(step).relaxation for step in range(4)]
+    relaxations = [curriculum(options, straight_through_from=2).config_at(step).relaxation for step in range(4)]
     assert relaxations == ["auto", "auto", "straight_through", "straight_through"]
 
 

@@ -29,10 +29,10 @@ def published(options: dict[str, Any]) -> dict[str, Any]:
 
 def test_best_so_far_goes_to_a_branch_and_the_finished_adapter_to_main(hub, client, published, tmp_path):
     """One push on the way fails and does not end the run."""
-    hub.faults.append(Fault("POST", "/commit/training", status=500))
+    hub.faults.append(Fault("POST", "/commit/training", times=3, status=500))
     out = client(TRAIN, {**published, "hub_private_repo": True})
     assert f"published: {hub.endpoint}/me/run/commit/" in out
-    assert "step 2: not published; training continues: me/run: the Hub answered 500" in out
+    assert "step 2: not published; training continues: me/run: the upload failed" in out
     assert hub.repos["me/run"].private
     local = Path(published["output_dir"], "adapter")
     files = hub.files("me/run")
@@ -78,8 +78,8 @@ def test_killed_in_a_push_it_goes_on_and_ends_in_the_same_bits(hub, client, publ
 
 def test_a_last_push_that_fails_is_made_up_for_by_the_same_command(hub, client, published):
     published["push_every"] = 0
-    hub.faults.append(Fault("POST", "/commit/main", status=500))
-    with pytest.raises(ConnectionError, match="me/run: the Hub answered 500"):
+    hub.faults.append(Fault("POST", "/commit/main", times=3, status=500))
+    with pytest.raises(ConnectionError, match="me/run: the upload failed"):
         client(TRAIN, published)
     metrics = Path(published["output_dir"], "metrics.jsonl").read_text()
     assert len(metrics.splitlines()) > 6 and hub.files("me/run") == {}

@@ -117,3 +117,12 @@ def test_files_that_were_touched_are_no_change(options, started):
     for part in Path(run["data"]).iterdir():
         part.touch()
     assert train(TrainArguments(**{**run, "num_workers": 1}))["steps"] == 6
+
+
+def test_a_finished_run_keeps_the_record_of_the_options_that_trained_it(options, started):
+    run = started({**options, "batch_size": 4, "gradient_accumulation_steps": 1})
+    adapter = Path(run["output_dir"], "adapter")
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    record = train(TrainArguments(**{**run, "batch_size": 2, "gradient_accumulation_steps": 2}))
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert record == json.loads(before["training.json"]) and record["arguments"]["batch_size"] == 4

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from ...data.captioned_images import MODEL_INPUTS
 from ...errors import BadValue
 from ...families import find_place
-from ...models.auto import auto_class
+from ...models.auto import auto_class, load_whole
 from ...models.distances import caption_losses, kl_to
 from .caption_task import CaptionTask
 
@@ -27,7 +27,7 @@ class Captioning(CaptionTask):
     def load_model(self) -> Any:
         a = self.arguments
         config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
-        model = auto_class(config).from_pretrained(a.model, merge=a.merge_config())
+        model = load_whole(auto_class(config), a.model, merge=a.merge_config())
         if not model.can_generate() or find_place(model).part:
             right = f"a model that writes captions (GIT, BLIP), not {type(model).__name__}; for one with a vision "
             raise BadValue("model", a.model, f"{right}tower inside, see examples/train_llava.py")

@@ -15,6 +15,7 @@ from ...data.captioned_images import CaptionCollate
 from ...errors import BadValue
 from ...hub.client import cached_commit
 from ...models.attach import attach
+from ...models.auto import load_whole
 from ...models.distances import kl_to
 from ...models.install import detach
 from ...programs.identity import weights_digest
@@ -49,7 +50,7 @@ class Contrastive(CaptionTask):
         config = AutoConfig.from_pretrained(a.model, trust_remote_code=False)
         if config.model_type not in _KNOWN:
             raise BadValue("model", a.model, f"a dual encoder ({', '.join(_KNOWN)}), not {config.model_type}")
-        self.whole = AutoModelForZeroShotImageClassification.from_pretrained(a.model, config=config)
+        self.whole = load_whole(AutoModelForZeroShotImageClassification, a.model, config=config)
         self.whole.requires_grad_(False).eval()
         # SigLIP scores each pair of image and caption separately, by a sigmoid with a bias.
         self.siglip = hasattr(self.whole, "logit_bias")

@@ -46,7 +46,7 @@ class _HardMerging:
         with recorded_steps(plain_model) as steps:
             output = self.output(model, plain_model, batch)
         outputs = [self.sampler(output, batch, a.seed, sample) for sample in range(a.fisher_samples)]
-        return fisher_loss(steps, outputs, merging.cost.num_prefix_tokens, merging.config, a)  # type: ignore[arg-type]
+        return fisher_loss(steps, outputs, merging.cost.num_prefix_tokens, merging.config, a)
 
 
 class Fisher(_HardMerging, ClassifierTask):
