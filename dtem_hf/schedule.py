@@ -36,7 +36,8 @@ def reductions_for(cost: EncoderCost, num_tokens: int, weights: Sequence[float],
 
     totals = range(num_tokens * len(cost.layers) + 1)
     if ratio(totals[-1]) > flops:
-        raise BadValue("flops", flops, f"merging everything still leaves {ratio(totals[-1]):.3f} of the multiply-adds")
+        left = f"merging everything still leaves {ratio(totals[-1]):.3f} of the multiply-adds; choose a larger share"
+        raise BadValue("flops", flops, left)
     # The first merged token of a layer costs more than it saves, so bisection would not find that 0 is enough.
     if ratio(0) <= flops:
         return _spread(weights, 0)

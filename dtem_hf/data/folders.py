@@ -137,7 +137,7 @@ def _from_images(folder: Path, images: Sequence[PurePosixPath], split: str, labe
     if names is None:
         names = _names_of_folders(images)
         if names is None:
-            why = f"the images are not in class folders, and there is no {LABELS_NAME}"
+            why = f"the images are not in two or more class folders, and there is no {LABELS_NAME}"
             if columns:
                 why = f"the metadata has the columns {', '.join(columns)}; choose one with --label_column"
             say(f"no labels: {why}")

@@ -112,7 +112,10 @@ def test_a_cell_too_many_in_the_metadata_is_named(tmp_path):
 def test_why_there_are_no_labels_is_said(tmp_path, capsys):
     write_picture(tmp_path / "a.png")
     assert load_images(str(tmp_path))["label"] == [-1]
-    assert "no labels: the images are not in class folders, and there is no labels.csv" in capsys.readouterr().err
+    assert (
+        "no labels: the images are not in two or more class folders, and there is no labels.csv"
+        in capsys.readouterr().err
+    )
 
 
 def test_columns_are_named_where_none_is_of_labels(tmp_path, capsys):

@@ -28,7 +28,6 @@ from tests.support.passes import MILD, gradients, merged, run, same_bits
 
 METHODS = {name: case.config for name, case in methods.METHODS.items()}
 UNEVEN = [11, 0, 14, 3]
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 # ToMe and DTEM in every row. What another method does is the same code in every family: one of each kind shows it.
@@ -41,25 +40,23 @@ ROWS_AND_METHODS = [
 every_row_and_method = pytest.mark.parametrize("row, method", ROWS_AND_METHODS)
 # In training, and what learns in `.eval()` as well: the other methods merge alike in both.
 LEARNED = [name for name, config in METHODS.items() if config.learns]
-in_both_modes = pytest.mark.parametrize(
-    "row, method, training",
-    [
-        pytest.param(*each.values, training, id=f"{each.id}-{'train' if training else 'eval'}")
-        for each in ROWS_AND_METHODS
-        for training in (False, True)
-        if training or each.values[1] in LEARNED
-    ],
-)
+IN_BOTH_MODES = [
+    pytest.param(*each.values, training, id=f"{each.id}-{'train' if training else 'eval'}")
+    for each in ROWS_AND_METHODS
+    for training in (False, True)
+    if training or each.values[1] in LEARNED
+]
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[type, set[str]]]:
     return {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
 
 
-@in_both_modes
+@pytest.mark.parametrize("row, method, training", IN_BOTH_MODES)
 def test_where_nothing_is_reduced_all_is_the_plain_model_bit_for_bit(row: Row, method: str, training: bool) -> None:
     """Outputs and gradients, with every kind of dropout."""
-    dropout = dict.fromkeys(DROPOUTS, 0.3)
+    names = "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate"
+    dropout = dict.fromkeys(names, 0.3)
     plain = row.make(**dropout).train(training)
     model = attach(row.make(**dropout), methods.METHODS[method].nothing).train(training)
     with torch.no_grad():
@@ -237,7 +234,7 @@ def test_other_image_sizes_follow_their_own_plan_or_are_refused_as_ever(row: Row
     assert same_bits(run(row, model, inputs, **options), expected)
 
 
-@in_both_modes
+@pytest.mark.parametrize("row, method, training", IN_BOTH_MODES)
 def test_float16_stays_finite(row: Row, method: str, training: bool) -> None:
     """Outputs and all gradients; sizes stay float32 and add up."""
     assert_finite(row, method, torch.float16, training)
