@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from dtem_hf import ToMeConfig
 from dtem_hf.families import FAMILIES, Family, find_family
@@ -232,6 +234,11 @@ def mutations(case: FamilyCase) -> Iterator[Mutation]:
             yield name, lesser(**values), METHODS[name]
 
 
+NEEDED_LATER = (
+    "git-models-GitModel-tokens",
+    "git-model_parts-encoder.layer.0.attention.self",
+    "siglip2-outside_cost",
+)
 ALL = [
     pytest.param(case, *mutation[1:], id=f"{case}-{mutation[0]}")
     for case in CASES.values()
@@ -287,8 +294,15 @@ def test_with_all_declarations_no_check_fails(case: FamilyCase, declare: Any, tm
 
 @pytest.mark.parametrize("case, family, checks", ALL)
 def test_without_a_declaration_a_check_fails(
-    case: FamilyCase, family: Family, checks: tuple[Check, ...], declare: Any, tmp_path: Path
+    case: FamilyCase,
+    family: Family,
+    checks: tuple[Check, ...],
+    declare: Any,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if request.node.callspec.id in NEEDED_LATER and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers 5.24 needs this declaration, and 5.17 does not")
     declare(case, family)
     assert any(fails(check, case, tmp_path) for check in checks)
 
