@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -60,13 +59,12 @@ def first_output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 @by_exported
 def test_one_graph_of_torch_compile(case: FamilyCase, model_class: Any, config: Any = MERGE) -> None:
     """Dynamo's; that the operators of a family can be traced behind it is seen where its graph is exported."""
-    if case.family in ("qwen2_vl", "qwen3_vl") and Version(torch.__version__) < Version("2.10"):
-        pytest.skip("Dynamo of torch 2.9 traces no rows of images whose lengths are read from a tensor")
     torch._dynamo.reset()
     model = make_merged(case, model_class, config)
     backend = "aot_eager" if lacks(case, "export") else "eager"
     if lacks(case, "compile"):
-        with pytest.raises(torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
+        from_torch_2_13 = torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode
+        with pytest.raises((from_torch_2_13, torch._dynamo.exc.TorchDynamoException)):
             compiled = torch.compile(case.make_small(model_class), fullgraph=True, backend=backend)
             first_output(compiled, case.small_inputs(3))
         return
